@@ -1,0 +1,67 @@
+# All that a fresh machine needs is make and Python 3.11 to 3.14: `make run`, `make test`, `make check`.
+# Packages go to .venv, and uv to .tools unless it is installed. `make clean` removes both and keeps .data.
+
+.PHONY: run test check lock clean
+.DELETE_ON_ERROR:
+
+# Whatever environment happens to be active, or is half gone, has no say here; and uv uses the Python that is there.
+unexport VIRTUAL_ENV CONDA_PREFIX PYTHONHOME
+export UV_PYTHON_DOWNLOADS := never
+
+# Service users often have no home to keep uv's cache in.
+ifeq ($(shell test -w "$$HOME" && echo yes),)
+export UV_CACHE_DIR ?= $(CURDIR)/.tools/cache
+endif
+
+# The newest Python that fits. Each is run, not only looked for: version managers put names on PATH that do not work.
+# Set with =, hence evaluated in the few recipes that use them, and not by every `make run`.
+FITS := import sys; print(sys.executable) if (3, 11) <= sys.version_info[:2] <= (3, 14) else sys.exit(1)
+PYTHON ?= $(shell for name in python3.14 python3.13 python3.12 python3.11 python3 python; do \
+	$$name -c '$(FITS)' 2>/dev/null && break; done)
+UV = $(shell uv --version >/dev/null 2>&1 && echo uv || echo .tools/bin/uv)
+COMPILE = $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
+	--python-version 3.11 pyproject.toml
+
+run: .venv/synced
+	@.venv/bin/python -m app serve
+
+test: .venv/synced
+	.venv/bin/python -m pytest
+
+check: .venv/synced
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+# requirements.lock is what the server needs, requirements-dev.lock that and the tools, in the same versions.
+lock:
+	@uv --version >/dev/null 2>&1 || $(MAKE) -s .tools/bin/uv
+	$(COMPILE) -o requirements.lock
+	$(COMPILE) --group dev -c requirements.lock -o requirements-dev.lock
+
+clean:
+	rm -rf .venv .tools .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+.venv/synced: requirements-dev.lock
+	@uv --version >/dev/null 2>&1 || $(MAKE) -s .tools/bin/uv
+	@.venv/bin/python -c '$(FITS)' >/dev/null 2>&1 || { $(need_python); $(UV) venv --quiet --clear --python "$$python" .venv; }
+	@$(UV) pip sync --quiet --python .venv/bin/python --require-hashes requirements-dev.lock
+	@$(write_command)
+	@touch $@
+
+.tools/bin/uv:
+	@echo "uv is not installed: putting one into .tools"
+	@$(need_python); export PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0; rm -rf .tools; \
+	"$$python" -m pip install --quiet --target .tools 'uv==0.13.*' 2>/dev/null \
+	|| { "$$python" -m venv --clear .tools/venv && .tools/venv/bin/python -m pip install --quiet 'uv==0.13.*' \
+		&& mkdir .tools/bin && ln -s ../venv/bin/uv .tools/bin/uv; } >/dev/null \
+	|| { echo "make: cannot get uv: install it, or give $$python pip or venv (Debian: python3-venv)" >&2; exit 1; }
+
+# Shell fragments: $$python is the Python to use; and the command `reprise`, as an installed package would have it.
+need_python = python="$(PYTHON)"; "$$python" -c '$(FITS)' >/dev/null 2>&1 \
+	|| { echo "make: need Python 3.11 to 3.14; say which with PYTHON=/path/to/python" >&2; exit 1; }
+define write_command
+printf '#!/bin/sh\nPYTHONPATH="%s" exec "%s/.venv/bin/python" -P -m app "$$@"\n' '$(CURDIR)' '$(CURDIR)' > .venv/bin/reprise \
+	&& chmod +x .venv/bin/reprise
+endef
