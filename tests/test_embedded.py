@@ -1,0 +1,223 @@
+"""The private servers of app/embedded.py, with real processes that are really killed."""
+
+import asyncio
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import asyncpg
+import pytest
+import redis
+
+from app import embedded
+
+ROOT = Path(embedded.__file__).parents[1]
+DEADLINE_S = 15.0
+CLIENT = """
+import sys
+from pathlib import Path
+from app import embedded
+servers = embedded.start(Path(sys.argv[1]), durable=False)
+print(servers.database_url, servers.redis_url, flush=True)
+sys.stdin.read()
+"""
+
+
+class Client:
+    """Another process that holds a lease until its stdin is closed or it is killed."""
+
+    def __init__(self, data_dir: Path) -> None:
+        command = [sys.executable, "-c", CLIENT, str(data_dir)]
+        self.process = subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def urls(self) -> tuple[str, str]:
+        assert self.process.stdout is not None
+        database_url, redis_url = self.process.stdout.readline().split()
+        return database_url, redis_url
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Iterator[Path]:
+    """A data directory whose servers have stopped by the end of the test."""
+    yield tmp_path / "data"
+    wait_until(lambda: not any(running(lock) for lock in (tmp_path / "data" / "embedded").glob("*.lock")))
+
+
+def running(lock: Path) -> bool:
+    """Whether a server holds its lock."""
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def query(database_url: str, *statements: str) -> object:
+    """Run the statements on one connection; the value of the last."""
+
+    async def run() -> object:
+        connection = await asyncpg.connect(database_url)
+        try:
+            for statement in statements[:-1]:
+                await connection.execute(statement)
+            return await connection.fetchval(statements[-1])
+        finally:
+            await connection.close()
+
+    return asyncio.run(run())
+
+
+def identity(database_url: str, redis_url: str) -> tuple[object, object]:
+    """What tells one run of the two servers from another."""
+    with redis.Redis.from_url(redis_url) as valkey:
+        return query(database_url, "SELECT pg_postmaster_start_time()"), valkey.info("server")["run_id"]
+
+
+def listening(servers: tuple[str, str]) -> bool:
+    """Whether one of the two servers still listens."""
+    valkey = Path(servers[1].removeprefix("unix://"))
+    return any(connects(path) for path in (valkey, valkey.with_name(".s.PGSQL.5432")))
+
+
+def connects(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as peer:
+        return peer.connect_ex(str(path)) == 0
+
+
+def pids(data_dir: Path) -> dict[str, int]:
+    home = data_dir / "embedded"
+    files = {"supervisor": "supervisor", "postgres": "postgres/postmaster.pid", "valkey": "valkey/valkey.pid"}
+    return {name: int((home / file).read_text().split()[0]) for name, file in files.items()}
+
+
+def test_data_survive_close_and_start(data_dir: Path) -> None:
+    """What both servers were told in one run they still know in the next, and they are configured to remember."""
+    with embedded.start(data_dir) as first:
+        query(first.database_url, "CREATE TABLE kept (x int)", "INSERT INTO kept VALUES (7) RETURNING x")
+        with redis.Redis.from_url(first.redis_url) as valkey:
+            valkey.set("kept", "8")
+            assert valkey.config_get("appendonly") == {"appendonly": "yes"}
+            assert valkey.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
+        before = identity(first.database_url, first.redis_url)
+    wait_until(lambda: not listening((first.database_url, first.redis_url)))
+    with embedded.start(data_dir) as second:
+        assert query(second.database_url, "SELECT x FROM kept") == 7
+        assert (
+            query(second.database_url, "SELECT current_setting('synchronous_commit') || current_setting('fsync')")
+            == "onon"
+        )
+        with redis.Redis.from_url(second.redis_url) as valkey:
+            assert valkey.get("kept") == b"8"
+        after = identity(second.database_url, second.redis_url)
+    assert before[0] != after[0]
+    assert before[1] != after[1]
+
+
+def test_two_processes_share_one_pair(data_dir: Path) -> None:
+    """A second process attaches to the running servers, and they outlive the first."""
+    first = Client(data_dir)
+    shared = identity(*first.urls())
+    with embedded.start(data_dir) as mine:
+        assert identity(mine.database_url, mine.redis_url) == shared
+        first.kill()
+        assert identity(mine.database_url, mine.redis_url) == shared
+
+
+def test_servers_stop_when_their_only_client_is_killed(data_dir: Path) -> None:
+    """Nobody has to say goodbye: the kernel gives the lease back."""
+    client = Client(data_dir)
+    servers = client.urls()
+    assert listening(servers)
+    client.kill()
+    wait_until(lambda: not listening(servers))
+
+
+def test_killed_servers_come_back_while_a_client_stays(data_dir: Path) -> None:
+    """The supervisor starts what was killed, and a supervisor that was killed is replaced by one that adopts the servers."""
+    with embedded.start(data_dir, durable=False) as first:
+        before = identity(first.database_url, first.redis_url)
+        os.kill(pids(data_dir)["supervisor"], signal.SIGKILL)
+        with embedded.start(data_dir, durable=False):
+            assert identity(first.database_url, first.redis_url) == before
+        os.kill(pids(data_dir)["postgres"], signal.SIGKILL)
+        os.kill(pids(data_dir)["valkey"], signal.SIGKILL)
+        wait_until(lambda: not listening((first.database_url, first.redis_url)))
+        with embedded.start(data_dir, durable=False) as second:
+            after = identity(second.database_url, second.redis_url)
+    assert before[0] != after[0]
+    assert before[1] != after[1]
+
+
+def test_recovers_when_everything_was_killed_and_its_pids_were_reused(data_dir: Path) -> None:
+    """Committed rows and written keys are there again, whoever has the old pids and whatever sockets lie around."""
+    client = Client(data_dir)
+    database_url, redis_url = client.urls()
+    query(database_url, "CREATE TABLE kept (x int)", "INSERT INTO kept VALUES (7) RETURNING x")
+    with redis.Redis.from_url(redis_url) as valkey:
+        valkey.set("kept", "8")
+    for pid in pids(data_dir).values():
+        os.kill(pid, signal.SIGKILL)
+    client.kill()
+    home = data_dir / "embedded"
+    for pid_file in (home / "postgres" / "postmaster.pid", home / "run" / ".s.PGSQL.5432.lock"):
+        pid_file.write_text("\n".join([str(os.getpid()), *pid_file.read_text().splitlines()[1:]]) + "\n")
+    with embedded.start(data_dir, durable=False) as servers:
+        assert query(servers.database_url, "SELECT x FROM kept") == 7
+        with redis.Redis.from_url(servers.redis_url) as valkey:
+            assert valkey.get("kept") == b"8"
+
+
+def test_simultaneous_cold_starts_share_one_pair(data_dir: Path) -> None:
+    """Eight processes that find nothing start one Postgres and one Valkey between them."""
+    clients = [Client(data_dir) for _ in range(8)]
+    try:
+        assert len({identity(*client.urls()) for client in clients}) == 1
+    finally:
+        for client in clients:
+            client.kill()
+
+
+def test_long_and_odd_paths_work(tmp_path: Path) -> None:
+    """A path that no socket can have is fine for the data; the sockets then live elsewhere and are removed."""
+    data_dir = tmp_path / "with space, comma & ümlaut" / ("long" * 25)
+    with embedded.start(data_dir, durable=False) as servers:
+        identity(servers.database_url, servers.redis_url)
+        sockets = Path(servers.redis_url.removeprefix("unix://")).parent
+        assert not sockets.is_relative_to(tmp_path)
+        assert sockets.stat().st_mode & 0o777 == 0o700
+    wait_until(lambda: not sockets.exists())
+
+
+def test_refuses_a_directory_that_is_not_ours(tmp_path: Path) -> None:
+    """A link, which another user could have put where the private directory belongs, is not followed."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "embedded").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(embedded.EmbeddedError, match="not a directory of ours"):
+        embedded.start(tmp_path)
+
+
+def test_data_of_another_postgres_are_refused_in_one_line(tmp_path: Path) -> None:
+    """The supervisor's reason for giving up reaches the caller, in place of a timeout."""
+    (tmp_path / "embedded" / "postgres").mkdir(parents=True)
+    (tmp_path / "embedded" / "postgres" / "PG_VERSION").write_text("9\n")
+    with pytest.raises(embedded.EmbeddedError, match=r"is of Postgres 9, here .* 18") as caught:
+        embedded.start(tmp_path)
+    assert "\n" not in str(caught.value)
