@@ -1,0 +1,184 @@
+"""Every error a client can meet, in one tree.
+
+    ApiError
+      InvalidRequest 400          the request can't be served as it stands; `code` says why
+        InvalidParameter          a value has the wrong type, form or range
+        UnsupportedParameter      a parameter, tool or item of the API that this server does not offer
+        PreviousResponseNotFound  `previous_response_id` is unknown, deleted, another tenant's
+        BodyTooLarge 413          the body is over REPRISE_BODY_BYTES_MAX
+      AuthenticationFailed 401    no key, an unknown one, a revoked one
+      NotFound 404                an unknown id or path; another tenant's id looks the same
+      MethodNotAllowed 405        the path exists, the method does not
+      TooManyRequests 429         a limit of this server is reached
+      ServerError 500             our mistake
+        DatabaseUnavailable 503   Postgres does not answer
+      UpstreamError 502           the upstream failed
+        UpstreamRefused           its 4xx, passed on with its status
+        UpstreamBusy 429          its 429, passed on with Retry-After
+        UpstreamUnavailable       it can't be reached, or answers 5xx
+        UpstreamStalled 504       it was silent for longer than the idle limit
+        UpstreamGarbled           it broke off, or sent what is no chunk
+      RunTooLong                  a run met REPRISE_RUN_DURATION_MAX_S or REPRISE_RUN_OUTPUT_BYTES_MAX
+
+`api/problems.py` alone makes HTTP of these, `runs/recorder.py` alone makes `response.failed` of them. Before the
+first event an error is an HTTP status, after it an event; never both.
+"""
+
+from collections.abc import Mapping
+
+
+class ApiError(Exception):
+    """An error with OpenAI's four keys; subclasses give status, type and default code."""
+
+    status = 500
+    type = "server_error"
+    code: str | None = None
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """`message` is for people, `param` is the parameter's path (`input[0].role`), `code` is for programs."""
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code if code is not None else type(self).code
+        self.headers = dict(headers or {})
+
+    @property
+    def event_code(self) -> str:
+        """The `error.code` of a failed response, which may not be null."""
+        return self.code or "server_error"
+
+
+class InvalidRequest(ApiError):
+    """The request can't be served as it stands."""
+
+    status = 400
+    type = "invalid_request_error"
+
+    @property
+    def event_code(self) -> str:
+        """`invalid_prompt` is what clients do not try again."""
+        return self.code or "invalid_prompt"
+
+
+class InvalidParameter(InvalidRequest):
+    """A value has the wrong type, form or range."""
+
+    code = "invalid_value"
+
+
+class UnsupportedParameter(InvalidRequest):
+    """A parameter, tool or item that exists in the API and that this server does not offer."""
+
+    code = "unsupported_parameter"
+
+
+class PreviousResponseNotFound(InvalidRequest):
+    """400, not 404: that is what clients of the hosted API look for."""
+
+    code = "previous_response_not_found"
+
+    def __init__(self, response_id: str) -> None:
+        super().__init__(f"Previous response with id '{response_id}' not found.", param="previous_response_id")
+
+
+class BodyTooLarge(InvalidRequest):
+    """The body is over the limit."""
+
+    status = 413
+    code = "request_too_large"
+
+
+class AuthenticationFailed(ApiError):
+    """No key, an unknown one, a revoked one."""
+
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+
+
+class NotFound(ApiError):
+    """An unknown id or path; another tenant's id looks the same."""
+
+    status = 404
+    type = "invalid_request_error"
+
+
+class MethodNotAllowed(ApiError):
+    """The path exists, the method does not."""
+
+    status = 405
+    type = "invalid_request_error"
+    code = "method_not_allowed"
+
+
+class TooManyRequests(ApiError):
+    """A limit of this server is reached; try again."""
+
+    status = 429
+    type = "requests"
+    code = "rate_limit_exceeded"
+
+
+class ServerError(ApiError):
+    """Our mistake. The message never carries internals."""
+
+
+class DatabaseUnavailable(ServerError):
+    """Postgres does not answer; nothing was stored."""
+
+    status = 503
+
+
+class UpstreamError(ApiError):
+    """The upstream failed."""
+
+    status = 502
+    code = "server_error"
+
+
+class UpstreamRefused(UpstreamError):
+    """The upstream's own 4xx, passed on with its status, type, code and param."""
+
+    def __init__(
+        self, message: str, *, status: int, type: str, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+        self.status, self.type = status, type
+
+    @property
+    def event_code(self) -> str:
+        """`invalid_prompt` is what clients do not try again."""
+        return self.code or "invalid_prompt"
+
+
+class UpstreamBusy(UpstreamError):
+    """The upstream's 429; its Retry-After is passed on."""
+
+    status = 429
+    type = "requests"
+    code = "rate_limit_exceeded"
+
+
+class UpstreamUnavailable(UpstreamError):
+    """The upstream can't be reached, or answers 5xx."""
+
+
+class UpstreamStalled(UpstreamError):
+    """The upstream was silent for longer than the limit."""
+
+    status = 504
+
+
+class UpstreamGarbled(UpstreamError):
+    """The upstream broke off, or sent what is no chunk."""
+
+
+class RunTooLong(ServerError):
+    """A run met a limit on its duration or on the bytes of its output."""

@@ -1,0 +1,17 @@
+"""Ids: a prefix that tells the kind, 48 bits of time, 96 random bits.
+
+The time comes first, so new rows land at the right edge of every index and ids sort by creation. The random bits make an
+id unguessable; even so it is no capability: every lookup also takes the tenant.
+"""
+
+import secrets
+import time
+from collections.abc import Callable
+
+NewId = Callable[[str], str]
+"""prefix → a new id; an argument of everything pure that makes items."""
+
+
+def new_id(prefix: str) -> str:
+    """A new id such as `resp_0192…` (prefix, `_`, 36 hex digits)."""
+    return f"{prefix}_{time.time_ns() // 1_000_000:012x}{secrets.token_hex(12)}"

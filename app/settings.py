@@ -1,0 +1,111 @@
+"""Settings: one frozen Struct from the environment.
+
+Each field is an environment variable: `REPRISE_` and its name in capitals, but for the names that every deployment knows
+(`DATABASE_URL`, `REDIS_URL`, `OPENAI_BASE_URL`, `OPENAI_API_KEY`). Every limit is here, with its unit in its name. The
+README's table is made from this file.
+"""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+PLAIN_NAMES = {
+    "database_url": "DATABASE_URL",
+    "redis_url": "REDIS_URL",
+    "openai_base_url": "OPENAI_BASE_URL",
+    "openai_api_key": "OPENAI_API_KEY",
+}
+
+
+class SettingsError(Exception):
+    """A setting is unknown or has a bad value; the message is one clear line."""
+
+
+def _about(text: str, *, ge: float | None = None, gt: float | None = None, le: float | None = None) -> Meta:
+    limits = {"ge": ge, "gt": gt, "le": le}
+    given: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
+    return Meta(description=text, **given)
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """All settings. Empty strings mean "not set"."""
+
+    host: Annotated[str, _about("address to listen on; without keys only a loopback one")] = "127.0.0.1"
+    port: Annotated[int, _about("port to listen on", ge=0, le=65535)] = 8000
+    data_dir: Annotated[str, _about("where the embedded servers and the secret key live")] = ".data"
+    catalog: Annotated[str, _about("TOML file of upstreams and models")] = ""
+    database_url: Annotated[str, _about("Postgres; not set: an embedded one")] = ""
+    redis_url: Annotated[str, _about("Redis or Valkey; not set: an embedded one")] = ""
+    durable: Annotated[bool, _about("whether the embedded Postgres waits for the disk; off only for tests")] = True
+    openai_base_url: Annotated[str, _about("the upstream, when there is no catalog; not set: the demo `echo`")] = ""
+    openai_api_key: Annotated[str, _about("the upstream's key")] = ""
+    upstream_auth: Annotated[
+        Literal["configured", "caller"], _about("whose key the upstream gets: the configured one, or the caller's own")
+    ] = "configured"
+    secret_key: Annotated[
+        str, _about("seals reasoning; 32 bytes in base64; not set: made once in the data directory")
+    ] = ""
+    on_disconnect: Annotated[
+        Literal["cancel", "finish"], _about("a stored foreground run whose client has gone is cancelled, or finished")
+    ] = "cancel"
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], _about("the least that is logged")] = "info"
+
+    body_bytes_max: Annotated[int, _about("size of a request body", ge=1024)] = 64 * 1024 * 1024
+    input_items_max: Annotated[int, _about("items in one request's input", ge=1, le=999_999)] = 10_000
+    context_items_max: Annotated[int, _about("items of a chain and its new input together", ge=1)] = 100_000
+    foreground_runs_max: Annotated[int, _about("foreground runs at once in one process; beyond: 429", ge=1)] = 1_000
+    turns_max: Annotated[int, _about("upstream completions in one run", ge=1)] = 32
+    run_duration_max_s: Annotated[float, _about("a run's whole duration", gt=0)] = 3_600.0
+    run_output_bytes_max: Annotated[int, _about("a run's events, encoded", ge=1024)] = 64 * 1024 * 1024
+    stream_head_wait_s: Annotated[
+        float,
+        _about("how long a stream's head waits for the upstream's answer, so that its refusal is an HTTP status", ge=0),
+    ] = 10.0
+    keepalive_s: Annotated[float, _about("an SSE comment after so much silence", gt=0)] = 15.0
+    upstream_attempts_max: Annotated[int, _about("attempts at one upstream before anything was sent", ge=1)] = 3
+    upstream_retry_after_max_s: Annotated[float, _about("a longer Retry-After is passed on at once", ge=0)] = 5.0
+    upstream_connect_timeout_s: Annotated[float, _about("connecting to an upstream", gt=0)] = 5.0
+    upstream_answer_timeout_s: Annotated[float, _about("an upstream's first byte", gt=0)] = 600.0
+    upstream_idle_timeout_s: Annotated[float, _about("silence of an upstream in mid-stream", gt=0)] = 120.0
+    upstream_line_bytes_max: Annotated[int, _about("one line of an upstream's stream", ge=1024)] = 16 * 1024 * 1024
+    upstream_connections_max: Annotated[int, _about("open connections to one upstream", ge=1)] = 2_000
+    database_pool_size: Annotated[int, _about("Postgres connections of one process", ge=1)] = 10
+    database_timeout_s: Annotated[float, _about("connecting, waiting for a connection, one statement", gt=0)] = 10.0
+    database_retry_s: Annotated[
+        float, _about("how long a finished run tries to be stored while Postgres is away", gt=0)
+    ] = 30.0
+    lease_s: Annotated[float, _about("a process that is silent for longer loses its runs", gt=0)] = 15.0
+    key_cache_s: Annotated[float, _about("how long a revoked key may still be accepted", ge=0)] = 5.0
+    shutdown_grace_s: Annotated[float, _about("how long running requests may finish after SIGTERM", ge=0)] = 10.0
+
+    @property
+    def data_path(self) -> Path:
+        """The data directory, absolute."""
+        return Path(self.data_dir).expanduser().absolute()
+
+
+def variable(field: str) -> str:
+    """The environment variable of a field."""
+    return PLAIN_NAMES.get(field) or f"REPRISE_{field.upper()}"
+
+
+def load(environ: Mapping[str, str]) -> Settings:
+    """Settings from the environment. Raises SettingsError for an unknown `REPRISE_` name or a bad value."""
+    fields = {variable(field.name): field for field in msgspec.structs.fields(Settings)}
+    for name in environ:
+        if name.startswith("REPRISE_") and name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            raise SettingsError(f"{name} is no setting of Reprise" + (f"; did you mean {near[0]}?" if near else "."))
+    given = {name: environ[name] for name in fields if environ.get(name, "") != ""}
+    values = {}
+    for name, text in given.items():
+        field = fields[name]
+        try:
+            values[field.name] = msgspec.convert(text, field.type, strict=False)
+        except msgspec.ValidationError as error:
+            raise SettingsError(f"{name}={text!r} is not valid: {error}") from None
+    return Settings(**values)

@@ -1,0 +1,1 @@
+"""What travels: msgspec Structs, nothing else."""

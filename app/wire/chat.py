@@ -1,0 +1,104 @@
+"""The other wire: Chat Completions chunks that we read, requests that we write.
+
+Reading is lenient where dialects differ: fields that we do not use are not declared, those that we use may be null.
+"""
+
+from typing import Any
+
+import msgspec
+from msgspec import Raw, Struct
+
+
+class FunctionDelta(Struct):
+    name: str | None = None
+    arguments: str | dict[str, Any] | None = None  # a whole object in some dialects
+
+
+class CustomDelta(Struct):
+    name: str | None = None
+    input: str | None = None
+
+
+class CallDelta(Struct):
+    index: int | None = None
+    id: str | None = None
+    function: FunctionDelta | None = None
+    custom: CustomDelta | None = None
+
+
+class Delta(Struct):
+    content: str | None = None
+    refusal: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[CallDelta] | None = None
+
+
+class TopLogprob(Struct):
+    token: str
+    logprob: float
+    bytes: list[int] | None = None
+
+
+class Logprob(TopLogprob):
+    top_logprobs: list[TopLogprob] | None = None
+
+
+class Logprobs(Struct):
+    content: list[Logprob] | None = None
+
+
+class Choice(Struct):
+    delta: Delta | None = None
+    finish_reason: str | None = None
+    logprobs: Logprobs | None = None
+
+
+class PromptTokensDetails(Struct):
+    cached_tokens: int | None = None
+    cache_write_tokens: int | None = None
+
+
+class CompletionTokensDetails(Struct):
+    reasoning_tokens: int | None = None
+
+
+class ChatUsage(Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    total_tokens: int | None = None
+    prompt_tokens_details: PromptTokensDetails | None = None
+    completion_tokens_details: CompletionTokensDetails | None = None
+
+
+class Chunk(Struct):
+    """One delta of an upstream's stream; `error` is an error object sent inside it."""
+
+    choices: list[Choice] | None = None
+    usage: ChatUsage | None = None
+    error: Raw = Raw()
+
+
+class ChatError(Struct):
+    """An upstream's error object, in any of the shapes seen."""
+
+    message: str | None = None
+    type: str | None = None
+    param: str | None = None
+    code: str | int | None = None
+
+
+class ModelEntry(Struct):
+    id: str
+    created: int | None = None
+    owned_by: str | None = None
+
+
+class ModelList(Struct):
+    data: list[ModelEntry]
+
+
+ChatMessage = dict[str, Any]
+"""One message of a chat request; built by domain/prompt.py, encoded and gone."""
+
+decode_chunk = msgspec.json.Decoder(Chunk).decode

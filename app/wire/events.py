@@ -1,0 +1,188 @@
+"""Events: what a client hears while a response is made.
+
+`sequence_number` is 0 until the recorder stamps it, in one line, just before it encodes. An `Entry` is an event on its way:
+the number, the type, the JSON bytes. After that only bytes move.
+"""
+
+from typing import Any, ClassVar
+
+import msgspec
+from msgspec import Raw, Struct
+
+from app.wire.resources import Response
+
+
+class Event(Struct, tag_field="type", kw_only=True):
+    """Every event has a `type` and a `sequence_number` (0-based, one more each, per response)."""
+
+    sequence_number: int = 0
+
+
+class Lifecycle(Event, kw_only=True):
+    """Events about the response as a whole; `response` is its snapshot of that moment."""
+
+    response: Response
+
+
+class Created(Lifecycle, tag="response.created"):
+    pass
+
+
+class Queued(Lifecycle, tag="response.queued"):
+    pass
+
+
+class InProgress(Lifecycle, tag="response.in_progress"):
+    pass
+
+
+class Completed(Lifecycle, tag="response.completed"):
+    pass
+
+
+class Incomplete(Lifecycle, tag="response.incomplete"):
+    pass
+
+
+class Failed(Lifecycle, tag="response.failed"):
+    pass
+
+
+class Cancelled(Lifecycle, tag="response.cancelled"):
+    """Not of the hosted API's stream schema; SDKs pass it through, and it says what happened."""
+
+
+TERMINAL: dict[str, type[Lifecycle]] = {
+    "completed": Completed,
+    "incomplete": Incomplete,
+    "failed": Failed,
+    "cancelled": Cancelled,
+}
+"""Status → the event that ends the stream."""
+
+
+class ItemEvent(Event, kw_only=True):
+    output_index: int
+
+
+class ItemAdded(ItemEvent, tag="response.output_item.added"):
+    item: Any
+
+
+class ItemDone(ItemEvent, tag="response.output_item.done"):
+    item: Raw
+
+
+class OfItem(ItemEvent, kw_only=True):
+    item_id: str
+
+
+class OfContent(OfItem, kw_only=True):
+    content_index: int = 0
+
+
+class PartAdded(OfContent, tag="response.content_part.added"):
+    part: Any
+
+
+class PartDone(OfContent, tag="response.content_part.done"):
+    part: Any
+
+
+class TextDelta(OfContent, tag="response.output_text.delta"):
+    delta: str
+    logprobs: list[Raw] = []
+
+
+class TextDone(OfContent, tag="response.output_text.done"):
+    text: str
+    logprobs: list[Raw] = []
+
+
+class RefusalDelta(OfContent, tag="response.refusal.delta"):
+    delta: str
+
+
+class RefusalDone(OfContent, tag="response.refusal.done"):
+    refusal: str
+
+
+class ReasoningDelta(OfContent, tag="response.reasoning_text.delta"):
+    delta: str
+
+
+class ReasoningDone(OfContent, tag="response.reasoning_text.done"):
+    text: str
+
+
+class OfSummary(OfItem, kw_only=True):
+    summary_index: int = 0
+
+
+class SummaryPartAdded(OfSummary, tag="response.reasoning_summary_part.added"):
+    part: Any
+
+
+class SummaryPartDone(OfSummary, tag="response.reasoning_summary_part.done"):
+    part: Any
+
+
+class SummaryDelta(OfSummary, tag="response.reasoning_summary_text.delta"):
+    delta: str
+
+
+class SummaryDone(OfSummary, tag="response.reasoning_summary_text.done"):
+    text: str
+
+
+class ArgumentsDelta(OfItem, tag="response.function_call_arguments.delta"):
+    delta: str
+
+
+class ArgumentsDone(OfItem, tag="response.function_call_arguments.done"):
+    name: str
+    arguments: str
+
+
+class CustomInputDelta(OfItem, tag="response.custom_tool_call_input.delta"):
+    delta: str
+
+
+class CustomInputDone(OfItem, tag="response.custom_tool_call_input.done"):
+    input: str
+
+
+class Entry(Struct, frozen=True):
+    """An event on its way to readers: `frame` is the ready SSE frame, its JSON between `data: ` and the blank line."""
+
+    sequence_number: int
+    type: str
+    frame: bytes
+
+    TERMINAL_TYPES: ClassVar[frozenset[str]] = frozenset(
+        str(event.__struct_config__.tag) for event in TERMINAL.values()
+    )
+
+    @property
+    def is_terminal(self) -> bool:
+        """Nothing follows this one."""
+        return self.type in self.TERMINAL_TYPES
+
+    @property
+    def body(self) -> bytes:
+        """The event's JSON."""
+        return self.frame[self.frame.index(b"\ndata: ") + 7 : -2]
+
+
+_ENCODER = msgspec.json.Encoder()
+
+
+def encode_event(event: Event) -> Entry:
+    """A stamped event → its entry. The frame's lines end in a bare newline; `event:` equals the JSON's `type`; there is no `id:`."""
+    type_ = str(event.__struct_config__.tag)
+    frame = b"event: %b\ndata: %b\n\n" % (type_.encode(), _ENCODER.encode(event))
+    return Entry(event.sequence_number, type_, frame)
+
+
+DONE_FRAME = b"data: [DONE]\n\n"
+"""Ends a stream, as the open specification asks; the hosted API's clients ignore it."""

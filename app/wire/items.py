@@ -1,0 +1,237 @@
+"""Items and their content parts: what contexts are made of.
+
+An item is input and output at once, so one Struct serves both. `type` is absent on plain messages, and an object with an
+`id` and no `role` is a reference; `decode_item` looks before it decodes. Item types that we do not read (a hosted tool's
+call in a replayed history) are `OpaqueItem`s: their bytes are kept, stored and listed as they came.
+
+Optional fields are `UNSET`, never null, where strict clients reject a null.
+"""
+
+from typing import Any, Literal
+
+import msgspec
+from msgspec import UNSET, Raw, Struct, UnsetType
+
+from app.errors import InvalidParameter, UnsupportedParameter
+from app.wire.decoding import Json, decode
+from app.wire.tools import AnyTool, decode_tools
+
+Role = Literal["user", "assistant", "system", "developer"]
+ItemStatus = Literal[
+    "in_progress", "completed", "incomplete", "failed", "calling", "searching", "interpreting", "generating"
+]
+Detail = Literal["low", "high", "auto", "original"]
+
+
+class Part(Struct, tag_field="type", kw_only=True):
+    """A content part inside a message, a tool output or a reasoning item."""
+
+
+class InputText(Part, tag="input_text"):
+    text: str
+
+
+class InputImage(Part, tag="input_image"):
+    image_url: str | None = None
+    file_id: str | UnsetType | None = UNSET
+    detail: Detail | None = "auto"
+
+
+class InputFile(Part, tag="input_file"):
+    file_data: str | UnsetType | None = UNSET
+    file_id: str | UnsetType | None = UNSET
+    file_url: str | UnsetType | None = UNSET
+    filename: str | UnsetType | None = UNSET
+
+
+class Audio(Struct):
+    data: str
+    format: str
+
+
+class InputAudio(Part, tag="input_audio"):
+    input_audio: Audio
+
+
+class OutputText(Part, tag="output_text"):
+    text: str
+    annotations: list[Raw] = []
+    logprobs: list[Raw] | UnsetType | None = UNSET
+
+
+class Refusal(Part, tag="refusal"):
+    refusal: str
+
+
+class ReasoningText(Part, tag="reasoning_text"):
+    text: str
+
+
+class SummaryText(Part, tag="summary_text"):
+    text: str
+
+
+class PlainText(Part, tag="text"):
+    text: str
+
+
+Content = (
+    InputText | InputImage | InputFile | InputAudio | OutputText | Refusal | ReasoningText | SummaryText | PlainText
+)
+
+
+class Item(Struct, tag_field="type", kw_only=True):
+    """What contexts are made of; `id` is empty only until the server gives one."""
+
+    id: str = ""
+
+
+class Message(Item, tag="message"):
+    role: Role
+    content: list[Content] | str
+    status: ItemStatus | UnsetType | None = UNSET
+    phase: str | UnsetType | None = UNSET
+
+
+class FunctionCall(Item, tag="function_call"):
+    call_id: str
+    name: str
+    arguments: str
+    namespace: str | UnsetType | None = UNSET
+    status: ItemStatus | UnsetType | None = UNSET
+
+
+class FunctionCallOutput(Item, tag="function_call_output"):
+    call_id: str
+    output: str | list[Content]
+    status: ItemStatus | UnsetType | None = UNSET
+
+
+class CustomToolCall(Item, tag="custom_tool_call"):
+    call_id: str
+    name: str
+    input: str
+    namespace: str | UnsetType | None = UNSET
+    status: ItemStatus | UnsetType | None = UNSET
+
+
+class CustomToolCallOutput(Item, tag="custom_tool_call_output"):
+    call_id: str
+    output: str | list[Content]
+    status: ItemStatus | UnsetType | None = UNSET
+
+
+class Reasoning(Item, tag="reasoning"):
+    summary: list[SummaryText] = []
+    content: list[ReasoningText] | UnsetType | None = UNSET
+    encrypted_content: str | UnsetType | None = UNSET
+    status: ItemStatus | UnsetType | None = UNSET
+
+
+class ItemReference(Item, tag="item_reference"):
+    """Stands for a stored item; never stored itself."""
+
+
+class AdditionalTools(Item, tag="additional_tools"):
+    """Tools that join the toolbox from this point of the context on."""
+
+    role: str = "developer"
+    tools: list[AnyTool] = []
+
+
+class OpaqueItem(Struct):
+    """An item that we carry and do not read: `fields` is its whole object, `type` and `id` included."""
+
+    id: str
+    type: str
+    fields: Json
+
+
+AnyItem = (
+    Message
+    | FunctionCall
+    | FunctionCallOutput
+    | CustomToolCall
+    | CustomToolCallOutput
+    | Reasoning
+    | ItemReference
+    | AdditionalTools
+    | OpaqueItem
+)
+
+CARRIED = frozenset(
+    "mcp_list_tools mcp_approval_request mcp_approval_response mcp_call file_search_call web_search_call "
+    "code_interpreter_call image_generation_call computer_call computer_call_output local_shell_call "
+    "local_shell_call_output shell_call shell_call_output apply_patch_call apply_patch_call_output "
+    "tool_search_call tool_search_output".split()
+)
+"""Types of `OpaqueItem`: histories of other servers hold them."""
+
+
+class _Peek(Struct):
+    type: Any = None
+    role: Any = None
+    id: Any = None
+
+
+class _RawAdditionalTools(Struct):
+    id: str = ""
+    role: str = "developer"
+    tools: list[Raw] = []
+
+
+_PEEK = msgspec.json.Decoder(_Peek)
+_STRUCTS: tuple[type[Item], ...] = (
+    Message,
+    FunctionCall,
+    FunctionCallOutput,
+    CustomToolCall,
+    CustomToolCallOutput,
+    Reasoning,
+    ItemReference,
+)
+# A tagged Struct decoded alone accepts a missing tag, which is what messages and references without `type` need.
+_DECODERS: dict[str, msgspec.json.Decoder[Any]] = {
+    str(struct.__struct_config__.tag): msgspec.json.Decoder(struct) for struct in _STRUCTS
+}
+_OPAQUE = msgspec.json.Decoder(Json)
+_ADDITIONAL_TOOLS = msgspec.json.Decoder(_RawAdditionalTools)
+
+
+def decode_item(raw: bytes | Raw, at: str = "") -> AnyItem:
+    """One item of an `input` array, or a stored one. Raises InvalidParameter with the path below `at`."""
+    peek = decode(_PEEK, raw, at)
+    type_ = peek.type
+    if type_ is None:
+        type_ = "item_reference" if peek.role is None and peek.id is not None else "message"
+    if decoder := _DECODERS.get(type_ if isinstance(type_, str) else ""):
+        item: AnyItem = decode(decoder, raw, at)
+        return item
+    if type_ == "additional_tools":
+        tools = decode(_ADDITIONAL_TOOLS, raw, at)
+        return AdditionalTools(id=tools.id, role=tools.role, tools=decode_tools(tools.tools, f"{at}.tools"))
+    if type_ in CARRIED:
+        fields = decode(_OPAQUE, raw, at)
+        return OpaqueItem(id=str(fields.get("id") or ""), type=type_, fields=fields)
+    if not isinstance(type_, str):
+        raise InvalidParameter(
+            f"Invalid type for '{at}.type': expected a string.", param=f"{at}.type", code="invalid_type"
+        )
+    raise UnsupportedParameter(f"Items of type '{type_}' are not supported by this server.", param=f"{at}.type")
+
+
+def encode_item(item: AnyItem) -> bytes:
+    """The item's JSON, as it is stored, listed and sent."""
+    return msgspec.json.encode(item.fields if isinstance(item, OpaqueItem) else item)
+
+
+def type_of(item: AnyItem) -> str:
+    """The item's `type`."""
+    return item.type if isinstance(item, OpaqueItem) else str(item.__struct_config__.tag)
+
+
+def with_id(item: AnyItem, id: str) -> AnyItem:
+    """The same item with a server-given id."""
+    if isinstance(item, OpaqueItem):
+        return OpaqueItem(id=id, type=item.type, fields={**item.fields, "id": id})
+    return msgspec.structs.replace(item, id=id)

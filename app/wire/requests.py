@@ -1,0 +1,262 @@
+"""What clients ask for: the body of `POST /v1/responses` and the query of the lists.
+
+The body is decoded in two looks: first its top-level keys (unknown ones are refused or passed on to the upstream), then
+the known ones as one Struct. Items, tools and `tool_choice` stay raw until their own decoders name the path of an error.
+"""
+
+import re
+from collections.abc import Collection
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+
+from app.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
+from app.wire.decoding import Json, decode
+from app.wire.items import AnyItem, InputText, Message, decode_item
+from app.wire.tools import AnyTool, ToolChoice, decode_tool_choice, decode_tools
+
+NOTHING = Raw(b"null")
+"""A raw field that is absent or null."""
+
+INPUT_CHARS_MAX = 10_485_760
+"""Characters of a string `input` (the API's own limit)."""
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+Verbosity = Literal["low", "medium", "high"]
+Include = Literal[
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+    "reasoning.encrypted_content",
+    "message.output_text.logprobs",
+]
+Order = Literal["asc", "desc"]
+Metadata = dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]]
+
+
+class TextFormat(Struct, tag_field="type", tag="text"):
+    pass
+
+
+class JsonObjectFormat(Struct, tag_field="type", tag="json_object"):
+    pass
+
+
+class JsonSchemaFormat(Struct, tag_field="type", tag="json_schema", kw_only=True):
+    name: Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")]
+    schema: Json
+    description: str | None = None
+    strict: bool | None = None
+
+
+AnyFormat = TextFormat | JsonObjectFormat | JsonSchemaFormat
+
+
+class TextConfig(Struct, omit_defaults=True):
+    format: AnyFormat | None = None
+    verbosity: Verbosity | None = None
+
+
+class ReasoningConfig(Struct):
+    effort: Effort | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | UnsetType | None = UNSET
+    context: str | UnsetType | None = UNSET
+    mode: str | UnsetType | None = UNSET
+
+
+class StreamOptions(Struct):
+    include_obfuscation: bool | None = None
+
+
+class PromptCacheOptions(Struct, omit_defaults=True):
+    mode: Literal["implicit", "explicit"] | None = None
+    ttl: str | None = None
+    prewarm: bool | None = None
+    comparison_response_id: str | None = None
+
+
+class Image(Struct):
+    context_compression: str | None = None
+
+
+class AccessPrograms(Struct):
+    cyber: str | None = None
+
+
+class Body(Struct, kw_only=True):
+    """The known top-level keys of `POST /v1/responses`, with the API's ranges."""
+
+    model: str | None = None
+    input: Raw = NOTHING
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    conversation: Raw = NOTHING
+    prompt: Raw = NOTHING
+    store: bool | None = None
+    background: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    include: list[Include] | None = None
+    metadata: Annotated[Metadata, Meta(max_length=16)] | None = None
+    max_output_tokens: Annotated[int, Meta(ge=16)] | None = None
+    max_tool_calls: Annotated[int, Meta(ge=1)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    parallel_tool_calls: bool | None = None
+    tools: list[Raw] | None = None
+    tool_choice: Raw = NOTHING
+    text: TextConfig | None = None
+    reasoning: ReasoningConfig | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    context_management: Raw = NOTHING
+    moderation: Raw = NOTHING
+    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"] | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: PromptCacheOptions | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    safety_identifier: Annotated[str, Meta(max_length=128)] | None = None
+    user: str | None = None
+    image: Image | None = None
+    access_programs: AccessPrograms | None = None
+    multi_agent: Raw = NOTHING
+    verbosity: Verbosity | None = None
+
+
+class CreateResponse(Struct, kw_only=True, frozen=True):
+    """A create request, decoded and checked as far as the request alone allows."""
+
+    body: Body
+    model: str
+    input: list[AnyItem]
+    tools: list[AnyTool]
+    tool_choice: ToolChoice
+    extra: dict[str, Raw]
+    """Parameters beyond the API that go to the upstream as they are."""
+
+    @property
+    def store(self) -> bool:
+        """Whether anything of it is kept."""
+        return self.body.store is not False
+
+    @property
+    def stream(self) -> bool:
+        """Whether events are sent while the response is made."""
+        return self.body.stream is True
+
+    @property
+    def include(self) -> frozenset[str]:
+        """What the reply shall hold beyond the plain."""
+        return frozenset(self.body.include or ())
+
+    @property
+    def generate(self) -> bool:
+        """False for a prewarm: the response is made, and no token."""
+        options = self.body.prompt_cache_options
+        return not (options and options.prewarm)
+
+
+HINTS = frozenset(
+    {"client_metadata", "internal_chat_message_metadata_passthrough", "extra_headers", "extra_query", "timeout"}
+)
+"""Keys that real clients add and that mean nothing to a server; ignored."""
+
+_KEYS = msgspec.json.Decoder(dict[str, Raw])
+_BODY = msgspec.json.Decoder(Body)
+_INPUT = msgspec.json.Decoder(str | list[Raw] | None)
+_KNOWN = frozenset(Body.__struct_fields__)
+_ESCAPES = re.compile(
+    rb"\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[dD][89a-fA-F][0-9a-fA-F]{2}"
+)
+_LONE_SURROGATE_CHARS = len(r"\ud83d")
+
+
+def decode_create(raw: bytes, passed_on: Collection[str]) -> CreateResponse:
+    """The body of `POST /v1/responses`.
+
+    `passed_on` names the parameters beyond the API that the catalog lets through. Raises InvalidRequest for anything
+    that can be seen to be wrong without looking at state, with the parameter's path.
+    """
+    raw = mend_surrogates(raw)
+    keys = _decode_keys(raw)
+    extra = {key: value for key, value in keys.items() if key not in _KNOWN and key not in HINTS}
+    for key in extra:
+        if key not in passed_on:
+            raise InvalidRequest(f"Unknown parameter: '{key}'.", param=key, code="unknown_parameter")
+    body = decode(_BODY, raw)
+    _refuse_unsupported(body)
+    if not body.model:
+        raise _missing("model")
+    return CreateResponse(
+        body=body,
+        model=body.model,
+        input=_decode_input(body),
+        tools=decode_tools(body.tools or []),
+        tool_choice=decode_tool_choice(body.tool_choice),
+        extra=extra,
+    )
+
+
+def _decode_keys(raw: bytes) -> dict[str, Raw]:
+    if not raw:
+        raise InvalidRequest("We could not parse the JSON body of your request: it is empty.")
+    return decode(_KEYS, raw)
+
+
+def mend_surrogates(raw: bytes) -> bytes:
+    r"""Escapes of half a surrogate pair (`\ud83d` alone), which tool outputs cut in the middle contain, become U+FFFD."""
+    if b"\\ud" not in raw and b"\\uD" not in raw:
+        return raw
+    return _ESCAPES.sub(lambda found: rb"\ufffd" if len(found[0]) == _LONE_SURROGATE_CHARS else found[0], raw)
+
+
+def _decode_input(body: Body) -> list[AnyItem]:
+    given = decode(_INPUT, body.input, "input")
+    if given is None:
+        if body.previous_response_id is None and body.instructions is None:
+            raise _missing("input")
+        return []
+    if isinstance(given, str):
+        if len(given) > INPUT_CHARS_MAX:
+            raise InvalidParameter(f"'input' is longer than {INPUT_CHARS_MAX} characters.", param="input")
+        return [Message(role="user", content=[InputText(text=given)])]
+    return [decode_item(item, f"input[{index}]") for index, item in enumerate(given)]
+
+
+def _missing(name: str) -> InvalidParameter:
+    return InvalidParameter(f"Missing required parameter: '{name}'.", param=name, code="missing_required_parameter")
+
+
+def _refuse_unsupported(body: Body) -> None:
+    """Parameters of the API that this server does not offer; harmless values of them pass."""
+    refused: dict[str, bool] = {
+        "background": body.background is True,
+        "conversation": _given(body.conversation),
+        "prompt": _given(body.prompt),
+        "context_management": _given(body.context_management),
+        "moderation": _given(body.moderation),
+        "multi_agent": _given(body.multi_agent),
+        "image.context_compression": body.image is not None and body.image.context_compression == "enabled",
+        "access_programs.cyber": body.access_programs is not None
+        and body.access_programs.cyber not in {None, "standard"},
+        "reasoning.mode": body.reasoning is not None and body.reasoning.mode not in {UNSET, None, "standard"},
+    }
+    for name, is_refused in refused.items():
+        if is_refused:
+            raise UnsupportedParameter(f"Unsupported parameter: '{name}' is not supported by this server.", param=name)
+    if body.stream_options is not None and not body.stream:
+        raise InvalidParameter("'stream_options' is only allowed when 'stream' is true.", param="stream_options")
+    for key, value in (body.metadata or {}).items():
+        if "\0" in key + value:
+            raise InvalidParameter("'metadata' may not contain NUL characters.", param="metadata")
+
+
+def _given(raw: Raw) -> bool:
+    return bytes(raw) not in {b"null", b"[]", b"{}"}

@@ -1,0 +1,130 @@
+"""What clients get: the response object, pages, models.
+
+The response's keys are those of the hosted API and of the open specification together; keys that must be present are
+plain fields (null where allowed), keys that must be absent when unknown are `UNSET`.
+"""
+
+from typing import Any, Literal
+
+import msgspec
+from msgspec import UNSET, Raw, Struct, UnsetType
+
+from app.wire.requests import PromptCacheOptions, ReasoningConfig
+
+Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
+
+
+class InputTokensDetails(Struct):
+    cached_tokens: int = 0
+    cache_write_tokens: int = 0
+
+
+class OutputTokensDetails(Struct):
+    reasoning_tokens: int = 0
+
+
+class Usage(Struct):
+    """Tokens of all upstream turns of a run together; zeros where the upstream reports none."""
+
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails
+    total_tokens: int
+
+
+class ResponseError(Struct):
+    code: str
+    message: str
+
+
+class IncompleteDetails(Struct):
+    reason: Literal["max_output_tokens", "content_filter"]
+
+
+class TextEcho(Struct):
+    format: Any
+    verbosity: str | UnsetType = UNSET
+
+
+class Response(Struct, kw_only=True):
+    """The response object. `output` holds encoded items, so that an item is encoded once in its life."""
+
+    id: str
+    object: Literal["response"] = "response"
+    created_at: int
+    status: Status
+    background: bool = False
+    completed_at: int | None = None
+    error: ResponseError | None = None
+    incomplete_details: IncompleteDetails | None = None
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    max_tool_calls: int | None = None
+    model: str
+    output: list[Raw] = []
+    parallel_tool_calls: bool = True
+    previous_response_id: str | None = None
+    conversation: None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | UnsetType = UNSET
+    prompt_cache_options: PromptCacheOptions | UnsetType = UNSET
+    reasoning: ReasoningConfig
+    safety_identifier: str | None = None
+    service_tier: str = "default"
+    store: bool = True
+    temperature: float = 1.0
+    text: TextEcho
+    tool_choice: Any = "auto"
+    tools: list[Any] = []
+    top_logprobs: int = 0
+    top_p: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    truncation: Literal["auto", "disabled"] = "disabled"
+    usage: Usage | None = None
+    user: str | None = None
+    metadata: dict[str, str] = {}
+
+
+class Page(Struct):
+    """One page of a list; `last_id` is the cursor of the next."""
+
+    data: list[Raw]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+    object: Literal["list"] = "list"
+
+
+class Deleted(Struct):
+    id: str
+    object: str = "response"
+    deleted: bool = True
+
+
+class Model(Struct):
+    id: str
+    created: int = 0
+    owned_by: str = "reprise"
+    object: Literal["model"] = "model"
+
+
+class Models(Struct):
+    data: list[Model]
+    object: Literal["list"] = "list"
+
+
+class ErrorBody(Struct):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(Struct):
+    error: ErrorBody
+
+
+encode = msgspec.json.Encoder().encode
+"""Any of these → JSON."""
