@@ -1,0 +1,1 @@
+"""What it means: pure functions and reducers. No await, no clock, no dice except as arguments."""

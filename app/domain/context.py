@@ -1,0 +1,194 @@
+"""Request + chain → Context: what a run starts from. Every 400 about state happens here."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from msgspec import UNSET, Struct
+from msgspec.structs import replace
+
+from app.domain.toolbox import Toolbox, open_toolbox
+from app.errors import InvalidRequest
+from app.ids import NewId
+from app.wire.items import (
+    AdditionalTools,
+    AnyItem,
+    CustomToolCall,
+    CustomToolCallOutput,
+    FunctionCall,
+    FunctionCallOutput,
+    InputText,
+    ItemReference,
+    Message,
+    OpaqueItem,
+    OutputText,
+    Reasoning,
+    type_of,
+    with_id,
+)
+from app.wire.requests import CreateResponse
+from app.wire.resources import Status
+
+PREFIXES = {
+    "message": "msg",
+    "function_call": "fc",
+    "function_call_output": "fco",
+    "custom_tool_call": "ctc",
+    "custom_tool_call_output": "ctco",
+    "reasoning": "rs",
+    "additional_tools": "at",
+    "mcp_list_tools": "mcpl",
+    "mcp_approval_request": "mcpr",
+    "mcp_call": "mcp",
+    "web_search_call": "ws",
+    "file_search_call": "fs",
+    "code_interpreter_call": "ci",
+    "image_generation_call": "ig",
+}
+"""Item type → id prefix; other items get `item_…`."""
+
+Call = FunctionCall | CustomToolCall
+Output = FunctionCallOutput | CustomToolCallOutput
+
+
+class Context(Struct, frozen=True):
+    """What a run starts from: every item that the model sees, in order, and its toolbox."""
+
+    items: tuple[AnyItem, ...]
+    input: tuple[AnyItem, ...]
+    """The new ones among them: this request's own, with their ids."""
+    answers: Mapping[int, AnyItem]
+    """Position of a call in `items` → the output that answers it."""
+    instructions: str | None
+    toolbox: Toolbox
+
+
+def references(request: CreateResponse) -> list[str]:
+    """Ids of stored items that the input stands for."""
+    return [item.id for item in request.input if isinstance(item, ItemReference)]
+
+
+def check_parent(response_id: str, status: Status | str) -> None:
+    """A response that is still being made can't be continued. Raises InvalidRequest."""
+    if status in {"queued", "in_progress"}:
+        raise InvalidRequest(
+            f"Previous response with id '{response_id}' is still in progress.", param="previous_response_id"
+        )
+
+
+def resolve(
+    request: CreateResponse, chain: Sequence[AnyItem], referenced: Mapping[str, AnyItem], new_id: NewId
+) -> Context:
+    """The context of a run. `chain` holds the items of all earlier responses, oldest first.
+
+    Raises InvalidRequest for an unknown reference, a duplicate item, an unanswered call, an output without its call.
+    """
+    given = [_dereference(item, referenced) for item in request.input]
+    _refuse_duplicates(chain, given)
+    fresh = tuple(normalise(item, new_id) for item in given)
+    # A call that was cut off is no call: nobody can answer it.
+    items = tuple(item for item in (*chain, *fresh) if not _cut_off(item))
+    added = [tool for item in items if isinstance(item, AdditionalTools) for tool in item.tools]
+    return Context(
+        items=items,
+        input=fresh,
+        answers=pair(items),
+        instructions=request.body.instructions,
+        toolbox=open_toolbox(request.tools, added, request.tool_choice),
+    )
+
+
+def _dereference(item: AnyItem, referenced: Mapping[str, AnyItem]) -> AnyItem:
+    if not isinstance(item, ItemReference):
+        return item
+    if found := referenced.get(item.id):
+        return found
+    raise InvalidRequest(
+        f"Item with id '{item.id}' not found. Items are not persisted when `store` is set to false. "
+        "Try again with `store` set to true, or remove this item from your input.",
+        param="input",
+    )
+
+
+def _refuse_duplicates(chain: Sequence[AnyItem], given: Sequence[AnyItem]) -> None:
+    seen = {item.id for item in chain}
+    for item in given:
+        if item.id and item.id in seen:
+            raise InvalidRequest(
+                f"Duplicate item found with id {item.id}. Remove duplicate items from your input and try again.",
+                param="input",
+            )
+        seen.add(item.id)
+
+
+def _cut_off(item: AnyItem) -> bool:
+    return isinstance(item, Call) and item.status in {"incomplete", "in_progress"}
+
+
+def normalise(item: AnyItem, new_id: NewId) -> AnyItem:
+    """An input item as it is stored and listed: with an id, a status, and parts instead of a bare string."""
+    if not item.id:
+        item = with_id(item, new_id(PREFIXES.get(type_of(item), "item")))
+    match item:
+        case Message():
+            return _normal_message(item)
+        case FunctionCall() | CustomToolCall():
+            return replace(item, status=item.status or "completed", namespace=item.namespace or UNSET)
+        case FunctionCallOutput() | CustomToolCallOutput():
+            return replace(item, status=item.status or "completed")
+        case Reasoning():
+            return replace(
+                item,
+                content=item.content or UNSET,
+                encrypted_content=item.encrypted_content or UNSET,
+                status=item.status or UNSET,
+            )
+    return item
+
+
+def _normal_message(message: Message) -> Message:
+    content = message.content
+    if isinstance(content, str):
+        content = [OutputText(text=content) if message.role == "assistant" else InputText(text=content)]
+    return replace(message, content=content, status=message.status or "completed", phase=message.phase or UNSET)
+
+
+def pair(items: Sequence[AnyItem]) -> dict[int, AnyItem]:
+    """Position of each call → its output. Ids may come again in a long context, so an output answers the earliest call
+    before it that is still open. Raises InvalidRequest for a call or an output that is left alone."""
+    open_calls: dict[str, list[int]] = {}
+    answers: dict[int, AnyItem] = {}
+    for position, item in enumerate(items):
+        if call_id := _called(item):
+            open_calls.setdefault(call_id, []).append(position)
+        elif call_id := _answered(item):
+            if not open_calls.get(call_id):
+                raise InvalidRequest(f"No tool call found for {_kind(item)} with call_id {call_id}.", param="input")
+            answers[open_calls[call_id].pop(0)] = item
+    for call_id, positions in open_calls.items():
+        if positions and isinstance(items[positions[0]], Call):
+            raise InvalidRequest(f"No tool output found for {_kind(items[positions[0]])} {call_id}.", param="input")
+    return answers
+
+
+def _kind(item: AnyItem) -> str:
+    return type_of(item).replace("_", " ")
+
+
+def _called(item: AnyItem) -> str | None:
+    if isinstance(item, Call):
+        return item.call_id
+    return _opaque_call_id(item) if type_of(item).endswith("_call") else None
+
+
+def _answered(item: AnyItem) -> str | None:
+    if isinstance(item, Output):
+        return item.call_id
+    return _opaque_call_id(item) if type_of(item).endswith("_call_output") else None
+
+
+def _opaque_call_id(item: AnyItem) -> str | None:
+    call_id = item.fields.get("call_id") if isinstance(item, OpaqueItem) else None
+    return call_id if isinstance(call_id, str) else None
+
+
+Unseal = Callable[[str], str | None]
+"""Opens `encrypted_content`; None for what another server sealed."""

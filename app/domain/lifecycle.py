@@ -1,0 +1,141 @@
+"""The life of a response: the status table, opening one from a request, closing it.
+
+    queued → in_progress → completed | incomplete | failed | cancelled
+
+`completed_at` is set only on completed ones. Storage's conditional updates allow exactly these moves.
+"""
+
+from typing import Any, Literal
+
+from msgspec import UNSET, Struct
+from msgspec.structs import replace
+
+from app.errors import ApiError
+from app.wire.chat import ChatUsage
+from app.wire.requests import CreateResponse, ReasoningConfig, TextConfig, TextFormat
+from app.wire.resources import (
+    IncompleteDetails,
+    InputTokensDetails,
+    OutputTokensDetails,
+    Response,
+    ResponseError,
+    Status,
+    TextEcho,
+    Usage,
+)
+from app.wire.tools import encode_tools
+
+NEXT: dict[Status, frozenset[Status]] = {
+    "queued": frozenset({"in_progress", "failed", "cancelled"}),
+    "in_progress": frozenset({"completed", "incomplete", "failed", "cancelled"}),
+    "completed": frozenset(),
+    "incomplete": frozenset(),
+    "failed": frozenset(),
+    "cancelled": frozenset(),
+}
+"""Status → what may follow it."""
+
+TERMINAL: frozenset[Status] = frozenset(status for status, following in NEXT.items() if not following)
+
+
+class Outcome(Struct, frozen=True):
+    """How a run ended, and why."""
+
+    status: Literal["completed", "incomplete", "failed", "cancelled"]
+    reason: Literal["max_output_tokens", "content_filter"] | None = None
+    error: ApiError | None = None
+
+
+def outcome_of(finish_reason: str | None) -> Outcome:
+    """What an upstream's last word means."""
+    if finish_reason == "length":
+        return Outcome("incomplete", reason="max_output_tokens")
+    if finish_reason == "content_filter":
+        return Outcome("incomplete", reason="content_filter")
+    return Outcome("completed")
+
+
+def open_response(request: CreateResponse, *, id: str, created_at: int) -> Response:
+    """The response of a request at its beginning: every parameter echoed, with its default filled in."""
+    body = request.body
+    text = body.text or TextConfig()
+    given: dict[str, Any] = {
+        "max_output_tokens": body.max_output_tokens,
+        "max_tool_calls": body.max_tool_calls,
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "top_logprobs": body.top_logprobs,
+        "frequency_penalty": body.frequency_penalty,
+        "presence_penalty": body.presence_penalty,
+        "parallel_tool_calls": body.parallel_tool_calls,
+        "truncation": body.truncation,
+        "metadata": body.metadata,
+        "prompt_cache_key": body.prompt_cache_key,
+        "prompt_cache_retention": body.prompt_cache_retention,
+        "prompt_cache_options": body.prompt_cache_options,
+        "safety_identifier": body.safety_identifier,
+        "user": body.user,
+        "background": body.background,
+    }
+    return Response(
+        id=id,
+        created_at=created_at,
+        status="queued" if body.background else "in_progress",
+        model=request.model,
+        instructions=body.instructions,
+        previous_response_id=body.previous_response_id,
+        store=request.store,
+        reasoning=_reasoning_echo(body.reasoning),
+        text=TextEcho(format=text.format or TextFormat(), verbosity=text.verbosity or UNSET),
+        tool_choice=request.tool_choice,
+        tools=encode_tools(request.tools),
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def _reasoning_echo(given: ReasoningConfig | None) -> ReasoningConfig:
+    if given is None:
+        return ReasoningConfig()
+    return replace(given, summary=given.summary or given.generate_summary or None, generate_summary=UNSET)
+
+
+def close_response(response: Response, outcome: Outcome, *, usage: Usage | None, now: int) -> Response:
+    """The response at its end; its output is there already."""
+    assert outcome.status in NEXT[response.status]
+    error = outcome.error
+    return replace(
+        response,
+        status=outcome.status,
+        completed_at=now if outcome.status == "completed" else None,
+        incomplete_details=IncompleteDetails(outcome.reason) if outcome.reason else None,
+        error=ResponseError(code=error.event_code, message=error.message) if error else None,
+        usage=usage,
+    )
+
+
+NO_USAGE = Usage(0, InputTokensDetails(), 0, OutputTokensDetails(), 0)
+"""For upstreams that report none: strict clients can't read a null."""
+
+
+def add_usage(total: Usage, turn: ChatUsage | None) -> Usage:
+    """The sum over turns."""
+    if turn is None:
+        return total
+    prompt, completion = turn.prompt_tokens or 0, turn.completion_tokens or 0
+    read, made = turn.prompt_tokens_details, turn.completion_tokens_details
+    return Usage(
+        input_tokens=total.input_tokens + prompt,
+        input_tokens_details=InputTokensDetails(
+            cached_tokens=total.input_tokens_details.cached_tokens + _count(read and read.cached_tokens),
+            cache_write_tokens=total.input_tokens_details.cache_write_tokens + _count(read and read.cache_write_tokens),
+        ),
+        output_tokens=total.output_tokens + completion,
+        output_tokens_details=OutputTokensDetails(
+            reasoning_tokens=total.output_tokens_details.reasoning_tokens + _count(made and made.reasoning_tokens)
+        ),
+        total_tokens=total.total_tokens + (turn.total_tokens or prompt + completion),
+    )
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) else 0

@@ -1,0 +1,468 @@
+"""Context → chat request: messages, tools, parameters. One small function per kind of item.
+
+A turn's reasoning, text and calls become one assistant message; the outputs of its calls follow at once, wherever they
+stand in the context, because Chat Completions demands it.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Struct
+
+from app.domain.context import Context, Unseal
+from app.domain.toolbox import Offer, Toolbox
+from app.errors import UnsupportedParameter
+from app.wire.chat import ChatMessage
+from app.wire.items import (
+    AnyItem,
+    Content,
+    CustomToolCall,
+    CustomToolCallOutput,
+    FunctionCall,
+    FunctionCallOutput,
+    InputAudio,
+    InputFile,
+    InputImage,
+    Message,
+    OpaqueItem,
+    Reasoning,
+    Refusal,
+    encode_item,
+)
+from app.wire.requests import CreateResponse, JsonObjectFormat, JsonSchemaFormat
+from app.wire.tools import CustomTool, FunctionTool, Grammar
+
+Lack = Literal[
+    "stream_options",
+    "parallel_tool_calls",
+    "tool_choice_required",
+    "json_schema",
+    "json_object",
+    "reasoning_effort",
+    "content_parts",
+    "later_system_messages",
+    "strict",
+]
+
+
+class Dialect(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How an upstream's Chat Completions differ; the defaults suit vLLM, llama.cpp and Ollama."""
+
+    lacks: frozenset[Lack] = frozenset()
+    """What must not be sent: options are left out, what can't be left out is refused."""
+    developer_role: bool = False
+    """It knows the role `developer`; otherwise such messages are `system` ones."""
+    refusals: bool = False
+    """It knows `refusal` in assistant messages; otherwise a refusal is text."""
+    verbosity: bool = False
+    """It takes `verbosity`."""
+    max_tokens: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    reasoning: Literal["none", "reasoning_content", "reasoning"] = "none"
+    """The key under which earlier reasoning is passed back."""
+    think: Literal["start", "thinking", "text"] = "start"
+    """`<think>` in content: looked for at its start; already open; left alone."""
+    custom_tools: Literal["function", "describe", "native"] = "function"
+    """Custom tools are wrapped as functions and grammars refused; the grammar goes into the description, unenforced; both are
+    passed on as they are."""
+
+
+HOSTED = Dialect(
+    developer_role=True, refusals=True, verbosity=True, max_tokens="max_completion_tokens", custom_tools="native"
+)
+"""The hosted API's own dialect."""
+
+WRAPPED_INPUT = "input"
+"""The one argument of a custom tool that is wrapped as a function."""
+
+
+def chat_request(
+    request: CreateResponse,
+    context: Context,
+    *,
+    model: str,
+    dialect: Dialect,
+    unseal: Unseal,
+    more: Sequence[ChatMessage] = (),
+    halvings: int = 0,
+) -> bytes | None:
+    """The body of the upstream's `POST /chat/completions`; `more` are messages of earlier turns of this run.
+
+    `halvings` says how often the older half of the exchanges is to be dropped; None when that many can't be. Raises
+    UnsupportedParameter for what the upstream can't be asked.
+    """
+    said: list[ChatMessage] | None = messages(context, dialect, unseal)
+    for _ in range(halvings):
+        said = truncate(said) if said else None
+    if said is None:
+        return None
+    body: dict[str, Any] = {"model": model, "messages": [*said, *more], "stream": True}
+    if "stream_options" not in dialect.lacks:
+        body["stream_options"] = {"include_usage": True}
+    body |= (
+        _sampling(request, dialect)
+        | _text(request, dialect)
+        | _tools(request, context.toolbox, dialect)
+        | request.extra
+    )
+    return msgspec.json.encode(body)
+
+
+# -- Messages ---------------------------------------------------------------------------------------------------------------
+
+
+def messages(context: Context, dialect: Dialect, unseal: Unseal) -> list[ChatMessage]:
+    """Instructions and every item, as chat messages."""
+    made: list[ChatMessage] = []
+    if context.instructions:
+        made.append({"role": "developer" if dialect.developer_role else "system", "content": context.instructions})
+    turn = _AssistantTurn(dialect, unseal, context)
+    for position, item in enumerate(context.items):
+        match item:
+            case Message(role="user" | "system" | "developer"):
+                made += turn.end()
+                made.append(_message(item, dialect))
+            case Message() | Reasoning() | FunctionCall() | CustomToolCall():
+                made += turn.take(position, item)
+            case OpaqueItem() if not item.type.endswith("_output"):
+                made += turn.take(position, item)
+            case _:
+                turn.answered = True
+    made += turn.end()
+    return _merge_system(made) if "later_system_messages" in dialect.lacks else made
+
+
+class _AssistantTurn:
+    """Gathers what the model said in one turn into one message, with its calls' outputs behind it."""
+
+    def __init__(self, dialect: Dialect, unseal: Unseal, context: Context) -> None:
+        self._dialect, self._unseal, self._context = dialect, unseal, context
+        self._reset()
+
+    def _reset(self) -> None:
+        self.answered = False
+        """An output stands here: what the model says next is another turn."""
+        self._reasoning: list[str] = []
+        self._content: list[Content] | None = None
+        self._calls: list[dict[str, Any]] = []
+        self._outputs: list[tuple[str, AnyItem]] = []
+
+    def take(self, position: int, item: AnyItem) -> list[ChatMessage]:
+        """Add one item; gives the messages of the turn before if this item begins another."""
+        spoken = self._content is not None or bool(self._calls)
+        begins = self.answered or (spoken and isinstance(item, Message | Reasoning))
+        ended = self.end() if begins else []
+        match item:
+            case Reasoning():
+                self._reasoning.append(_reasoning_text(item, self._unseal))
+            case Message():
+                self._content = item.content if isinstance(item.content, list) else []
+            case _:
+                self._take_call(position, item)
+        return ended
+
+    def _take_call(self, position: int, item: AnyItem) -> None:
+        answer = self._context.answers.get(position)
+        call = _call(item, self._context.toolbox, self._dialect)
+        if call is None:
+            return
+        if isinstance(item, OpaqueItem) and item.type == "mcp_call":
+            answer = item
+        if answer is not None:
+            self._calls.append(call)
+            self._outputs.append((call["id"], answer))
+
+    def end(self) -> list[ChatMessage]:
+        """The turn's messages: the assistant's, then the outputs of its calls, then what tool messages can't carry."""
+        message: ChatMessage = {"role": "assistant", "content": _assistant_content(self._content, self._dialect)}
+        if self._dialect.refusals and (refusal := _refusal(self._content)):
+            message["refusal"] = refusal
+        reasoning = "\n".join(text for text in self._reasoning if text)
+        if reasoning and self._dialect.reasoning != "none":
+            message[self._dialect.reasoning] = reasoning
+        if self._calls:
+            message["tool_calls"] = self._calls
+        made = [message] if self._content is not None or self._calls else []
+        attached: list[ChatMessage] = []
+        for call_id, output in self._outputs:
+            text, parts = _output(output, call_id)
+            made.append({"role": "tool", "tool_call_id": call_id, "content": text})
+            if parts:
+                attached.append({"role": "user", "content": parts})
+        self._reset()
+        return made + attached
+
+
+def _message(item: Message, dialect: Dialect) -> ChatMessage:
+    role = "system" if item.role == "developer" and not dialect.developer_role else item.role
+    return {"role": role, "content": _content(item.content if isinstance(item.content, list) else [], dialect)}
+
+
+def _content(parts: Sequence[Content], dialect: Dialect) -> str | list[dict[str, Any]]:
+    """A single text is a plain string, which every server takes; so are several where the upstream lacks parts."""
+    texts = [text for part in parts if (text := _text_of(part)) is not None]
+    if len(texts) == len(parts) and (len(texts) <= 1 or "content_parts" in dialect.lacks):
+        return "\n".join(texts)
+    return [_part(part) for part in parts]
+
+
+def _text_of(part: Content) -> str | None:
+    if isinstance(part, Refusal):
+        return part.refusal
+    return getattr(part, "text", None)
+
+
+def _part(part: Content) -> dict[str, Any]:
+    match part:
+        case InputImage():
+            return _image(part)
+        case InputFile():
+            return _file(part)
+        case InputAudio():
+            return {"type": "input_audio", "input_audio": part.input_audio}
+    return {"type": "text", "text": _text_of(part)}
+
+
+def _image(part: InputImage) -> dict[str, Any]:
+    if not part.image_url:
+        raise UnsupportedParameter(
+            "Images by 'file_id' are not supported by this server; use 'image_url'.", param="input"
+        )
+    image = {"url": part.image_url}
+    if part.detail in {"low", "high"}:
+        image["detail"] = part.detail
+    return {"type": "image_url", "image_url": image}
+
+
+def _file(part: InputFile) -> dict[str, Any]:
+    if not part.file_data:
+        raise UnsupportedParameter(
+            "Files by 'file_id' or 'file_url' are not supported by this server; use 'file_data'.", param="input"
+        )
+    file = {"file_data": part.file_data}
+    if part.filename:
+        file["filename"] = part.filename
+    return {"type": "file", "file": file}
+
+
+def _assistant_content(parts: Sequence[Content] | None, dialect: Dialect) -> str | list[dict[str, Any]] | None:
+    if parts is None:
+        return None
+    said = [part for part in parts if not (dialect.refusals and isinstance(part, Refusal))]
+    if not said:
+        return None if len(parts) else ""
+    return _content(said, dialect)
+
+
+def _refusal(parts: Sequence[Content] | None) -> str:
+    return "\n".join(part.refusal for part in parts or () if isinstance(part, Refusal))
+
+
+def _reasoning_text(item: Reasoning, unseal: Unseal) -> str:
+    if item.content:
+        return "".join(part.text for part in item.content)
+    if item.encrypted_content and (text := unseal(item.encrypted_content)) is not None:
+        return text
+    return "\n".join(part.text for part in item.summary)
+
+
+def _call(item: AnyItem, toolbox: Toolbox, dialect: Dialect) -> dict[str, Any] | None:
+    match item:
+        case FunctionCall():
+            name = toolbox.model_name(item.name, item.namespace or None)
+            return _function_call(item.call_id, name, item.arguments)
+        case CustomToolCall():
+            name = toolbox.model_name(item.name, item.namespace or None)
+            if dialect.custom_tools == "native":
+                return {"id": item.call_id, "type": "custom", "custom": {"name": name, "input": item.input}}
+            return _function_call(item.call_id, name, msgspec.json.encode({WRAPPED_INPUT: item.input}).decode())
+        case OpaqueItem(type="mcp_call"):
+            return _function_call(item.id, str(item.fields.get("name")), str(item.fields.get("arguments") or "{}"))
+        case OpaqueItem() if isinstance(item.fields.get("call_id"), str):
+            return _foreign_call(item)
+    return None
+
+
+def _foreign_call(item: OpaqueItem) -> dict[str, Any]:
+    """A client-run call of a hosted kind (a shell command, a patch): its own fields are the arguments."""
+    arguments = {key: value for key, value in item.fields.items() if key not in {"id", "type", "call_id", "status"}}
+    name = item.type.removesuffix("_call")
+    return _function_call(str(item.fields["call_id"]), name, msgspec.json.encode(arguments).decode())
+
+
+def _function_call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments or "{}"}}
+
+
+def _output(item: AnyItem, call_id: str) -> tuple[str, list[dict[str, Any]]]:
+    """A tool message's text, and the parts that it can't carry: those go into a user message behind it."""
+    match item:
+        case FunctionCallOutput() | CustomToolCallOutput() if isinstance(item.output, str):
+            return item.output, []
+        case FunctionCallOutput() | CustomToolCallOutput():
+            parts: Sequence[Any] = item.output
+            texts = [text for part in parts if (text := _text_of(part)) is not None]
+            others = [_part(part) for part in parts if _text_of(part) is None]
+            if not others:
+                return "\n".join(texts), []
+            note = f"The output of tool call {call_id} has {len(others)} attachment(s); they follow in the next user message."
+            return "\n".join([*texts, note]), [
+                {"type": "text", "text": f"Attachments of tool call {call_id}:"},
+                *others,
+            ]
+        case OpaqueItem(type="mcp_call"):
+            output, error = item.fields.get("output"), item.fields.get("error")
+            return (str(output) if error is None else f"Error: {msgspec.json.encode(error).decode()}"), []
+        case OpaqueItem():
+            output = item.fields.get("output")
+            return output if isinstance(output, str) else msgspec.json.encode(output).decode(), []
+    return encode_item(item).decode(), []
+
+
+def _merge_system(made: list[ChatMessage]) -> list[ChatMessage]:
+    """For chat templates that take one system message, at the start only: later ones become user messages."""
+    head: list[str] = []
+    rest: list[ChatMessage] = []
+    for message in made:
+        if message["role"] == "system" and isinstance(message["content"], str) and not rest:
+            head.append(message["content"])
+        else:
+            rest.append({**message, "role": "user"} if message["role"] == "system" else message)
+    return [{"role": "system", "content": "\n\n".join(head)}, *rest] if head else rest
+
+
+def refused_calls(calls: Iterable[tuple[str, str, str, str]], said: str) -> list[ChatMessage]:
+    """The messages that tell the model why its calls went nowhere: (call id, name, arguments, reason) each."""
+    calls = list(calls)
+    return [
+        {
+            "role": "assistant",
+            "content": said or None,
+            "tool_calls": [_function_call(call_id, name, arguments) for call_id, name, arguments, _ in calls],
+        },
+        *({"role": "tool", "tool_call_id": call_id, "content": f"Error: {reason}"} for call_id, _, _, reason in calls),
+    ]
+
+
+def truncate(made: Sequence[ChatMessage]) -> list[ChatMessage] | None:
+    """For `truncation: auto`: without the older half of the exchanges; None when nothing more can go.
+
+    System messages and the last exchange stay. An exchange begins with a user message, so no tool message is orphaned.
+    """
+    starts = [index for index, message in enumerate(made) if message["role"] == "user"]
+    if len(starts) < 2:
+        return None
+    cut = starts[len(starts) // 2]
+    kept = [message for message in made[:cut] if message["role"] in {"system", "developer"}]
+    return [*kept, *made[cut:]]
+
+
+# -- Parameters -------------------------------------------------------------------------------------------------------------
+
+
+def _sampling(request: CreateResponse, dialect: Dialect) -> dict[str, Any]:
+    body = request.body
+    given: dict[str, Any] = {
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "frequency_penalty": body.frequency_penalty,
+        "presence_penalty": body.presence_penalty,
+        dialect.max_tokens: body.max_output_tokens,
+    }
+    if body.reasoning and "reasoning_effort" not in dialect.lacks:
+        given["reasoning_effort"] = body.reasoning.effort
+    if body.top_logprobs or "message.output_text.logprobs" in request.include:
+        given |= {"logprobs": True, "top_logprobs": body.top_logprobs or 0}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _text(request: CreateResponse, dialect: Dialect) -> dict[str, Any]:
+    text = request.body.text
+    if text is None:
+        return {}
+    made: dict[str, Any] = {}
+    if text.verbosity and dialect.verbosity:
+        made["verbosity"] = text.verbosity
+    match text.format:
+        case JsonSchemaFormat() as format:
+            _demand("json_schema", dialect, "text.format")
+            schema = {
+                "name": format.name,
+                "schema": format.schema,
+                "description": format.description,
+                "strict": format.strict,
+            }
+            made["response_format"] = {
+                "type": "json_schema",
+                "json_schema": {key: value for key, value in schema.items() if value is not None},
+            }
+        case JsonObjectFormat():
+            _demand("json_object", dialect, "text.format")
+            made["response_format"] = {"type": "json_object"}
+    return made
+
+
+def _demand(feature: Lack, dialect: Dialect, param: str) -> None:
+    if feature in dialect.lacks:
+        raise UnsupportedParameter(f"Unsupported parameter: '{param}' is not supported with this model.", param=param)
+
+
+def _tools(request: CreateResponse, toolbox: Toolbox, dialect: Dialect) -> dict[str, Any]:
+    if not toolbox.offers:
+        return {}
+    made: dict[str, Any] = {"tools": [_tool(offer, dialect) for offer in toolbox.offers.values()]}
+    if toolbox.only:
+        kind = (
+            "custom" if isinstance(toolbox.only.tool, CustomTool) and dialect.custom_tools == "native" else "function"
+        )
+        made["tool_choice"] = {"type": kind, kind: {"name": toolbox.only.model_name}}
+    elif toolbox.mode != "auto":
+        made["tool_choice"] = toolbox.mode
+    if "tool_choice_required" in dialect.lacks and made.get("tool_choice") not in {None, "none"}:
+        _demand("tool_choice_required", dialect, "tool_choice")
+    if request.body.parallel_tool_calls is not None and "parallel_tool_calls" not in dialect.lacks:
+        made["parallel_tool_calls"] = request.body.parallel_tool_calls
+    return made
+
+
+def _tool(offer: Offer, dialect: Dialect) -> dict[str, Any]:
+    if isinstance(offer.tool, CustomTool):
+        return _custom_tool(offer, offer.tool, dialect)
+    return {"type": "function", "function": _function(offer, offer.tool, dialect)}
+
+
+def _function(offer: Offer, tool: FunctionTool, dialect: Dialect) -> dict[str, Any]:
+    function: dict[str, Any] = {
+        "name": offer.model_name,
+        "description": tool.description,
+        "parameters": tool.parameters if tool.parameters is not None else {"type": "object", "properties": {}},
+        "strict": None if "strict" in dialect.lacks else tool.strict,
+    }
+    return {key: value for key, value in function.items() if value is not None}
+
+
+def _custom_tool(offer: Offer, tool: CustomTool, dialect: Dialect) -> dict[str, Any]:
+    grammar = tool.format if isinstance(tool.format, Grammar) else None
+    described = tool.description or ""
+    if dialect.custom_tools == "native":
+        custom: dict[str, Any] = {"name": offer.model_name, "description": described}
+        if grammar:
+            inner = {"syntax": grammar.syntax, "definition": grammar.definition}
+            custom["format"] = {"type": "grammar", "grammar": inner}
+        return {"type": "custom", "custom": custom}
+    if grammar and dialect.custom_tools != "describe":
+        raise UnsupportedParameter(
+            f"The grammar of custom tool '{tool.name}' is not supported with this model.", param="tools"
+        )
+    if grammar:
+        described += f"\n\nThe input must follow this {grammar.syntax} grammar:\n{grammar.definition}"
+    parameters = {
+        "type": "object",
+        "properties": {WRAPPED_INPUT: {"type": "string", "description": "The tool's whole input, as free text."}},
+        "required": [WRAPPED_INPUT],
+        "additionalProperties": False,
+    }
+    return {
+        "type": "function",
+        "function": {"name": offer.model_name, "description": described, "parameters": parameters},
+    }
