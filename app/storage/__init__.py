@@ -1,0 +1,1 @@
+"""What remains: SQLAlchemy Core statements; the caller owns the transaction."""

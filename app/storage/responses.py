@@ -1,0 +1,453 @@
+"""Responses and their items.
+
+A response row is written by `insert` (in any status: a foreground response that answers in one go is inserted finished) and
+ended by `finish`, at most once. Ids that no row can hold, such as ones with a NUL, are simply not found.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+from sqlalchemy import text
+
+from app.errors import InvalidParameter, InvalidRequest, NotFound, PreviousResponseNotFound
+from app.ids import new_id
+from app.storage.database import Query, Row, Tx
+from app.storage.tables import OUTPUT_POSITION
+from app.wire.requests import Order
+from app.wire.resources import Response, encode
+
+
+class Place(Struct, frozen=True):
+    """Where a response stands: a turn of a thread."""
+
+    thread_id: str
+    turn: int
+
+
+class StoredItem(Struct, frozen=True):
+    """An item as it lies in its row; `turn` and `position` order it in its context."""
+
+    id: str
+    turn: int
+    position: int
+    body: str
+
+
+class Chain(Struct, frozen=True):
+    """What a new response continues: its parent's place and status, and every item up to it."""
+
+    place: Place
+    status: str
+    items: list[StoredItem]
+
+
+class Stored(Struct, frozen=True):
+    """A response row with its output items."""
+
+    place: Place
+    body: str
+    output: list[str]
+
+
+def _possible(id: str) -> bool:
+    return "\0" not in id
+
+
+# -- Writing ----------------------------------------------------------------------------------------------------------------
+
+_INSERT = Query(
+    text("""
+    with parent as (
+        select 1 from responses
+        where tenant_id = :tenant_id and id = :previous_response_id and deleted_at is null
+        for key share  -- a parent that is being deleted is either gone for us, or waits and then finds its child
+    ), response as (
+        insert into responses (tenant_id, id, thread_id, turn, previous_response_id, status, background, model, metadata,
+                               created_at, body)
+        select :tenant_id, :id, :thread_id, :turn, :previous_response_id, :status, :background, :model,
+               cast(:metadata as jsonb), :created_at, cast(:body as json)
+        where cast(:previous_response_id as text) is null or exists (select from parent)
+        on conflict do nothing
+        returning 1
+    ), item as (
+        insert into items (tenant_id, thread_id, turn, position, id, body)
+        select :tenant_id, :thread_id, :turn, new.position, new.id, new.body
+        from unnest(cast(:positions as int[]), cast(:item_ids as text[]), cast(:bodies as json[])) as new (position, id, body)
+        where exists (select from response)
+    ), branch as (
+        insert into branches (tenant_id, thread_id, parent_thread_id, parent_turn)
+        select :tenant_id, :thread_id, :parent_thread_id, :parent_turn
+        where cast(:parent_thread_id as text) is not null and exists (select from response)
+    ), run as (
+        insert into runs (tenant_id, response_id, worker, lease_until)
+        select :tenant_id, :id, :worker, now() + cast(:lease_s as float8) * interval '1 second'
+        where cast(:worker as text) is not null and exists (select from response)
+    )
+    select exists (select from response) as inserted,
+           exists (select from responses where tenant_id = :tenant_id and id = :id) as known  -- by an earlier attempt
+    """)
+)
+
+_FINISH = Query(
+    text("""
+    with response as (
+        update responses set status = :status, body = cast(:body as json)
+        where tenant_id = :tenant_id and id = :id and status in ('queued', 'in_progress')
+        returning thread_id, turn
+    ), item as (
+        insert into items (tenant_id, thread_id, turn, position, id, body)
+        select :tenant_id, response.thread_id, response.turn, new.position, new.id, new.body
+        from response, unnest(cast(:positions as int[]), cast(:item_ids as text[]), cast(:bodies as json[]))
+             as new (position, id, body)
+    ), run as (
+        delete from runs where tenant_id = :tenant_id and response_id = :id
+    )
+    select exists (select from response) as finished
+    """)
+)
+
+
+class Lease(Struct, frozen=True):
+    """Who makes a response, and for how long without a heartbeat."""
+
+    worker: str
+    seconds: float
+
+
+async def insert_response(
+    tx: Tx,
+    tenant_id: str,
+    response: Response,
+    input_items: Sequence[tuple[str, bytes]],
+    *,
+    parent: Place | None,
+    lease: Lease | None,
+) -> None:
+    """Store a response with its input items (id, JSON) and, if it is finished, its output.
+
+    It takes the next turn of its parent's thread, or a new thread when another response has that turn. `lease` is given
+    for a response that is still to be made. Raises PreviousResponseNotFound if the parent is gone.
+    """
+    place = Place(parent.thread_id, parent.turn + 1) if parent else Place(new_id("thread"), 1)
+    binds = {
+        "tenant_id": tenant_id,
+        "previous_response_id": response.previous_response_id if parent else None,
+        "background": response.background,
+        "model": response.model,
+        "metadata": encode(response.metadata).decode(),
+        "created_at": response.created_at,
+        "worker": lease.worker if lease else None,
+        "lease_s": lease.seconds if lease else None,
+        **_final(response, list(enumerate(input_items))),
+    }
+    if await _insert_at(tx, place, None, binds) or parent is None:
+        return
+    # Its turn is taken, or its parent is gone: as a branch it fails only for the second reason.
+    if not await _insert_at(tx, Place(new_id("thread"), place.turn), parent, binds):
+        raise PreviousResponseNotFound(str(response.previous_response_id))
+
+
+async def _insert_at(tx: Tx, place: Place, parent: Place | None, binds: dict[str, Any]) -> bool:
+    row = await tx.one(
+        _INSERT,
+        thread_id=place.thread_id,
+        turn=place.turn,
+        parent_thread_id=parent.thread_id if parent else None,
+        parent_turn=parent.turn if parent else None,
+        **binds,
+    )
+    return row is not None and bool(row["inserted"] or row["known"])
+
+
+async def finish_response(tx: Tx, tenant_id: str, response: Response) -> bool:
+    """End a response: status, body, output items, lease. False if somebody else has ended it, or it is deleted."""
+    row = await tx.one(_FINISH, tenant_id=tenant_id, **_final(response, []))
+    return row is not None and bool(row["finished"])
+
+
+def _final(response: Response, numbered: list[tuple[int, tuple[str, bytes]]]) -> dict[str, Any]:
+    """The binds that both statements share: the body without its output, and the items with their positions."""
+    rows = [(position, id, body) for position, (id, body) in numbered]
+    rows += [(OUTPUT_POSITION + index, _item_id(raw), bytes(raw)) for index, raw in enumerate(response.output)]
+    return {
+        "id": response.id,
+        "status": response.status,
+        "body": encode(msgspec.structs.replace(response, output=[])).decode(),
+        "positions": [position for position, _, _ in rows],
+        "item_ids": [id for _, id, _ in rows],
+        "bodies": [body.decode() for _, _, body in rows],
+    }
+
+
+class _HasId(Struct):
+    id: str
+
+
+_HAS_ID = msgspec.json.Decoder(_HasId)
+
+
+def _item_id(raw: msgspec.Raw) -> str:
+    return _HAS_ID.decode(raw).id
+
+
+# -- Reading ----------------------------------------------------------------------------------------------------------------
+
+_PATH = """
+    with recursive target as (
+        select thread_id, turn, status, background from responses
+        where tenant_id = :tenant_id and id = :id and deleted_at is null
+    ), path (thread_id, turn_max) as (
+        select thread_id, turn from target
+        union all
+        select branch.parent_thread_id, branch.parent_turn
+        from path join branches branch on branch.tenant_id = :tenant_id and branch.thread_id = path.thread_id
+    )
+"""
+"""`path`: the threads of a context, each with the last turn that belongs to it."""
+
+_CHAIN = Query(
+    text(
+        _PATH
+        + """
+    select target.thread_id, target.turn as tip, target.status, item.turn, item.position, item.id, item.body
+    from target cross join path
+    left join items item on item.tenant_id = :tenant_id and item.thread_id = path.thread_id and item.turn <= path.turn_max
+    order by item.turn, item.position
+    limit :limit
+    """
+    )
+)
+
+_GET = Query(
+    text("""
+    select thread_id, turn, body, array(
+        select item.body from items item
+        where item.tenant_id = response.tenant_id and item.thread_id = response.thread_id and item.turn = response.turn
+          and item.position >= :output_position
+        order by item.position
+    ) as output
+    from responses response
+    where tenant_id = :tenant_id and id = :id and deleted_at is null
+      and (background or status not in ('queued', 'in_progress'))
+    """).bindparams(output_position=OUTPUT_POSITION)
+)
+
+_FIND_ITEMS = Query(
+    text("""
+    select distinct on (id) id, turn, position, body from items
+    where tenant_id = :tenant_id and id = any(cast(:ids as text[]))
+    order by id, thread_id desc, turn desc, position
+    """)
+)
+
+
+def _page_of_context(order: Order) -> Query:
+    """One page of a context; each thread on the path gives at most a page, so a page costs the same however long the chain."""
+    direction, beyond = ("desc", "<") if order == "desc" else ("asc", ">")
+    return Query(
+        text(
+            _PATH
+            + f"""
+    , cursor as (
+        select item.turn, item.position
+        from path join items item on item.tenant_id = :tenant_id and item.thread_id = path.thread_id
+        where item.id = :after and item.turn <= path.turn_max
+        order by item.turn, item.position limit 1
+    )
+    select target.turn as tip, (:after = '' or exists (select from cursor)) as found, item.turn, item.position, item.id, item.body
+    from target left join lateral (
+        select one.* from path cross join lateral (
+            select turn, position, id, body from items
+            where tenant_id = :tenant_id and thread_id = path.thread_id and turn <= path.turn_max
+              and (turn < target.turn or position < :output_position)
+              and (:after = '' or (turn, position) {beyond} (select turn, position from cursor))
+            order by turn {direction}, position {direction} limit :limit
+        ) one
+        order by one.turn {direction}, one.position {direction} limit :limit
+    ) item on true
+    where target.background or target.status not in ('queued', 'in_progress')
+    order by item.turn {direction}, item.position {direction}
+    """
+        ).bindparams(output_position=OUTPUT_POSITION)
+    )
+
+
+_PAGES = {"asc": _page_of_context("asc"), "desc": _page_of_context("desc")}
+
+
+def _list_of_responses(order: Order) -> Query:
+    beyond = "<" if order == "desc" else ">"
+    return Query(
+        text(f"""
+    select id, body, array(
+        select item.body from items item
+        where item.tenant_id = response.tenant_id and item.thread_id = response.thread_id and item.turn = response.turn
+          and item.position >= :output_position
+        order by item.position
+    ) as output
+    from responses response
+    where tenant_id = :tenant_id and deleted_at is null and (background or status not in ('queued', 'in_progress'))
+      and (cast(:after as text) is null or id {beyond} :after)
+      and (cast(:model as text) is null or model = :model)
+      and (cast(:status as text) is null or status = :status)
+      and metadata @> cast(:metadata as jsonb)
+      and created_at >= :created_after and created_at <= :created_before
+    order by id {order} limit :limit
+    """).bindparams(output_position=OUTPUT_POSITION)
+    )
+
+
+_LISTS = {"asc": _list_of_responses("asc"), "desc": _list_of_responses("desc")}
+
+
+async def load_chain(tx: Tx, tenant_id: str, response_id: str, *, items_max: int) -> Chain:
+    """The context that a response leaves behind, in one indexed read. Raises PreviousResponseNotFound, or InvalidRequest
+    if it has more items than `items_max`."""
+    if not _possible(response_id):
+        raise PreviousResponseNotFound(response_id)
+    rows = await tx.all(_CHAIN, tenant_id=tenant_id, id=response_id, limit=items_max + 1)
+    if not rows:
+        raise PreviousResponseNotFound(response_id)
+    if len(rows) > items_max:
+        raise InvalidRequest(
+            f"The context of response '{response_id}' has more than {items_max} items.",
+            param="previous_response_id",
+            code="context_length_exceeded",
+        )
+    head = rows[0]
+    stored = [_stored_item(row) for row in rows if row["id"] is not None]
+    return Chain(Place(head["thread_id"], head["tip"]), head["status"], stored)
+
+
+async def get_response(tx: Tx, tenant_id: str, response_id: str) -> Stored:
+    """A response that is finished, or made in the background. Raises NotFound."""
+    row = await tx.one(_GET, tenant_id=tenant_id, id=response_id) if _possible(response_id) else None
+    if row is None:
+        raise not_found(response_id)
+    return Stored(Place(row["thread_id"], row["turn"]), row["body"], row["output"])
+
+
+async def find_items(tx: Tx, tenant_id: str, ids: Sequence[str]) -> dict[str, str]:
+    """Stored items by id, as JSON; the newest where a client has resent one. Unknown ids are left out."""
+    rows = await tx.all(_FIND_ITEMS, tenant_id=tenant_id, ids=[id for id in ids if _possible(id)])
+    return {row["id"]: row["body"] for row in rows}
+
+
+async def list_input_items(
+    tx: Tx, tenant_id: str, response_id: str, *, after: str | None, limit: int, order: Order
+) -> list[StoredItem]:
+    """Up to `limit` items of a response's context (earlier inputs and outputs, and its own input) behind the cursor.
+
+    Raises NotFound for the response, InvalidParameter for the cursor.
+    """
+    if not _possible(response_id + (after or "")):
+        raise not_found(response_id)
+    rows = await tx.all(_PAGES[order], tenant_id=tenant_id, id=response_id, after=after or "", limit=limit)
+    if not rows:
+        raise not_found(response_id)
+    if not rows[0]["found"]:
+        raise InvalidParameter(f"Item with id '{after}' not found.", param="after")
+    return [_stored_item(row) for row in rows if row["id"] is not None]
+
+
+class Filter(Struct, kw_only=True, frozen=True):
+    """Which responses to list; times are unix seconds, both ends included."""
+
+    model: str | None = None
+    status: str | None = None
+    metadata: dict[str, str] = {}
+    created_after: int = 0
+    created_before: int = 2**62
+
+
+async def list_responses(
+    tx: Tx, tenant_id: str, filter: Filter, *, after: str | None, limit: int, order: Order
+) -> list[tuple[str, Stored]]:
+    """Up to `limit` responses behind the cursor, by creation."""
+    rows = await tx.all(
+        _LISTS[order],
+        tenant_id=tenant_id,
+        after=after,
+        limit=limit,
+        **{**msgspec.structs.asdict(filter), "metadata": encode(filter.metadata).decode()},
+    )
+    return [(row["id"], Stored(Place("", 0), row["body"], row["output"])) for row in rows]
+
+
+def not_found(response_id: str) -> NotFound:
+    """The 404 of an unknown response; another tenant's gets the same."""
+    return NotFound(f"Response with id '{response_id}' not found.")
+
+
+def _stored_item(row: Row) -> StoredItem:
+    return StoredItem(row["id"], row["turn"], row["position"], row["body"])
+
+
+# -- Deleting ---------------------------------------------------------------------------------------------------------------
+
+_LOCK = Query(
+    text("""
+    select thread_id, turn, previous_response_id, deleted_at is not null as deleted from responses
+    where tenant_id = :tenant_id and id = :id and (background or status not in ('queued', 'in_progress'))
+    for update
+    """)
+)
+
+_HAS_CHILD = Query(
+    text("""
+    select exists (select from responses where tenant_id = :tenant_id and thread_id = :thread_id and turn = :turn + 1)
+        or exists (select from branches
+                   where tenant_id = :tenant_id and parent_thread_id = :thread_id and parent_turn = :turn) as has_child
+    """)
+)
+
+_TOMBSTONE = Query(
+    text("update responses set deleted_at = now() where tenant_id = :tenant_id and id = :id returning 1")
+)
+
+_PURGE = Query(
+    text("""
+    with item as (
+        delete from items where tenant_id = :tenant_id and thread_id = :thread_id and turn = :turn
+    ), branch as (
+        delete from branches branch where tenant_id = :tenant_id and thread_id = :thread_id
+          and not exists (select from responses other
+                          where other.tenant_id = :tenant_id and other.thread_id = :thread_id and other.turn < :turn)
+    )
+    delete from responses where tenant_id = :tenant_id and id = :id returning 1
+    """)
+)
+
+
+async def delete_response(tx: Tx, tenant_id: str, response_id: str) -> None:
+    """Delete a response: gone at once for everyone. Its items stay as long as a later response's context holds them.
+
+    Needs a transaction. Raises NotFound.
+    """
+    row = await tx.one(_LOCK, tenant_id=tenant_id, id=response_id) if _possible(response_id) else None
+    if row is None or row["deleted"]:
+        raise not_found(response_id)
+    await tx.one(_TOMBSTONE, tenant_id=tenant_id, id=response_id)
+    # What nothing builds on any more goes for good, from the leaf towards the root.
+    id: str | None = response_id
+    while row is not None and id is not None:
+        place = {"tenant_id": tenant_id, "thread_id": row["thread_id"], "turn": row["turn"]}
+        child = await tx.one(_HAS_CHILD, **place)
+        if child is None or child["has_child"]:
+            return
+        await tx.one(_PURGE, id=id, **place)
+        id = row["previous_response_id"]
+        row = await tx.one(_LOCK, tenant_id=tenant_id, id=id) if id else None
+        if row is not None and not row["deleted"]:
+            return
+
+
+_RESPONSE = msgspec.json.Decoder(Response)
+
+
+def response_of(stored: Stored) -> Response:
+    """A stored response with its output: what its terminal event said."""
+    output = [msgspec.Raw(body.encode()) for body in stored.output]
+    return msgspec.structs.replace(_RESPONSE.decode(stored.body), output=output)

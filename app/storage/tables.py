@@ -1,0 +1,106 @@
+"""The tables. The tenant leads every key, so that nothing is found across tenants by accident.
+
+A chain is laid out as threads: a response that continues the tip of its thread takes the next `turn` of it, one that
+continues anything else opens a new thread, which `branches` ties to the turn it grew from. `turn` counts from the root of
+the chain, so it orders a whole context, and a context is one range of `items` per branch point on its way.
+"""
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    DateTime,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    func,
+)
+from sqlalchemy.dialects.postgresql import JSON, JSONB
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "%(table_name)s_pkey",
+        "ix": "%(table_name)s_%(column_0_N_name)s_idx",
+        "uq": "%(table_name)s_%(column_0_N_name)s_key",
+        "fk": "%(table_name)s_%(column_0_name)s_fkey",
+    }
+)
+
+tenants = Table(
+    "tenants",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+)
+
+keys = Table(
+    "keys",
+    metadata,
+    Column("hash", LargeBinary, primary_key=True, comment="SHA-256 of the key; the key itself is kept nowhere"),
+    Column("id", Text, nullable=False, unique=True),
+    Column("tenant_id", Text, ForeignKey("tenants.id"), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("revoked_at", DateTime(timezone=True)),
+)
+
+responses = Table(
+    "responses",
+    metadata,
+    Column("tenant_id", Text, primary_key=True),
+    Column("id", Text, primary_key=True),
+    Column("thread_id", Text, nullable=False),
+    Column("turn", Integer, nullable=False),
+    Column("previous_response_id", Text),
+    Column("status", Text, nullable=False),
+    Column("background", Boolean, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("metadata", JSONB, nullable=False),
+    Column("created_at", BigInteger, nullable=False, comment="unix seconds"),
+    Column("deleted_at", DateTime(timezone=True), comment="set while later responses still need the items"),
+    # json, not jsonb: it keeps the exact bytes, and takes \u0000, which tool outputs contain.
+    Column("body", JSON, nullable=False, comment="the response object without its output"),
+    Index("responses_tenant_id_thread_id_turn_key", "tenant_id", "thread_id", "turn", unique=True),
+    postgresql_with={"fillfactor": "85"},
+)
+
+items = Table(
+    "items",
+    metadata,
+    Column("tenant_id", Text, primary_key=True),
+    Column("thread_id", Text, primary_key=True),
+    Column("turn", Integer, primary_key=True),
+    Column("position", Integer, primary_key=True, comment="input items from 0, output items from OUTPUT_POSITION"),
+    Column("id", Text, nullable=False),
+    Column("body", JSON, nullable=False),
+    # Not unique: a client that resends its history resends the items' ids.
+    Index("items_tenant_id_id_idx", "tenant_id", "id"),
+)
+
+branches = Table(
+    "branches",
+    metadata,
+    Column("tenant_id", Text, primary_key=True),
+    Column("thread_id", Text, primary_key=True),
+    Column("parent_thread_id", Text, nullable=False),
+    Column("parent_turn", Integer, nullable=False),
+    Index("branches_tenant_id_parent_idx", "tenant_id", "parent_thread_id", "parent_turn"),
+)
+
+runs = Table(
+    "runs",
+    metadata,
+    Column("tenant_id", Text, primary_key=True),
+    Column("response_id", Text, primary_key=True),
+    Column("worker", Text, nullable=False),
+    Column("lease_until", DateTime(timezone=True), nullable=False),
+    Index("runs_lease_until_idx", "lease_until"),
+    Index("runs_worker_idx", "worker"),
+)
+
+OUTPUT_POSITION = 1_000_000
+"""The `position` of a turn's first output item; a request holds far fewer input items."""

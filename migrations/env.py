@@ -1,0 +1,33 @@
+"""Alembic's environment: the tables of app.storage, over asyncpg, one migration at a time."""
+
+import asyncio
+
+from alembic import context
+from sqlalchemy import Connection, text
+from sqlalchemy.engine import make_url
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
+
+from app.storage.tables import metadata
+
+ONE_AT_A_TIME = 7_236_201
+"""The advisory lock that keeps replicas from migrating at once; any number that nobody else uses."""
+
+
+def migrate(connection: Connection) -> None:
+    context.configure(connection=connection, target_metadata=metadata, compare_server_default=True)
+    with context.begin_transaction():
+        connection.execute(text(f"select pg_advisory_xact_lock({ONE_AT_A_TIME})"))
+        context.run_migrations()
+
+
+async def main() -> None:
+    url = make_url(context.config.attributes["database_url"]).set(drivername="postgresql+asyncpg")
+    engine = create_async_engine(url, poolclass=NullPool)
+    async with engine.connect() as connection:
+        await connection.run_sync(migrate)
+        await connection.commit()
+    await engine.dispose()
+
+
+asyncio.run(main())
