@@ -1,0 +1,156 @@
+"""The catalog: the operator's TOML file of upstreams and models.
+
+    [upstreams.local]
+    base_url = "http://127.0.0.1:8001/v1"
+    key_env = "LOCAL_KEY"                      # the environment variable that holds the key
+    dialect = { reasoning = "reasoning_content", lacks = ["json_object"] }
+
+    [[models]]
+    name = "qwen*"                             # a name or a pattern; the first that matches counts
+    routes = [{ upstream = "local" }, { upstream = "spare", model = "qwen3-8b" }]   # in order, for failover
+
+A model that no entry names goes to the `default` upstream, or to the only one; `local@qwen3` names an upstream directly.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import urlsplit
+
+import msgspec
+from msgspec import Meta, Struct
+
+from app.domain.prompt import HOSTED, Dialect
+from app.errors import NotFound
+from app.settings import Settings, SettingsError
+
+ENGINE_PARAMETERS = frozenset(
+    # sampling and stopping, common to the engines
+    "top_k min_p top_a typical_p repetition_penalty length_penalty no_repeat_ngram_size seed stop stop_token_ids "
+    "include_stop_str_in_output ignore_eos min_tokens logit_bias skip_special_tokens spaces_between_special_tokens "
+    "truncate_prompt_tokens bad_words prompt_logprobs "
+    # templates and reasoning
+    "chat_template chat_template_kwargs add_generation_prompt continue_final_message add_special_tokens documents "
+    "enable_thinking thinking thinking_budget think separate_reasoning reasoning_format mm_processor_kwargs "
+    # guided decoding
+    "guided_json guided_regex guided_choice guided_grammar guided_decoding_backend guided_whitespace_pattern "
+    "structured_outputs grammar json_schema regex ebnf "
+    # scheduling and caching
+    "priority cache_salt cache_prompt id_slot keep_alive num_ctx kv_transfer_params lora_path "
+    # llama.cpp's samplers
+    "repeat_penalty repeat_last_n mirostat mirostat_tau mirostat_eta dynatemp_range dynatemp_exponent xtc_probability "
+    "xtc_threshold dry_multiplier dry_base dry_allowed_length dry_penalty_last_n samplers".split()
+)
+"""Parameters beyond the API that vLLM, SGLang, llama.cpp and Ollama take; let through unless an upstream's `pass` says else."""
+
+
+class UpstreamEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[upstreams.NAME]`; times in seconds, absent ones as the settings say."""
+
+    base_url: str
+    key_env: str = ""
+    key: str = ""
+    headers: dict[str, str] = {}
+    dialect: Dialect | None = None
+    passed_on: frozenset[str] = msgspec.field(default=ENGINE_PARAMETERS, name="pass")
+    connect_timeout_s: Annotated[float, Meta(gt=0)] | None = None
+    answer_timeout_s: Annotated[float, Meta(gt=0)] | None = None
+    idle_timeout_s: Annotated[float, Meta(gt=0)] | None = None
+    attempts_max: Annotated[int, Meta(ge=1)] | None = None
+
+    @property
+    def speaks(self) -> Dialect:
+        """The dialect; the hosted API's own where its host says so."""
+        if self.dialect is not None:
+            return self.dialect
+        return HOSTED if urlsplit(self.base_url).hostname == "api.openai.com" else Dialect()
+
+
+class Route(Struct, frozen=True, forbid_unknown_fields=True):
+    """One way to a model: an upstream, and the model's name there (absent: the name that was asked for)."""
+
+    upstream: str
+    model: str = ""
+
+
+class ModelEntry(Struct, frozen=True, forbid_unknown_fields=True):
+    """`[[models]]`."""
+
+    name: str
+    routes: Annotated[list[Route], Meta(min_length=1)]
+
+
+class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole file."""
+
+    upstreams: dict[str, UpstreamEntry]
+    models: list[ModelEntry] = []
+    default: str = ""
+
+    def routes(self, model: str) -> list[Route]:
+        """The ways to a model, best first. Raises NotFound."""
+        for entry in self.models:
+            if fnmatchcase(model, entry.name):
+                return [Route(route.upstream, route.model or model) for route in entry.routes]
+        upstream, at, name = model.partition("@")
+        if at and upstream in self.upstreams:
+            return [Route(upstream, name)]
+        default = self.default or (next(iter(self.upstreams)) if len(self.upstreams) == 1 else "")
+        if default:
+            return [Route(default, model)]
+        raise NotFound(
+            f"The model '{model}' does not exist or you do not have access to it.",
+            code="model_not_found",
+            param="model",
+        )
+
+    @property
+    def passed_on(self) -> frozenset[str]:
+        """Every parameter beyond the API that some upstream takes."""
+        return frozenset().union(*(entry.passed_on for entry in self.upstreams.values()))
+
+    @property
+    def model_names(self) -> list[str]:
+        """Models that are named in full, not by a pattern."""
+        return [entry.name for entry in self.models if not set("*?[") & set(entry.name)]
+
+
+def load_catalog(settings: Settings, environ: Mapping[str, str], *, demo_url: str = "") -> Catalog:
+    """The file of REPRISE_CATALOG; without it one upstream from OPENAI_BASE_URL, or the demo at `demo_url`.
+
+    Raises SettingsError with one line that says where the file is wrong.
+    """
+    if not settings.catalog:
+        if settings.openai_base_url:
+            entry = UpstreamEntry(base_url=settings.openai_base_url, key=settings.openai_api_key)
+            return Catalog(upstreams={"default": entry})
+        return Catalog(upstreams={"echo": UpstreamEntry(base_url=demo_url)})
+    catalog = _read(Path(settings.catalog))
+    for model in catalog.models:
+        for route in model.routes:
+            if route.upstream not in catalog.upstreams:
+                raise SettingsError(
+                    f"{settings.catalog}: model '{model.name}' names an unknown upstream '{route.upstream}'."
+                )
+    if catalog.default and catalog.default not in catalog.upstreams:
+        raise SettingsError(f"{settings.catalog}: 'default' names an unknown upstream '{catalog.default}'.")
+    upstreams = {}
+    for name, upstream in catalog.upstreams.items():
+        if upstream.key_env and not environ.get(upstream.key_env):
+            raise SettingsError(
+                f"{settings.catalog}: upstream '{name}' needs the environment variable {upstream.key_env}."
+            )
+        key = environ[upstream.key_env] if upstream.key_env else upstream.key
+        upstreams[name] = msgspec.structs.replace(upstream, key=key)
+    return msgspec.structs.replace(catalog, upstreams=upstreams)
+
+
+def _read(path: Path) -> Catalog:
+    try:
+        return msgspec.toml.decode(path.read_bytes(), type=Catalog)
+    except OSError as error:
+        raise SettingsError(f"REPRISE_CATALOG={str(path)!r} can't be read: {error.strerror}.") from None
+    except (msgspec.ValidationError, msgspec.DecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"{path}: {error}") from None

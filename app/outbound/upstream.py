@@ -1,0 +1,304 @@
+"""The upstream's chat stream, through the `openai` SDK's raw response.
+
+The SDK does authentication, timeouts and the connection pool. Its message walking and its stream objects are not used: the
+body is ready bytes, and the stream's bytes are decoded by msgspec, all chunks of one read together.
+"""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import httpx2
+import msgspec
+import openai
+import stamina
+from msgspec import Struct
+from openai import AsyncOpenAI, AsyncStream, DefaultAioHttpClient
+
+from app.domain.prompt import Dialect
+from app.errors import (
+    ApiError,
+    AuthenticationFailed,
+    UpstreamBusy,
+    UpstreamError,
+    UpstreamGarbled,
+    UpstreamRefused,
+    UpstreamStalled,
+    UpstreamUnavailable,
+)
+from app.outbound.catalog import UpstreamEntry
+from app.settings import Settings
+from app.wire.chat import ChatError, ChatUsage, Choice, Chunk, Delta, Logprobs, ModelEntry, ModelList, decode_chunk
+
+CONTEXT_TOO_LONG = "context_length_exceeded"
+_TOO_LONG = re.compile(
+    r"maximum context length|context (length|window|size)|exceeds? the available context", re.IGNORECASE
+)
+
+NO_KEY = "none"
+"""The SDK demands a key; servers without one ignore it."""
+
+T = TypeVar("T")
+
+
+class Upstream:
+    """One Chat Completions server."""
+
+    def __init__(self, name: str, entry: UpstreamEntry, settings: Settings) -> None:
+        self.name = name
+        self.entry = entry
+        self.dialect: Dialect = entry.speaks
+        self.passes_caller = settings.upstream_auth == "caller"
+        self._attempts_max = entry.attempts_max or settings.upstream_attempts_max
+        self._retry_after_max_s = settings.upstream_retry_after_max_s
+        self.idle_timeout_s = entry.idle_timeout_s or settings.upstream_idle_timeout_s
+        self.line_bytes_max = settings.upstream_line_bytes_max
+        answer_timeout_s = entry.answer_timeout_s or settings.upstream_answer_timeout_s
+        timeout = httpx2.Timeout(
+            answer_timeout_s, connect=entry.connect_timeout_s or settings.upstream_connect_timeout_s
+        )
+        self._client = AsyncOpenAI(
+            base_url=entry.base_url,
+            api_key=entry.key or NO_KEY,
+            timeout=timeout,
+            max_retries=0,
+            default_headers={**entry.headers, "Accept-Encoding": "identity"},
+            http_client=DefaultAioHttpClient(
+                timeout=timeout, limits=httpx2.Limits(max_connections=settings.upstream_connections_max)
+            ),
+        )
+
+    async def open(self, body: bytes, caller_key: str | None) -> "ChunkStream":
+        """Send a chat request; gives the stream once the upstream has answered 200.
+
+        Connection errors, 429 and 5xx are tried again, because nothing was sent to anybody yet. Raises UpstreamError.
+        """
+        async for attempt in stamina.retry_context(
+            on=self._backoff, attempts=self._attempts_max, timeout=None, wait_initial=0.1, wait_max=2.0
+        ):
+            with attempt:
+                return await self._open_once(body, caller_key)
+        raise AssertionError("stamina gives up by raising")
+
+    def _backoff(self, error: Exception) -> bool | float:
+        if not isinstance(error, UpstreamUnavailable | UpstreamBusy):
+            return False
+        after = error.headers.get("Retry-After")
+        if after is None:
+            return True
+        return float(after) if after.isdigit() and float(after) <= self._retry_after_max_s else False
+
+    async def _open_once(self, body: bytes, caller_key: str | None) -> "ChunkStream":
+        headers = {"Authorization": f"Bearer {caller_key}"} if self.passes_caller and caller_key else {}
+        with _translated(self):
+            response = await self._client.post(
+                "/chat/completions",
+                content=body,
+                cast_to=httpx2.Response,
+                stream=True,
+                stream_cls=AsyncStream[Any],
+                options={"headers": headers},
+            )
+        return ChunkStream(self, response)  # type: ignore[arg-type]
+
+    async def list_models(self, caller_key: str | None) -> list[ModelEntry]:
+        """The models that the upstream lists. Raises UpstreamError."""
+        headers = {"Authorization": f"Bearer {caller_key}"} if self.passes_caller and caller_key else {}
+        with _translated(self):
+            response = await self._client.get("/models", cast_to=httpx2.Response, options={"headers": headers})
+            raw = await response.aread()
+        try:
+            return msgspec.json.decode(raw, type=ModelList).data
+        except msgspec.DecodeError as error:
+            raise UpstreamGarbled(f"Upstream '{self.name}' sent no list of models: {error}") from None
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._client.close()
+
+
+class ChunkStream:
+    """An upstream's answer: lists of chunks, one list a read. Always close it; closing breaks the upstream's work off."""
+
+    def __init__(self, upstream: Upstream, response: httpx2.Response) -> None:
+        self.upstream = upstream
+        self._response = response
+
+    async def __aiter__(self) -> AsyncIterator[list[Chunk]]:
+        """Raises UpstreamStalled, UpstreamGarbled, or UpstreamError for an error object inside the stream."""
+        if not self._response.headers.get("content-type", "").startswith("text/event-stream"):
+            yield [await self._whole()]
+            return
+        lines = LineBuffer(self.upstream.line_bytes_max)
+        finished = False
+        async for raw in self._reads():
+            chunks: list[Chunk] = []
+            failed: UpstreamError | None = None
+            try:
+                for data in lines.feed(raw):
+                    if data == b"[DONE]":
+                        finished = True
+                    elif data:
+                        chunks.append(_chunk(data))
+                        finished = finished or _is_last(chunks[-1])
+            except UpstreamError as error:
+                failed = error
+            if chunks:
+                yield chunks
+            if failed:
+                raise failed
+        if not finished:
+            raise UpstreamGarbled("The upstream broke off its answer.")
+
+    async def _reads(self) -> AsyncIterator[bytes]:
+        reads = self._response.aiter_raw().__aiter__()
+        while True:
+            try:
+                async with asyncio.timeout(self.upstream.idle_timeout_s):
+                    raw = await anext(reads)
+            except StopAsyncIteration:
+                return
+            except (TimeoutError, httpx2.TimeoutException):
+                raise UpstreamStalled(
+                    f"The upstream was silent for {self.upstream.idle_timeout_s:g} seconds."
+                ) from None
+            except (httpx2.HTTPError, OSError) as error:
+                raise UpstreamGarbled("The upstream broke off its answer.") from error
+            yield raw
+
+    async def _whole(self) -> Chunk:
+        """The answer of a server that does not stream, as one chunk."""
+        try:
+            async with asyncio.timeout(self.upstream.idle_timeout_s):
+                raw = await self._response.aread()
+            whole = msgspec.json.decode(raw, type=_Completion)
+        except TimeoutError:
+            raise UpstreamStalled("The upstream did not finish its answer.") from None
+        except (msgspec.DecodeError, UnicodeDecodeError, httpx2.HTTPError, OSError) as error:
+            raise UpstreamGarbled("The upstream sent neither a stream nor a chat completion.") from error
+        choices = [Choice(choice.message, choice.finish_reason or "stop", choice.logprobs) for choice in whole.choices]
+        return Chunk(choices=choices, usage=whole.usage)
+
+    async def close(self) -> None:
+        """Give the connection back, or break it off."""
+        await self._response.aclose()
+
+
+class _WholeChoice(Struct):
+    message: Delta
+    finish_reason: str | None = None
+    logprobs: Logprobs | None = None
+
+
+class _Completion(Struct):
+    choices: list[_WholeChoice]
+    usage: ChatUsage | None = None
+
+
+class LineBuffer:
+    """Bytes → the payloads of `data:` lines, at any border."""
+
+    def __init__(self, line_bytes_max: int) -> None:
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+        self._line_bytes_max = line_bytes_max
+
+    def feed(self, raw: bytes) -> list[bytes]:
+        """The payloads that are whole by now. Raises UpstreamGarbled for a line that is too long."""
+        *lines, rest = raw.split(b"\n")
+        if lines and self._held:
+            lines[0] = b"".join((*self._held, lines[0]))
+            self._held, self._held_bytes = [], 0
+        if rest:
+            self._held.append(rest)
+            self._held_bytes += len(rest)
+        if self._held_bytes > self._line_bytes_max:
+            raise UpstreamGarbled(f"The upstream sent a line of more than {self._line_bytes_max} bytes.")
+        return [line[5:].strip() for line in lines if line.startswith(b"data:")]
+
+
+def _chunk(data: bytes) -> Chunk:
+    try:
+        chunk = decode_chunk(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UpstreamGarbled(f"The upstream sent what is no chunk: {error}") from None
+    if bytes(chunk.error) not in {b"", b"null"}:
+        raise _error_in_stream(chunk.error)
+    return chunk
+
+
+def _is_last(chunk: Chunk) -> bool:
+    return bool(chunk.choices and chunk.choices[0].finish_reason)
+
+
+def _error_in_stream(raw: msgspec.Raw) -> UpstreamError:
+    try:
+        error = msgspec.json.decode(raw, type=ChatError | str)
+    except msgspec.DecodeError:
+        error = ChatError()
+    if isinstance(error, str):
+        error = ChatError(message=error)
+    status = int(str(error.code)) if str(error.code).isdigit() else 0
+    message = f"The upstream failed: {error.message or 'it gave no reason'}"
+    if status == 429 or error.code == "rate_limit_exceeded":
+        return UpstreamBusy(message)
+    code = error.code if isinstance(error.code, str) and not error.code.isdigit() else None
+    return UpstreamError(message, code=code)
+
+
+@contextmanager
+def _translated(upstream: Upstream) -> Iterator[None]:
+    """The SDK's errors → ours."""
+    try:
+        yield
+    except openai.APIError as error:
+        raise _translate(error, upstream) from error
+
+
+def _translate(error: openai.APIError, upstream: Upstream) -> ApiError:
+    if isinstance(error, openai.APITimeoutError):
+        cause = error.__cause__
+        if isinstance(cause, httpx2.ReadTimeout):
+            return UpstreamStalled("The upstream did not answer in time.")
+        return UpstreamUnavailable(f"Upstream '{upstream.name}' can't be reached.")
+    if not isinstance(error, openai.APIStatusError):
+        return UpstreamUnavailable(f"Upstream '{upstream.name}' can't be reached.")
+    status = error.status_code
+    said = _said(error)
+    if status in {401, 403} and not upstream.passes_caller:
+        return UpstreamUnavailable(f"Upstream '{upstream.name}' does not accept this server's key.")
+    if status == 401:
+        return AuthenticationFailed(said.message or "The upstream does not accept the key.")
+    if status == 429:
+        after = error.response.headers.get("retry-after")
+        return UpstreamBusy(said.message or "The upstream is busy.", headers={"Retry-After": after} if after else None)
+    if status >= 500:
+        return UpstreamUnavailable(f"The upstream failed with status {status}: {said.message or 'it gave no reason'}")
+    code = str(said.code) if said.code is not None else None
+    if _TOO_LONG.search(said.message or ""):
+        code = CONTEXT_TOO_LONG
+    return UpstreamRefused(
+        said.message or f"The upstream refused the request with status {status}.",
+        status=status,
+        type=said.type or "invalid_request_error",
+        param=said.param,
+        code=code,
+    )
+
+
+def _said(error: openai.APIStatusError) -> ChatError:
+    """The error object of the upstream's answer; some servers send it bare, some a text."""
+    body = error.body
+    if isinstance(body, dict):
+        inner = body.get("error", body)
+        if isinstance(inner, str):
+            return ChatError(message=inner)
+        try:
+            return msgspec.convert(inner, ChatError)
+        except msgspec.ValidationError:
+            return ChatError(
+                message=str(inner.get("message") or inner.get("detail") or inner) if isinstance(inner, dict) else None
+            )
+    return ChatError(message=body[:500] if isinstance(body, str) else None)
