@@ -1,0 +1,57 @@
+"""The ASGI application: routes, dependencies, error translation."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+from litestar import Litestar
+from litestar.di import Provide
+from litestar.types import ASGIApp
+
+from app.api.auth import Auth, provide_caller
+from app.api.models import ModelsController
+from app.api.operations import livez, readyz
+from app.api.problems import HANDLERS, with_request_id
+from app.api.responses import ResponsesController
+from app.outbound.catalog import Catalog
+from app.outbound.upstream import Upstream
+from app.runs.executor import Executor
+from app.settings import Settings
+from app.storage.database import Database
+
+Lifespan = Callable[[Any], AbstractAsyncContextManager[None]]
+
+
+def build(
+    *,
+    settings: Settings,
+    database: Database,
+    catalog: Catalog,
+    upstreams: Mapping[str, Upstream],
+    executor: Executor,
+    lifespan: Lifespan,
+) -> ASGIApp:
+    """The application around things that `assembly` has built."""
+    auth = Auth(settings, database)
+
+    def given(value: Any) -> Provide:
+        return Provide(lambda: value, sync_to_thread=False)
+
+    app = Litestar(
+        route_handlers=[ResponsesController, ModelsController, livez, readyz],
+        dependencies={
+            "settings": given(settings),
+            "database": given(database),
+            "catalog": given(catalog),
+            "upstreams": given(upstreams),
+            "executor": given(executor),
+            "auth": given(auth),
+            "caller": Provide(provide_caller),
+        },
+        exception_handlers=HANDLERS,
+        request_max_body_size=settings.body_bytes_max,
+        lifespan=[lifespan],
+        openapi_config=None,
+        logging_config=None,
+    )
+    return with_request_id(app)

@@ -1,0 +1,77 @@
+"""Bearer key → caller. Without any key every caller is the default tenant, and the server listens on loopback only."""
+
+import hashlib
+import time
+from typing import Any
+
+from litestar import Request
+
+from app.errors import AuthenticationFailed
+from app.runs.executor import Caller
+from app.settings import Settings
+from app.storage import tenants
+from app.storage.database import Database
+
+CACHED_KEYS_MAX = 10_000
+
+
+class Auth:
+    """Knows keys for REPRISE_KEY_CACHE_S, so that a request does not cost a query more."""
+
+    def __init__(self, settings: Settings, database: Database) -> None:
+        self._database = database
+        self._cache_s = settings.key_cache_s
+        self._per_caller = settings.upstream_auth == "caller"
+        self._known: dict[bytes, tuple[float, str | None]] = {}
+        self._in_use: tuple[float, bool] = (0.0, False)
+
+    async def caller(self, authorization: str | None) -> Caller:
+        """Who asks. Raises AuthenticationFailed."""
+        scheme, _, key = (authorization or "").partition(" ")
+        key = key.strip() if scheme.lower() == "bearer" else ""
+        if not await self._keys_in_use():
+            return await self._open_caller(key or None)
+        if not key:
+            raise AuthenticationFailed(
+                "You didn't provide an API key. Send it as 'Authorization: Bearer KEY'.", code="missing_api_key"
+            )
+        tenant_id = await self._tenant(key)
+        if tenant_id is None:
+            raise AuthenticationFailed(f"Incorrect API key provided: {_masked(key)}.")
+        return Caller(tenant_id, key)
+
+    async def _keys_in_use(self) -> bool:
+        until, in_use = self._in_use
+        if in_use or time.monotonic() < until:
+            return in_use
+        async with self._database.autocommit() as tx:
+            in_use = await tenants.keys_in_use(tx)
+        self._in_use = (time.monotonic() + self._cache_s, in_use)
+        return in_use
+
+    async def _open_caller(self, key: str | None) -> Caller:
+        """Where callers bring the upstream's keys, each key sees its own data only."""
+        if self._per_caller and key:
+            return Caller(f"caller_{hashlib.sha256(key.encode()).hexdigest()[:32]}", key)
+        return Caller(tenants.DEFAULT_TENANT, key)
+
+    async def _tenant(self, key: str) -> str | None:
+        digest = tenants.digest(key)
+        until, tenant_id = self._known.get(digest, (0.0, None))
+        if time.monotonic() < until:
+            return tenant_id
+        async with self._database.autocommit() as tx:
+            tenant_id = await tenants.find_tenant(tx, key)
+        if len(self._known) >= CACHED_KEYS_MAX:
+            self._known.clear()
+        self._known[digest] = (time.monotonic() + self._cache_s, tenant_id)
+        return tenant_id
+
+
+def _masked(key: str) -> str:
+    return f"{key[:7]}***{key[-4:]}" if len(key) > 20 else "***"
+
+
+async def provide_caller(request: Request[Any, Any, Any], auth: Auth) -> Caller:
+    """The dependency of every handler below /v1."""
+    return await auth.caller(request.headers.get("authorization"))

@@ -1,0 +1,63 @@
+"""`/v1/models`: what the catalog names, and what the upstreams list."""
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+import structlog
+from litestar import Controller, Response, get
+from litestar.enums import MediaType
+
+from app.errors import NotFound, UpstreamError
+from app.outbound.catalog import Catalog
+from app.outbound.upstream import Upstream
+from app.runs.executor import Caller
+from app.wire.resources import Model, Models, encode
+
+log = structlog.get_logger()
+
+
+class ModelsController(Controller):
+    """Models that can be asked for by name."""
+
+    path = "/v1/models"
+
+    @get()
+    async def list(self, caller: Caller, catalog: Catalog, upstreams: Mapping[str, Upstream]) -> Response[bytes]:
+        """Every model, those of the catalog first."""
+        return Response(encode(Models(await _models(caller, catalog, upstreams))), media_type=MediaType.JSON)
+
+    @get("/{model_id:path}")
+    async def retrieve(
+        self, model_id: str, caller: Caller, catalog: Catalog, upstreams: Mapping[str, Upstream]
+    ) -> Response[bytes]:
+        """One model; its id may contain slashes."""
+        wanted = str(model_id).removeprefix("/")
+        for model in await _models(caller, catalog, upstreams):
+            if model.id == wanted:
+                return Response(encode(model), media_type=MediaType.JSON)
+        raise NotFound(f"The model '{wanted}' does not exist.", param="model", code="model_not_found")
+
+
+async def _models(caller: Caller, catalog: Catalog, upstreams: Mapping[str, Upstream]) -> list[Model]:
+    """Upstreams that lie under a single name are listed by their own; an upstream that does not answer lists nothing."""
+    named = [Model(id=name) for name in catalog.model_names]
+    answers: list[Any] = await asyncio.gather(
+        *(upstream.list_models(caller.key) for upstream in upstreams.values()), return_exceptions=True
+    )
+    listed: list[Model] = []
+    for upstream, answer in zip(upstreams.values(), answers, strict=True):
+        if isinstance(answer, UpstreamError):
+            log.warning("An upstream does not list its models.", action="models_not_listed", upstream=upstream.name)
+        elif isinstance(answer, BaseException):
+            raise answer
+        else:
+            prefix = "" if len(upstreams) == 1 else f"{upstream.name}@"
+            listed += [
+                Model(id=prefix + one.id, created=one.created or 0, owned_by=one.owned_by or upstream.name)
+                for one in answer
+            ]
+    if not named and not listed and answers and all(isinstance(answer, UpstreamError) for answer in answers):
+        raise answers[0]
+    known = {model.id for model in named}
+    return named + [model for model in listed if model.id not in known]

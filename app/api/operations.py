@@ -1,0 +1,23 @@
+"""For operators: is the process alive, is it ready."""
+
+from litestar import Response, get
+from litestar.enums import MediaType
+from sqlalchemy import text
+
+from app.storage.database import Database, Query
+
+_PING = Query(text("select 1 as ready"), across_tenants="asks only whether Postgres answers")
+
+
+@get("/livez", media_type=MediaType.TEXT)
+async def livez() -> str:
+    """The process runs."""
+    return "ok"
+
+
+@get("/readyz", media_type=MediaType.TEXT)
+async def readyz(database: Database) -> Response[str]:
+    """Requests can be served: Postgres answers. Else 503."""
+    async with database.autocommit() as tx:
+        await tx.one(_PING)
+    return Response("ok", media_type=MediaType.TEXT)

@@ -1,0 +1,93 @@
+"""Errors → HTTP, in one place; and the id that every reply carries."""
+
+import time
+from typing import Any
+
+import msgspec
+import structlog
+from litestar import Request, Response
+from litestar.enums import MediaType, ScopeType
+from litestar.exceptions import HTTPException
+from litestar.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.errors import ApiError, BodyTooLarge, InvalidRequest, MethodNotAllowed, NotFound, ServerError
+from app.ids import new_id
+from app.wire.resources import ErrorBody, ErrorReply, encode
+
+log = structlog.get_logger()
+
+API_VERSION = b"2020-10-01"
+"""What the hosted API says in `openai-version`."""
+
+
+def error_body(error: ApiError) -> bytes:
+    """OpenAI's error object, with its four keys."""
+    return encode(ErrorReply(ErrorBody(error.message, error.type, error.param, error.code)))
+
+
+def answer_api_error(request: Request[Any, Any, Any], error: ApiError) -> Response[bytes]:
+    """Our own errors."""
+    if error.status >= 500:
+        log.warning(error.message, action="request_failed", status=error.status, cause=repr(error.__cause__))
+    return Response(error_body(error), status_code=error.status, media_type=MediaType.JSON, headers=error.headers)
+
+
+def answer_http_error(request: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
+    """Litestar's errors: unknown paths, wrong methods, bodies that are too large."""
+    return answer_api_error(request, _translate(request, error))
+
+
+def answer_mistake(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+    """Everything that should not happen; the client learns nothing of our insides."""
+    log.error("A request failed by our own mistake.", action="request_failed", status=500, exc_info=error)
+    return answer_api_error(request, ServerError("The server had an error while processing your request."))
+
+
+def _translate(request: Request[Any, Any, Any], error: HTTPException) -> ApiError:
+    where = f"{request.method} {request.url.path}"
+    match error.status_code:
+        case 404:
+            return NotFound(f"Invalid URL ({where})")
+        case 405:
+            allowed = (error.headers or {}).get("Allow", "")
+            return MethodNotAllowed(f"Not allowed to {where}.", headers={"Allow": allowed} if allowed else None)
+        case 413:
+            return BodyTooLarge("The request's body is larger than this server takes (REPRISE_BODY_BYTES_MAX).")
+        case status if status < 500:
+            return InvalidRequest(error.detail)
+    return ServerError("The server had an error while processing your request.")
+
+
+def with_request_id(app: ASGIApp) -> ASGIApp:
+    """Every reply says `x-request-id` and how long it took; the id is on every log line of the request, too."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != ScopeType.HTTP:
+            await app(scope, receive, send)
+            return
+        begun = time.perf_counter()
+        request_id = new_id("req")
+
+        async def stamped(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                took_ms = int((time.perf_counter() - begun) * 1000)
+                message["headers"] = [
+                    *message.get("headers", []),
+                    (b"x-request-id", request_id.encode()),
+                    (b"openai-processing-ms", str(took_ms).encode()),
+                    (b"openai-version", API_VERSION),
+                ]
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            await app(scope, receive, stamped)
+
+    return answer
+
+
+HANDLERS: dict[Any, Any] = {
+    ApiError: answer_api_error,
+    HTTPException: answer_http_error,
+    msgspec.MsgspecError: answer_mistake,
+    Exception: answer_mistake,
+}

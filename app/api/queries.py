@@ -1,0 +1,89 @@
+"""Query strings → Structs. Arrays come as `include[]=a&include[]=b` or `include=a`."""
+
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from litestar import Request
+from msgspec import Meta, Struct
+
+from app.errors import InvalidParameter
+from app.wire.decoding import invalid
+from app.wire.requests import Include, Order
+from app.wire.resources import Status
+
+LISTS = frozenset({"include"})
+MAPS = frozenset({"metadata"})
+
+Q = TypeVar("Q")
+
+Limit = Annotated[int, Meta(ge=1, le=100)]
+
+
+class Retrieve(Struct, forbid_unknown_fields=True, frozen=True):
+    """`GET /v1/responses/{id}`."""
+
+    include: list[Include] = []
+    stream: bool = False
+    starting_after: Annotated[int, Meta(ge=0)] | None = None
+    include_obfuscation: bool | None = None
+
+
+class ItemPage(Struct, forbid_unknown_fields=True, frozen=True):
+    """`GET /v1/responses/{id}/input_items`."""
+
+    after: str | None = None
+    limit: Limit = 20
+    order: Order = "desc"
+    include: list[Include] = []
+
+
+class ResponsePage(Struct, forbid_unknown_fields=True, frozen=True):
+    """`GET /v1/responses`; times are unix seconds, both ends included."""
+
+    after: str | None = None
+    limit: Limit = 20
+    order: Order = "desc"
+    model: str | None = None
+    status: Status | None = None
+    metadata: dict[str, str] = {}
+    created_after: Annotated[int, Meta(ge=0, lt=2**62)] = 0
+    created_before: Annotated[int, Meta(ge=0, le=2**62)] = 2**62
+
+
+class Nothing(Struct, forbid_unknown_fields=True, frozen=True):
+    """No parameters at all."""
+
+
+IGNORED = frozenset({"beta"})
+"""SDKs of beta features send it on ordinary paths."""
+
+
+def parse(request: Request[Any, Any, Any], type_: type[Q]) -> Q:
+    """The query of a request. Raises InvalidParameter, also for names that this path does not know."""
+    values: dict[str, Any] = {}
+    for name, value in request.query_params.multi_items():
+        if name in IGNORED:
+            continue
+        base, _, key = name.removesuffix("]").partition("[")
+        if base in LISTS:
+            values.setdefault(base, []).append(value)
+        elif base in MAPS and key:
+            values.setdefault(base, {})[key] = value
+        else:
+            values[name] = _boolean(value)
+    known = {field.name for field in msgspec.structs.fields(type_)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in known:
+            raise InvalidParameter(f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")
+    if any("\0" in str(value) for value in values.values()):
+        raise InvalidParameter("Query parameters may not contain NUL characters.")
+    try:
+        return msgspec.convert(values, type_, strict=False)
+    except msgspec.ValidationError as error:
+        raise invalid(str(error), "") from None
+
+
+def _boolean(value: str) -> str | bool:
+    """`true` and `false` as SDKs write them."""
+    words: dict[str, Literal[True, False]] = {"true": True, "false": False}
+    return words.get(value, value)

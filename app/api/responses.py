@@ -1,0 +1,166 @@
+"""`/v1/responses`: create, retrieve, list, delete, input items."""
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+import msgspec
+import structlog
+from litestar import Controller, Request, Response, delete, get, post
+from litestar.enums import MediaType
+
+from app.api import queries
+from app.api.sse import EventStream, until_disconnect
+from app.errors import ApiError, InvalidRequest
+from app.outbound.catalog import Catalog
+from app.runs.executor import Caller, Executor, Run
+from app.settings import Settings
+from app.storage import responses
+from app.storage.database import Database
+from app.wire.items import OpaqueItem, decode_item, encode_item
+from app.wire.requests import decode_create
+from app.wire.resources import Deleted, Page, encode
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+LEFT_OUT_HEADER = "x-reprise-left-out-tools"
+"""Names the declared tools that the model does not see, because nobody here runs them."""
+
+
+class ClientGone(ApiError):
+    """Nobody reads this reply."""
+
+    status = 499
+
+
+class ResponsesController(Controller):
+    """The resource that everything is about."""
+
+    path = "/v1/responses"
+
+    @post(status_code=200)
+    async def create(
+        self, request: Request[Any, Any, Any], caller: Caller, executor: Executor, catalog: Catalog, settings: Settings
+    ) -> Response[Any]:
+        """Make a response: JSON when it is done, or SSE while it is made."""
+        create = decode_create(await request.body(), catalog.passed_on)
+        run = await executor.start(caller, create)
+        left_out = run.context.toolbox.left_out
+        if left_out:
+            log.warning("Tools that nobody here runs were left out.", action="tools_left_out", tools=left_out)
+        headers = {LEFT_OUT_HEADER: ", ".join(left_out)} if left_out else {}
+        if not create.stream:
+            made = await _while_connected(request, executor, run, executor.finished(run))
+            return Response(encode(made), media_type=MediaType.JSON, headers=headers)
+        await _while_connected(request, executor, run, executor.opened(run))
+        options = create.body.stream_options
+        return EventStream(
+            run.follow(silence_s=settings.keepalive_s),
+            gone=lambda: executor.reader_gone(run),
+            obfuscate=bool(options and options.include_obfuscation),
+            headers=headers,
+        )
+
+    @get()
+    async def list(self, request: Request[Any, Any, Any], caller: Caller, database: Database) -> Response[bytes]:
+        """Responses by creation; beyond the hosted API."""
+        if request.headers.get("upgrade", "").lower() == "websocket":
+            raise InvalidRequest("This server does not speak WebSocket; use POST.", code="websocket_not_supported")
+        query = queries.parse(request, queries.ResponsePage)
+        filter = responses.Filter(
+            model=query.model,
+            status=query.status,
+            metadata=query.metadata,
+            created_after=query.created_after,
+            created_before=query.created_before,
+        )
+        async with database.autocommit() as tx:
+            found = await responses.list_responses(
+                tx, caller.tenant_id, filter, after=query.after, limit=query.limit + 1, order=query.order
+            )
+        rows = [(id, encode(responses.response_of(stored))) for id, stored in found]
+        return _page(rows, query.limit)
+
+    @get("/{response_id:str}")
+    async def retrieve(
+        self, request: Request[Any, Any, Any], response_id: str, caller: Caller, database: Database
+    ) -> Response[bytes]:
+        """One response, as its last event said it."""
+        query = queries.parse(request, queries.Retrieve)
+        async with database.autocommit() as tx:
+            stored = await responses.get_response(tx, caller.tenant_id, response_id)
+        if query.stream:
+            raise InvalidRequest(
+                "This response cannot be streamed because it was not created with background=true.", param="stream"
+            )
+        return Response(encode(responses.response_of(stored)), media_type=MediaType.JSON)
+
+    @delete("/{response_id:str}", status_code=200)
+    async def delete(
+        self, request: Request[Any, Any, Any], response_id: str, caller: Caller, database: Database
+    ) -> Response[bytes]:
+        """Delete a response; later ones that build on it keep their context."""
+        queries.parse(request, queries.Nothing)
+        async with database.begin() as tx:
+            await responses.delete_response(tx, caller.tenant_id, response_id)
+        return Response(encode(Deleted(response_id)), media_type=MediaType.JSON)
+
+    @get("/{response_id:str}/input_items")
+    async def input_items(
+        self, request: Request[Any, Any, Any], response_id: str, caller: Caller, database: Database
+    ) -> Response[bytes]:
+        """The context that the response was made from: earlier inputs and outputs, and its own input."""
+        query = queries.parse(request, queries.ItemPage)
+        async with database.autocommit() as tx:
+            found = await responses.list_input_items(
+                tx, caller.tenant_id, response_id, after=query.after, limit=query.limit + 1, order=query.order
+            )
+        return _page([(item.id, _listed(item.body)) for item in found], query.limit)
+
+    @post("/{response_id:str}/cancel", status_code=200)
+    async def cancel(self, response_id: str, caller: Caller, database: Database) -> Response[bytes]:
+        """Only background responses can be cancelled; a foreground one ends with its connection."""
+        async with database.autocommit() as tx:
+            await responses.get_response(tx, caller.tenant_id, response_id)
+        raise InvalidRequest("Cannot cancel a synchronous response.", param="response_id")
+
+
+def _page(rows: "list[tuple[str, bytes]]", limit: int) -> Response[bytes]:
+    """One row more than the limit was read: that tells whether there are more."""
+    shown = rows[:limit]
+    page = Page(
+        data=[msgspec.Raw(body) for _, body in shown],
+        first_id=shown[0][0] if shown else None,
+        last_id=shown[-1][0] if shown else None,
+        has_more=len(rows) > limit,
+    )
+    return Response(encode(page), media_type=MediaType.JSON)
+
+
+def _listed(body: str) -> bytes:
+    """Items carry a status wherever they are listed."""
+    item = decode_item(body.encode())
+    if not isinstance(item, OpaqueItem) and getattr(item, "status", "") is msgspec.UNSET:
+        return encode_item(msgspec.structs.replace(item, status="completed"))
+    return body.encode()
+
+
+async def _while_connected(request: Request[Any, Any, Any], executor: Executor, run: Run, work: Awaitable[T]) -> T:
+    """Wait for work on behalf of a client; if the client leaves meanwhile, the policy decides about the run."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.create_task(until_disconnect(request.receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        executor.reader_gone(run)
+        raise ClientGone("The client has gone.")
+    except asyncio.CancelledError:
+        executor.reader_gone(run)
+        raise
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)

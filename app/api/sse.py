@@ -1,0 +1,85 @@
+"""Events as Server-Sent Events: a reader of a run's log.
+
+Everything that has gathered is written at once. Nothing but events, `[DONE]` and comments is ever sent: no `id:` lines, which
+make a well-known client fail at the next comment. The connection is closed right after the last event.
+"""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from litestar import Response
+from litestar.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.wire.events import DONE_FRAME, Entry
+
+KEEPALIVE = b": keep-alive\n\n"
+OBFUSCATION_CHARS = 16
+"""A delta and its padding together are a multiple of this long."""
+
+HEAD: list[tuple[bytes, bytes]] = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+async def until_disconnect(receive: Receive) -> None:
+    """Returns when the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response[None]):
+    """The reply of a stream. `gone` is called if the client leaves before the last event."""
+
+    def __init__(
+        self, batches: AsyncIterator[list[Entry]], *, gone: Callable[[], None], obfuscate: bool, headers: dict[str, str]
+    ) -> None:
+        super().__init__(None)
+        self._batches, self._gone, self._obfuscate = batches, gone, obfuscate
+        self._head = HEAD + [(name.encode(), value.encode()) for name, value in headers.items()]
+
+    def to_asgi_response(self, *args: Any, **kwargs: Any) -> ASGIApp:  # type: ignore[override]
+        """The ASGI side of it."""
+        return self._answer
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        writing = asyncio.create_task(self._write(send))
+        leaving = asyncio.create_task(until_disconnect(receive))
+        try:
+            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not writing.done() or writing.exception() is not None:
+                self._gone()
+        except asyncio.CancelledError:
+            self._gone()
+            raise
+        finally:
+            writing.cancel()
+            leaving.cancel()
+            await asyncio.gather(writing, leaving, return_exceptions=True)
+
+    async def _write(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self._head})
+        async for batch in self._batches:
+            await send(_body(self._frames(batch), more=True))
+        await send(_body(DONE_FRAME, more=False))
+
+    def _frames(self, batch: list[Entry]) -> bytes:
+        if not batch:
+            return KEEPALIVE
+        return b"".join(_padded(entry) if self._obfuscate else entry.frame for entry in batch)
+
+
+def _body(body: bytes, *, more: bool) -> Message:
+    return {"type": "http.response.body", "body": body, "more_body": more}
+
+
+def _padded(entry: Entry) -> bytes:
+    """A delta with `obfuscation`, so that the sizes of packets tell less about the text."""
+    if not entry.type.endswith(".delta"):
+        return entry.frame
+    length = OBFUSCATION_CHARS - len(entry.body) % OBFUSCATION_CHARS
+    padding = secrets.token_urlsafe(OBFUSCATION_CHARS)[:length].encode()
+    return b'%b,"obfuscation":"%b"}\n\n' % (entry.frame[:-3], padding)

@@ -1,0 +1,120 @@
+"""The one place that builds things: settings → database, upstreams, executor, application."""
+
+import asyncio
+import os
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+from litestar.types import ASGIApp
+from msgspec import Struct
+
+from app import echo, embedded
+from app.api import asgi
+from app.domain.sealed import KEY_BYTES, Seal, parse_key
+from app.outbound.catalog import Catalog, load_catalog
+from app.outbound.upstream import Upstream
+from app.runs.executor import Executor
+from app.runs.worker import Worker
+from app.settings import Settings, SettingsError
+from app.storage import tenants
+from app.storage.database import Database
+
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+
+
+def with_servers(settings: Settings) -> Settings:
+    """The settings with the addresses of servers: where none are given, embedded ones are started, and live as long as this
+    process. Raises EmbeddedError."""
+    if settings.database_url and settings.redis_url:
+        return settings
+    servers = embedded.start(settings.data_path, durable=settings.durable)
+    return msgspec.structs.replace(
+        settings,
+        database_url=settings.database_url or servers.database_url,
+        redis_url=settings.redis_url or servers.redis_url,
+    )
+
+
+def open_seal(settings: Settings) -> Seal:
+    """The server's key: REPRISE_SECRET_KEY, or one that is made once in the data directory. Raises SettingsError."""
+    try:
+        if settings.secret_key:
+            return Seal(parse_key(settings.secret_key))
+        return Seal(_kept_key(settings))
+    except ValueError as error:
+        raise SettingsError(f"REPRISE_SECRET_KEY is not valid: {error}.") from None
+
+
+def _kept_key(settings: Settings) -> bytes:
+    path = settings.data_path / "secret.key"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return path.read_bytes()
+    with os.fdopen(file, "wb") as opened:
+        key = secrets.token_bytes(KEY_BYTES)
+        opened.write(key)
+    return key
+
+
+class Assembly(Struct, frozen=True):
+    """A server that is built and not yet listening."""
+
+    settings: Settings
+    catalog: Catalog
+    app: ASGIApp
+
+
+@asynccontextmanager
+async def assembled(settings: Settings) -> AsyncIterator[Assembly]:
+    """Everything a serving process needs, and its orderly end. Raises SettingsError."""
+    demo = None if settings.catalog or settings.openai_base_url else await echo.serve()
+    catalog = load_catalog(settings, os.environ, demo_url=demo.base_url if demo else "")
+    seal = open_seal(settings)
+    database = Database(settings)
+    upstreams = {name: Upstream(name, entry, settings) for name, entry in catalog.upstreams.items()}
+    worker = Worker(settings, database)
+    executor = Executor(settings, database, catalog, upstreams, seal, worker)
+
+    @asynccontextmanager
+    async def lifespan(_: Any) -> AsyncIterator[None]:
+        beating = asyncio.create_task(worker.beat_for_ever())
+        try:
+            yield
+        finally:
+            await executor.close()
+            beating.cancel()
+            await asyncio.gather(beating, return_exceptions=True)
+
+    try:
+        await _check_openness(settings, database)
+        app = asgi.build(
+            settings=settings,
+            database=database,
+            catalog=catalog,
+            upstreams=upstreams,
+            executor=executor,
+            lifespan=lifespan,
+        )
+        yield Assembly(settings, catalog, app)
+    finally:
+        for upstream in upstreams.values():
+            await upstream.close()
+        await database.close()
+        if demo:
+            await demo.close()
+
+
+async def _check_openness(settings: Settings, database: Database) -> None:
+    """Without keys anybody may call; then only this machine may reach us."""
+    async with database.autocommit() as tx:
+        in_use = await tenants.keys_in_use(tx)
+    if not in_use and settings.host not in LOOPBACK:
+        raise SettingsError(
+            f"REPRISE_HOST={settings.host} would let anybody in, because there are no keys: "
+            "make one with `reprise keys create`, or listen on 127.0.0.1."
+        )

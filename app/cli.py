@@ -1,0 +1,245 @@
+"""`reprise serve | worker | migrate | keys | doctor`."""
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+import click
+import uvicorn
+
+from app import assembly, migrate
+from app.doctor import examine
+from app.embedded import EmbeddedError
+from app.errors import ApiError
+from app.outbound.catalog import Catalog
+from app.runs.worker import Worker
+from app.settings import Settings, SettingsError, load
+from app.storage import tenants
+from app.storage.database import Database
+from app.telemetry import start_logging
+
+T = TypeVar("T")
+
+BACKLOG = 2_048
+"""Connections that may wait to be accepted."""
+
+
+@click.group(help="A persistent, stateful Responses API server in front of any Chat Completions upstream.")
+def reprise() -> None:
+    """The console script."""
+
+
+def main() -> None:
+    """Run the command line; what is wrong with the set-up is told in one line."""
+    try:
+        reprise.main(standalone_mode=True, prog_name="reprise")
+    except (SettingsError, EmbeddedError, ApiError) as error:
+        click.echo(f"reprise: {error}", err=True)
+        sys.exit(1)
+
+
+def _settings() -> Settings:
+    settings = load(os.environ)
+    start_logging(settings.log_level)
+    return settings
+
+
+def _run(main: Awaitable[T]) -> T:
+    async def awaited() -> T:
+        return await main
+
+    if sys.platform == "win32":
+        return asyncio.run(awaited())
+    import uvloop
+
+    return uvloop.run(awaited())
+
+
+# -- serve ------------------------------------------------------------------------------------------------------------------
+
+
+@reprise.command()
+def serve() -> None:
+    """Serve the API; without DATABASE_URL and REDIS_URL on embedded servers of its own."""
+    settings = _settings()
+    own = not settings.database_url
+    settings = assembly.with_servers(settings)
+    if own:
+        migrate.upgrade(settings.database_url)
+    _run(_serve(settings))
+
+
+async def _serve(settings: Settings) -> None:
+    if not await migrate.is_current(settings.database_url):
+        raise SettingsError("the database's schema is not that of this version: run `reprise migrate`.")
+    async with assembly.assembled(settings) as built:
+        config = uvicorn.Config(
+            built.app,
+            loop="none",
+            http="httptools",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            backlog=BACKLOG,
+            timeout_graceful_shutdown=int(settings.shutdown_grace_s),
+        )
+        listener = _listen(settings)
+        server = _Server(config, lambda: click.echo(_welcome(settings, built.catalog, listener.getsockname()[1])))
+        await server.serve(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """Says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, listening: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._listening = listening
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if not self.should_exit:
+            self._listening()
+
+
+def _listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise SettingsError(f"can't listen on {settings.host}:{settings.port}: {error.strerror or error}.") from None
+
+
+def _welcome(settings: Settings, catalog: Catalog, port: int) -> str:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    url = f"http://{host}:{port}/v1"
+    demo = not settings.catalog and not settings.openai_base_url
+    upstreams = ", ".join(
+        "echo, the built-in demo (set OPENAI_BASE_URL to call a real one)" if demo else f"{name} at {entry.base_url}"
+        for name, entry in catalog.upstreams.items()
+    )
+    model = "echo" if demo else (catalog.model_names or ["MODEL"])[0]
+    embedded = settings.database_url.startswith("postgresql:///") or str(settings.data_path) in settings.database_url
+    data = f"{settings.data_path} (embedded Postgres and Valkey)" if embedded else "the Postgres of DATABASE_URL"
+    return f"""
+Reprise listens on {url}
+  data      {data}
+  upstream  {upstreams}
+
+Try it:
+  curl {url}/responses -H 'content-type: application/json' -d '{{"model": "{model}", "input": "Hello!"}}'
+
+  from openai import OpenAI
+  client = OpenAI(base_url="{url}", api_key="none")
+  first = client.responses.create(model="{model}", input="My name is Ada.")
+  print(client.responses.create(model="{model}", input="What is my name?", previous_response_id=first.id).output_text)
+"""
+
+
+# -- worker, migrate --------------------------------------------------------------------------------------------------------
+
+
+@reprise.command()
+def worker() -> None:
+    """End what dead processes have left behind, without serving the API."""
+    settings = assembly.with_servers(_settings())
+
+    async def work() -> None:
+        async with _database(settings) as database:
+            await Worker(settings, database).beat_for_ever()
+
+    _run(work())
+
+
+@reprise.command("migrate")
+def migrate_command() -> None:
+    """Bring the database's schema to this version."""
+    migrate.upgrade(assembly.with_servers(_settings()).database_url)
+    click.echo("The schema is that of this version.")
+
+
+@asynccontextmanager
+async def _database(settings: Settings) -> AsyncIterator[Database]:
+    database = Database(settings)
+    try:
+        yield database
+    finally:
+        await database.close()
+
+
+# -- keys -------------------------------------------------------------------------------------------------------------------
+
+
+@reprise.group()
+def keys() -> None:
+    """API keys. As soon as there is one, every request needs one."""
+
+
+def _migrated() -> Settings:
+    settings = assembly.with_servers(_settings())
+    migrate.upgrade(settings.database_url)
+    return settings
+
+
+@keys.command("create")
+@click.option("--tenant", default=tenants.DEFAULT_TENANT, show_default=True, help="Whose data the key opens.")
+@click.option("--name", default="", help="A note for yourself.")
+def create_key(tenant: str, name: str) -> None:
+    """Make a key and print it; it is shown this once."""
+    settings = _migrated()
+
+    async def create() -> tuple[str, str]:
+        async with _database(settings) as database, database.begin() as tx:
+            await tenants.ensure_tenant(tx, tenant)
+            return await tenants.create_key(tx, tenant, name)
+
+    id, secret = _run(create())
+    click.echo(secret)
+    click.echo(f"{id} for tenant {tenant}; keep it: only its hash is stored.", err=True)
+
+
+@keys.command("list")
+def list_keys() -> None:
+    """Every key: id, tenant, name, when it was made and revoked."""
+    settings = _migrated()
+
+    async def listed() -> list[tenants.Key]:
+        async with _database(settings) as database, database.autocommit() as tx:
+            return await tenants.list_keys(tx)
+
+    for key in _run(listed()):
+        state = f"revoked {key.revoked}" if key.revoked else "valid"
+        click.echo("\t".join((key.id, key.tenant_id, key.name or "-", key.created, state)))
+
+
+@keys.command("revoke")
+@click.argument("key_id")
+def revoke_key(key_id: str) -> None:
+    """Revoke a key by its id."""
+    settings = _migrated()
+
+    async def revoke() -> bool:
+        async with _database(settings) as database, database.autocommit() as tx:
+            return await tenants.revoke_key(tx, key_id)
+
+    if not _run(revoke()):
+        raise SettingsError(f"there is no valid key {key_id}.")
+    click.echo(f"{key_id} is revoked; servers notice within {settings.key_cache_s:g} s.")
+
+
+# -- doctor -----------------------------------------------------------------------------------------------------------------
+
+
+@reprise.command()
+def doctor() -> None:
+    """Say what is wrong with this set-up; the exit status is 1 if anything is."""
+    healthy = True
+    for finding in _run(examine(os.environ)):
+        click.echo(f"{'ok  ' if finding.ok else 'BAD '} {finding.what}: {finding.said}")
+        healthy = healthy and finding.ok
+    sys.exit(0 if healthy else 1)

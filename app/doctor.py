@@ -1,0 +1,100 @@
+"""What is wrong with a set-up: each part is tried, and says one line."""
+
+import asyncio
+import os
+from collections.abc import Mapping
+
+import redis.asyncio
+from msgspec import Struct
+from redis.exceptions import RedisError
+
+from app import assembly, echo, migrate
+from app.embedded import EmbeddedError
+from app.errors import ApiError
+from app.outbound.catalog import load_catalog
+from app.outbound.upstream import Upstream
+from app.settings import Settings, SettingsError, load
+from app.storage import tenants
+from app.storage.database import Database
+
+
+class Finding(Struct, frozen=True):
+    """One part of the set-up, and how it is."""
+
+    what: str
+    ok: bool
+    said: str
+
+
+async def examine(environ: Mapping[str, str]) -> list[Finding]:
+    """Try every part; later parts are left out when an earlier one that they need is bad."""
+    try:
+        settings = load(environ)
+    except SettingsError as error:
+        return [Finding("settings", False, str(error))]
+    findings = [Finding("settings", True, "every name and value is valid")]
+    try:
+        settings = await asyncio.to_thread(assembly.with_servers, settings)
+    except EmbeddedError as error:
+        return [*findings, Finding("embedded servers", False, str(error))]
+    return [*findings, *await _postgres(settings), await _redis(settings), *await _upstreams(settings), _seal(settings)]
+
+
+async def _postgres(settings: Settings) -> list[Finding]:
+    database = Database(settings)
+    try:
+        async with database.autocommit():
+            findings = [Finding("Postgres", True, "answers")]
+        if not await migrate.is_current(settings.database_url):
+            return [*findings, Finding("schema", False, "not that of this version: run `reprise migrate`")]
+        async with database.autocommit() as tx:
+            in_use = await tenants.keys_in_use(tx)
+    except ApiError as error:
+        return [Finding("Postgres", False, f"{error.message} {error.__cause__}")]
+    finally:
+        await database.close()
+    open_to_all = not in_use and settings.host not in assembly.LOOPBACK
+    said = "every request needs one" if in_use else f"there are none: anybody who reaches {settings.host} may call"
+    return [*findings, Finding("schema", True, "is that of this version"), Finding("keys", not open_to_all, said)]
+
+
+async def _redis(settings: Settings) -> Finding:
+    client = redis.asyncio.from_url(settings.redis_url)
+    try:
+        await client.ping()
+        return Finding("Redis", True, "answers")
+    except (RedisError, OSError) as error:
+        return Finding("Redis", False, f"does not answer: {error}")
+    finally:
+        await client.aclose()
+
+
+async def _upstreams(settings: Settings) -> list[Finding]:
+    demo = None if settings.catalog or settings.openai_base_url else await echo.serve()
+    findings = []
+    try:
+        catalog = load_catalog(settings, os.environ, demo_url=demo.base_url if demo else "")
+        for name, entry in catalog.upstreams.items():
+            upstream = Upstream(name, entry, settings)
+            try:
+                models = await upstream.list_models(None)
+                findings.append(Finding(f"upstream {name}", True, f"{entry.base_url} lists {len(models)} models"))
+            except ApiError as error:
+                findings.append(Finding(f"upstream {name}", False, f"{entry.base_url}: {error.message}"))
+            finally:
+                await upstream.close()
+    except SettingsError as error:
+        findings.append(Finding("catalog", False, str(error)))
+    finally:
+        if demo:
+            await demo.close()
+    return findings
+
+
+def _seal(settings: Settings) -> Finding:
+    try:
+        assembly.open_seal(settings)
+    except SettingsError as error:
+        return Finding("secret key", False, str(error))
+    where = "REPRISE_SECRET_KEY" if settings.secret_key else f"{settings.data_path}/secret.key; replicas must share it"
+    return Finding("secret key", True, where)
