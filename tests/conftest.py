@@ -1,0 +1,140 @@
+"""What tests run on: embedded servers of their own, a scripted upstream over real HTTP, the server as users run it."""
+
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from pathlib import Path
+
+import asyncpg
+import openai
+import pytest
+
+from app import embedded, migrate
+from tests.servers import Served
+from tests.upstream import Upstream
+
+NewServer = Callable[..., Served]
+"""Settings → a server with a database of its own, which ends with the test."""
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[embedded.Embedded]:
+    """Postgres and Valkey for the whole session; they need not survive a power cut."""
+    with embedded.start(tmp_path_factory.mktemp("servers"), durable=False) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def upstream() -> Iterator[Upstream]:
+    """The scripted upstream; the script of a test stands in its last user message."""
+    with Upstream() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def template(servers: embedded.Embedded) -> str:
+    """A database with the tables, to be copied."""
+    url = _database_url(servers, "template_reprise")
+    _execute(servers, "create database template_reprise")
+    migrate.upgrade(url)
+    return "template_reprise"
+
+
+def _database_url(servers: embedded.Embedded, name: str) -> str:
+    return servers.database_url.replace("@/postgres?", f"@/{name}?")
+
+
+def _execute(servers: embedded.Embedded, statement: str) -> None:
+    import asyncio
+
+    async def execute() -> None:
+        connection = await asyncpg.connect(servers.database_url)
+        try:
+            await connection.execute(statement)
+        finally:
+            await connection.close()
+
+    asyncio.run(execute())
+
+
+@pytest.fixture(scope="session")
+def new_database(servers: embedded.Embedded, template: str) -> Callable[[], str]:
+    """Makes an empty database with the tables; gives its URL."""
+
+    def make() -> str:
+        name = f"test_{uuid.uuid4().hex}"
+        _execute(servers, f"create database {name} template {template}")
+        return _database_url(servers, name)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def base_env(
+    servers: embedded.Embedded, upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[str, str]:
+    """Settings of a server under test: everything but its database."""
+    return {
+        "REDIS_URL": servers.redis_url,
+        "OPENAI_BASE_URL": upstream.base_url,
+        "REPRISE_DATA_DIR": str(tmp_path_factory.mktemp("data")),
+    }
+
+
+@pytest.fixture(scope="session")
+def server(base_env: Mapping[str, str], new_database: Callable[[], str]) -> Iterator[Served]:
+    """The server that most tests share, with its default settings."""
+    with Served({**base_env, "DATABASE_URL": new_database()}) as running:
+        yield running
+
+
+@pytest.fixture
+def new_server(base_env: Mapping[str, str], new_database: Callable[[], str]) -> Iterator[NewServer]:
+    """Starts servers with settings of their own, each on an empty database unless DATABASE_URL is given."""
+    started: list[Served] = []
+
+    def start(**env: str) -> Served:
+        settings = {**base_env, **env}
+        if "DATABASE_URL" not in settings:
+            settings["DATABASE_URL"] = new_database()
+        started.append(Served(settings))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.__exit__()
+
+
+@pytest.fixture(autouse=True)
+def _server_output(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What the shared server printed during a test is shown with its failure."""
+    shared = request.getfixturevalue("server") if "server" in request.fixturenames else None
+    begun = len(shared.printed) if shared else 0
+    yield
+    if shared:
+        print("".join(shared.printed[begun:]))  # captured, and shown only for a failed test
+
+
+@pytest.fixture(scope="session")
+def client(server: Served) -> Iterator[openai.OpenAI]:
+    """The official client of the shared server."""
+    with server.client() as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+async def async_client(server: Served) -> AsyncIterator[openai.AsyncOpenAI]:
+    """The official client of the shared server, for concurrent tests."""
+    async with server.async_client() as made:
+        yield made
+
+
+@pytest.fixture
+def catalog_file(tmp_path: Path) -> Callable[[str], str]:
+    """Writes a catalog; gives its path."""
+
+    def write(toml: str) -> str:
+        path = tmp_path / "catalog.toml"
+        path.write_text(toml)
+        return str(path)
+
+    return write

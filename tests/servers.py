@@ -1,0 +1,84 @@
+"""The server under test, as users run it: `python -m app serve` in a process of its own, on a port and a data set of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+import openai
+
+ROOT = Path(__file__).resolve().parent.parent
+START_TIMEOUT_S = 30.0
+
+
+class Served:
+    """One server process; a context manager. `env` are its settings."""
+
+    def __init__(self, env: Mapping[str, str], *, command: str = "serve") -> None:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("REPRISE_", "OPENAI_"))}
+        self._env = {**inherited, "REPRISE_PORT": "0", **env}
+        self._command = command
+        self.printed: list[str] = []
+        self.start()
+
+    def start(self) -> None:
+        """Start it, or start it again, and wait until it listens."""
+        self._listening = threading.Event()
+        self.url = ""
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "app", self._command],
+            cwd=ROOT,
+            env=self._env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read, args=(self.process,), daemon=True)
+        self._reader.start()
+        if not self._listening.wait(START_TIMEOUT_S) or not self.url:
+            self.kill()
+            raise RuntimeError("the server did not start:\n" + "".join(self.printed))
+
+    def _read(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        with process.stdout:
+            for line in process.stdout:
+                self.printed.append(line)
+                if line.startswith("Reprise listens on "):
+                    self.url = line.removeprefix("Reprise listens on ").strip()
+                    self._listening.set()
+        self._listening.set()
+
+    def client(self, api_key: str = "none", **options: object) -> openai.OpenAI:
+        """The official client; it does not retry, so that a test sees every error."""
+        return openai.OpenAI(base_url=self.url, api_key=api_key, max_retries=0, **options)  # type: ignore[arg-type]
+
+    def async_client(self, api_key: str = "none", **options: object) -> openai.AsyncOpenAI:
+        """The official client for concurrent tests."""
+        return openai.AsyncOpenAI(base_url=self.url, api_key=api_key, max_retries=0, **options)  # type: ignore[arg-type]
+
+    def stop(self) -> int:
+        """SIGTERM; gives the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self._wait()
+
+    def kill(self) -> int:
+        """SIGKILL."""
+        self.process.kill()
+        return self._wait()
+
+    def _wait(self) -> int:
+        status = self.process.wait(START_TIMEOUT_S)
+        self._reader.join(START_TIMEOUT_S)
+        return status
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.kill()
