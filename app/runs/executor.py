@@ -12,9 +12,9 @@ import structlog
 from msgspec import Struct
 
 from app.domain.context import Context, check_parent, references, resolve
+from app.domain.groups import Manner
 from app.domain.lifecycle import Outcome, close_response, open_response
 from app.domain.sealed import Seal
-from app.domain.turn import Manner
 from app.errors import ApiError, DatabaseUnavailable, InvalidParameter, RunTooLong, ServerError, TooManyRequests
 from app.ids import new_id
 from app.outbound.catalog import Catalog

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 from app.domain.context import Context, Unseal
+from app.domain.groups import Manner
 from app.domain.lifecycle import NO_USAGE, Outcome, add_usage, outcome_of
 from app.domain.prompt import chat_request, refused_calls
 from app.domain.think import ThinkSplitter
-from app.domain.turn import Manner, Turn
+from app.domain.turn import Turn
 from app.errors import ApiError, RunTooLong, UpstreamBusy, UpstreamRefused, UpstreamUnavailable
 from app.ids import new_id
 from app.outbound.catalog import Route

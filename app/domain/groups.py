@@ -1,0 +1,318 @@
+"""The output items in the making: reasoning, a message, a call. Each opens, says what it has gathered, and closes."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import msgspec
+from msgspec import UNSET, Raw, Struct
+
+from app.domain.prompt import WRAPPED_INPUT
+from app.domain.toolbox import HandOver, Refuse, Toolbox
+from app.ids import NewId
+from app.wire.chat import Logprob
+from app.wire.events import (
+    ArgumentsDelta,
+    ArgumentsDone,
+    CustomInputDelta,
+    CustomInputDone,
+    Event,
+    ItemAdded,
+    ItemDone,
+    PartAdded,
+    PartDone,
+    ReasoningDelta,
+    ReasoningDone,
+    RefusalDelta,
+    RefusalDone,
+    SummaryDelta,
+    SummaryDone,
+    SummaryPartAdded,
+    SummaryPartDone,
+    TextDelta,
+    TextDone,
+)
+from app.wire.items import (
+    CustomToolCall,
+    FunctionCall,
+    Item,
+    ItemStatus,
+    Message,
+    OutputText,
+    Reasoning,
+    ReasoningText,
+    Refusal,
+    SummaryText,
+)
+
+
+class Manner(Struct, frozen=True):
+    """How a run wants its events: what the request asked for beyond the plain order."""
+
+    summarize: bool = False
+    """Mirror the reasoning into the summary, which is all that some clients show."""
+    seal: Callable[[str], str] | None = None
+    """Makes `encrypted_content`, where it is included."""
+
+
+PLAIN = Manner()
+"""Nothing beyond the plain order."""
+
+
+class Group(Protocol):
+    """One output item in the making."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether enough is known to open it."""
+        ...
+
+    @property
+    def complete(self) -> bool:
+        """Whether it may be closed once another group has begun."""
+        ...
+
+    def open(self, output_index: int) -> Iterator[Event]:
+        """The item is added."""
+        ...
+
+    def drain(self) -> Iterator[Event]:
+        """What it has gathered is said."""
+        ...
+
+    def close(self, status: ItemStatus) -> Iterator[Event]:
+        """The item is done."""
+        ...
+
+
+class MessageGroup:
+    """Text and refusals: one content part each time the kind changes."""
+
+    ready = complete = True
+
+    def __init__(self, id: str) -> None:
+        self.id = id
+        self.pending: list[tuple[str, str, list[Raw]]] = []
+        self._kind: str | None = None
+        self._said: list[str] = []
+        self._logprobs: list[Raw] = []
+        self._parts: list[Any] = []
+
+    def open(self, output_index: int) -> Iterator[Event]:
+        self._at: dict[str, Any] = {"item_id": self.id, "output_index": output_index}
+        yield ItemAdded(
+            output_index=output_index, item=Message(id=self.id, role="assistant", content=[], status="in_progress")
+        )
+
+    def drain(self) -> Iterator[Event]:
+        for kind, text, logprobs in self.pending:
+            if kind != self._kind:
+                yield from self._close_part()
+                self._kind = kind
+                part = OutputText(text="", annotations=[], logprobs=[]) if kind == "text" else Refusal(refusal="")
+                yield PartAdded(**self._at, content_index=len(self._parts), part=part)
+            self._said.append(text)
+            if kind == "text":
+                self._logprobs += logprobs
+                yield TextDelta(**self._at, content_index=len(self._parts), delta=text, logprobs=logprobs)
+            else:
+                yield RefusalDelta(**self._at, content_index=len(self._parts), delta=text)
+        self.pending.clear()
+
+    def _close_part(self) -> Iterator[Event]:
+        if self._kind is None:
+            return
+        at = {**self._at, "content_index": len(self._parts)}
+        said, self._said = "".join(self._said), []
+        part: OutputText | Refusal
+        if self._kind == "text":
+            logprobs, self._logprobs = self._logprobs, []
+            part = OutputText(text=said, annotations=[], logprobs=logprobs)
+            yield TextDone(**at, text=said, logprobs=logprobs)
+        else:
+            part = Refusal(refusal=said)
+            yield RefusalDone(**at, refusal=said)
+        yield PartDone(**at, part=part)
+        self._parts.append(part)
+
+    def close(self, status: ItemStatus) -> Iterator[Event]:
+        yield from self._close_part()
+        item = Message(id=self.id, role="assistant", content=self._parts, status=status)
+        yield _done(self._at["output_index"], item)
+
+
+class ReasoningGroup:
+    """Raw reasoning text, mirrored into the summary where one was asked for."""
+
+    ready = complete = True
+
+    def __init__(self, id: str, manner: Manner) -> None:
+        self.id = id
+        self.pending: list[str] = []
+        self._manner = manner
+        self._said: list[str] = []
+
+    def open(self, output_index: int) -> Iterator[Event]:
+        self._at: dict[str, Any] = {"item_id": self.id, "output_index": output_index}
+        yield ItemAdded(output_index=output_index, item=Reasoning(id=self.id, status="in_progress"))
+        yield PartAdded(**self._at, part=ReasoningText(text=""))
+        if self._manner.summarize:
+            yield SummaryPartAdded(**self._at, part=SummaryText(text=""))
+
+    def drain(self) -> Iterator[Event]:
+        for text in self.pending:
+            self._said.append(text)
+            yield ReasoningDelta(**self._at, delta=text)
+            if self._manner.summarize:
+                yield SummaryDelta(**self._at, delta=text)
+        self.pending.clear()
+
+    def close(self, status: ItemStatus) -> Iterator[Event]:
+        said = "".join(self._said)
+        yield ReasoningDone(**self._at, text=said)
+        yield PartDone(**self._at, part=ReasoningText(text=said))
+        if self._manner.summarize:
+            yield SummaryDone(**self._at, text=said)
+            yield SummaryPartDone(**self._at, part=SummaryText(text=said))
+        item = Reasoning(
+            id=self.id,
+            summary=[SummaryText(text=said)] if self._manner.summarize else [],
+            content=[ReasoningText(text=said)],
+            encrypted_content=self._manner.seal(said) if self._manner.seal else UNSET,
+            status=status,
+        )
+        yield _done(self._at["output_index"], item)
+
+
+class CallGroup:
+    """A call of a function or custom tool. Its name may come in pieces and its id late: it opens with its first argument."""
+
+    def __init__(self, toolbox: Toolbox, new_id: NewId) -> None:
+        self.call_id = ""
+        self.upstream_id: str | None = None
+        self.name = ""
+        self.native = False
+        self._toolbox, self._new_id = toolbox, new_id
+        self._pending: list[str] = []
+        self._said: list[str] = []
+        self._item: FunctionCall | CustomToolCall | None = None
+
+    def take_name(self, name: str | None) -> None:
+        """A name in pieces is put together, one that is repeated is not."""
+        if name and not self._said and not self._pending and name != self.name:
+            self.name = name if name.startswith(self.name) else self.name + name
+
+    def take_input(self, text: str) -> None:
+        if text:
+            self._pending.append(text)
+
+    @property
+    def input(self) -> str:
+        return "".join((*self._said, *self._pending))
+
+    @property
+    def verdict(self) -> HandOver | Refuse:
+        return self._toolbox.verdict(self.name)
+
+    @property
+    def ready(self) -> bool:
+        return bool(self.name and self.call_id and (self._said or self._pending))
+
+    @property
+    def complete(self) -> bool:
+        """Whether the arguments are whole: then what comes next may be said."""
+        if self.native:
+            return True
+        try:
+            msgspec.json.decode(self.input, type=dict)
+        except msgspec.DecodeError:
+            return False
+        return bool(self.call_id and self.name)
+
+    def settle(self) -> None:
+        """No more will come: what is still missing is made up."""
+        self.call_id = self.call_id or self._new_id("call")
+        if not self.input and not self.native:
+            self._pending.append("{}")
+
+    def open(self, output_index: int) -> Iterator[Event]:
+        verdict = self.verdict
+        assert isinstance(verdict, HandOver)
+        namespace = verdict.namespace or UNSET
+        if verdict.kind == "custom":
+            self._item = CustomToolCall(
+                id=self._new_id("ctc"),
+                call_id=self.call_id,
+                name=verdict.name,
+                input="",
+                namespace=namespace,
+                status="in_progress",
+            )
+        else:
+            self._item = FunctionCall(
+                id=self._new_id("fc"),
+                call_id=self.call_id,
+                name=verdict.name,
+                arguments="",
+                namespace=namespace,
+                status="in_progress",
+            )
+        self._at: dict[str, Any] = {"item_id": self._item.id, "output_index": output_index}
+        yield ItemAdded(output_index=output_index, item=self._item)
+
+    def drain(self) -> Iterator[Event]:
+        if isinstance(self._item, FunctionCall):
+            for text in self._pending:
+                yield ArgumentsDelta(**self._at, delta=text)
+        elif self.native:
+            for text in self._pending:
+                yield CustomInputDelta(**self._at, delta=text)
+        self._said += self._pending
+        self._pending.clear()
+
+    def close(self, status: ItemStatus) -> Iterator[Event]:
+        said = self.input
+        if isinstance(self._item, FunctionCall):
+            item: Item = msgspec.structs.replace(self._item, arguments=said, status=status)
+            yield ArgumentsDone(**self._at, name=self._item.name, arguments=said)
+        else:
+            assert self._item is not None
+            if not self.native:
+                said = _unwrap(said)
+                if said:
+                    yield CustomInputDelta(**self._at, delta=said)
+            item = msgspec.structs.replace(self._item, input=said, status=status)
+            yield CustomInputDone(**self._at, input=said)
+        yield _done(self._at["output_index"], item)
+
+
+def _unwrap(arguments: str) -> str:
+    """The text of a custom tool that was wrapped as a function; a model that forgot the wrapping is taken at its word."""
+    try:
+        wrapped = msgspec.json.decode(arguments, type=dict[str, Any])
+    except msgspec.DecodeError:
+        return arguments
+    text = wrapped.get(WRAPPED_INPUT)
+    return text if isinstance(text, str) else arguments
+
+
+def _done(output_index: int, item: Item) -> ItemDone:
+    """The item's JSON is made here, once: the event, the row and the response carry these bytes."""
+    return ItemDone(output_index=output_index, item=Raw(msgspec.json.encode(item)))
+
+
+class _OutputLogprob(Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list["_OutputLogprob"] | msgspec.UnsetType = UNSET
+
+
+def output_logprob(given: Logprob) -> Raw:
+    """A token's log probability, as the Responses API says it."""
+    top = [_OutputLogprob(one.token, one.logprob, _bytes(one.token, one.bytes)) for one in given.top_logprobs or ()]
+    made = _OutputLogprob(given.token, given.logprob, _bytes(given.token, given.bytes), top)
+    return Raw(msgspec.json.encode(made))
+
+
+def _bytes(token: str, given: list[int] | None) -> list[int]:
+    return given if given is not None else list(token.encode())
