@@ -1,0 +1,98 @@
+"""The README tells the truth: its snippets run, its settings are the settings, its links lead somewhere."""
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from app.domain.prompt import Dialect
+from app.outbound.catalog import load_catalog
+from app.settings import Settings, load, variable
+from tests.servers import ROOT, Served
+
+README = ROOT / "README.md"
+TEXT = README.read_text()
+DEFAULT_URL = "http://127.0.0.1:8000/v1"
+
+
+def snippets(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+
+
+def settings_table() -> str:
+    """The README's table, made from the Struct."""
+    lines = ["| variable | default | meaning |", "|---|---|---|"]
+    for field in msgspec.structs.fields(Settings):
+        default = "" if field.default == "" else f"`{_plainly(field.default)}`"
+        meaning = msgspec.inspect.type_info(field.type)
+        description = (getattr(meaning, "extra_json_schema", None) or {}).get("description", "")
+        lines.append(f"| `{variable(field.name)}` | {default} | {description} |")
+    return "\n".join(lines)
+
+
+def _plainly(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A server with nothing configured but its port and data: embedded servers, the demo upstream."""
+    data = tmp_path_factory.mktemp("demo")
+    with Served({"REPRISE_DATA_DIR": str(data)}) as running:
+        yield running
+
+
+@pytest.mark.parametrize("code", snippets("python"))
+def test_every_python_snippet_runs_against_a_server_with_nothing_configured(demo, code, capsys):
+    exec(compile(code.replace(DEFAULT_URL, demo.url), str(README), "exec"), {})
+    assert "Ada" in capsys.readouterr().out
+
+
+def test_the_curl_line_gets_an_answer(demo):
+    (line,) = [line for block in snippets("sh") for line in block.splitlines() if line.startswith("curl")]
+    command = shlex.split(line.replace(DEFAULT_URL, demo.url))
+    answer = subprocess.run([*command, "--silent", "--fail"], capture_output=True, check=True)
+    assert msgspec.json.decode(answer.stdout)["status"] == "completed"
+
+
+def test_the_key_commands_work_as_they_stand(base_env, new_database):
+    env = {**os.environ, **base_env, "DATABASE_URL": new_database()}
+    (block,) = [block for block in snippets("sh") if "reprise keys create" in block]
+    key_id = ""
+    for line in block.splitlines():
+        words = shlex.split(line.replace("KEY_ID", key_id), comments=True)
+        done = subprocess.run(["python", "-m", "app", *words[1:]], cwd=ROOT, env=_with_venv(env), capture_output=True, text=True, check=True)
+        key_id = key_id or done.stderr.split()[0]
+        if words[2] == "list":
+            assert key_id in done.stdout
+
+
+def _with_venv(env: dict[str, str]) -> dict[str, str]:
+    import sys
+
+    return {**env, "PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
+
+
+def test_the_catalog_is_a_valid_one(catalog_file):
+    (toml,) = snippets("toml")
+    settings = load({"REPRISE_CATALOG": catalog_file(toml)})
+    catalog = load_catalog(settings, {"SPARE_KEY": "k"})
+    assert [route.model for route in catalog.routes("qwen3-32b")] == ["qwen3-32b", "qwen3-8b"]
+    assert catalog.routes("spare@llama-3")[0].upstream == "spare"
+    assert catalog.upstreams["local"].speaks == Dialect(reasoning="reasoning_content", lacks=frozenset({"json_object"}))
+
+
+def test_the_settings_table_is_that_of_the_code():
+    block = re.search(r"<!-- settings:.*?-->\n(.*?)\n?<!-- /settings -->", TEXT, re.DOTALL)
+    assert block
+    assert block[1] == settings_table(), f"the table should be:\n{settings_table()}"
+
+
+def test_every_link_leads_to_a_file():
+    links = re.findall(r"\]\(([^)#]+)\)", TEXT)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
