@@ -1,6 +1,5 @@
 """The one place that builds things: settings → database, upstreams, executor, application."""
 
-import asyncio
 import os
 import secrets
 from collections.abc import AsyncIterator
@@ -16,11 +15,14 @@ from app.api import asgi
 from app.domain.sealed import KEY_BYTES, Seal, parse_key
 from app.outbound.catalog import Catalog, load_catalog
 from app.outbound.upstream import Upstream
+from app.runs.background import Background
 from app.runs.executor import Executor
+from app.runs.task import Tasks
 from app.runs.worker import Worker
 from app.settings import Settings, SettingsError
 from app.storage import tenants
 from app.storage.database import Database
+from app.storage.redislog import RedisLogs
 
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
@@ -69,44 +71,82 @@ class Assembly(Struct, frozen=True):
     app: ASGIApp
 
 
+class Core(Struct, frozen=True):
+    """What makes responses, with or without an API around it."""
+
+    database: Database
+    tasks: Tasks
+    background: Background
+    worker: Worker
+
+
 @asynccontextmanager
-async def assembled(settings: Settings) -> AsyncIterator[Assembly]:
-    """Everything a serving process needs, and its orderly end. Raises SettingsError."""
-    demo = None if settings.catalog or settings.openai_base_url else await echo.serve()
-    catalog = load_catalog(settings, os.environ, demo_url=demo.base_url if demo else "")
+async def core(settings: Settings, catalog: Catalog) -> AsyncIterator[tuple[Core, dict[str, Upstream]]]:
+    """Everything below the API, and its orderly end. Raises SettingsError."""
     seal = open_seal(settings)
     database = Database(settings)
     upstreams = {name: Upstream(name, entry, settings) for name, entry in catalog.upstreams.items()}
-    worker = Worker(settings, database)
-    executor = Executor(settings, database, catalog, upstreams, seal, worker)
-
-    @asynccontextmanager
-    async def lifespan(_: Any) -> AsyncIterator[None]:
-        beating = asyncio.create_task(worker.beat_for_ever())
-        try:
-            yield
-        finally:
-            await executor.close()
-            beating.cancel()
-            await asyncio.gather(beating, return_exceptions=True)
-
+    logs = RedisLogs(settings)
+    tasks = Tasks(settings, database, catalog, upstreams, seal)
+    background = Background(settings, database, tasks, catalog, seal, logs)
     try:
-        await _check_openness(settings, database)
-        app = asgi.build(
-            settings=settings,
-            database=database,
-            catalog=catalog,
-            upstreams=upstreams,
-            executor=executor,
-            lifespan=lifespan,
-        )
-        yield Assembly(settings, catalog, app)
+        yield Core(database, tasks, background, Worker(settings, database, background, logs)), upstreams
     finally:
         for upstream in upstreams.values():
             await upstream.close()
         await database.close()
+
+
+@asynccontextmanager
+async def working(settings: Settings) -> AsyncIterator[Worker]:
+    """A worker process without an API. Raises SettingsError."""
+    async with _catalog(settings) as catalog, core(settings, catalog) as (made, _):
+        made.worker.start(list, claims=True)
+        try:
+            yield made.worker
+        finally:
+            await made.worker.close()
+
+
+@asynccontextmanager
+async def _catalog(settings: Settings) -> AsyncIterator[Catalog]:
+    """The catalog; with nothing configured, the demo is served as long as it is used."""
+    demo = None if settings.catalog or settings.openai_base_url else await echo.serve()
+    try:
+        yield load_catalog(settings, os.environ, demo_url=demo.base_url if demo else "")
+    finally:
         if demo:
             await demo.close()
+
+
+@asynccontextmanager
+async def assembled(settings: Settings) -> AsyncIterator[Assembly]:
+    """Everything a serving process needs, and its orderly end. Raises SettingsError."""
+    async with _catalog(settings) as catalog, core(settings, catalog) as (made, upstreams):
+        worker = made.worker
+        executor = Executor(settings, made.database, made.tasks, worker.owner)
+
+        @asynccontextmanager
+        async def lifespan(_: Any) -> AsyncIterator[None]:
+            worker.start(lambda: executor.holds, claims=settings.workers_in_api)
+            try:
+                yield
+            finally:
+                await executor.close()
+                await worker.close()
+
+        await _check_openness(settings, made.database)
+        app = asgi.build(
+            settings=settings,
+            database=made.database,
+            catalog=catalog,
+            upstreams=upstreams,
+            executor=executor,
+            background=made.background,
+            worker=worker,
+            lifespan=lifespan,
+        )
+        yield Assembly(settings, catalog, app)
 
 
 async def _check_openness(settings: Settings, database: Database) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,7 +17,6 @@ from app.doctor import examine
 from app.embedded import EmbeddedError
 from app.errors import ApiError
 from app.outbound.catalog import Catalog
-from app.runs.worker import Worker
 from app.settings import Settings, SettingsError, load
 from app.storage import tenants
 from app.storage.database import Database
@@ -74,8 +74,7 @@ def serve() -> None:
 
 
 async def _serve(settings: Settings) -> None:
-    if not await migrate.is_current(settings.database_url):
-        raise SettingsError("the database's schema is not that of this version: run `reprise migrate`.")
+    await _demand_schema(settings)
     async with assembly.assembled(settings) as built:
         config = uvicorn.Config(
             built.app,
@@ -92,6 +91,11 @@ async def _serve(settings: Settings) -> None:
         listener = _listen(settings)
         server = _Server(config, lambda: click.echo(_welcome(settings, built.catalog, listener.getsockname()[1])))
         await server.serve(sockets=[listener])
+
+
+async def _demand_schema(settings: Settings) -> None:
+    if not await migrate.is_current(settings.database_url):
+        raise SettingsError("the database's schema is not that of this version: run `reprise migrate`.")
 
 
 class _Server(uvicorn.Server):
@@ -146,14 +150,19 @@ Try it:
 
 @reprise.command()
 def worker() -> None:
-    """End what dead processes have left behind, without serving the API."""
+    """Make background responses, and end what dead processes have left behind, without serving the API."""
     settings = assembly.with_servers(_settings())
+    _run(_work(settings))
 
-    async def work() -> None:
-        async with _database(settings) as database:
-            await Worker(settings, database).beat_for_ever()
 
-    _run(work())
+async def _work(settings: Settings) -> None:
+    await _demand_schema(settings)
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    async with assembly.working(settings) as working:
+        click.echo(f"Reprise works as {working.owner.worker}")
+        await stopped.wait()
 
 
 @reprise.command("migrate")

@@ -19,6 +19,7 @@
         UpstreamStalled 504       it was silent for longer than the idle limit
         UpstreamGarbled           it broke off, or sent what is no chunk
       RunTooLong                  a run met REPRISE_RUN_DURATION_MAX_S or REPRISE_RUN_OUTPUT_BYTES_MAX
+    Fenced                        internal: somebody else owns this response; stop quietly
 
 `api/problems.py` alone makes HTTP of these, `runs/recorder.py` alone makes `response.failed` of them. Before the
 first event an error is an HTTP status, after it an event; never both.
@@ -182,3 +183,7 @@ class UpstreamGarbled(UpstreamError):
 
 class RunTooLong(ServerError):
     """A run met a limit on its duration or on the bytes of its output."""
+
+
+class Fenced(Exception):
+    """Somebody else owns this response; stop quietly. Never leaves `runs`."""

@@ -78,6 +78,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     database_retry_s: Annotated[
         float, _about("how long a finished run tries to be stored while Postgres is away", gt=0)
     ] = 30.0
+    workers_in_api: Annotated[
+        bool, _about("whether `serve` makes background responses itself, beside `worker` processes")
+    ] = True
+    worker_runs_max: Annotated[int, _about("background runs at once in one process", ge=1)] = 200
+    queue_tenant_max: Annotated[int, _about("queued background runs of one tenant; beyond: 429", ge=1)] = 10_000
+    queue_max: Annotated[int, _about("queued background runs in all; beyond: 429", ge=1)] = 100_000
+    run_attempts_max: Annotated[int, _about("owners that a background run may have had before it fails", ge=1)] = 5
+    event_ttl_s: Annotated[
+        float, _about("how long Redis keeps the events of an ended run; Postgres keeps them longer", gt=0)
+    ] = 60.0
+    poll_s: Annotated[float, _about("how often the queue, and a silent run's record, are looked at", gt=0)] = 1.0
+    redis_prefix: Annotated[str, _about("what the names of our keys in Redis begin with")] = "reprise"
     lease_s: Annotated[float, _about("a process that is silent for longer loses its runs", gt=0)] = 15.0
     key_cache_s: Annotated[float, _about("how long a revoked key may still be accepted", ge=0)] = 5.0
     shutdown_grace_s: Annotated[float, _about("how long running requests may finish after SIGTERM", ge=0)] = 10.0

@@ -15,7 +15,9 @@ from app.api.problems import HANDLERS, with_request_id
 from app.api.responses import ResponsesController
 from app.outbound.catalog import Catalog
 from app.outbound.upstream import Upstream
+from app.runs.background import Background
 from app.runs.executor import Executor
+from app.runs.worker import Worker
 from app.settings import Settings
 from app.storage.database import Database
 
@@ -29,6 +31,8 @@ def build(
     catalog: Catalog,
     upstreams: Mapping[str, Upstream],
     executor: Executor,
+    background: Background,
+    worker: Worker,
     lifespan: Lifespan,
 ) -> ASGIApp:
     """The application around things that `assembly` has built."""
@@ -45,6 +49,8 @@ def build(
             "catalog": given(catalog),
             "upstreams": given(upstreams),
             "executor": given(executor),
+            "background": given(background),
+            "worker": given(worker),
             "auth": given(auth),
             "caller": Provide(provide_caller),
         },

@@ -13,12 +13,15 @@ from app.api import queries
 from app.api.sse import EventStream, until_disconnect
 from app.errors import ApiError, InvalidRequest
 from app.outbound.catalog import Catalog
+from app.runs.background import Background
 from app.runs.executor import Caller, Executor, Run
+from app.runs.worker import Worker
 from app.settings import Settings
 from app.storage import responses
 from app.storage.database import Database
+from app.storage.journal import Kept
 from app.wire.items import OpaqueItem, decode_item, encode_item
-from app.wire.requests import decode_create
+from app.wire.requests import CreateResponse, decode_create
 from app.wire.resources import Deleted, Page, encode
 
 log = structlog.get_logger()
@@ -42,12 +45,21 @@ class ResponsesController(Controller):
 
     @post(status_code=200)
     async def create(
-        self, request: Request[Any, Any, Any], caller: Caller, executor: Executor, catalog: Catalog, settings: Settings
+        self,
+        request: Request[Any, Any, Any],
+        caller: Caller,
+        executor: Executor,
+        background: Background,
+        catalog: Catalog,
+        settings: Settings,
     ) -> Response[Any]:
-        """Make a response: JSON when it is done, or SSE while it is made."""
-        create = decode_create(await request.body(), catalog.passed_on)
+        """Make a response: JSON when it is done, SSE while it is made, or later, in the background."""
+        raw = await request.body()
+        create = decode_create(raw, catalog.passed_on)
+        if create.background:
+            return await self._create_in_background(caller, create, raw, background, settings)
         run = await executor.start(caller, create)
-        left_out = run.context.toolbox.left_out
+        left_out = run.work.context.toolbox.left_out
         if left_out:
             log.warning("Tools that nobody here runs were left out.", action="tools_left_out", tools=left_out)
         headers = {LEFT_OUT_HEADER: ", ".join(left_out)} if left_out else {}
@@ -61,6 +73,21 @@ class ResponsesController(Controller):
             gone=lambda: executor.reader_gone(run),
             obfuscate=bool(options and options.include_obfuscation),
             headers=headers,
+        )
+
+    async def _create_in_background(
+        self, caller: Caller, create: CreateResponse, raw: bytes, background: Background, settings: Settings
+    ) -> Response[Any]:
+        queued, entries = await background.enqueue(caller, create, raw)
+        if not create.stream:
+            return Response(encode(queued), media_type=MediaType.JSON)
+        kept = Kept(status="queued", background=True, streamed=True, archived=False, entries=entries)
+        options = create.body.stream_options
+        return EventStream(
+            background.follow(caller.tenant_id, queued.id, -1, kept, silence_s=settings.keepalive_s),
+            gone=_nobody_cares,
+            obfuscate=bool(options and options.include_obfuscation),
+            headers={},
         )
 
     @get()
@@ -85,17 +112,33 @@ class ResponsesController(Controller):
 
     @get("/{response_id:str}")
     async def retrieve(
-        self, request: Request[Any, Any, Any], response_id: str, caller: Caller, database: Database
-    ) -> Response[bytes]:
-        """One response, as its last event said it."""
+        self,
+        request: Request[Any, Any, Any],
+        response_id: str,
+        caller: Caller,
+        database: Database,
+        background: Background,
+        settings: Settings,
+    ) -> Response[Any]:
+        """One response as it is by now, or with `stream=true` its events, from behind `starting_after` on."""
         query = queries.parse(request, queries.Retrieve)
         async with database.autocommit() as tx:
             stored = await responses.get_response(tx, caller.tenant_id, response_id)
-        if query.stream:
-            raise InvalidRequest(
-                "This response cannot be streamed because it was not created with background=true.", param="stream"
-            )
-        return Response(encode(responses.response_of(stored)), media_type=MediaType.JSON)
+        if not query.stream:
+            return Response(encode(responses.response_of(stored)), media_type=MediaType.JSON)
+        kept = await background.kept(caller.tenant_id, response_id)
+        for wanted, given in (("background", kept.background), ("stream", kept.streamed)):
+            if not given:
+                raise InvalidRequest(
+                    f"This response cannot be streamed because it was not created with {wanted}=true.", param="stream"
+                )
+        after = -1 if query.starting_after is None else query.starting_after
+        return EventStream(
+            background.follow(caller.tenant_id, response_id, after, kept, silence_s=settings.keepalive_s),
+            gone=_nobody_cares,
+            obfuscate=bool(query.include_obfuscation),
+            headers={},
+        )
 
     @delete("/{response_id:str}", status_code=200)
     async def delete(
@@ -120,11 +163,20 @@ class ResponsesController(Controller):
         return _page([(item.id, _listed(item.body)) for item in found], query.limit)
 
     @post("/{response_id:str}/cancel", status_code=200)
-    async def cancel(self, response_id: str, caller: Caller, database: Database) -> Response[bytes]:
-        """Only background responses can be cancelled; a foreground one ends with its connection."""
+    async def cancel(
+        self, response_id: str, caller: Caller, database: Database, background: Background, worker: Worker
+    ) -> Response[bytes]:
+        """Cancel a background response; one that has ended is given as it is. A foreground one ends with its connection."""
         async with database.autocommit() as tx:
-            await responses.get_response(tx, caller.tenant_id, response_id)
-        raise InvalidRequest("Cannot cancel a synchronous response.", param="response_id")
+            stored = await responses.get_response(tx, caller.tenant_id, response_id)
+        if not responses.response_of(stored).background:
+            raise InvalidRequest("Cannot cancel a synchronous response.", param="response_id")
+        ended = await background.cancel(caller.tenant_id, response_id, worker.claimant)
+        return Response(encode(ended), media_type=MediaType.JSON)
+
+
+def _nobody_cares() -> None:
+    """A background run goes on without its readers."""
 
 
 def _page(rows: "list[tuple[str, bytes]]", limit: int) -> Response[bytes]:

@@ -84,8 +84,17 @@ def resolve(
     given = [_dereference(item, referenced) for item in request.input]
     _refuse_duplicates(chain, given)
     fresh = tuple(normalise(item, new_id) for item in given)
+    return _context(request, (*chain, *fresh), fresh)
+
+
+def restore(request: CreateResponse, stored: Sequence[AnyItem]) -> Context:
+    """The context of a run that goes on elsewhere: `stored` are all its items, its own input among them."""
+    return _context(request, tuple(stored), ())
+
+
+def _context(request: CreateResponse, every: tuple[AnyItem, ...], fresh: tuple[AnyItem, ...]) -> Context:
     # A call that was cut off is no call: nobody can answer it.
-    items = tuple(item for item in (*chain, *fresh) if not _cut_off(item))
+    items = tuple(item for item in every if not _cut_off(item))
     added = [tool for item in items if isinstance(item, AdditionalTools) for tool in item.tools]
     return Context(
         items=items,

@@ -5,50 +5,38 @@ the model reads why.
 """
 
 import asyncio
-from collections.abc import Sequence
 
-from msgspec import Struct
+import structlog
 
-from app.domain.context import Context, Unseal
-from app.domain.groups import Manner
 from app.domain.lifecycle import NO_USAGE, Outcome, add_usage, outcome_of
 from app.domain.prompt import chat_request, refused_calls
 from app.domain.think import ThinkSplitter
 from app.domain.turn import Turn
-from app.errors import ApiError, RunTooLong, UpstreamBusy, UpstreamRefused, UpstreamUnavailable
+from app.errors import ApiError, Fenced, RunTooLong, ServerError, UpstreamBusy, UpstreamRefused, UpstreamUnavailable
 from app.ids import new_id
-from app.outbound.catalog import Route
 from app.outbound.upstream import CONTEXT_TOO_LONG, ChunkStream, Upstream
 from app.runs.recorder import Recorder
+from app.runs.task import Task
 from app.wire.chat import ChatMessage
 from app.wire.items import ItemStatus
-from app.wire.requests import CreateResponse
 from app.wire.resources import Usage
+
+log = structlog.get_logger()
 
 TRUNCATIONS_MAX = 20
 """Halvings of a context before giving up; more than any context can take."""
 
 
-class Task(Struct):
-    """Everything that making one response takes."""
-
-    request: CreateResponse
-    context: Context
-    routes: Sequence[tuple[Upstream, Route]]
-    caller_key: str | None
-    unseal: Unseal
-    manner: Manner
-    turns_max: int
-
-
 class Loop:
     """One run. `open()` first: until it has returned nothing is recorded; then `make()`."""
 
-    def __init__(self, task: Task, recorder: Recorder) -> None:
+    def __init__(self, task: Task, recorder: Recorder, *, turns_max: int, output_index: int = 0) -> None:
+        """`output_index` is that of the first item that this run makes."""
         self.usage: Usage = NO_USAGE
+        self._turns_max = turns_max
+        self._output_index = output_index
         self._task = task
         self._recorder = recorder
-        self._turn: Turn | None = None
         self._more: list[ChatMessage] = []
 
     async def open(self) -> ChunkStream:
@@ -87,9 +75,29 @@ class Loop:
         assert refused is not None
         raise refused
 
+    async def outcome(self, opening: "asyncio.Task[ChunkStream] | None", duration_max_s: float) -> Outcome:
+        """Make the response from an upstream's answer that is there or on its way; every way to end but being cancelled or
+        fenced is an outcome."""
+        if opening is None:
+            return Outcome("completed")
+        try:
+            async with asyncio.timeout(duration_max_s):
+                return await self.make(await opening)
+        except TimeoutError:
+            return Outcome("failed", error=RunTooLong("The run took longer than REPRISE_RUN_DURATION_MAX_S allows."))
+        except ApiError as error:
+            return Outcome("failed", error=error)
+        except (asyncio.CancelledError, Fenced):
+            raise
+        except Exception:
+            log.exception("A run failed by our own mistake.", action="run_failed")
+            return Outcome("failed", error=ServerError("The server had an error while making the response."))
+        finally:
+            await break_off(opening)
+
     async def make(self, stream: ChunkStream) -> Outcome:
         """Follow the stream and those of further turns. Raises ApiError; what was said until then is recorded."""
-        for _ in range(self._task.turns_max):
+        for _ in range(self._turns_max):
             turn = await self._follow(stream)
             if not turn.refused or turn.handed_over:
                 return outcome_of(turn.finish_reason)
@@ -100,24 +108,32 @@ class Loop:
         raise RunTooLong("The run took more turns than REPRISE_TURNS_MAX allows.")
 
     async def _follow(self, stream: ChunkStream) -> Turn:
-        first = self._turn.output_index if self._turn else 0
-        turn = self._turn = Turn(
+        turn = Turn(
             self._task.context.toolbox,
             new_id,
-            output_index=first,
+            output_index=self._output_index,
             manner=self._task.manner,
             splitter=ThinkSplitter(stream.upstream.dialect.think),
         )
         status: ItemStatus = "incomplete"
         try:
             async for chunks in stream:
-                self._recorder.record([event for chunk in chunks for event in turn.feed(chunk)])
+                await self._recorder.record([event for chunk in chunks for event in turn.feed(chunk)])
             if outcome_of(turn.finish_reason).status == "completed":
                 status = "completed"
         finally:
             try:
-                self._recorder.record(turn.close(status))
+                await self._recorder.record(turn.close(status))
             finally:
+                self._output_index = turn.output_index
                 self.usage = add_usage(self.usage, turn.usage)
                 await asyncio.shield(stream.close())
         return turn
+
+
+async def break_off(opening: "asyncio.Task[ChunkStream]") -> None:
+    """Close the upstream's answer, or stop waiting for it."""
+    opening.cancel()
+    for result in await asyncio.gather(opening, return_exceptions=True):
+        if isinstance(result, ChunkStream):
+            await result.close()

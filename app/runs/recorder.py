@@ -1,51 +1,121 @@
-"""The single writer of one response: stamp, fold, encode once, append. The row is committed before the terminal entry."""
+"""The single writer of one response: stamp, fold, encode once, append. The row is committed before the terminal entry, and the
+items of a background run before their readers hear that they are done."""
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Protocol
+
+from msgspec import Raw
+from msgspec.structs import replace
 
 from app.domain.fold import apply
-from app.errors import RunTooLong
-from app.storage.eventlog import MemoryLog
-from app.wire.events import TERMINAL, Created, Event, InProgress, encode_event
+from app.errors import Fenced, RunTooLong
+from app.wire.events import TERMINAL, Created, Entry, Event, InProgress, ItemDone, encode_event
 from app.wire.resources import Response
+
+
+class Log(Protocol):
+    """Where entries go: memory for a foreground run, Redis for a background one."""
+
+    def append(self, entries: Sequence[Entry]) -> None:
+        """Entries for the readers."""
+        ...
+
+
+Keep = Callable[[Sequence[Entry]], Awaitable[None]]
+"""Commits entries to the journal."""
 
 
 class Recorder:
     """Writes one response's events. `response` is always what its events so far say."""
 
-    def __init__(self, response: Response, log: MemoryLog, *, bytes_max: int) -> None:
+    def __init__(
+        self,
+        response: Response,
+        log: Log | None,
+        *,
+        bytes_max: int,
+        next_number: int = 0,
+        said: Sequence[Entry] = (),
+        unkept: Sequence[Entry] = (),
+        keep: Keep | None = None,
+    ) -> None:
+        """Without a log nobody follows. With `keep` every item is journalled before it is done for readers; `said` is then
+        what earlier owners have recorded, and `unkept` the end of it that is in no journal."""
         self.response = response
-        self._log = log
+        self.next_number = next_number
+        self._entries: list[Entry] = list(said)
+        self._log, self._keep = log, keep
+        self._unkept: list[Entry] = list(unkept)
+        self._stopped = False
         self._bytes_left = bytes_max
-        self._next = 0
 
-    @property
-    def begun(self) -> bool:
-        """Whether anything was recorded."""
-        return self._next > 0
+    async def begin(self) -> None:
+        """The first events of a foreground run: created, in_progress."""
+        await self.record([Created(response=self.response), InProgress(response=self.response)])
 
-    def begin(self) -> None:
-        """The first events: created, in_progress."""
-        self.record([Created(response=self.response), InProgress(response=self.response)])
-
-    def record(self, events: Iterable[Event]) -> None:
-        """Record a batch. Raises RunTooLong once the run's events have more bytes than it may make."""
-        entries = []
+    async def record(self, events: Iterable[Event]) -> None:
+        """Record a batch. Raises RunTooLong once the run's events have more bytes than it may make, Fenced if somebody else
+        owns the response."""
+        if self._stopped:
+            raise Fenced
+        batch: list[Entry] = []
         for event in events:
-            event.sequence_number = self._next
-            self._next += 1
             self.response = apply(self.response, event)
-            entry = encode_event(event)
-            self._bytes_left -= len(entry.frame)
-            entries.append(entry)
-        if entries:
-            self._log.append(entries)
+            batch.append(self.stamp(event))
+            if self._keep and isinstance(event, ItemDone):
+                await self._journal(batch)
+                batch = []
+        self._send(batch)
         if self._bytes_left < 0:
             raise RunTooLong("The run made more output than REPRISE_RUN_OUTPUT_BYTES_MAX allows.")
 
-    async def finish(self, closed: Response, commit: Callable[[Response], Awaitable[Response]]) -> Response:
-        """End the response: `commit` stores it and gives what is stored in truth; only then its last event is sent."""
-        stored = await commit(closed)
-        event = TERMINAL[stored.status](response=stored, sequence_number=self._next)
+    def stop(self) -> None:
+        """Record nothing any more: somebody else goes on."""
+        self._stopped = True
+
+    def snapshot(self, output: list[Raw]) -> Response:
+        """The response in the making, with these items done."""
+        return replace(self.response, status="in_progress", output=output)
+
+    def stamp(self, event: Event) -> Entry:
+        """Give the event its number, and encode it."""
+        event.sequence_number = self.next_number
+        self.next_number += 1
+        entry = encode_event(event)
+        self._bytes_left -= len(entry.frame)
+        return entry
+
+    def _send(self, batch: list[Entry]) -> None:
+        if not batch:
+            return
+        if self._keep:
+            self._unkept += batch
+            self._entries += batch
+        if self._log:
+            self._log.append(batch)
+
+    async def _journal(self, batch: list[Entry]) -> None:
+        """What leads up to the item's last event goes out at once; the last one when it is committed."""
+        assert self._keep
+        self._send(batch[:-1])
+        await self._keep([*self._unkept, batch[-1]])
+        self._send(batch[-1:])
+        self._unkept = []
+
+    async def finish(
+        self, closed: Response, commit: Callable[[Response, Sequence[Entry]], Awaitable[Response]]
+    ) -> Response:
+        """End the response. `commit` stores it with all entries, the last one included, and gives what is stored in truth;
+        only then the last event is sent."""
+        number = self.next_number
+        entry = self._last(closed, number)
+        stored = await commit(closed, [*self._entries, entry])
+        if stored is not closed:
+            entry = self._last(stored, number)
         self.response = stored
-        self._log.append([encode_event(event)])
+        self._send([entry])
         return stored
+
+    def _last(self, response: Response, number: int) -> Entry:
+        self.next_number = number
+        return self.stamp(TERMINAL[response.status](response=response))

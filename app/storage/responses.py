@@ -14,6 +14,7 @@ from sqlalchemy import text
 from app.errors import InvalidParameter, InvalidRequest, NotFound, PreviousResponseNotFound
 from app.ids import new_id
 from app.storage.database import Query, Row, Tx
+from app.storage.queue import Owner, Queued
 from app.storage.tables import OUTPUT_POSITION
 from app.wire.requests import Order
 from app.wire.resources import Response, encode
@@ -47,6 +48,7 @@ class Stored(Struct, frozen=True):
     """A response row with its output items."""
 
     place: Place
+    status: str
     body: str
     output: list[str]
 
@@ -81,9 +83,14 @@ _INSERT = Query(
         select :tenant_id, :thread_id, :parent_thread_id, :parent_turn
         where cast(:parent_thread_id as text) is not null and exists (select from response)
     ), run as (
-        insert into runs (tenant_id, response_id, worker, lease_until)
-        select :tenant_id, :id, :worker, now() + cast(:lease_s as float8) * interval '1 second'
-        where cast(:worker as text) is not null and exists (select from response)
+        insert into runs (tenant_id, response_id, state, due_at, lease, worker, request, caller_key, streamed, number_ceiling)
+        select :tenant_id, :id, :run_state, now() + cast(:lease_s as float8) * interval '1 second', :lease, :worker,
+               cast(:request as json), :caller_key, :streamed, 0
+        where cast(:run_state as text) is not null and exists (select from response)
+    ), journal as (
+        insert into event_journal (tenant_id, response_id, first_number, frames)
+        select :tenant_id, :id, 0, :frames
+        where cast(:frames as bytea) is not null and exists (select from response)
     )
     select exists (select from response) as inserted,
            exists (select from responses where tenant_id = :tenant_id and id = :id) as known  -- by an earlier attempt
@@ -109,13 +116,6 @@ _FINISH = Query(
 )
 
 
-class Lease(Struct, frozen=True):
-    """Who makes a response, and for how long without a heartbeat."""
-
-    worker: str
-    seconds: float
-
-
 async def insert_response(
     tx: Tx,
     tenant_id: str,
@@ -123,12 +123,12 @@ async def insert_response(
     input_items: Sequence[tuple[str, bytes]],
     *,
     parent: Place | None,
-    lease: Lease | None,
+    run: Owner | Queued | None,
 ) -> None:
     """Store a response with its input items (id, JSON) and, if it is finished, its output.
 
-    It takes the next turn of its parent's thread, or a new thread when another response has that turn. `lease` is given
-    for a response that is still to be made. Raises PreviousResponseNotFound if the parent is gone.
+    It takes the next turn of its parent's thread, or a new thread when another response has that turn. `run` is given for
+    a response that is still to be made: by us, or by whoever claims it. Raises PreviousResponseNotFound if the parent is gone.
     """
     place = Place(parent.thread_id, parent.turn + 1) if parent else Place(new_id("thread"), 1)
     binds = {
@@ -138,8 +138,7 @@ async def insert_response(
         "model": response.model,
         "metadata": encode(response.metadata).decode(),
         "created_at": response.created_at,
-        "worker": lease.worker if lease else None,
-        "lease_s": lease.seconds if lease else None,
+        **_run(run),
         **_final(response, list(enumerate(input_items))),
     }
     if await _insert_at(tx, place, None, binds) or parent is None:
@@ -147,6 +146,22 @@ async def insert_response(
     # Its turn is taken, or its parent is gone: as a branch it fails only for the second reason.
     if not await _insert_at(tx, Place(new_id("thread"), place.turn), parent, binds):
         raise PreviousResponseNotFound(str(response.previous_response_id))
+
+
+def _run(run: Owner | Queued | None) -> dict[str, Any]:
+    """The binds of the run's row."""
+    queued = run if isinstance(run, Queued) else None
+    owner = run if isinstance(run, Owner) else None
+    return {
+        "run_state": "queued" if queued else "running" if owner else None,
+        "lease": 1 if owner else 0,
+        "lease_s": owner.lease_s if owner else 0.0,
+        "worker": owner.worker if owner else None,
+        "request": queued.request.decode() if queued else None,
+        "caller_key": queued.caller_key if queued else None,
+        "streamed": bool(queued and queued.streamed),
+        "frames": queued.frames if queued else None,
+    }
 
 
 async def _insert_at(tx: Tx, place: Place, parent: Place | None, binds: dict[str, Any]) -> bool:
@@ -159,6 +174,53 @@ async def _insert_at(tx: Tx, place: Place, parent: Place | None, binds: dict[str
         **binds,
     )
     return row is not None and bool(row["inserted"] or row["known"])
+
+
+_SEAL = Query(
+    text("""
+    with run as (
+        update runs set state = 'sealed', request = null, caller_key = null
+        where tenant_id = :tenant_id and response_id = :id and lease = :lease and state = 'running' returning 1
+    ), response as (
+        update responses set status = :status, body = cast(:body as json)
+        where tenant_id = :tenant_id and id = :id and status in ('queued', 'in_progress') and exists (select from run)
+        returning thread_id, turn
+    ), item as (
+        insert into items (tenant_id, thread_id, turn, position, id, body)
+        select :tenant_id, response.thread_id, response.turn, new.position, new.id, new.body
+        from response, unnest(cast(:positions as int[]), cast(:item_ids as text[]), cast(:bodies as json[]))
+             as new (position, id, body)
+    ), archive as (
+        insert into event_archive (tenant_id, response_id, frames)
+        select :tenant_id, :id, :frames from response where cast(:frames as bytea) is not null
+    ), journal as (
+        delete from event_journal where tenant_id = :tenant_id and response_id = :id and exists (select from run)
+    )
+    select exists (select from run) as sealed,
+           exists (select from runs where tenant_id = :tenant_id and response_id = :id and lease = :lease
+                                          and state = 'sealed') as known  -- by an earlier attempt
+    """)
+)
+
+_BEGIN = Query(
+    text("""
+    update responses set status = 'in_progress'
+    where tenant_id = :tenant_id and id = :id and status = 'queued'
+      and exists (select from runs where tenant_id = :tenant_id and response_id = :id and lease = :lease)
+    returning 1
+    """)
+)
+
+
+async def begin_response(tx: Tx, tenant_id: str, response_id: str, lease: int) -> None:
+    """A queued response is being made from now on."""
+    await tx.one(_BEGIN, tenant_id=tenant_id, id=response_id, lease=lease)
+
+
+async def seal_response(tx: Tx, tenant_id: str, response: Response, lease: int, archive: bytes | None) -> bool:
+    """End a background response: status, body, output, every event; the journal goes. False if the lease is lost."""
+    row = await tx.one(_SEAL, tenant_id=tenant_id, lease=lease, frames=archive, **_final(response, []))
+    return row is not None and bool(row["sealed"] or row["known"])
 
 
 async def finish_response(tx: Tx, tenant_id: str, response: Response) -> bool:
@@ -222,7 +284,7 @@ _CHAIN = Query(
 
 _GET = Query(
     text("""
-    select thread_id, turn, body, array(
+    select thread_id, turn, status, body, array(
         select item.body from items item
         where item.tenant_id = response.tenant_id and item.thread_id = response.thread_id and item.turn = response.turn
           and item.position >= :output_position
@@ -281,7 +343,7 @@ def _list_of_responses(order: Order) -> Query:
     beyond = "<" if order == "desc" else ">"
     return Query(
         text(f"""
-    select id, body, array(
+    select id, status, body, array(
         select item.body from items item
         where item.tenant_id = response.tenant_id and item.thread_id = response.thread_id and item.turn = response.turn
           and item.position >= :output_position
@@ -326,7 +388,7 @@ async def get_response(tx: Tx, tenant_id: str, response_id: str) -> Stored:
     row = await tx.one(_GET, tenant_id=tenant_id, id=response_id) if _possible(response_id) else None
     if row is None:
         raise not_found(response_id)
-    return Stored(Place(row["thread_id"], row["turn"]), row["body"], row["output"])
+    return Stored(Place(row["thread_id"], row["turn"]), row["status"], row["body"], row["output"])
 
 
 async def find_items(tx: Tx, tenant_id: str, ids: Sequence[str]) -> dict[str, str]:
@@ -373,7 +435,16 @@ async def list_responses(
         limit=limit,
         **{**msgspec.structs.asdict(filter), "metadata": encode(filter.metadata).decode()},
     )
-    return [(row["id"], Stored(Place("", 0), row["body"], row["output"])) for row in rows]
+    return [(row["id"], Stored(Place("", 0), row["status"], row["body"], row["output"])) for row in rows]
+
+
+_BODY = Query(text("select body from responses where tenant_id = :tenant_id and id = :id"))
+
+
+async def load_body(tx: Tx, tenant_id: str, response_id: str) -> Response | None:
+    """The response as it was when its run began, without output; None if there is no such row."""
+    row = await tx.one(_BODY, tenant_id=tenant_id, id=response_id)
+    return _RESPONSE.decode(row["body"]) if row else None
 
 
 def not_found(response_id: str) -> NotFound:
@@ -389,7 +460,9 @@ def _stored_item(row: Row) -> StoredItem:
 
 _LOCK = Query(
     text("""
-    select thread_id, turn, previous_response_id, deleted_at is not null as deleted from responses
+    select thread_id, turn, previous_response_id, deleted_at is not null as deleted,
+           status in ('queued', 'in_progress') as in_flight
+    from responses
     where tenant_id = :tenant_id and id = :id and (background or status not in ('queued', 'in_progress'))
     for update
     """)
@@ -409,7 +482,9 @@ _TOMBSTONE = Query(
 
 _PURGE = Query(
     text("""
-    with item as (
+    with archive as (
+        delete from event_archive where tenant_id = :tenant_id and response_id = :id
+    ), item as (
         delete from items where tenant_id = :tenant_id and thread_id = :thread_id and turn = :turn
     ), branch as (
         delete from branches branch where tenant_id = :tenant_id and thread_id = :thread_id
@@ -424,11 +499,13 @@ _PURGE = Query(
 async def delete_response(tx: Tx, tenant_id: str, response_id: str) -> None:
     """Delete a response: gone at once for everyone. Its items stay as long as a later response's context holds them.
 
-    Needs a transaction. Raises NotFound.
+    Needs a transaction. Raises NotFound, or InvalidRequest for one that is still being made.
     """
     row = await tx.one(_LOCK, tenant_id=tenant_id, id=response_id) if _possible(response_id) else None
     if row is None or row["deleted"]:
         raise not_found(response_id)
+    if row["in_flight"]:
+        raise InvalidRequest("Cannot delete an in-flight response.", param="response_id")
     await tx.one(_TOMBSTONE, tenant_id=tenant_id, id=response_id)
     # What nothing builds on any more goes for good, from the leaf towards the root.
     id: str | None = response_id
@@ -450,4 +527,4 @@ _RESPONSE = msgspec.json.Decoder(Response)
 def response_of(stored: Stored) -> Response:
     """A stored response with its output: what its terminal event said."""
     output = [msgspec.Raw(body.encode()) for body in stored.output]
-    return msgspec.structs.replace(_RESPONSE.decode(stored.body), output=output)
+    return msgspec.structs.replace(_RESPONSE.decode(stored.body), output=output, status=stored.status)

@@ -18,6 +18,7 @@ from sqlalchemy import (
     Table,
     Text,
     func,
+    text,
 )
 from sqlalchemy.dialects.postgresql import JSON, JSONB
 
@@ -96,10 +97,46 @@ runs = Table(
     metadata,
     Column("tenant_id", Text, primary_key=True),
     Column("response_id", Text, primary_key=True),
-    Column("worker", Text, nullable=False),
-    Column("lease_until", DateTime(timezone=True), nullable=False),
-    Index("runs_lease_until_idx", "lease_until"),
-    Index("runs_worker_idx", "worker"),
+    Column(
+        "state",
+        Text,
+        nullable=False,
+        comment="queued, running, or sealed: the row is final, its last event not yet out",
+    ),
+    Column(
+        "due_at", DateTime(timezone=True), nullable=False, comment="queued: not before; else: when the lease runs out"
+    ),
+    Column("lease", Integer, nullable=False, comment="one more with each owner; 0: never owned"),
+    Column("worker", Text),
+    Column("request", JSON, comment="what to make; absent for foreground runs, which nobody can take over"),
+    Column("caller_key", Text, comment="sealed; kept only while the run lives"),
+    Column("streamed", Boolean, nullable=False),
+    Column("number_ceiling", BigInteger, nullable=False, comment="no owner has sent an event with a number this high"),
+    Column("redis_run", Text, comment="which life of Redis the last heartbeat saw"),
+    Index("runs_queued_idx", "tenant_id", "due_at", postgresql_where=text("state = 'queued'")),
+    Index("runs_due_idx", "due_at", postgresql_where=text("state <> 'queued'")),
+)
+
+event_journal = Table(
+    "event_journal",
+    metadata,
+    Column("tenant_id", Text, primary_key=True),
+    Column("response_id", Text, primary_key=True),
+    Column("first_number", BigInteger, primary_key=True),
+    Column(
+        "frames",
+        LargeBinary,
+        nullable=False,
+        comment="events up to the end of an item, before their readers hear of it",
+    ),
+)
+
+event_archive = Table(
+    "event_archive",
+    metadata,
+    Column("tenant_id", Text, primary_key=True),
+    Column("response_id", Text, primary_key=True),
+    Column("frames", LargeBinary, nullable=False, comment="every event of an ended response, zstd"),
 )
 
 OUTPUT_POSITION = 1_000_000

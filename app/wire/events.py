@@ -48,17 +48,14 @@ class Failed(Lifecycle, tag="response.failed"):
     pass
 
 
-class Cancelled(Lifecycle, tag="response.cancelled"):
-    """Not of the hosted API's stream schema; SDKs pass it through, and it says what happened."""
-
-
 TERMINAL: dict[str, type[Lifecycle]] = {
     "completed": Completed,
     "incomplete": Incomplete,
     "failed": Failed,
-    "cancelled": Cancelled,
+    "cancelled": Failed,
 }
-"""Status → the event that ends the stream."""
+"""Status → the event that ends the stream. No stream schema knows a `response.cancelled`, and the node SDK throws at it: a
+cancelled response ends with `response.failed`, whose response says that it is cancelled."""
 
 
 class ItemEvent(Event, kw_only=True):
@@ -182,6 +179,23 @@ def encode_event(event: Event) -> Entry:
     type_ = str(event.__struct_config__.tag)
     frame = b"event: %b\ndata: %b\n\n" % (type_.encode(), _ENCODER.encode(event))
     return Entry(event.sequence_number, type_, frame)
+
+
+class _Stamp(Struct):
+    type: str
+    sequence_number: int
+
+
+_STAMP = msgspec.json.Decoder(_Stamp)
+
+
+def split_frames(frames: bytes) -> list[Entry]:
+    """Joined frames → entries. JSON holds no bare newline, so a blank line is always the end of a frame."""
+    entries = []
+    for frame in frames.split(b"\n\n")[:-1]:
+        stamp = _STAMP.decode(frame[frame.index(b"\ndata: ") + 7 :])
+        entries.append(Entry(stamp.sequence_number, stamp.type, frame + b"\n\n"))
+    return entries
 
 
 DONE_FRAME = b"data: [DONE]\n\n"

@@ -152,6 +152,11 @@ class CreateResponse(Struct, kw_only=True, frozen=True):
         return self.body.stream is True
 
     @property
+    def background(self) -> bool:
+        """Whether it is made without its client waiting."""
+        return self.body.background is True
+
+    @property
     def include(self) -> frozenset[str]:
         """What the reply shall hold beyond the plain."""
         return frozenset(self.body.include or ())
@@ -237,7 +242,6 @@ def _missing(name: str) -> InvalidParameter:
 def _refuse_unsupported(body: Body) -> None:
     """Parameters of the API that this server does not offer; harmless values of them pass."""
     refused: dict[str, bool] = {
-        "background": body.background is True,
         "conversation": _given(body.conversation),
         "prompt": _given(body.prompt),
         "context_management": _given(body.context_management),
@@ -251,6 +255,8 @@ def _refuse_unsupported(body: Body) -> None:
     for name, is_refused in refused.items():
         if is_refused:
             raise UnsupportedParameter(f"Unsupported parameter: '{name}' is not supported by this server.", param=name)
+    if body.background and body.store is False:
+        raise UnsupportedParameter("Background responses need 'store' to be true.", param="background")
     if body.stream_options is not None and not body.stream:
         raise InvalidParameter("'stream_options' is only allowed when 'stream' is true.", param="stream_options")
     for key, value in (body.metadata or {}).items():

@@ -1,0 +1,151 @@
+"""What a run has said so far → how another owner goes on with it.
+
+The item that was being said is closed as `incomplete` and left out of the response's output: that is the one shape of a
+recovered stream that the official client's accumulator takes. Items that were done stay, and the model goes on from there.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from msgspec import Raw, Struct
+
+from app.wire.events import (
+    ArgumentsDone,
+    CustomInputDone,
+    Entry,
+    Event,
+    ItemDone,
+    PartDone,
+    ReasoningDone,
+    RefusalDone,
+    SummaryDone,
+    SummaryPartDone,
+    TextDone,
+)
+
+
+class Recovered(Struct, frozen=True):
+    """Where to go on."""
+
+    next_number: int
+    next_output_index: int
+    output: list[Raw]
+    """The items that were done."""
+    closing: list[Event]
+    """What closes the item that was being said."""
+
+
+class _Item(Struct):
+    id: str
+
+
+class _Said(Struct):
+    """The fields of any event that matter here."""
+
+    type: str
+    sequence_number: int
+    output_index: int | None = None
+    content_index: int | None = None
+    summary_index: int | None = None
+    delta: str | None = None
+    item: Raw = Raw()
+    part: Raw = Raw()
+    response: "_Snapshot | None" = None
+
+
+class _Snapshot(Struct):
+    output: list[Raw] = []
+
+
+_SAID = msgspec.json.Decoder(_Said)
+_OBJECT = msgspec.json.Decoder(dict[str, Any])
+
+
+def recover(entries: Sequence[Entry]) -> Recovered:
+    """`entries` are all events so far that are known, in order."""
+    output: list[Raw] = []
+    open_item: _OpenItem | None = None
+    number = output_index = -1
+    for entry in entries:
+        said = _SAID.decode(entry.body)
+        number = said.sequence_number
+        if said.output_index is not None:
+            output_index = max(output_index, said.output_index)
+        if said.response is not None:
+            output, open_item = list(said.response.output), None
+        elif said.type == "response.output_item.added":
+            open_item = _OpenItem(said.output_index or 0, _OBJECT.decode(said.item))
+        elif said.type == "response.output_item.done":
+            output.append(said.item.copy())
+            open_item = None
+        elif open_item is not None:
+            open_item.take(said)
+    return Recovered(
+        next_number=number + 1,
+        next_output_index=output_index + 1,
+        output=output,
+        closing=open_item.close() if open_item else [],
+    )
+
+
+class _OpenItem:
+    """An item that was added and not done."""
+
+    def __init__(self, output_index: int, item: dict[str, Any]) -> None:
+        self._item = item
+        self._at: dict[str, Any] = {"output_index": output_index, "item_id": item["id"]}
+        self._text = ""
+        self._parts: dict[tuple[str, int], dict[str, Any]] = {}
+        self._done: set[tuple[str, int]] = set()
+
+    def take(self, said: _Said) -> None:
+        where = (
+            ("summary", said.summary_index) if said.summary_index is not None else ("content", said.content_index or 0)
+        )
+        if said.type.endswith("part.added"):
+            self._parts[where] = _OBJECT.decode(said.part)
+        elif said.type.endswith("part.done"):
+            self._parts[where] = _OBJECT.decode(said.part)
+            self._done.add(where)
+        elif said.delta is not None and where in self._parts:
+            part = self._parts[where]
+            key = "refusal" if part["type"] == "refusal" else "text"
+            part[key] += said.delta
+        elif said.delta is not None:
+            self._text += said.delta
+
+    def close(self) -> list[Event]:
+        events: list[Event] = []
+        for where, part in self._parts.items():
+            if where not in self._done:
+                events += self._close_part(where, part)
+        item = {**self._item, "status": "incomplete"}
+        for name in ("content", "summary"):
+            parts = [part for (kind, _), part in sorted(self._parts.items()) if kind == name]
+            if parts or name in item:
+                item[name] = parts
+        match item["type"]:
+            case "function_call":
+                item["arguments"] = self._text
+                events.append(ArgumentsDone(**self._at, name=item["name"], arguments=self._text))
+            case "custom_tool_call":
+                item["input"] = self._text
+                events.append(CustomInputDone(**self._at, input=self._text))
+        return [*events, ItemDone(output_index=self._at["output_index"], item=Raw(msgspec.json.encode(item)))]
+
+    def _close_part(self, where: tuple[str, int], part: dict[str, Any]) -> list[Event]:
+        kind, index = where
+        if kind == "summary":
+            at = {**self._at, "summary_index": index}
+            return [SummaryDone(**at, text=part["text"]), SummaryPartDone(**at, part=part)]
+        at = {**self._at, "content_index": index}
+        done: Event
+        match part["type"]:
+            case "refusal":
+                done = RefusalDone(**at, refusal=part["refusal"])
+            case "reasoning_text":
+                done = ReasoningDone(**at, text=part["text"])
+            case _:
+                done = TextDone(**at, text=part["text"], logprobs=part.get("logprobs") or [])
+        return [done, PartDone(**at, part=part)]

@@ -1,0 +1,209 @@
+"""The queue of runs, which is also their lease and their fence: one row per run that is waiting or being made.
+
+`due_at` says when a queued run may begin, and when a running one's lease ends; so recovery after a crash is the same claim as
+the first. Each owner gets the next `lease` number, and every later write of a run demands that its number still stands.
+"""
+
+from collections.abc import Sequence
+
+from msgspec import Struct
+from msgspec.structs import asdict
+from sqlalchemy import text
+
+from app.storage.database import Query, Row, Tx
+
+
+class Owner(Struct, frozen=True):
+    """Who makes a foreground response, and for how long without a heartbeat."""
+
+    worker: str
+    lease_s: float
+
+
+class Queued(Struct, frozen=True):
+    """What makes a background response later, elsewhere."""
+
+    request: bytes
+    caller_key: str | None
+    streamed: bool
+    frames: bytes
+    """The first events, `created` and `queued`."""
+
+
+class Claim(Struct, frozen=True):
+    """A run that is ours, as long as its lease number stands."""
+
+    tenant_id: str
+    response_id: str
+    lease: int
+    state: str
+    request: str | None
+    caller_key: str | None
+    streamed: bool
+    number_ceiling: int
+    """No earlier owner has sent an event with a number this high."""
+    redis_run: str | None
+    """Which life of Redis the last owner saw."""
+
+
+class Hold(Struct, frozen=True):
+    """What a heartbeat says of one run that we hold."""
+
+    tenant_id: str
+    response_id: str
+    lease: int
+    number_ceiling: int
+
+
+NUMBERS_AHEAD = 1_000_000
+"""How far a claim and each heartbeat raise a run's ceiling: more events than a run can make in between."""
+
+_OURS = """
+    update runs set state = case when runs.state = 'queued' then 'running' else runs.state end, lease = runs.lease + 1,
+        worker = :worker, due_at = now() + cast(:lease_s as float8) * interval '1 second', redis_run = :redis_run,
+        number_ceiling = runs.number_ceiling + :numbers_ahead
+    from free where runs.tenant_id = free.tenant_id and runs.response_id = free.response_id
+    returning runs.tenant_id, runs.response_id, runs.lease, runs.state, runs.request, runs.caller_key, runs.streamed,
+              free.number_ceiling, free.redis_run
+"""
+"""The runs that `free` has locked become ours; what is given of Redis and numbers is the former owner's word."""
+
+_LOCKED = "tenant_id, response_id, number_ceiling, redis_run"
+
+_CLAIM_DUE = Query(
+    text(f"""
+    with free as (
+        select {_LOCKED} from runs where state <> 'queued' and due_at < now() order by due_at limit :limit
+        for update skip locked
+    ) {_OURS}
+    """),
+    across_tenants="dead processes leave runs of any tenant",
+)
+
+# The tenants with the fewest runs at work come first, so that a tenant's first run never waits behind another's thousandth.
+_CLAIM_QUEUED = Query(
+    text(f"""
+    with recursive waiting as (
+        (select tenant_id from runs where state = 'queued' order by tenant_id limit 1)
+        union all
+        select (select tenant_id from runs where state = 'queued' and tenant_id > waiting.tenant_id
+                order by tenant_id limit 1)
+        from waiting where waiting.tenant_id is not null
+    ), busy as (
+        select tenant_id, count(*) as runs from runs where state = 'running' and request is not null group by tenant_id
+    ), next as (
+        select one.tenant_id, one.response_id
+        from waiting left join busy using (tenant_id) cross join lateral (
+            select tenant_id, response_id, due_at, row_number() over (order by due_at) as rank
+            from (select tenant_id, response_id, due_at from runs
+                  where state = 'queued' and tenant_id = waiting.tenant_id and due_at <= now()
+                  order by due_at limit :limit) as oldest
+        ) one
+        order by coalesce(busy.runs, 0) + one.rank, one.due_at limit :limit
+    ), free as (
+        select {_LOCKED} from runs
+        where (tenant_id, response_id) in (select tenant_id, response_id from next) and state = 'queued'
+        for update skip locked
+    ) {_OURS}
+    """),
+    across_tenants="a worker makes responses of every tenant",
+)
+
+_CANCEL = Query(
+    text(f"""
+    with free as (
+        select {_LOCKED} from runs
+        where tenant_id = :tenant_id and response_id = :id and request is not null and state <> 'sealed'
+        for update
+    ) {_OURS}
+    """)
+)
+
+_BEAT = Query(
+    text("""
+    update runs set due_at = now() + cast(:lease_s as float8) * interval '1 second', redis_run = :redis_run,
+                    number_ceiling = greatest(runs.number_ceiling, held.number_ceiling)
+    from unnest(cast(:tenants as text[]), cast(:ids as text[]), cast(:leases as int[]), cast(:ceilings as bigint[]))
+         as held (tenant_id, response_id, lease, number_ceiling)
+    where runs.tenant_id = held.tenant_id and runs.response_id = held.response_id and runs.lease = held.lease
+    returning runs.tenant_id, runs.response_id
+    """)
+)
+
+_HAND_BACK = Query(
+    text("""
+    update runs set due_at = now() - interval '1 second', worker = null
+    where tenant_id = :tenant_id and response_id = :id and lease = :lease and state = 'running' returning 1
+    """)
+)
+
+_FORGET = Query(
+    text("""
+    delete from runs where tenant_id = :tenant_id and response_id = :id and lease = :lease and state = 'sealed' returning 1
+    """)
+)
+
+_DEPTH = Query(
+    text("""
+    select (select count(*) from (select from runs where tenant_id = :tenant_id and state = 'queued' limit :tenant_max) one)
+               >= :tenant_max as tenant_full,
+           (select count(*) from (select from runs where state = 'queued' limit :all_max) one) >= :all_max as all_full
+    """)
+)
+
+
+class Claimant(Struct, frozen=True):
+    """Who claims: the process, the seconds its leases last without a heartbeat, and the life of Redis that it sees."""
+
+    worker: str
+    lease_s: float
+    redis_run: str | None
+
+
+async def claim(tx: Tx, claimant: Claimant, *, limit: int) -> list[Claim]:
+    """Up to `limit` runs become ours: first those whose owner is gone, then queued ones in fair order."""
+    binds = {**asdict(claimant), "numbers_ahead": NUMBERS_AHEAD}
+    rows = await tx.all(_CLAIM_DUE, **binds, limit=limit)
+    if len(rows) < limit:
+        rows += await tx.all(_CLAIM_QUEUED, **binds, limit=limit - len(rows))
+    return [_claim(row) for row in rows]
+
+
+async def cancel(tx: Tx, tenant_id: str, response_id: str, claimant: Claimant) -> Claim | None:
+    """The run becomes ours, to be cancelled: this commit decides the race with its completion. None if it has ended."""
+    row = await tx.one(_CANCEL, tenant_id=tenant_id, id=response_id, **asdict(claimant), numbers_ahead=NUMBERS_AHEAD)
+    return _claim(row) if row else None
+
+
+async def beat(tx: Tx, holds: Sequence[Hold], lease_s: float, redis_run: str | None) -> set[tuple[str, str]]:
+    """Prolong every lease that we hold, in one statement; gives those that still stand."""
+    rows = await tx.all(
+        _BEAT,
+        tenants=[hold.tenant_id for hold in holds],
+        ids=[hold.response_id for hold in holds],
+        leases=[hold.lease for hold in holds],
+        ceilings=[hold.number_ceiling for hold in holds],
+        lease_s=lease_s,
+        redis_run=redis_run,
+    )
+    return {(row["tenant_id"], row["response_id"]) for row in rows}
+
+
+async def hand_back(tx: Tx, tenant_id: str, response_id: str, lease: int) -> None:
+    """Somebody else shall go on with this run, at once."""
+    await tx.one(_HAND_BACK, tenant_id=tenant_id, id=response_id, lease=lease)
+
+
+async def forget(tx: Tx, tenant_id: str, response_id: str, lease: int) -> None:
+    """The last event of an ended run is out: nothing is left to do."""
+    await tx.one(_FORGET, tenant_id=tenant_id, id=response_id, lease=lease)
+
+
+async def is_full(tx: Tx, tenant_id: str, *, tenant_max: int, all_max: int) -> bool:
+    """Whether the queue takes no more, of this tenant or in all."""
+    row = await tx.one(_DEPTH, tenant_id=tenant_id, tenant_max=tenant_max, all_max=all_max)
+    return row is not None and bool(row["tenant_full"] or row["all_full"])
+
+
+def _claim(row: Row) -> Claim:
+    return Claim(**{name: row[name] for name in Claim.__struct_fields__})
