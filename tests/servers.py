@@ -48,6 +48,9 @@ class Served:
         with process.stdout:
             for line in process.stdout:
                 self.printed.append(line)
+                if line.startswith("Reprise works as "):
+                    self.url = line
+                    self._listening.set()
                 if line.startswith("Reprise listens on "):
                     self.url = line.removeprefix("Reprise listens on ").strip()
                     self._listening.set()
