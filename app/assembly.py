@@ -2,7 +2,7 @@
 
 import os
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -69,6 +69,8 @@ class Assembly(Struct, frozen=True):
     settings: Settings
     catalog: Catalog
     app: ASGIApp
+    drain: Callable[[], None]
+    """Take on nothing more: the end is near."""
 
 
 class Core(Struct, frozen=True):
@@ -146,7 +148,7 @@ async def assembled(settings: Settings) -> AsyncIterator[Assembly]:
             worker=worker,
             lifespan=lifespan,
         )
-        yield Assembly(settings, catalog, app)
+        yield Assembly(settings, catalog, app, worker.drain)
 
 
 async def _check_openness(settings: Settings, database: Database) -> None:

@@ -89,7 +89,11 @@ async def _serve(settings: Settings) -> None:
             timeout_graceful_shutdown=int(settings.shutdown_grace_s),
         )
         listener = _listen(settings)
-        server = _Server(config, lambda: click.echo(_welcome(settings, built.catalog, listener.getsockname()[1])))
+        server = _Server(
+            config,
+            listening=lambda: click.echo(_welcome(settings, built.catalog, listener.getsockname()[1])),
+            stopping=built.drain,
+        )
         await server.serve(sockets=[listener])
 
 
@@ -99,16 +103,20 @@ async def _demand_schema(settings: Settings) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Says when it listens."""
+    """Says when it listens, and when it begins to stop."""
 
-    def __init__(self, config: uvicorn.Config, listening: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, *, listening: Callable[[], None], stopping: Callable[[], None]) -> None:
         super().__init__(config)
-        self._listening = listening
+        self._listening, self._stopping = listening, stopping
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if not self.should_exit:
             self._listening()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._stopping()
+        await super().shutdown(sockets)
 
 
 def _listen(settings: Settings) -> socket.socket:

@@ -89,6 +89,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         float, _about("how long Redis keeps the events of an ended run; Postgres keeps them longer", gt=0)
     ] = 60.0
     poll_s: Annotated[float, _about("how often the queue, and a silent run's record, are looked at", gt=0)] = 1.0
+    redis_timeout_s: Annotated[float, _about("connecting to Redis, one command", gt=0)] = 2.0
     redis_prefix: Annotated[str, _about("what the names of our keys in Redis begin with")] = "reprise"
     lease_s: Annotated[float, _about("a process that is silent for longer loses its runs", gt=0)] = 15.0
     key_cache_s: Annotated[float, _about("how long a revoked key may still be accepted", ge=0)] = 5.0

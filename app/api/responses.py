@@ -171,7 +171,7 @@ class ResponsesController(Controller):
             stored = await responses.get_response(tx, caller.tenant_id, response_id)
         if not responses.response_of(stored).background:
             raise InvalidRequest("Cannot cancel a synchronous response.", param="response_id")
-        ended = await background.cancel(caller.tenant_id, response_id, worker.claimant)
+        ended = await background.cancel(caller.tenant_id, response_id, worker.owner)
         return Response(encode(ended), media_type=MediaType.JSON)
 
 

@@ -9,12 +9,14 @@ import time
 from collections.abc import AsyncIterator, Sequence
 
 import structlog
+from msgspec import Struct
+from msgspec.structs import replace
 from redis.exceptions import RedisError
 
 from app.domain.lifecycle import NO_USAGE, Outcome, close_response, open_response
 from app.domain.recovery import Recovered, recover
 from app.domain.sealed import Seal
-from app.errors import ApiError, Fenced, ServerError, TooManyRequests
+from app.errors import ApiError, DatabaseUnavailable, Fenced, NotFound, ServerError, TooManyRequests
 from app.ids import new_id
 from app.outbound.catalog import Catalog
 from app.runs.executor import Caller
@@ -25,7 +27,7 @@ from app.settings import Settings
 from app.storage import journal, queue, responses
 from app.storage.database import Database
 from app.storage.journal import Kept
-from app.storage.queue import Claim, Claimant, Hold, Queued
+from app.storage.queue import Claim, Hold, Owner, Queued
 from app.storage.redislog import Batch, Reader, RedisLogs, RunLog
 from app.wire.events import Created, Entry, InProgress, encode_event
 from app.wire.events import Queued as QueuedEvent
@@ -65,7 +67,27 @@ class Work:
         """What the next heartbeat says of it."""
         number = self.recorder.next_number if self.recorder else self.claim.number_ceiling
         claim = self.claim
-        return Hold(claim.tenant_id, claim.response_id, claim.lease, number + queue.NUMBERS_AHEAD)
+        return Hold(
+            claim.tenant_id,
+            claim.response_id,
+            claim.lease,
+            number + queue.NUMBERS_AHEAD,
+            redis_run=self.log.life if self.log else None,
+        )
+
+
+class Found(Struct, frozen=True):
+    """What the earlier owners of a run have left."""
+
+    response: Response
+    said: list[Entry]
+    """Every event that is known."""
+    unkept: list[Entry]
+    """Those of them that are in no journal."""
+    life: str | None
+    """The life of the stream from now on; None while Redis is away."""
+    lost: bool
+    """Whether others may have been sent, and lost with Redis."""
 
 
 class Background:
@@ -76,6 +98,7 @@ class Background:
     ) -> None:
         self._settings, self._database, self._tasks = settings, database, tasks
         self._catalog, self._seal, self._logs = catalog, seal, logs
+        self._looks: dict[str, asyncio.Future[Kept]] = {}
 
     # -- Beginning --------------------------------------------------------------------------------------------------------
 
@@ -101,7 +124,7 @@ class Background:
             ):
                 raise TooManyRequests("The queue of background responses is full.", headers={"Retry-After": "5"})
             await responses.insert_response(tx, caller.tenant_id, response, items, parent=work.parent, run=queued)
-        await self._logs.tell("wake")
+        self._logs.tell("wake")
         return response, entries
 
     # -- Following --------------------------------------------------------------------------------------------------------
@@ -122,34 +145,31 @@ class Background:
         Numbers are trusted, not transport: whatever does not follow the last number is looked up in Postgres, and so is a
         stream that is silent or away. An empty batch comes after so much silence.
         """
-        cursor = after
-        silent_s = 0.0
+        cursor, silent_s = after, 0.0
+        fresh, ended = _behind(kept.entries, cursor), kept.archived
         async with self._logs.reading(response_id, max(after, _last(kept.entries))) as reader:
             while True:
-                batch = [entry for entry in kept.entries if entry.sequence_number > cursor]
-                if batch:
-                    cursor, silent_s = batch[-1].sequence_number, 0.0
-                    yield batch
-                if kept.archived or (batch and batch[-1].is_terminal):
+                if fresh:
+                    cursor, silent_s = fresh[-1].sequence_number, 0.0
+                    yield fresh
+                if ended or (fresh and fresh[-1].is_terminal):
                     return
-                while True:
-                    came = await self._next(reader)
-                    fresh, gap = _contiguous(came, cursor)
-                    if fresh:
-                        cursor, silent_s = fresh[-1].sequence_number, 0.0
-                        yield fresh
-                        if fresh[-1].is_terminal:
-                            return
-                    if gap or not came:
-                        break
-                silent_s += 0.0 if gap else self._settings.poll_s
+                came = await self._next(reader)
+                fresh, gap = _contiguous(came, cursor)
+                if fresh or (came and not gap):
+                    if gap:
+                        reader.rewind(fresh[-1].sequence_number)
+                    continue
+                kept = await self._look_again(tenant_id, response_id, kept)
+                fresh, ended = _behind(kept.entries, cursor), kept.archived
+                if gap:
+                    await asyncio.sleep(0 if fresh else GAP_PAUSE_S)
+                    reader.rewind(_last(fresh) if fresh else cursor)
+                    continue
+                silent_s += self._settings.poll_s
                 if silent_s >= silence_s:
                     silent_s = 0.0
                     yield []
-                kept = await self._look_again(tenant_id, response_id, kept)
-                if gap and _last(kept.entries) <= cursor:
-                    reader.rewind(cursor)
-                    await asyncio.sleep(GAP_PAUSE_S)
 
     async def _next(self, reader: Reader) -> list[Batch]:
         try:
@@ -159,21 +179,25 @@ class Background:
             return []
 
     async def _look_again(self, tenant_id: str, response_id: str, kept: Kept) -> Kept:
-        """What Postgres knows by now; while it is away, what it knew."""
+        """What Postgres knows by now; while it is away, what it knew. Readers of one response share an answer for a while."""
+        look = self._looks.get(response_id)
+        if look is None:
+            look = self._looks[response_id] = asyncio.ensure_future(self.kept(tenant_id, response_id))
+            asyncio.get_running_loop().call_later(self._settings.poll_s / 2, self._looks.pop, response_id, None)
         try:
-            return await self.kept(tenant_id, response_id)
+            return await asyncio.shield(look)
         except ServerError:
             return kept
 
     # -- Cancelling -------------------------------------------------------------------------------------------------------
 
-    async def cancel(self, tenant_id: str, response_id: str, claimant: Claimant) -> Response:
+    async def cancel(self, tenant_id: str, response_id: str, owner: Owner) -> Response:
         """End a background response as cancelled; an ended one is given as it is. Raises NotFound."""
         async with self._database.autocommit() as tx:
-            claim = await queue.cancel(tx, tenant_id, response_id, claimant)
+            claim = await queue.cancel(tx, tenant_id, response_id, owner)
         if claim is not None:
-            await self._logs.tell(response_id)
-            await asyncio.shield(asyncio.ensure_future(self.execute(Work(claim), cancelled=True)))
+            self._logs.tell(response_id)
+            await asyncio.shield(asyncio.ensure_future(self.execute(Work(claim))))
         deadline = time.monotonic() + CANCEL_WAIT_S
         while True:
             async with self._database.autocommit() as tx:
@@ -184,7 +208,7 @@ class Background:
 
     # -- Making -----------------------------------------------------------------------------------------------------------
 
-    async def execute(self, work: Work, *, cancelled: bool = False) -> None:
+    async def execute(self, work: Work) -> None:
         """Make what was claimed, or end it: the first time, after a crash, or because it is cancelled."""
         claim = work.claim
         with structlog.contextvars.bound_contextvars(response_id=claim.response_id, tenant_id=claim.tenant_id):
@@ -194,75 +218,78 @@ class Background:
                 elif claim.request is None:
                     await self._end_abandoned(claim)
                 else:
-                    await self._make(work, cancelled=cancelled)
+                    await self._make(work)
             except Fenced:
                 log.info("Somebody else has taken this response over.", action="run_fenced", lease=claim.lease)
 
-    async def _make(self, work: Work, *, cancelled: bool) -> None:
+    async def _make(self, work: Work) -> None:
         claim = work.claim
-        assert claim.request is not None
-        response, said, unkept, lost = await self._state(claim)
-        recovered = recover(said)
+        found = await self._find(claim)
+        recovered = recover(found.said)
         number = recovered.next_number
-        if lost:
-            number = max(number, claim.number_ceiling)
         if claim.streamed:
-            work.log = RunLog(self._logs, claim.response_id, claim.lease, said)
+            work.log = RunLog(
+                self._logs, claim.response_id, claim.lease, found.said, anew=found.lost and found.life is None
+            )
         recorder = work.recorder = Recorder(
-            response,
+            replace(found.response, status="in_progress", output=recovered.output),
             work.log,
             bytes_max=self._settings.run_output_bytes_max,
-            next_number=number,
-            said=said,
-            unkept=unkept,
+            next_number=max(number, claim.number_ceiling) if found.lost else number,
+            said=found.said,
+            unkept=found.unkept,
             keep=lambda entries: self._keep(claim, entries),
         )
-        outcome = await self._resume(work, recorder, recovered, jumped=lost, cancelled=cancelled)
+        outcome = await self._resume(work, recorder, recovered, found)
         usage = NO_USAGE
         if outcome is None:
-            outcome, usage = await self._outcome(work, recorder, recovered, skip=lost)
+            outcome, usage = await self._outcome(work, recorder, recovered, skip=found.lost)
         closed = close_response(recorder.response, outcome, usage=usage, now=int(time.time()))
         await recorder.finish(closed, lambda ended, entries: self._seal_response(claim, ended, entries))
         log.info("A response has ended.", action="run_ended", status=closed.status, lease=claim.lease)
         await self._end_log(claim, work.log)
 
-    async def _state(self, claim: Claim) -> tuple[Response, list[Entry], list[Entry], bool]:
-        """The response, its events that are known, those of them that are in no journal, and whether others may have been
-        sent that are lost with Redis."""
+    async def _find(self, claim: Claim) -> Found:
+        """What earlier owners have left. From now on Redis refuses their events, as Postgres does since the claim."""
         async with self._database.autocommit() as tx:
             stored = await responses.get_response(tx, claim.tenant_id, claim.response_id)
             kept = await journal.read(tx, claim.tenant_id, claim.response_id)
         assert kept is not None
+        life: str | None = None
         tail: list[Entry] = []
-        lost = False
-        if claim.streamed and claim.lease > 1:
+        if claim.streamed:
             try:
-                await self._logs.fence(claim.response_id, claim.lease)
-                tail = _tail(await self._logs.read_all(claim.response_id), _last(kept.entries))
-                lost = claim.redis_run is not None and await self._logs.life() != claim.redis_run
+                life, held = await self._logs.take(claim.response_id, claim.lease, claim.redis_run)
+                tail = [entry for entry in held if entry.sequence_number > _last(kept.entries)]
             except (RedisError, OSError):
-                lost = True
-        return responses.response_of(stored), [*kept.entries, *tail], tail, lost
+                log.warning("Redis is unavailable; a run begins without it.", action="redis_down")
+        return Found(
+            response=responses.response_of(stored),
+            said=[*kept.entries, *tail],
+            unkept=tail,
+            life=life,
+            # Before it has begun nothing is sent that is not kept.
+            lost=claim.streamed and stored.status != "queued" and (life is None or life != claim.redis_run),
+        )
 
-    async def _resume(
-        self, work: Work, recorder: Recorder, recovered: Recovered, *, jumped: bool, cancelled: bool
-    ) -> Outcome | None:
+    async def _resume(self, work: Work, recorder: Recorder, recovered: Recovered, found: Found) -> Outcome | None:
         """Say what lies between the former owner's last word and ours; the outcome, if the run ends with that."""
         claim = work.claim
-        if recovered.closing and not jumped:
+        snapshot = recorder.response
+        if found.lost:
+            # Kept, so that no later owner goes back to the numbers that are given up here.
+            await recorder.record([InProgress(response=snapshot)], keep=True)
+        else:
             await recorder.record(recovered.closing)
-        snapshot = recorder.snapshot(recovered.output)
-        if cancelled:
-            recorder.response = snapshot
+        if claim.state == "cancelled":
             return Outcome("cancelled")
         if claim.lease > self._settings.run_attempts_max:
-            recorder.response = snapshot
             return Outcome("failed", error=ServerError("The response could not be made: every attempt broke off."))
         async with self._database.autocommit() as tx:
-            await responses.begin_response(tx, claim.tenant_id, claim.response_id, claim.lease)
-        if jumped and work.log:
-            work.log.jumps(recovered.next_number - 1, recorder.next_number)
-        await recorder.record([InProgress(response=snapshot)])
+            if not await responses.begin_response(tx, claim.tenant_id, claim.response_id, claim.lease, found.life):
+                raise Fenced
+        if not found.lost:
+            await recorder.record([InProgress(response=snapshot)])
         return None
 
     async def _outcome(
@@ -275,6 +302,8 @@ class Background:
         made: list[AnyItem] = [decode_item(bytes(raw)) for raw in recovered.output]
         try:
             task = await self._tasks.restore(claim.tenant_id, claim.response_id, key, request, made)
+        except DatabaseUnavailable:
+            raise
         except ApiError as error:
             return Outcome("failed", error=error), NO_USAGE
         # An index that a lost event may have used is not used again.
@@ -320,7 +349,11 @@ class Background:
         if not claim.streamed:
             await self._end_log(claim, None)
             return
-        kept = await self.kept(claim.tenant_id, claim.response_id)
+        try:
+            kept = await self.kept(claim.tenant_id, claim.response_id)
+        except NotFound:  # deleted meanwhile
+            await self._end_log(claim, None)
+            return
         run_log = RunLog(self._logs, claim.response_id, claim.lease, kept.entries)
         await self._end_log(claim, run_log)
 
@@ -335,19 +368,12 @@ class Background:
         log.warning("An abandoned response was ended.", action="run_abandoned")
 
 
+def _behind(entries: Sequence[Entry], number: int) -> list[Entry]:
+    return [entry for entry in entries if entry.sequence_number > number]
+
+
 def _last(entries: Sequence[Entry]) -> int:
     return entries[-1].sequence_number if entries else -1
-
-
-def _tail(batches: Sequence[Batch], last: int) -> list[Entry]:
-    """What Redis holds beyond the journal."""
-    tail: list[Entry] = []
-    for batch in batches:
-        for entry in batch.entries:
-            if entry.sequence_number > last:
-                tail.append(entry)
-                last = entry.sequence_number
-    return tail
 
 
 def _contiguous(batches: Sequence[Batch], cursor: int) -> tuple[list[Entry], bool]:

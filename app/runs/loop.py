@@ -12,7 +12,16 @@ from app.domain.lifecycle import NO_USAGE, Outcome, add_usage, outcome_of
 from app.domain.prompt import chat_request, refused_calls
 from app.domain.think import ThinkSplitter
 from app.domain.turn import Turn
-from app.errors import ApiError, Fenced, RunTooLong, ServerError, UpstreamBusy, UpstreamRefused, UpstreamUnavailable
+from app.errors import (
+    ApiError,
+    DatabaseUnavailable,
+    Fenced,
+    RunTooLong,
+    ServerError,
+    UpstreamBusy,
+    UpstreamRefused,
+    UpstreamUnavailable,
+)
 from app.ids import new_id
 from app.outbound.upstream import CONTEXT_TOO_LONG, ChunkStream, Upstream
 from app.runs.recorder import Recorder
@@ -76,8 +85,8 @@ class Loop:
         raise refused
 
     async def outcome(self, opening: "asyncio.Task[ChunkStream] | None", duration_max_s: float) -> Outcome:
-        """Make the response from an upstream's answer that is there or on its way; every way to end but being cancelled or
-        fenced is an outcome."""
+        """Make the response from an upstream's answer that is there or on its way; every way to end but being cancelled,
+        fenced or without a database is an outcome."""
         if opening is None:
             return Outcome("completed")
         try:
@@ -85,10 +94,10 @@ class Loop:
                 return await self.make(await opening)
         except TimeoutError:
             return Outcome("failed", error=RunTooLong("The run took longer than REPRISE_RUN_DURATION_MAX_S allows."))
+        except (asyncio.CancelledError, Fenced, DatabaseUnavailable):
+            raise
         except ApiError as error:
             return Outcome("failed", error=error)
-        except (asyncio.CancelledError, Fenced):
-            raise
         except Exception:
             log.exception("A run failed by our own mistake.", action="run_failed")
             return Outcome("failed", error=ServerError("The server had an error while making the response."))

@@ -4,9 +4,6 @@ items of a background run before their readers hear that they are done."""
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Protocol
 
-from msgspec import Raw
-from msgspec.structs import replace
-
 from app.domain.fold import apply
 from app.errors import Fenced, RunTooLong
 from app.wire.events import TERMINAL, Created, Entry, Event, InProgress, ItemDone, encode_event
@@ -53,8 +50,8 @@ class Recorder:
         """The first events of a foreground run: created, in_progress."""
         await self.record([Created(response=self.response), InProgress(response=self.response)])
 
-    async def record(self, events: Iterable[Event]) -> None:
-        """Record a batch. Raises RunTooLong once the run's events have more bytes than it may make, Fenced if somebody else
+    async def record(self, events: Iterable[Event], *, keep: bool = False) -> None:
+        """Record a batch; with `keep` each event is journalled as the end of an item is. Raises RunTooLong once the run's events have more bytes than it may make, Fenced if somebody else
         owns the response."""
         if self._stopped:
             raise Fenced
@@ -62,7 +59,7 @@ class Recorder:
         for event in events:
             self.response = apply(self.response, event)
             batch.append(self.stamp(event))
-            if self._keep and isinstance(event, ItemDone):
+            if self._keep and (keep or isinstance(event, ItemDone)):
                 await self._journal(batch)
                 batch = []
         self._send(batch)
@@ -72,10 +69,6 @@ class Recorder:
     def stop(self) -> None:
         """Record nothing any more: somebody else goes on."""
         self._stopped = True
-
-    def snapshot(self, output: list[Raw]) -> Response:
-        """The response in the making, with these items done."""
-        return replace(self.response, status="in_progress", output=output)
 
     def stamp(self, event: Event) -> Entry:
         """Give the event its number, and encode it."""

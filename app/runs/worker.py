@@ -12,7 +12,7 @@ from app.runs.background import Background, Work
 from app.settings import Settings
 from app.storage import queue
 from app.storage.database import Database
-from app.storage.queue import Claimant, Hold, Owner
+from app.storage.queue import Hold, Owner
 from app.storage.redislog import RedisLogs
 
 log = structlog.get_logger()
@@ -30,32 +30,40 @@ class Worker:
         self.owner = Owner(new_id("worker"), settings.lease_s)
         self._works: dict[str, Work] = {}
         self._wake = asyncio.Event()
-        self._life: str | None = None
-        self._draining = False
+        self._handing_over = False
         self._others: Callable[[], Sequence[Hold]] = list
         self._beaten_at = time.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
+        self._grace_ends_at: float | None = None
 
     def start(self, others: Callable[[], Sequence[Hold]], *, claims: bool) -> None:
         """Begin to beat, for our runs and `others`, and to claim."""
         self._others = others
-        self._logs.start(self._told)
-        self._tasks = [asyncio.create_task(self._beat_for_ever())]
+        self._logs.start(self._told, lambda: self.is_sure)
+        self._beaten_at = time.monotonic()
+        self._tasks = [asyncio.create_task(self._beat_for_ever()), asyncio.create_task(self._refresh_for_ever())]
         if claims:
             self._tasks.append(asyncio.create_task(self._claim_for_ever()))
 
     @property
-    def claimant(self) -> Claimant:
-        """As whom we claim."""
-        return Claimant(self.owner.worker, self.owner.lease_s, self._life)
+    def is_sure(self) -> bool:
+        """Whether our leases surely stand: the last heartbeat is not too old. If not, nothing may be said."""
+        return time.monotonic() - self._beaten_at < SELF_FENCE * self.owner.lease_s
+
+    def drain(self) -> None:
+        """Claim no more; the grace period begins."""
+        if self._grace_ends_at is None:
+            self._grace_ends_at = time.monotonic() + self._settings.shutdown_grace_s
+            self._wake.set()
 
     async def close(self) -> None:
-        """Claim no more; runs may finish within the grace period, the others are handed over."""
-        self._draining = True
-        self._wake.set()
+        """Runs may finish within the grace period, the others are handed over."""
+        self.drain()
+        assert self._grace_ends_at is not None
         running = [work.task for work in self._works.values() if work.task]
         if running:
-            await asyncio.wait(running, timeout=self._settings.shutdown_grace_s)
+            await asyncio.wait(running, timeout=max(0.0, self._grace_ends_at - time.monotonic()))
+        self._handing_over = True
         await self._hand_over()
         for task in self._tasks:
             task.cancel()
@@ -75,7 +83,7 @@ class Worker:
                     await queue.hand_back(tx, work.claim.tenant_id, work.claim.response_id, work.claim.lease)
         except DatabaseUnavailable:
             log.warning("The database is unavailable; leases run out by themselves.", action="hand_over_failed")
-        await self._logs.tell("wake")
+        self._logs.tell("wake")
 
     def _told(self, message: str) -> None:
         """A hint from some process: there is work, or one of our runs has another owner."""
@@ -87,11 +95,14 @@ class Worker:
     # -- Claiming ---------------------------------------------------------------------------------------------------------
 
     async def _claim_for_ever(self) -> None:
-        while not self._draining:
+        while self._grace_ends_at is None:
             self._wake.clear()
             try:
                 claimed = await self._claim()
             except DatabaseUnavailable:
+                claimed = 0
+            except Exception:
+                log.exception("Claiming failed by our own mistake.", action="claim_failed")
                 claimed = 0
             if claimed == 0:
                 try:
@@ -102,13 +113,13 @@ class Worker:
 
     async def _claim(self) -> int:
         free = self._settings.worker_runs_max - len(self._works)
-        if free <= 0 or self._draining:
+        if free <= 0:
             return 0
-        if self._life is None:
-            self._life = await self._logs.life()
-        async with self._database.autocommit() as tx:
-            claims = await queue.claim(tx, self.claimant, limit=free)
+        async with self._database.begin() as tx:
+            claims = await queue.claim(tx, self.owner, limit=free)
         for claim in claims:
+            if former := self._works.get(claim.response_id):
+                former.stop()  # we were frozen for longer than our own lease
             work = Work(claim)
             self._works[claim.response_id] = work
             work.task = asyncio.create_task(self._work(work), name=claim.response_id)
@@ -118,12 +129,14 @@ class Worker:
         try:
             await self._background.execute(work)
         except asyncio.CancelledError:
-            if self._draining:
+            if self._handing_over:
                 raise  # it stays ours until it is handed over
         except DatabaseUnavailable:
             log.warning("The database is unavailable; a run is given up until its lease ends.", action="run_given_up")
         except Exception:
             log.exception("A run failed by our own mistake.", action="run_failed")
+        if work.log:
+            work.log.fenced = True
         if self._works.get(work.claim.response_id) is work:
             del self._works[work.claim.response_id]
         self._wake.set()
@@ -132,26 +145,30 @@ class Worker:
 
     async def _beat_for_ever(self) -> None:
         while True:
+            begun = time.monotonic()  # the lease counts from no earlier than this
             try:
                 await self._beat()
-                self._beaten_at = time.monotonic()
+                self._beaten_at = begun
             except DatabaseUnavailable:
+                # The runs go on, and are silent as soon as we are not sure; if a lease is lost, the next heartbeat tells.
                 log.warning("The database is unavailable; leases are not prolonged.", action="beat_failed")
-                if time.monotonic() - self._beaten_at > SELF_FENCE * self.owner.lease_s:
-                    for work in list(self._works.values()):
-                        work.stop()
+            except Exception:
+                log.exception("A heartbeat failed by our own mistake.", action="beat_failed")
             await asyncio.sleep(self.owner.lease_s / BEATS_PER_LEASE)
 
     async def _beat(self) -> None:
-        self._life = await self._logs.life()
         works = list(self._works.values())
         holds = [*(work.hold for work in works), *self._others()]
-        if holds:
-            async with self._database.autocommit() as tx:
-                standing = await queue.beat(tx, holds, self.owner.lease_s, self._life)
-            for work in works:
-                if (work.claim.tenant_id, work.claim.response_id) not in standing:
-                    work.stop()
-        logs = [work.log for work in works if work.log and not work.log.fenced]
-        if logs:
-            await self._logs.refresh(logs)
+        if not holds:
+            return
+        async with self._database.autocommit() as tx:
+            standing = await queue.beat(tx, holds, self.owner.lease_s)
+        for work in works:
+            if (work.claim.tenant_id, work.claim.response_id) not in standing:
+                work.stop()
+
+    async def _refresh_for_ever(self) -> None:
+        """Apart from the heartbeat, which must not wait for a Redis that does not answer."""
+        while True:
+            await asyncio.sleep(self.owner.lease_s / BEATS_PER_LEASE)
+            await self._logs.refresh([work.log for work in self._works.values() if work.log and not work.log.fenced])

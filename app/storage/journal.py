@@ -13,7 +13,7 @@ ARCHIVE_LEVEL = 3
 _APPEND = Query(
     text("""
     with run as (
-        select 1 from runs where tenant_id = :tenant_id and response_id = :id and lease = :lease and state = 'running'
+        select 1 from runs where tenant_id = :tenant_id and response_id = :id and lease = :lease and state in ('running', 'cancelled')
         for share  -- whoever takes the run over waits for this, and then reads it
     ), journal as (
         insert into event_journal (tenant_id, response_id, first_number, frames)

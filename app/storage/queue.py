@@ -14,7 +14,7 @@ from app.storage.database import Query, Row, Tx
 
 
 class Owner(Struct, frozen=True):
-    """Who makes a foreground response, and for how long without a heartbeat."""
+    """Who makes responses: the process, and how long its leases last without a heartbeat."""
 
     worker: str
     lease_s: float
@@ -43,7 +43,7 @@ class Claim(Struct, frozen=True):
     number_ceiling: int
     """No earlier owner has sent an event with a number this high."""
     redis_run: str | None
-    """Which life of Redis the last owner saw."""
+    """Which life of its stream holds all that was sent; None if none is known to."""
 
 
 class Hold(Struct, frozen=True):
@@ -53,29 +53,34 @@ class Hold(Struct, frozen=True):
     response_id: str
     lease: int
     number_ceiling: int
+    redis_run: str | None = None
+    """Which life of its stream holds all that was sent; None says nothing new."""
 
 
 NUMBERS_AHEAD = 1_000_000
 """How far a claim and each heartbeat raise a run's ceiling: more events than a run can make in between."""
 
-_OURS = """
-    update runs set state = case when runs.state = 'queued' then 'running' else runs.state end, lease = runs.lease + 1,
-        worker = :worker, due_at = now() + cast(:lease_s as float8) * interval '1 second', redis_run = :redis_run,
-        number_ceiling = runs.number_ceiling + :numbers_ahead
+
+def _ours(state: str) -> str:
+    """The runs that `free` has locked become ours, in this state; what is given of numbers is the former owner's word."""
+    return f"""
+    update runs set state = {state}, lease = runs.lease + 1,
+        worker = :worker, due_at = now() + cast(:lease_s as float8) * interval '1 second',
+        number_ceiling = runs.number_ceiling + {NUMBERS_AHEAD}
     from free where runs.tenant_id = free.tenant_id and runs.response_id = free.response_id
     returning runs.tenant_id, runs.response_id, runs.lease, runs.state, runs.request, runs.caller_key, runs.streamed,
-              free.number_ceiling, free.redis_run
-"""
-"""The runs that `free` has locked become ours; what is given of Redis and numbers is the former owner's word."""
+              free.number_ceiling, runs.redis_run
+    """
 
-_LOCKED = "tenant_id, response_id, number_ceiling, redis_run"
+
+_LOCKED = "tenant_id, response_id, number_ceiling"
 
 _CLAIM_DUE = Query(
     text(f"""
     with free as (
         select {_LOCKED} from runs where state <> 'queued' and due_at < now() order by due_at limit :limit
         for update skip locked
-    ) {_OURS}
+    ) {_ours("runs.state")}
     """),
     across_tenants="dead processes leave runs of any tenant",
 )
@@ -104,7 +109,7 @@ _CLAIM_QUEUED = Query(
         select {_LOCKED} from runs
         where (tenant_id, response_id) in (select tenant_id, response_id from next) and state = 'queued'
         for update skip locked
-    ) {_OURS}
+    ) {_ours("'running'")}
     """),
     across_tenants="a worker makes responses of every tenant",
 )
@@ -113,18 +118,19 @@ _CANCEL = Query(
     text(f"""
     with free as (
         select {_LOCKED} from runs
-        where tenant_id = :tenant_id and response_id = :id and request is not null and state <> 'sealed'
+        where tenant_id = :tenant_id and response_id = :id and request is not null and state in ('queued', 'running')
         for update
-    ) {_OURS}
+    ) {_ours("'cancelled'")}
     """)
 )
 
 _BEAT = Query(
     text("""
-    update runs set due_at = now() + cast(:lease_s as float8) * interval '1 second', redis_run = :redis_run,
+    update runs set due_at = now() + cast(:lease_s as float8) * interval '1 second',
+                    redis_run = coalesce(held.redis_run, runs.redis_run),
                     number_ceiling = greatest(runs.number_ceiling, held.number_ceiling)
-    from unnest(cast(:tenants as text[]), cast(:ids as text[]), cast(:leases as int[]), cast(:ceilings as bigint[]))
-         as held (tenant_id, response_id, lease, number_ceiling)
+    from unnest(cast(:tenants as text[]), cast(:ids as text[]), cast(:leases as int[]), cast(:ceilings as bigint[]),
+                cast(:redis_runs as text[])) as held (tenant_id, response_id, lease, number_ceiling, redis_run)
     where runs.tenant_id = held.tenant_id and runs.response_id = held.response_id and runs.lease = held.lease
     returning runs.tenant_id, runs.response_id
     """)
@@ -133,7 +139,7 @@ _BEAT = Query(
 _HAND_BACK = Query(
     text("""
     update runs set due_at = now() - interval '1 second', worker = null
-    where tenant_id = :tenant_id and response_id = :id and lease = :lease and state = 'running' returning 1
+    where tenant_id = :tenant_id and response_id = :id and lease = :lease returning 1
     """)
 )
 
@@ -152,30 +158,21 @@ _DEPTH = Query(
 )
 
 
-class Claimant(Struct, frozen=True):
-    """Who claims: the process, the seconds its leases last without a heartbeat, and the life of Redis that it sees."""
-
-    worker: str
-    lease_s: float
-    redis_run: str | None
-
-
-async def claim(tx: Tx, claimant: Claimant, *, limit: int) -> list[Claim]:
+async def claim(tx: Tx, owner: Owner, *, limit: int) -> list[Claim]:
     """Up to `limit` runs become ours: first those whose owner is gone, then queued ones in fair order."""
-    binds = {**asdict(claimant), "numbers_ahead": NUMBERS_AHEAD}
-    rows = await tx.all(_CLAIM_DUE, **binds, limit=limit)
+    rows = await tx.all(_CLAIM_DUE, **asdict(owner), limit=limit)
     if len(rows) < limit:
-        rows += await tx.all(_CLAIM_QUEUED, **binds, limit=limit - len(rows))
+        rows += await tx.all(_CLAIM_QUEUED, **asdict(owner), limit=limit - len(rows))
     return [_claim(row) for row in rows]
 
 
-async def cancel(tx: Tx, tenant_id: str, response_id: str, claimant: Claimant) -> Claim | None:
-    """The run becomes ours, to be cancelled: this commit decides the race with its completion. None if it has ended."""
-    row = await tx.one(_CANCEL, tenant_id=tenant_id, id=response_id, **asdict(claimant), numbers_ahead=NUMBERS_AHEAD)
+async def cancel(tx: Tx, tenant_id: str, response_id: str, owner: Owner) -> Claim | None:
+    """The run becomes ours, to be cancelled: this commit decides the race with its completion. None if it is decided already."""
+    row = await tx.one(_CANCEL, tenant_id=tenant_id, id=response_id, **asdict(owner))
     return _claim(row) if row else None
 
 
-async def beat(tx: Tx, holds: Sequence[Hold], lease_s: float, redis_run: str | None) -> set[tuple[str, str]]:
+async def beat(tx: Tx, holds: Sequence[Hold], lease_s: float) -> set[tuple[str, str]]:
     """Prolong every lease that we hold, in one statement; gives those that still stand."""
     rows = await tx.all(
         _BEAT,
@@ -183,8 +180,8 @@ async def beat(tx: Tx, holds: Sequence[Hold], lease_s: float, redis_run: str | N
         ids=[hold.response_id for hold in holds],
         leases=[hold.lease for hold in holds],
         ceilings=[hold.number_ceiling for hold in holds],
+        redis_runs=[hold.redis_run for hold in holds],
         lease_s=lease_s,
-        redis_run=redis_run,
     )
     return {(row["tenant_id"], row["response_id"]) for row in rows}
 

@@ -2,17 +2,23 @@
 
 A run's log is one stream. An entry holds all events of one flush as ready SSE frames; its id is `{lease}-{last number + 1}`,
 lease first: a new owner adds the marker `{lease}-0`, and from then on Redis itself refuses everything that an older owner adds.
+A stream begins with a marker. Its token tells a stream from one that was made anew after it was lost.
 Redis is transport only. What it loses is read from Postgres (storage/journal.py).
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import contextlib
+import secrets
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import redis.asyncio as redis
 import structlog
 from msgspec import Struct
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisGone
 from redis.exceptions import RedisError, ResponseError
 
 from app.errors import Fenced
@@ -40,7 +46,19 @@ BLOCK_MS = 5_000
 """How long one read waits; only a bound, since a new reader interrupts it."""
 
 MARKERS_MAX = 16
-"""Marker entries that may stand before a stream's first events: one per owner."""
+"""Marker entries that may stand behind a stream's last events: one per owner."""
+
+STANDS_ALREADY = "equal or smaller"
+"""How Redis refuses an id that is not behind all others."""
+
+CONNECTIONS_MAX = 16
+"""Of one process, beside the two that wait for events and hints."""
+
+FETCHES_MAX = 4
+"""Readers that fetch what they have missed at once; the others wait for their turn."""
+
+UNBLOCK_PAUSE_S = 0.002
+"""Before a blocked read is interrupted again, which was just about to block."""
 
 
 class Batch(Struct, frozen=True):
@@ -53,17 +71,25 @@ class Batch(Struct, frozen=True):
 class RunLog:
     """The log of one run, as its owner writes it."""
 
-    def __init__(self, logs: "RedisLogs", response_id: str, lease: int, sent: Sequence[Entry]) -> None:
-        """`sent` are the events that earlier owners sent and kept: they are sent again if Redis has lost them."""
+    def __init__(
+        self, logs: "RedisLogs", response_id: str, lease: int, sent: Sequence[Entry], *, anew: bool = False
+    ) -> None:
+        """`sent` are the events that earlier owners sent and kept: they are sent again if Redis has lost them. `anew` when
+        what Redis holds of the stream is not to be trusted."""
         self.key = logs.key(response_id)
         self.lease = lease
         self.fenced = False
-        self._logs = logs
-        self._entries: list[Entry] = list(sent)
-        self._jumps: dict[int, int] = {}
-        self._flushed = 0
+        self.ttl_s = logs.live_ttl_s
         self.unsure = True
         """Whether Redis may hold less or more than we think."""
+        self.life: str | None = None
+        """The life of the stream that was last seen to hold everything."""
+        self._logs = logs
+        self._entries: list[Entry] = list(sent)
+        self._flushed = 0
+        self._anew = anew
+        self._found: str | None = None
+        self._length = 0
 
     def append(self, entries: Sequence[Entry]) -> None:
         """Send entries with the next flush. Raises Fenced if somebody else owns the response."""
@@ -71,10 +97,6 @@ class RunLog:
             raise Fenced
         self._entries += entries
         self._logs.kick(self)
-
-    def jumps(self, last: int, number: int) -> None:
-        """The event with this number follows the one with number `last`; those in between were given up."""
-        self._jumps[number] = last
 
     async def flush(self) -> None:
         """Wait until everything is in Redis, or Redis is away. Raises Fenced."""
@@ -91,31 +113,24 @@ class RunLog:
         """Redis may have lost what it held."""
         self.unsure = True
 
+    def compare(self, redis_run: str, length: int) -> bool:
+        """Whether Redis still is the one, and still holds as many entries, as we have last seen."""
+        return self._found is not None and self._found.startswith(redis_run) and length == self._length
+
     async def reconcile(self, client: redis.Redis) -> None:
         """Look what Redis holds of this stream, and begin anew behind it. Raises RedisError, Fenced."""
-        await self._drop_if_beheaded(client)
-        await fence(client, self.key, self.lease)
-        newest: Any = await client.xrevrange(self.key, count=MARKERS_MAX)
-        if _id(newest[0][0])[0] > self.lease:
+        held = await hold(client, self.key, self.lease, self.ttl_s)
+        if held.newest_lease == self.lease and (self._anew or held.life is None):
+            await drop(client, self.key, self.lease)
+            held = await hold(client, self.key, self.lease, self.ttl_s)
+        if held.newest_lease > self.lease:
             self.fenced = True
             raise Fenced
-        numbers = [_id(id)[1] for id, fields in newest if b"e" in fields]
-        self._flushed = _behind(self._entries, numbers[0] - 1) if numbers else 0
+        self._anew = False
+        self._found, self._length = held.life, held.length
+        self._flushed = _behind(self._entries, held.newest_number)
         self.unsure = False
-
-    async def _drop_if_beheaded(self, client: redis.Redis) -> None:
-        """A stream whose beginning is lost is made anew, unless it has got another owner."""
-        async with client.pipeline(transaction=True) as pipe:
-            await pipe.watch(self.key)
-            last: Any = await pipe.xrevrange(self.key, count=1)
-            begin: Any = await pipe.xrange(self.key, count=MARKERS_MAX)
-            data = [_batch(fields) for _, fields in begin if b"e" in fields]
-            whole = not data or data[0].entries[0].sequence_number <= self._entries[0].sequence_number
-            if whole or _id(last[0][0])[0] > self.lease:
-                return
-            pipe.multi()  # type: ignore[no-untyped-call]
-            pipe.delete(self.key)
-            await pipe.execute()
+        self._note()
 
     def pending(self) -> list[tuple[str, dict[str, bytes], int]]:
         """What is to be added: (id, fields, how many entries are flushed then)."""
@@ -123,28 +138,81 @@ class RunLog:
         start, size = self._flushed, 0
         for at in range(self._flushed, len(self._entries) + 1):
             ends = at == len(self._entries)
-            if at > start and (ends or size > ENTRY_BYTES_MAX or self._entries[at].sequence_number in self._jumps):
+            if at > start and (ends or size > ENTRY_BYTES_MAX or self._jumps(at)):
                 chunk = self._entries[start:at]
                 fields = {"e": b"".join(entry.frame for entry in chunk)}
-                if chunk[0].sequence_number in self._jumps:
-                    fields["j"] = str(self._jumps[chunk[0].sequence_number]).encode()
+                if self._jumps(start):
+                    fields["j"] = str(self._entries[start - 1].sequence_number).encode()
                 adds.append((f"{self.lease}-{chunk[-1].sequence_number + 1}", fields, at))
                 start, size = at, 0
             if not ends:
                 size += len(self._entries[at].frame)
         return adds
 
+    def _jumps(self, at: int) -> bool:
+        """Whether the numbers between this entry and the one before it were given up."""
+        entries = self._entries
+        return at > 0 and entries[at].sequence_number != entries[at - 1].sequence_number + 1
+
     def flushed(self, count: int) -> None:
-        """The first `count` entries are in Redis."""
+        """The first `count` entries are in Redis, the last of them since now."""
         self._flushed = max(self._flushed, count)
+        self._length += 1
+        self._note()
+
+    def _note(self) -> None:
+        if self.is_flushed:
+            self.life = self._found
 
 
-async def fence(client: redis.Redis, key: str, lease: int) -> None:
-    """From now on Redis refuses what older owners add. Raises RedisError."""
-    try:
-        await client.xadd(key, {"m": b""}, id=f"{lease}-0")
-    except ResponseError:
-        return  # it stands already, or a newer owner's does, which the next write will show
+class Held(Struct, frozen=True):
+    """What Redis holds of one stream. `life` tells this life of Redis and of the stream; None if its beginning is lost."""
+
+    life: str | None
+    newest_lease: int
+    newest_number: int
+    length: int
+
+
+async def hold(client: redis.Redis, key: str, lease: int, ttl_s: float) -> Held:
+    """Redis refuses older owners from now on; and what it holds. A newer owner stays. Raises RedisError."""
+    async with client.pipeline(transaction=False) as pipe:
+        pipe.info("server")
+        pipe.xadd(key, {"m": secrets.token_hex(8)}, id=f"{lease}-0")
+        pipe.pexpire(key, int(ttl_s * 1000))
+        pipe.xrange(key, count=1)
+        pipe.xrevrange(key, count=MARKERS_MAX)
+        pipe.xlen(key)
+        server, marked, _, first, newest, length = await pipe.execute(raise_on_error=False)
+    if not (isinstance(marked, ResponseError) and STANDS_ALREADY in str(marked)):
+        _raise(marked)
+    for reply in (server, first, newest, length):
+        _raise(reply)
+    marker = first[0][1].get(b"m")
+    numbers = [_id(id)[1] for id, fields in newest if b"e" in fields]
+    return Held(
+        life=f"{server['run_id']}/{marker.decode()}" if marker else None,
+        newest_lease=_id(newest[0][0])[0],
+        newest_number=numbers[0] - 1 if numbers else -1,
+        length=length,
+    )
+
+
+async def drop(client: redis.Redis, key: str, lease: int) -> None:
+    """The stream shall be made anew, unless it has got a newer owner. Raises RedisError."""
+    async with client.pipeline(transaction=True) as pipe:
+        await pipe.watch(key)
+        last: Any = await pipe.xrevrange(key, count=1)
+        if last and _id(last[0][0])[0] > lease:
+            return
+        pipe.multi()  # type: ignore[no-untyped-call]
+        pipe.delete(key)
+        await pipe.execute()
+
+
+def _raise(reply: object) -> None:
+    if isinstance(reply, Exception):
+        raise reply
 
 
 def _behind(entries: Sequence[Entry], number: int) -> int:
@@ -157,33 +225,40 @@ class RedisLogs:
 
     def __init__(self, settings: Settings) -> None:
         self._prefix = settings.redis_prefix
+        self.live_ttl_s = max(settings.event_ttl_s, 4 * settings.lease_s)
+        """How long the stream of a living run stays without being refreshed."""
         self._ttl_s = settings.event_ttl_s
-        self._live_ttl_s = max(settings.event_ttl_s, 4 * settings.lease_s)
-        options: dict[str, Any] = {"socket_connect_timeout": 5, "health_check_interval": 0}
-        self.client: redis.Redis = redis.from_url(settings.redis_url, socket_timeout=5, **options)
-        self._blocking: redis.Redis = redis.from_url(
-            settings.redis_url, socket_timeout=None, single_connection_client=True, **options
-        )
+        self.client, self._blocking = _connect(settings)
         self._dirty: set[RunLog] = set()
         self._kicked = asyncio.Event()
         self._rounds = asyncio.Condition()
-        self._round = 0
         self._down = False
+        self._hints: set[str] = set()
+        self._hinted = asyncio.Event()
+        self.fetches = asyncio.Semaphore(FETCHES_MAX)
         self._readers: dict[str, set[Reader]] = {}
         self._positions: dict[str, str] = {}
         self._changed = asyncio.Event()
         self._blocking_id: int | None = None
         self._controls: Callable[[str], None] = lambda _: None
+        self._may_write: Callable[[], bool] = lambda: True
         self._tasks: list[asyncio.Task[None]] = []
 
-    def start(self, on_control: Callable[[str], None]) -> None:
-        """Begin to write, to read and to listen: `on_control` gets every message of `tell`."""
-        self._controls = on_control
-        loops: list[Callable[[], Awaitable[None]]] = [self._write_for_ever, self._read_for_ever, self._listen_for_ever]
-        self._tasks = [asyncio.create_task(loop()) for loop in loops]  # type: ignore[arg-type]
+    def start(self, on_control: Callable[[str], None], may_write: Callable[[], bool]) -> None:
+        """Begin to write, as long as we `may_write`; to read; and to listen: `on_control` gets every message of `tell`."""
+        self._controls, self._may_write = on_control, may_write
+        loops: list[Callable[[], Coroutine[Any, Any, None]]] = [
+            self._write_for_ever,
+            self._read_for_ever,
+            self._interrupt_for_ever,
+            self._listen_for_ever,
+            self._tell_for_ever,
+        ]
+        self._tasks = [asyncio.create_task(loop()) for loop in loops]
 
     async def close(self) -> None:
-        """Stop; close both connections."""
+        """Pass the last hints on; stop; close every connection."""
+        await self._tell_all()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -194,20 +269,27 @@ class RedisLogs:
         """The name of a response's stream."""
         return f"{self._prefix}:events:{response_id}"
 
-    async def life(self) -> str | None:
-        """Which life of Redis this is; None while it is away. Another life may have lost everything."""
-        try:
-            return str((await self.client.info("server"))["run_id"])
-        except (RedisError, OSError):
-            return None
-
     # -- Control --------------------------------------------------------------------------------------------------------
 
-    async def tell(self, message: str) -> None:
+    def tell(self, message: str) -> None:
         """A hint to every process: `wake`, or the id of a response that changed hands. Losing it costs time, no truth."""
         self._controls(message)
+        self._hints.add(message)
+        self._hinted.set()
+
+    async def _tell_for_ever(self) -> None:
+        while True:
+            await self._hinted.wait()
+            self._hinted.clear()
+            await self._tell_all()
+
+    async def _tell_all(self) -> None:
+        hints, self._hints = self._hints, set()
         try:
-            await self.client.publish(f"{self._prefix}:control", message)
+            async with self.client.pipeline(transaction=False) as pipe:
+                for hint in hints:
+                    pipe.publish(f"{self._prefix}:control", hint)
+                await pipe.execute()
         except (RedisError, OSError):
             log.warning("Redis is unavailable; other processes are not told.", action="control_lost")
 
@@ -239,29 +321,34 @@ class RedisLogs:
     async def _write_for_ever(self) -> None:
         while True:
             await self._kicked.wait()
-            self._kicked.clear()
-            runs, self._dirty = self._dirty, set()
-            try:
-                await self._write(runs)
-                self._down = False
-            except (RedisError, OSError) as error:
-                if not self._down:
-                    log.warning("Redis is unavailable; runs go on without it.", action="redis_down", cause=repr(error))
-                self._down = True
-                for run in runs:
-                    run.forget()
-                    self.kick(run)
-            async with self._rounds:
-                self._rounds.notify_all()
-            await asyncio.sleep(RETRY_S if self._down else FLUSH_SPACING_S)
+            if self._may_write():
+                await self._write_round()
+            else:
+                # We can't be sure that our leases still stand: the next heartbeat tells, until then nothing is said.
+                await asyncio.sleep(RETRY_S)
+
+    async def _write_round(self) -> None:
+        self._kicked.clear()
+        runs, self._dirty = self._dirty, set()
+        try:
+            await self._write({run for run in runs if not run.fenced})
+            self._down = False
+        except (RedisError, OSError) as error:
+            if not self._down:
+                log.warning("Redis is unavailable; runs go on without it.", action="redis_down", cause=repr(error))
+            self._down = True
+            for run in runs:
+                run.forget()
+                self.kick(run)
+        async with self._rounds:
+            self._rounds.notify_all()
+        await asyncio.sleep(RETRY_S if self._down else FLUSH_SPACING_S)
 
     async def _write(self, runs: set[RunLog]) -> None:
-        for run in runs:
-            if run.unsure and not run.fenced:
-                try:
-                    await run.reconcile(self.client)
-                except Fenced:
-                    continue
+        for result in await asyncio.gather(
+            *(self._reconcile(run) for run in runs if run.unsure), return_exceptions=True
+        ):
+            _raise(result)
         adds = [(run, *add) for run in runs if not run.fenced for add in run.pending()]
         if not adds:
             return
@@ -270,44 +357,54 @@ class RedisLogs:
                 pipe.xadd(run.key, fields, id=id)  # type: ignore[arg-type]
             replies = await pipe.execute(raise_on_error=False)
         for (run, _, _, count), reply in zip(adds, replies, strict=True):
-            if isinstance(reply, ResponseError):
+            if isinstance(reply, ResponseError) and STANDS_ALREADY in str(reply):
                 # Our own entry of a flush whose answer was lost, or somebody else's: the next round looks.
                 run.forget()
                 self.kick(run)
-            elif isinstance(reply, Exception):
-                raise reply
             else:
+                _raise(reply)
                 run.flushed(count)
+
+    async def _reconcile(self, run: RunLog) -> None:
+        with contextlib.suppress(Fenced):
+            await run.reconcile(self.client)
 
     async def refresh(self, runs: Sequence[RunLog]) -> None:
         """Keep the streams of living runs, however quiet, and look whether Redis still holds all of them."""
         try:
             async with self.client.pipeline(transaction=False) as pipe:
+                pipe.info("server")
                 for run in runs:
-                    pipe.pexpire(run.key, int(self._live_ttl_s * 1000))
-                await pipe.execute()
+                    pipe.pexpire(run.key, int(run.ttl_s * 1000))
+                    pipe.xlen(run.key)
+                server, *replies = await pipe.execute()
         except (RedisError, OSError):
-            log.warning("Redis is unavailable; runs go on without it.", action="redis_down")
-        for run in runs:
-            run.forget()
-            self.kick(run)
+            return  # the next round of writing says so
+        for run, length in zip(runs, replies[1::2], strict=True):
+            if not run.compare(server["run_id"], length):
+                run.forget()
+                self.kick(run)
 
     async def expire(self, run: RunLog) -> None:
-        """The run has ended: its stream may go soon."""
+        """The run has ended, and Postgres has all of it: its stream may go soon."""
+        run.fenced = True
         try:
             await self.client.pexpire(run.key, int(self._ttl_s * 1000))
         except (RedisError, OSError):
             log.warning("Redis is unavailable; a stream stays until its TTL.", action="expire_lost")
 
-    async def fence(self, response_id: str, lease: int) -> None:
-        """From now on Redis refuses what older owners add. Raises RedisError."""
-        await fence(self.client, self.key(response_id), lease)
-        await self.client.pexpire(self.key(response_id), int(self._live_ttl_s * 1000))
-
-    async def read_all(self, response_id: str) -> list[Batch]:
-        """Everything that Redis holds of a stream. Raises RedisError."""
-        held: Any = await self.client.xrange(self.key(response_id))
-        return [_batch(fields) for _, fields in held if b"e" in fields]
+    async def take(self, response_id: str, lease: int, life: str | None) -> tuple[str | None, list[Entry]]:
+        """The stream is ours. Its life from now on, and the events in it, if it still is the stream of that former life;
+        else a new one and none. Raises RedisError."""
+        key = self.key(response_id)
+        held = await hold(self.client, key, lease, self.live_ttl_s)
+        if life is None or held.life != life:
+            if held.length > 1:
+                await drop(self.client, key, lease)
+                held = await hold(self.client, key, lease, self.live_ttl_s)
+            return held.life, []
+        entries: Any = await self.client.xrange(key)
+        return life, [entry for _, fields in entries if b"e" in fields for entry in _batch(fields).entries]
 
     # -- Reading --------------------------------------------------------------------------------------------------------
 
@@ -321,7 +418,6 @@ class RedisLogs:
         if key not in self._positions:
             self._positions[key] = ""
             self._changed.set()
-            await self._interrupt()
         try:
             yield reader
         finally:
@@ -330,13 +426,15 @@ class RedisLogs:
                 self._readers.pop(key, None)
                 self._positions.pop(key, None)
 
-    async def _interrupt(self) -> None:
-        """The blocked read shall look at its streams again."""
-        if self._blocking_id is not None:
-            try:
-                await self.client.client_unblock(self._blocking_id)
-            except (RedisError, OSError):
-                return
+    async def _interrupt_for_ever(self) -> None:
+        """New streams: the blocked read shall look at its streams again."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            while self._blocking_id is not None and not all(self._positions.values()):
+                with contextlib.suppress(RedisError, OSError):
+                    await self.client.client_unblock(self._blocking_id)
+                await asyncio.sleep(UNBLOCK_PAUSE_S)
 
     async def _read_for_ever(self) -> None:
         while True:
@@ -355,7 +453,6 @@ class RedisLogs:
 
     async def _read(self) -> None:
         if not self._positions:
-            self._changed.clear()
             await self._changed.wait()
         for key in [key for key, position in self._positions.items() if not position]:
             last: Any = await self._blocking.xrevrange(key, count=1)
@@ -379,6 +476,28 @@ class RedisLogs:
         if isinstance(reply, dict):  # RESP3: {key: [[entries…]]}
             return [(key, [entry for group in groups for entry in group]) for key, groups in reply.items()]
         return [(key, entries) for key, entries in reply]
+
+
+def _connect(settings: Settings) -> tuple[redis.Redis, redis.Redis]:
+    """A client for everything, and one whose single connection may block. A lost connection is tried once more at once; what
+    is not answered in time is not."""
+    options: dict[str, Any] = {"socket_connect_timeout": settings.redis_timeout_s, "health_check_interval": 0}
+    pool: redis.BlockingConnectionPool = redis.BlockingConnectionPool.from_url(
+        settings.redis_url,
+        max_connections=CONNECTIONS_MAX,
+        timeout=settings.redis_timeout_s,
+        socket_timeout=settings.redis_timeout_s,
+        retry=Retry(NoBackoff(), 1, supported_errors=(RedisGone,)),
+        **options,
+    )
+    blocking = redis.from_url(
+        settings.redis_url,
+        single_connection_client=True,
+        socket_timeout=BLOCK_MS / 1000 + settings.redis_timeout_s,
+        retry=Retry(NoBackoff(), 0),
+        **options,
+    )
+    return redis.Redis(connection_pool=pool), blocking
 
 
 class Reader:
@@ -430,7 +549,8 @@ class Reader:
         """What it has missed, a page at most."""
         self._lagging = False  # first: what comes from now on is offered, or twice seen
         try:
-            page: Any = await self._logs.client.xrange(self._key, min=f"({self._position}", count=PAGE_ENTRIES)
+            async with self._logs.fetches:
+                page: Any = await self._logs.client.xrange(self._key, min=f"({self._position}", count=PAGE_ENTRIES)
         except BaseException:
             self._lagging = True
             raise

@@ -180,7 +180,8 @@ _SEAL = Query(
     text("""
     with run as (
         update runs set state = 'sealed', request = null, caller_key = null
-        where tenant_id = :tenant_id and response_id = :id and lease = :lease and state = 'running' returning 1
+        where tenant_id = :tenant_id and response_id = :id and lease = :lease and state in ('running', 'cancelled')
+        returning 1
     ), response as (
         update responses set status = :status, body = cast(:body as json)
         where tenant_id = :tenant_id and id = :id and status in ('queued', 'in_progress') and exists (select from run)
@@ -204,17 +205,22 @@ _SEAL = Query(
 
 _BEGIN = Query(
     text("""
-    update responses set status = 'in_progress'
-    where tenant_id = :tenant_id and id = :id and status = 'queued'
-      and exists (select from runs where tenant_id = :tenant_id and response_id = :id and lease = :lease)
-    returning 1
+    with run as (
+        update runs set redis_run = :redis_run
+        where tenant_id = :tenant_id and response_id = :id and lease = :lease and state = 'running' returning 1
+    ), response as (
+        update responses set status = 'in_progress'
+        where tenant_id = :tenant_id and id = :id and status = 'queued' and exists (select from run)
+    )
+    select exists (select from run) as ours
     """)
 )
 
 
-async def begin_response(tx: Tx, tenant_id: str, response_id: str, lease: int) -> None:
-    """A queued response is being made from now on."""
-    await tx.one(_BEGIN, tenant_id=tenant_id, id=response_id, lease=lease)
+async def begin_response(tx: Tx, tenant_id: str, response_id: str, lease: int, redis_run: str | None) -> bool:
+    """A queued response is being made from now on, with its events in this life of its stream. False if the lease is lost."""
+    row = await tx.one(_BEGIN, tenant_id=tenant_id, id=response_id, lease=lease, redis_run=redis_run)
+    return row is not None and bool(row["ours"])
 
 
 async def seal_response(tx: Tx, tenant_id: str, response: Response, lease: int, archive: bytes | None) -> bool:

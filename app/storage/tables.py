@@ -101,7 +101,7 @@ runs = Table(
         "state",
         Text,
         nullable=False,
-        comment="queued, running, or sealed: the row is final, its last event not yet out",
+        comment="queued, running, cancelled: its end is decided, not yet made; sealed: its last event is not yet out",
     ),
     Column(
         "due_at", DateTime(timezone=True), nullable=False, comment="queued: not before; else: when the lease runs out"
@@ -112,7 +112,7 @@ runs = Table(
     Column("caller_key", Text, comment="sealed; kept only while the run lives"),
     Column("streamed", Boolean, nullable=False),
     Column("number_ceiling", BigInteger, nullable=False, comment="no owner has sent an event with a number this high"),
-    Column("redis_run", Text, comment="which life of Redis the last heartbeat saw"),
+    Column("redis_run", Text, comment="which life of its stream in Redis holds all that was sent"),
     Index("runs_queued_idx", "tenant_id", "due_at", postgresql_where=text("state = 'queued'")),
     Index("runs_due_idx", "due_at", postgresql_where=text("state <> 'queued'")),
 )

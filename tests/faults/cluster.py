@@ -1,0 +1,235 @@
+"""Real processes to be hurt: API replicas, workers, and a Postgres and a Valkey that nobody else uses."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import redis
+
+from app import embedded, migrate
+from tests.faults.client import get, until
+from tests.servers import Served
+
+LEASE_S = 1.5
+POLL_S = 0.2
+
+
+class Servers:
+    """The embedded pair, as something that can be killed and frozen."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._running = embedded.start(data_dir, durable=False)
+        self._home = data_dir.resolve() / "embedded"
+        self.redis_url = self._running.redis_url
+        self.redis = redis.Redis.from_url(self.redis_url)
+
+    def close(self) -> None:
+        """Give them back."""
+        self.redis.close()
+        self._running.close()
+
+    def new_database(self) -> str:
+        """An empty database with the tables; gives its URL."""
+        name = f"faults_{uuid.uuid4().hex}"
+        query(self._running.database_url, f"create database {name}")
+        url = self._running.database_url.replace("@/postgres?", f"@/{name}?")
+        migrate.upgrade(url)
+        return url
+
+    def postgres(self) -> list[int]:
+        """The postmaster, and every process of it."""
+        postmaster = int((self._home / "postgres" / "postmaster.pid").read_text().split()[0])
+        return [postmaster, *_children(postmaster)]
+
+    def valkey(self) -> list[int]:
+        """Valkey's process."""
+        return [int((self._home / "valkey" / "valkey.pid").read_text())]
+
+    def kill_postgres(self) -> None:
+        """Kill -9 of the postmaster; its supervisor starts another."""
+        os.kill(self.postgres()[0], signal.SIGKILL)
+
+    def kill_valkey(self) -> None:
+        """Kill -9; its supervisor starts it again, with its append-only file."""
+        (pid,) = self.valkey()
+        os.kill(pid, signal.SIGKILL)
+
+    def wait_valkey(self) -> None:
+        """Wait until it answers."""
+        until(self._pings, "Valkey answers")
+
+    def _pings(self) -> bool:
+        try:
+            return bool(self.redis.ping())
+        except redis.RedisError:
+            return False
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += map(int, (task / "children").read_text().split())
+    return found
+
+
+@contextlib.contextmanager
+def frozen(pids: list[int]) -> Iterator[None]:
+    """SIGSTOP for the duration of the block."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+def query(url: str, statement: str, *arguments: Any) -> list[dict[str, Any]]:
+    """The rows of a statement, over a connection of its own."""
+
+    async def fetch() -> list[dict[str, Any]]:
+        connection = await asyncpg.connect(url, timeout=10)
+        try:
+            return [dict(row) for row in await connection.fetch(statement, *arguments)]
+        finally:
+            await connection.close()
+
+    return asyncio.run(fetch())
+
+
+class Cluster:
+    """Two API replicas that make nothing themselves, and as many workers as a test asks for."""
+
+    def __init__(self, servers: Servers, env: Mapping[str, str], **more: str) -> None:
+        """`more` are settings of every process."""
+        self.servers = servers
+        self.database_url = servers.new_database()
+        self.prefix = f"faults-{uuid.uuid4().hex}"
+        self._env = {
+            **env,
+            "DATABASE_URL": self.database_url,
+            "REDIS_URL": servers.redis_url,
+            "REPRISE_REDIS_PREFIX": self.prefix,
+            "REPRISE_LEASE_S": str(LEASE_S),
+            "REPRISE_POLL_S": str(POLL_S),
+            "REPRISE_REDIS_TIMEOUT_S": "1",
+            **more,
+        }
+        self.replicas: list[Served] = []
+        self._workers: list[Served] = []
+        self._odd: set[str] = set()
+        self._dead: list[Served] = []
+
+    # -- Processes --------------------------------------------------------------------------------------------------------
+
+    @property
+    def urls(self) -> list[str]:
+        """Where the replicas listen."""
+        return [replica.url for replica in self.replicas]
+
+    def ensure(self, *, replicas: int = 2, workers: int = 1) -> None:
+        """Let so many of each live, with the cluster's own settings."""
+        self.replicas = [replica for replica in self.replicas if replica.process.poll() is None]
+        while len(self.replicas) < replicas:
+            self.replicas.append(Served({**self._env, "REPRISE_WORKERS_IN_API": "false"}))
+        for odd in [worker for worker in self.workers if worker.url in self._odd] + self.workers[workers:]:
+            self.kill(odd)
+        while len(self.workers) < workers:
+            self.start_worker()
+
+    @property
+    def workers(self) -> list[Served]:
+        """The workers that live."""
+        return [worker for worker in self._workers if worker.process.poll() is None]
+
+    def start_worker(self, **env: str) -> Served:
+        """One more worker; one with settings of its own does not outlive its test."""
+        worker = Served({**self._env, **env}, command="worker")
+        self._workers.append(worker)
+        if env:
+            self._odd.add(worker.url)
+        return worker
+
+    def start_replica(self, **env: str) -> Served:
+        """A replica with settings of its own; the caller ends it."""
+        replica = Served({**self._env, "REPRISE_WORKERS_IN_API": "false", **env})
+        self._dead.append(replica)
+        return replica
+
+    def kill(self, process: Served) -> None:
+        """Kill -9."""
+        process.kill()
+        self._dead.append(process)
+
+    def kill_workers(self) -> None:
+        """Kill -9 of every worker."""
+        for worker in self.workers:
+            self.kill(worker)
+
+    def owner_of(self, response_id: str) -> Served:
+        """The worker that makes a response now."""
+        return until(lambda: self._owner(response_id), f"a worker has {response_id}")
+
+    def _owner(self, response_id: str) -> Served | None:
+        rows = self.query("select worker from runs where response_id = $1 and state = 'running'", response_id)
+        names = {str(row["worker"]) for row in rows}
+        return next((worker for worker in self.workers if worker.url.split()[-1] in names), None)
+
+    def kill_owner(self, response_id: str) -> None:
+        """Kill -9 of the worker that makes a response now."""
+        self.kill(self.owner_of(response_id))
+
+    def close(self) -> None:
+        """Kill all that lives."""
+        for process in (*self.replicas, *self._workers, *self._dead):
+            if process.process.poll() is None:
+                process.kill()
+
+    @property
+    def printed(self) -> str:
+        """What every process has said, for a failed test."""
+        said = []
+        for process in dict.fromkeys((*self.replicas, *self._workers, *self._dead)):
+            said += [f"--- {process.url.strip()}\n", *process.printed[-40:]]
+        return "".join(said)
+
+    # -- State ------------------------------------------------------------------------------------------------------------
+
+    def query(self, statement: str, *arguments: Any) -> list[dict[str, Any]]:
+        """Rows of this cluster's database."""
+        return query(self.database_url, statement, *arguments)
+
+    def run_of(self, response_id: str) -> dict[str, Any] | None:
+        """The row in the queue."""
+        rows = self.query("select * from runs where response_id = $1", response_id)
+        return rows[0] if rows else None
+
+    def key(self, response_id: str) -> str:
+        """The name of a response's stream in Redis."""
+        return f"{self.prefix}:events:{response_id}"
+
+    def ended(self, response_id: str, status: str | None = "completed") -> dict[str, Any]:
+        """The response once it has ended, in that way."""
+
+        def look() -> dict[str, Any] | None:
+            response = get(self.urls[0], response_id)
+            return response if response["status"] not in {"queued", "in_progress"} else None
+
+        response = until(look, f"{response_id} has ended", 40)
+        assert status in {None, response["status"]}, response
+        return response
+
+    def assert_nothing_is_left(self) -> None:
+        """No run, no journal, no stream without an end of its days."""
+        until(lambda: not self.query("select from runs"), "every run is forgotten", 10)
+        assert self.query("select response_id from event_journal") == []
+        assert self.query("select id from responses where status in ('queued', 'in_progress')") == []
+        keys = list(self.servers.redis.scan_iter(f"{self.prefix}:*"))
+        assert [key for key in keys if self.servers.redis.ttl(key) == -1] == [], "streams that stay for ever"

@@ -1,0 +1,60 @@
+"""Fixtures of the fault suite: servers of its own, and one cluster that is repaired before each test."""
+
+import pytest
+
+from tests.faults.client import decoded, frames_of, get
+from tests.faults.cluster import Cluster, Servers
+from tests.faults.told import told
+
+
+@pytest.fixture(scope="session")
+def own_servers(tmp_path_factory):
+    """A Postgres and a Valkey that may be killed."""
+    servers = Servers(tmp_path_factory.mktemp("faults"))
+    yield servers
+    servers.close()
+
+
+@pytest.fixture(scope="session")
+def fault_env(upstream, tmp_path_factory):
+    """Settings of every process but its servers."""
+    return {"OPENAI_BASE_URL": upstream.base_url, "REPRISE_DATA_DIR": str(tmp_path_factory.mktemp("faults-data"))}
+
+
+@pytest.fixture(scope="session")
+def standing(own_servers, fault_env):
+    """The cluster that most tests share."""
+    cluster = Cluster(own_servers, fault_env)
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def cluster(standing):
+    """Two replicas and one worker at least, as good as new; nothing may be left behind by a test."""
+    standing.ensure()
+    yield standing
+    try:
+        standing.assert_nothing_is_left()
+    finally:
+        print(standing.printed)  # captured, and shown only for a failed test
+
+
+@pytest.fixture
+def check(cluster):
+    """Checks what one client was told against the oracle, the row and later replays; gives the response."""
+
+    def check(follower, *, status="completed", jumps=0):
+        seen = follower.join()
+        response = told(seen, jumps=jumps)
+        assert response["status"] == status
+        for url in cluster.urls:
+            assert get(url, follower.response_id) == response
+            kept = frames_of(url, follower.response_id)
+            if jumps:
+                assert told([decoded(frame) for frame in kept], jumps=jumps) == response
+            else:
+                assert kept == follower.frames
+        return response
+
+    return check
