@@ -55,6 +55,7 @@ class Worker:
         if self._grace_ends_at is None:
             self._grace_ends_at = time.monotonic() + self._settings.shutdown_grace_s
             self._wake.set()
+            log.info("This process takes on no more runs.", action="worker_draining", runs=len(self._works))
 
     async def close(self) -> None:
         """Runs may finish within the grace period, the others are handed over."""

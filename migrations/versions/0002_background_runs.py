@@ -19,7 +19,7 @@ def upgrade() -> None:
     op.alter_column(
         "runs", "lease_until", new_column_name="due_at", comment="queued: not before; else: when the lease runs out"
     )
-    state = "queued, running, or sealed: the row is final, its last event not yet out"
+    state = "queued, running, cancelled: its end is decided, not yet made; sealed: its last event is not yet out"
     new: tuple[sa.Column[Any], ...] = (
         sa.Column("state", sa.Text(), nullable=False, server_default="running", comment=state),
         sa.Column(
@@ -39,7 +39,7 @@ def upgrade() -> None:
             server_default="0",
             comment="no owner has sent an event with a number this high",
         ),
-        sa.Column("redis_run", sa.Text(), comment="which life of Redis the last heartbeat saw"),
+        sa.Column("redis_run", sa.Text(), comment="which life of its stream in Redis holds all that was sent"),
     )
     for column in new:
         op.add_column("runs", column)

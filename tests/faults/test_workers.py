@@ -144,14 +144,14 @@ def test_nothing_of_a_zombie_is_visible(cluster, upstream, check, wiped):
     assert any("run_fenced" in line for line in list(zombie.printed))
 
 
-def test_SIGTERM_lets_a_run_finish(cluster, upstream, check):
+def test_a_sigterm_lets_a_run_finish(cluster, upstream, check):
     said = script([repeat(5, text("w{i} ")), gate("grace"), text("end"), finish()])
     response_id = begin(cluster.urls[0], said)
     follower = Follower(cluster.urls, response_id)
     until(lambda: len(deltas(follower)) == 5, "the text has come")
     (worker,) = cluster.workers
     worker.process.send_signal(signal.SIGTERM)
-    until(lambda: any("drain" in line for line in list(worker.printed)), "it drains")
+    until(lambda: any("worker_draining" in line for line in list(worker.printed)), "it drains")
     later = begin(cluster.urls[0], script(answer("later"), [note("grace")]))
     upstream.open("grace")
     check(follower)
@@ -162,7 +162,7 @@ def test_SIGTERM_lets_a_run_finish(cluster, upstream, check):
     cluster.ended(later)
 
 
-def test_SIGTERM_hands_a_long_run_over_at_once(cluster, upstream, check):
+def test_a_sigterm_hands_a_long_run_over_at_once(cluster, upstream, check):
     cluster.kill_workers()
     first = cluster.start_worker(REPRISE_SHUTDOWN_GRACE_S="0.1", REPRISE_LEASE_S="60")
     said = script([repeat(5, text("w{i} ")), gate("over"), text("end"), finish()])
@@ -180,7 +180,7 @@ def test_SIGTERM_hands_a_long_run_over_at_once(cluster, upstream, check):
     assert closed_as(follower.seen) == ["incomplete", "completed"]
 
 
-def test_SIGTERM_of_a_server_that_works_itself(cluster, upstream, check):
+def test_a_sigterm_hands_the_runs_of_a_serving_process_over(cluster, upstream, check):
     cluster.kill_workers()
     serving = cluster.start_replica(REPRISE_WORKERS_IN_API="true", REPRISE_SHUTDOWN_GRACE_S="0.5")
     said = script([repeat(5, text("w{i} ")), gate("serve"), text("end"), finish()])

@@ -1,0 +1,211 @@
+"""kill -9, SIGSTOP and SIGTERM of workers: another goes on, nothing is lost, nothing is said twice."""
+
+import signal
+import time
+
+import pytest
+
+from tests.faults.client import Follower, begin, get, until
+from tests.faults.cluster import frozen
+from tests.faults.told import closed_as, rounds_of, text_of
+from tests.upstream import answer, finish, gate, note, reasoning, repeat, script, text
+from tests.upstream import call as tool_call
+
+PHASES = {
+    "before-the-first-event": [],
+    "mid-text": [repeat(20, text("w{i} "))],
+    "mid-reasoning": [repeat(20, reasoning("r{i} "))],
+    "mid-arguments": [tool_call("get_weather", '{"city": "', id="call_1")],
+    "behind-a-whole-item": [repeat(5, reasoning("r{i} ")), repeat(20, text("w{i} "))],
+}
+ENDS = {"mid-arguments": [tool_call(arguments='Oslo"}'), finish("tool_calls")]}
+TOOLS = [{"type": "function", "name": "get_weather", "parameters": {"type": "object"}}]
+EVENTS = {"before-the-first-event": 3}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_worker_killed_at_any_moment_is_replaced(cluster, upstream, check, phase):
+    cluster.ensure(workers=2)
+    said = script([*PHASES[phase], gate(phase), *ENDS.get(phase, [text("end"), finish()])])
+    response_id = begin(cluster.urls[0], said, tools=TOOLS)
+    follower = Follower(cluster.urls, response_id)
+    upstream.wait_reached(phase, 20)
+    follower.wait_events(EVENTS.get(phase, 5))
+    owner = cluster.owner_of(response_id)
+    killed = time.monotonic()
+    cluster.kill(owner)
+    upstream.open(phase)
+    response = check(follower)
+    resumed = next(at for at, event in zip(follower.arrived, follower.seen, strict=True) if at > killed)
+    print(f"FIGURE recovery {phase} {resumed - killed:.2f} s")
+    assert len(upstream.asked(said)) == 2
+    match phase:
+        case "mid-arguments":
+            assert [item["arguments"] for item in response["output"]] == ['{"city": "Oslo"}']
+        case "mid-text" | "behind-a-whole-item":
+            assert rounds_of(text_of(response).split("r4 ")[-1])[-20:] == list(range(20))
+    if phase == "before-the-first-event":
+        assert closed_as(follower.seen) == ["completed"]
+    else:
+        assert closed_as(follower.seen).count("incomplete") == 1
+        assert all(item["status"] == "completed" for item in response["output"])
+
+
+def test_a_queued_response_waits_for_any_worker(cluster, check):
+    cluster.kill_workers()
+    response_id = begin(cluster.urls[0], script(answer("Hello there")))
+    follower = Follower(cluster.urls, response_id)
+    follower.wait_for("response.queued")
+    assert get(cluster.urls[1], response_id)["status"] == "queued"
+    cluster.start_worker()
+    assert text_of(check(follower)) == "Hello there"
+
+
+def test_two_owners_killed_one_after_the_other(cluster, upstream, check):
+    cluster.ensure(workers=2)
+    said = script([repeat(10, text("w{i} ")), gate("twice"), text("end"), finish()])
+    response_id = begin(cluster.urls[0], said)
+    follower = Follower(cluster.urls, response_id)
+    for attempt in (1, 2):
+        until(lambda attempt=attempt: len(upstream.asked(said)) == attempt, "the upstream is asked again")
+        until(lambda attempt=attempt: len(deltas(follower)) == 10 * attempt, "the text has come again")
+        cluster.kill_owner(response_id)
+        if attempt == 1:
+            cluster.start_worker()
+    upstream.open("twice")
+    cluster.ensure(workers=1)
+    response = check(follower)
+    assert closed_as(follower.seen) == ["incomplete", "incomplete", "completed"]
+    assert rounds_of(text_of(response)) == list(range(10))
+
+
+def deltas(follower):
+    return [frame for frame in list(follower.frames) if b"output_text.delta" in frame[:60]]
+
+
+def test_a_run_that_kills_its_workers_fails_at_last(cluster, upstream, check):
+    cluster.kill_workers()
+    said = script([repeat(5, text("w{i} ")), gate("poison"), finish()])
+    response_id = begin(cluster.urls[0], said)
+    follower = Follower(cluster.urls, response_id)
+    for attempt in (1, 2, 3):
+        worker = cluster.start_worker(REPRISE_RUN_ATTEMPTS_MAX="2")
+        if attempt < 3:
+            until(lambda attempt=attempt: len(deltas(follower)) == 5 * attempt, "the text has come again")
+            cluster.kill(worker)
+    response = check(follower, status="failed")
+    assert response["error"]["code"] == "server_error"
+    assert rounds_of(text_of(response)) == list(range(5))
+    assert len(upstream.asked(said)) == 2
+    upstream.open("poison")
+
+
+def test_a_worker_killed_between_the_commit_and_the_last_event(cluster, upstream, check):
+    cluster.ensure(workers=2)
+    said = script([repeat(5, text("w{i} ")), gate("commit"), text("end"), finish()])
+    response_id = begin(cluster.urls[0], said)
+    follower = Follower(cluster.urls, response_id)
+    until(lambda: len(deltas(follower)) == 5, "the text has come")
+    with frozen(cluster.servers.valkey()):
+        owner = cluster.owner_of(response_id)
+        upstream.open("commit")
+        until(lambda: cluster.run_of(response_id)["state"] == "sealed", "the row is sealed")
+        cluster.kill(owner)
+    check(follower)
+    until(lambda: cluster.run_of(response_id) is None, "another worker has done the rest")
+    entries = cluster.servers.redis.xrange(cluster.key(response_id))
+    assert b"".join(fields.get(b"e", b"") for _, fields in entries) == b"".join(f + b"\n\n" for f in follower.frames)
+    assert cluster.servers.redis.ttl(cluster.key(response_id)) > 0
+    assert len(upstream.asked(said)) == 1
+
+
+@pytest.mark.parametrize("wiped", [False, True], ids=["plain", "and-Redis-wiped"])
+def test_nothing_of_a_zombie_is_visible(cluster, upstream, check, wiped):
+    cluster.ensure(workers=2)
+    name = f"zombie{wiped}"
+    said = script([repeat(10, text("w{i} ")), gate(name), repeat(10, text("v{i} ")), gate(f"{name}2"), finish()])
+    response_id = begin(cluster.urls[0], said)
+    follower = Follower(cluster.urls, response_id)
+    until(lambda: len(deltas(follower)) == 10, "the text has come")
+    zombie = cluster.owner_of(response_id)
+    with frozen([zombie.process.pid]):
+        until(lambda: len(deltas(follower)) == 20, "another worker has taken over")
+        assert cluster.owner_of(response_id) is not zombie
+        upstream.open(name)
+        until(lambda: len(deltas(follower)) == 30, "it goes on")
+        if wiped:
+            cluster.servers.redis.flushall()
+    first, second = upstream.asked(said)
+    assert first.closed.wait(10)  # the zombie has noticed, and let go of its upstream
+    assert not second.closed.is_set()
+    upstream.open(f"{name}2")
+    check(follower)
+    assert closed_as(follower.seen) == ["incomplete", "completed"]
+    assert any("run_fenced" in line for line in list(zombie.printed))
+
+
+def test_a_sigterm_lets_a_run_finish(cluster, upstream, check):
+    said = script([repeat(5, text("w{i} ")), gate("grace"), text("end"), finish()])
+    response_id = begin(cluster.urls[0], said)
+    follower = Follower(cluster.urls, response_id)
+    until(lambda: len(deltas(follower)) == 5, "the text has come")
+    (worker,) = cluster.workers
+    worker.process.send_signal(signal.SIGTERM)
+    until(lambda: any("worker_draining" in line for line in list(worker.printed)), "it drains")
+    later = begin(cluster.urls[0], script(answer("later"), [note("grace")]))
+    upstream.open("grace")
+    check(follower)
+    assert worker.process.wait(20) == 0
+    assert closed_as(follower.seen) == ["completed"]
+    assert get(cluster.urls[0], later)["status"] == "queued"  # it has claimed no more
+    cluster.start_worker()
+    cluster.ended(later)
+
+
+def test_a_sigterm_hands_a_long_run_over_at_once(cluster, upstream, check):
+    cluster.kill_workers()
+    first = cluster.start_worker(REPRISE_SHUTDOWN_GRACE_S="0.1", REPRISE_LEASE_S="60")
+    said = script([repeat(5, text("w{i} ")), gate("over"), text("end"), finish()])
+    response_id = begin(cluster.urls[0], said)
+    follower = Follower(cluster.urls, response_id)
+    until(lambda: len(deltas(follower)) == 5, "the text has come")
+    cluster.start_worker()
+    told_at = time.monotonic()
+    first.process.send_signal(signal.SIGTERM)
+    until(lambda: len(upstream.asked(said)) == 2, "another has it, long before the lease ends", 10)
+    print(f"FIGURE handover {time.monotonic() - told_at:.2f} s")
+    upstream.open("over")
+    check(follower)
+    import os,signal as s; time.sleep(2); os.kill(first.process.pid, s.SIGUSR1); time.sleep(1); print("".join(first.printed)); assert first.process.wait(1) == 0
+    assert closed_as(follower.seen) == ["incomplete", "completed"]
+
+
+def test_a_sigterm_hands_the_runs_of_a_serving_process_over(cluster, upstream, check):
+    cluster.kill_workers()
+    serving = cluster.start_replica(REPRISE_WORKERS_IN_API="true", REPRISE_SHUTDOWN_GRACE_S="0.5")
+    said = script([repeat(5, text("w{i} ")), gate("serve"), text("end"), finish()])
+    response_id = begin(serving.url, said)
+    follower = Follower([serving.url], response_id)
+    until(lambda: len(deltas(follower)) == 5, "the text has come")
+    cluster.start_worker()
+    serving.process.send_signal(signal.SIGTERM)
+    follower.urls[:] = cluster.urls
+    until(lambda: len(upstream.asked(said)) == 2, "a worker has it")
+    upstream.open("serve")
+    check(follower)
+    assert serving.process.wait(20) == 0
+
+
+def test_two_workers_race_and_make_each_response_once(cluster, upstream):
+    cluster.kill_workers()
+    scripts = [script([note(f"race {number}"), *answer(f"answer {number}")]) for number in range(100)]
+    ids = [begin(cluster.urls[number % 2], said, stream=False) for number, said in enumerate(scripts)]
+    begun = time.monotonic()
+    cluster.start_worker(REPRISE_WORKER_RUNS_MAX="7")
+    cluster.start_worker(REPRISE_WORKER_RUNS_MAX="7")
+    until(lambda: not cluster.query("select from responses where status in ('queued', 'in_progress')"), "all ended", 40)
+    print(f"FIGURE race 100 runs in {time.monotonic() - begun:.2f} s")
+    for number, (said, response_id) in enumerate(zip(scripts, ids, strict=True)):
+        response = get(cluster.urls[0], response_id)
+        assert (response["status"], text_of(response)) == ("completed", f"answer {number}")
+        assert len(upstream.asked(said)) == 1
