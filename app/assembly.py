@@ -66,6 +66,7 @@ class Assembly(Struct, frozen=True):
 
     settings: Settings
     catalog: Catalog
+    executor: Executor
     app: ASGIApp
 
 
@@ -100,7 +101,7 @@ async def assembled(settings: Settings) -> AsyncIterator[Assembly]:
             executor=executor,
             lifespan=lifespan,
         )
-        yield Assembly(settings, catalog, app)
+        yield Assembly(settings, catalog, executor, app)
     finally:
         for upstream in upstreams.values():
             await upstream.close()

@@ -6,6 +6,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from types import FrameType
 from typing import TypeVar
 
 import click
@@ -16,6 +17,7 @@ from app.doctor import examine
 from app.embedded import EmbeddedError
 from app.errors import ApiError
 from app.outbound.catalog import Catalog
+from app.runs.executor import Executor
 from app.runs.worker import Worker
 from app.settings import Settings, SettingsError, load
 from app.storage import tenants
@@ -26,6 +28,9 @@ T = TypeVar("T")
 
 BACKLOG = 2_048
 """Connections that may wait to be accepted."""
+
+LAST_WORDS_S = 5
+"""How long readers may take to hear the end of responses that were broken off by a shutdown."""
 
 
 @click.group(help="A persistent, stateful Responses API server in front of any Chat Completions upstream.")
@@ -70,10 +75,10 @@ def serve() -> None:
     settings = assembly.with_servers(settings)
     if own:
         migrate.upgrade(settings.database_url)
-    _run(_serve(settings))
+    _run(_serve(settings, own=own))
 
 
-async def _serve(settings: Settings) -> None:
+async def _serve(settings: Settings, *, own: bool) -> None:
     if not await migrate.is_current(settings.database_url):
         raise SettingsError("the database's schema is not that of this version: run `reprise migrate`.")
     async with assembly.assembled(settings) as built:
@@ -87,24 +92,45 @@ async def _serve(settings: Settings) -> None:
             access_log=False,
             server_header=False,
             backlog=BACKLOG,
-            timeout_graceful_shutdown=int(settings.shutdown_grace_s),
+            timeout_graceful_shutdown=int(settings.shutdown_grace_s) + LAST_WORDS_S,
         )
         listener = _listen(settings)
-        server = _Server(config, lambda: click.echo(_welcome(settings, built.catalog, listener.getsockname()[1])))
+
+        def listening() -> None:
+            click.echo(_welcome(settings, built.catalog, listener.getsockname()[1], own=own))
+
+        server = _Server(config, built.executor, listening, grace_s=settings.shutdown_grace_s)
         await server.serve(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
-    """Says when it listens."""
+    """Says when it listens, and ends in order: exit status 0, and every response has its end."""
 
-    def __init__(self, config: uvicorn.Config, listening: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, executor: Executor, listening: Callable[[], None], *, grace_s: float
+    ) -> None:
         super().__init__(config)
-        self._listening = listening
+        self._executor, self._listening, self._grace_s = executor, listening, grace_s
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if not self.should_exit:
             self._listening()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # Responses that are not done in time end as failed, and their readers are still there to hear it.
+        ending = asyncio.create_task(self._end_responses())
+        await super().shutdown(sockets)
+        ending.cancel()
+        await asyncio.gather(ending, return_exceptions=True)
+
+    async def _end_responses(self) -> None:
+        await asyncio.sleep(self._grace_s)
+        await self._executor.close()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        self._captured_signals.clear()  # else uvicorn would die of them after its orderly end
 
 
 def _listen(settings: Settings) -> socket.socket:
@@ -112,10 +138,11 @@ def _listen(settings: Settings) -> socket.socket:
     try:
         return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
     except OSError as error:
-        raise SettingsError(f"can't listen on {settings.host}:{settings.port}: {error.strerror or error}.") from None
+        why = str(error.strerror or error).partition(" (")[0]
+        raise SettingsError(f"can't listen on {settings.host}:{settings.port}: {why}.") from None
 
 
-def _welcome(settings: Settings, catalog: Catalog, port: int) -> str:
+def _welcome(settings: Settings, catalog: Catalog, port: int, *, own: bool) -> str:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = f"http://{host}:{port}/v1"
     demo = not settings.catalog and not settings.openai_base_url
@@ -124,8 +151,7 @@ def _welcome(settings: Settings, catalog: Catalog, port: int) -> str:
         for name, entry in catalog.upstreams.items()
     )
     model = "echo" if demo else (catalog.model_names or ["MODEL"])[0]
-    embedded = settings.database_url.startswith("postgresql:///") or str(settings.data_path) in settings.database_url
-    data = f"{settings.data_path} (embedded Postgres and Valkey)" if embedded else "the Postgres of DATABASE_URL"
+    data = f"{settings.data_path} (embedded Postgres and Valkey)" if own else "the Postgres of DATABASE_URL"
     return f"""
 Reprise listens on {url}
   data      {data}

@@ -98,8 +98,10 @@ def load(environ: Mapping[str, str]) -> Settings:
     fields = {variable(field.name): field for field in msgspec.structs.fields(Settings)}
     for name in environ:
         if name.startswith("REPRISE_") and name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            raise SettingsError(f"{name} is no setting of Reprise" + (f"; did you mean {near[0]}?" if near else "."))
+            short = {known.removeprefix("REPRISE_"): known for known in fields}
+            near = difflib.get_close_matches(name.removeprefix("REPRISE_"), short, n=1)
+            hint = f"; did you mean {short[near[0]]}?" if near else "."
+            raise SettingsError(f"{name} is no setting of Reprise{hint}")
     given = {name: environ[name] for name in fields if environ.get(name, "") != ""}
     values = {}
     for name, text in given.items():

@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 
+import msgspec
 import structlog
 from msgspec import Struct
 
@@ -15,7 +16,15 @@ from app.domain.context import Context, check_parent, references, resolve
 from app.domain.groups import Manner
 from app.domain.lifecycle import Outcome, close_response, open_response
 from app.domain.sealed import Seal
-from app.errors import ApiError, DatabaseUnavailable, InvalidParameter, RunTooLong, ServerError, TooManyRequests
+from app.errors import (
+    ApiError,
+    DatabaseUnavailable,
+    InvalidParameter,
+    InvalidRequest,
+    RunTooLong,
+    ServerError,
+    TooManyRequests,
+)
 from app.ids import new_id
 from app.outbound.catalog import Catalog
 from app.outbound.upstream import ChunkStream, Upstream
@@ -92,6 +101,7 @@ class Executor:
         if len(request.input) > self._settings.input_items_max:
             raise InvalidParameter(f"'input' has more than {self._settings.input_items_max} items.", param="input")
         routes = [(self._upstreams[route.upstream], route) for route in self._catalog.routes(request.model)]
+        _refuse_untaken(request, [upstream for upstream, _ in routes])
         context, chain = await self._resolve(caller.tenant_id, request)
         response = open_response(request, id=new_id("resp"), created_at=int(time.time()))
         task = Task(
@@ -242,22 +252,38 @@ class Executor:
         if not closed.store:
             return closed
         try:
-            async for attempt in self._database.retrying():
-                with attempt:
-                    if not run.stored:
-                        await self._insert(run, closed, None)
-                        return closed
-                    async with self._database.autocommit() as tx:
-                        if await responses.finish_response(tx, run.tenant_id, closed):
-                            return closed
-                        stored = await responses.get_response(tx, run.tenant_id, closed.id)
-                        return responses.response_of(stored)
-            raise AssertionError("stamina gives up by raising")
-        except ApiError as error:
+            return await self._store(run, closed)
+        except Exception as error:
             log.exception("A response could not be stored.", action="commit_failed")
-            lost = error if isinstance(error, DatabaseUnavailable) else ServerError("The response could not be stored.")
-            run.error = lost
-            return close_response(run.response, Outcome("failed", error=lost), usage=closed.usage, now=int(time.time()))
+            unstored: ApiError = ServerError("The response could not be stored.")
+            begun = msgspec.structs.replace(closed, status="in_progress", output=[])
+            if isinstance(error, DatabaseUnavailable):
+                unstored = error
+                begun.output = closed.output
+            run.error = unstored
+            failed = close_response(begun, Outcome("failed", error=unstored), usage=closed.usage, now=int(time.time()))
+            if run.stored:
+                self._worker.end_later(run.tenant_id, failed)
+            return failed
+
+    async def _store(self, run: Run, closed: Response) -> Response:
+        async for attempt in self._database.retrying():
+            with attempt:
+                if not run.stored:
+                    await self._insert(run, closed, None)
+                    return closed
+                async with self._database.autocommit() as tx:
+                    if await responses.finish_response(tx, run.tenant_id, closed):
+                        return closed
+                    return responses.response_of(await responses.get_response(tx, run.tenant_id, closed.id))
+        raise AssertionError("stamina gives up by raising")
+
+
+def _refuse_untaken(request: CreateResponse, upstreams: Sequence[Upstream]) -> None:
+    """A parameter beyond the API must mean something to an upstream that may answer."""
+    for name in request.extra:
+        if not any(name in upstream.entry.passed_on for upstream in upstreams):
+            raise InvalidRequest(f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")
 
 
 def _refuse(run: Run, error: ApiError) -> None:

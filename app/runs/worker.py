@@ -27,6 +27,12 @@ class Worker:
     def __init__(self, settings: Settings, database: Database) -> None:
         self.lease = responses.Lease(worker=new_id("worker"), seconds=settings.lease_s)
         self._database = database
+        self._abandoned: list[tuple[str, str]] = []
+        self._late: list[tuple[str, Response]] = []
+
+    def end_later(self, tenant_id: str, response: Response) -> None:
+        """A response of ours has ended while the database was away: a beat stores that once it is back."""
+        self._late.append((tenant_id, response))
 
     async def beat_for_ever(self) -> None:
         """Prolong and take over, a few times per lease; an absent database is waited for."""
@@ -35,18 +41,26 @@ class Worker:
                 await self.beat()
             except DatabaseUnavailable:
                 log.warning("The database is unavailable; leases are not prolonged.", action="beat_failed")
+            except Exception:
+                log.exception("A beat failed by our own mistake.", action="beat_failed")
             await asyncio.sleep(self.lease.seconds / BEATS_PER_LEASE)
 
     async def beat(self) -> None:
         """Prolong our leases; end responses whose process is gone."""
         async with self._database.autocommit() as tx:
             await leases.prolong(tx, self.lease.worker, self.lease.seconds)
-            abandoned = await leases.take_over(tx, self.lease.worker, self.lease.seconds, limit=TAKE_OVER_MAX)
-            for tenant_id, response_id in abandoned:
+            # What is ours now stays ours until it is ended, even if the database goes away in between.
+            self._abandoned += await leases.take_over(tx, self.lease.worker, self.lease.seconds, limit=TAKE_OVER_MAX)
+            while self._abandoned:
+                tenant_id, response_id = self._abandoned[0]
                 body = await leases.load_body(tx, tenant_id, response_id)
                 if body is not None:
                     await responses.finish_response(tx, tenant_id, _failed(body))
                 log.warning("An abandoned response was ended.", action="run_abandoned", response_id=response_id)
+                self._abandoned.pop(0)
+            while self._late:
+                await responses.finish_response(tx, *self._late[0])
+                self._late.pop(0)
 
 
 def _failed(body: str) -> Response:
