@@ -45,7 +45,7 @@ log = structlog.get_logger()
 
 
 class Caller(Struct, frozen=True):
-    """Who asks: the tenant, and the key as it was sent."""
+    """Who asks: the tenant, and the key that was sent, unless it is one of ours."""
 
     tenant_id: str
     key: str | None

@@ -291,3 +291,17 @@ def test_the_same_item_ids_may_be_used_by_two_tenants(a, b):
     for http, text in ((a, "mine"), (b, "yours")):
         made = create(http, input=[{"type": "item_reference", "id": "msg_same"}])
         assert made["output"][0]["content"][0]["text"] == f"ok: {text}"
+
+
+def test_a_key_of_this_server_never_goes_to_the_upstream(a, upstream):
+    said = "whose key is this?"
+    create(a, input=said)
+    (asked,) = upstream.asked(said)
+    assert asked.headers["authorization"] == "Bearer none"
+
+
+def test_callers_keys_are_not_passed_on_where_they_are_keys_of_this_server(house):
+    done = reprise({**house.env, "REPRISE_PORT": "0", "REPRISE_UPSTREAM_AUTH": "caller"}, "serve")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("reprise: REPRISE_UPSTREAM_AUTH=caller")
