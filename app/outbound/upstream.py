@@ -82,7 +82,7 @@ class Upstream:
         Connection errors, 429 and 5xx are tried again, because nothing was sent to anybody yet. Raises UpstreamError.
         """
         async for attempt in stamina.retry_context(
-            on=self._backoff, attempts=self._attempts_max, timeout=None, wait_initial=0.1, wait_max=2.0
+            on=self._backoff, attempts=self._attempts_max, timeout=None, wait_initial=0.1, wait_jitter=0.1, wait_max=2.0
         ):
             with attempt:
                 return await self._open_once(body, caller_key)

@@ -269,8 +269,8 @@ def test_the_events_of_create_are_of_the_clients_own_types(client):
 
 def test_a_client_that_continues_at_the_last_event_never_comes_too_early(client):
     for _ in range(10):
-        first = client.responses.create(model="m", input="Hello", stream=True)
-        id = next(event.response.id for event in first if event.type == "response.completed")
+        with client.responses.create(model="m", input="Hello", stream=True) as first:
+            id = next(event.response.id for event in first if event.type == "response.completed")
         assert client.responses.create(model="m", input="And?", previous_response_id=id).status == "completed"
 
 
