@@ -46,7 +46,7 @@ clean:
 .venv/synced: requirements-dev.lock
 	@uv --version >/dev/null 2>&1 || $(MAKE) -s .tools/bin/uv
 	@.venv/bin/python -c '$(FITS)' >/dev/null 2>&1 || { $(need_python); $(UV) venv --quiet --clear --python "$$python" .venv; }
-	@$(UV) pip sync --quiet --python .venv/bin/python --require-hashes requirements-dev.lock
+	@$(UV) pip sync --quiet --compile-bytecode --python .venv/bin/python --require-hashes requirements-dev.lock
 	@$(write_command)
 	@touch $@
 

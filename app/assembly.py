@@ -68,6 +68,7 @@ class Assembly(Struct, frozen=True):
 
     settings: Settings
     catalog: Catalog
+    executor: Executor
     app: ASGIApp
     drain: Callable[[], None]
     """Take on nothing more: the end is near."""
@@ -148,13 +149,17 @@ async def assembled(settings: Settings) -> AsyncIterator[Assembly]:
             worker=worker,
             lifespan=lifespan,
         )
-        yield Assembly(settings, catalog, app, worker.drain)
+        yield Assembly(settings, catalog, executor, app, worker.drain)
 
 
 async def _check_openness(settings: Settings, database: Database) -> None:
     """Without keys anybody may call; then only this machine may reach us."""
     async with database.autocommit() as tx:
         in_use = await tenants.keys_in_use(tx)
+    if in_use and settings.upstream_auth == "caller":
+        raise SettingsError(
+            "REPRISE_UPSTREAM_AUTH=caller passes callers' keys to the upstream, but here callers have keys of this server."
+        )
     if not in_use and settings.host not in LOOPBACK:
         raise SettingsError(
             f"REPRISE_HOST={settings.host} would let anybody in, because there are no keys: "

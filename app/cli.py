@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from types import FrameType
 from typing import TypeVar
 
 import click
@@ -17,6 +18,7 @@ from app.doctor import examine
 from app.embedded import EmbeddedError
 from app.errors import ApiError
 from app.outbound.catalog import Catalog
+from app.runs.executor import Executor
 from app.settings import Settings, SettingsError, load
 from app.storage import tenants
 from app.storage.database import Database
@@ -26,6 +28,9 @@ T = TypeVar("T")
 
 BACKLOG = 2_048
 """Connections that may wait to be accepted."""
+
+LAST_WORDS_S = 5
+"""How long readers may take to hear the end of responses that were broken off by a shutdown."""
 
 
 @click.group(help="A persistent, stateful Responses API server in front of any Chat Completions upstream.")
@@ -70,10 +75,10 @@ def serve() -> None:
     settings = assembly.with_servers(settings)
     if own:
         migrate.upgrade(settings.database_url)
-    _run(_serve(settings))
+    _run(_serve(settings, own=own))
 
 
-async def _serve(settings: Settings) -> None:
+async def _serve(settings: Settings, *, own: bool) -> None:
     await _demand_schema(settings)
     async with assembly.assembled(settings) as built:
         config = uvicorn.Config(
@@ -86,14 +91,14 @@ async def _serve(settings: Settings) -> None:
             access_log=False,
             server_header=False,
             backlog=BACKLOG,
-            timeout_graceful_shutdown=int(settings.shutdown_grace_s),
+            timeout_graceful_shutdown=int(settings.shutdown_grace_s) + LAST_WORDS_S,
         )
         listener = _listen(settings)
-        server = _Server(
-            config,
-            listening=lambda: click.echo(_welcome(settings, built.catalog, listener.getsockname()[1])),
-            stopping=built.drain,
-        )
+
+        def listening() -> None:
+            click.echo(_welcome(settings, built.catalog, listener.getsockname()[1], own=own))
+
+        server = _Server(config, built.executor, listening, built.drain, grace_s=settings.shutdown_grace_s)
         await server.serve(sockets=[listener])
 
 
@@ -103,11 +108,19 @@ async def _demand_schema(settings: Settings) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Says when it listens, and when it begins to stop."""
+    """Says when it listens, and ends in order: exit status 0, and every response has its end or another worker."""
 
-    def __init__(self, config: uvicorn.Config, *, listening: Callable[[], None], stopping: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        executor: Executor,
+        listening: Callable[[], None],
+        stopping: Callable[[], None],
+        *,
+        grace_s: float,
+    ) -> None:
         super().__init__(config)
-        self._listening, self._stopping = listening, stopping
+        self._executor, self._listening, self._stopping, self._grace_s = executor, listening, stopping, grace_s
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -116,7 +129,19 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._stopping()
+        # Responses that are not done in time end as failed, and their readers are still there to hear it.
+        ending = asyncio.create_task(self._end_responses())
         await super().shutdown(sockets)
+        ending.cancel()
+        await asyncio.gather(ending, return_exceptions=True)
+
+    async def _end_responses(self) -> None:
+        await asyncio.sleep(self._grace_s)
+        await self._executor.close()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        self._captured_signals.clear()  # else uvicorn would die of them after its orderly end
 
 
 def _listen(settings: Settings) -> socket.socket:
@@ -124,10 +149,11 @@ def _listen(settings: Settings) -> socket.socket:
     try:
         return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
     except OSError as error:
-        raise SettingsError(f"can't listen on {settings.host}:{settings.port}: {error.strerror or error}.") from None
+        why = str(error.strerror or error).partition(" (")[0]
+        raise SettingsError(f"can't listen on {settings.host}:{settings.port}: {why}.") from None
 
 
-def _welcome(settings: Settings, catalog: Catalog, port: int) -> str:
+def _welcome(settings: Settings, catalog: Catalog, port: int, *, own: bool) -> str:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = f"http://{host}:{port}/v1"
     demo = not settings.catalog and not settings.openai_base_url
@@ -136,8 +162,7 @@ def _welcome(settings: Settings, catalog: Catalog, port: int) -> str:
         for name, entry in catalog.upstreams.items()
     )
     model = "echo" if demo else (catalog.model_names or ["MODEL"])[0]
-    embedded = settings.database_url.startswith("postgresql:///") or str(settings.data_path) in settings.database_url
-    data = f"{settings.data_path} (embedded Postgres and Valkey)" if embedded else "the Postgres of DATABASE_URL"
+    data = f"{settings.data_path} (embedded Postgres and Valkey)" if own else "the Postgres of DATABASE_URL"
     return f"""
 Reprise listens on {url}
   data      {data}

@@ -141,11 +141,13 @@ class UpstreamError(ApiError):
     """The upstream failed."""
 
     status = 502
-    code = "server_error"
+    code: str | None = "server_error"
 
 
 class UpstreamRefused(UpstreamError):
     """The upstream's own 4xx, passed on with its status, type, code and param."""
+
+    code = None
 
     def __init__(
         self, message: str, *, status: int, type: str, param: str | None = None, code: str | None = None

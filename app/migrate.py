@@ -1,15 +1,21 @@
 """Bringing the schema to this version, and telling whether it is."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import asyncpg
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection
-from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
+
+from app.settings import SettingsError
+from app.storage.database import address
 
 MIGRATIONS = Path(__file__).resolve().parent.parent / "migrations"
 
@@ -23,19 +29,33 @@ def config(database_url: str) -> Config:
 
 
 def upgrade(database_url: str, revision: str = "head") -> None:
-    """Bring the schema to a revision; several processes may try at once. Must be called outside a running loop."""
-    command.upgrade(config(database_url), revision)
+    """Bring the schema to a revision; several processes may try at once. Must be called outside a running loop.
+
+    Raises SettingsError if the database can't be reached.
+    """
+    with _reached():
+        command.upgrade(config(database_url), revision)
 
 
 async def is_current(database_url: str) -> bool:
-    """Whether the schema is that of this version."""
+    """Whether the schema is that of this version. Raises SettingsError if the database can't be reached."""
     head = ScriptDirectory(str(MIGRATIONS)).get_current_head()
-    engine = create_async_engine(make_url(database_url).set(drivername="postgresql+asyncpg"), poolclass=NullPool)
+    engine = create_async_engine(address(database_url), poolclass=NullPool)
     try:
-        async with engine.connect() as connection:
-            return await connection.run_sync(_revision) == head
+        with _reached():
+            async with engine.connect() as connection:
+                return await connection.run_sync(_revision) == head
     finally:
         await engine.dispose()
+
+
+@contextmanager
+def _reached() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, DBAPIError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        why = str(getattr(error, "orig", None) or error).partition("\n")[0]
+        raise SettingsError(f"the database can't be used: {why}.") from error
 
 
 def _revision(connection: Connection) -> str | None:

@@ -82,8 +82,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         bool, _about("whether `serve` makes background responses itself, beside `worker` processes")
     ] = True
     worker_runs_max: Annotated[int, _about("background runs at once in one process", ge=1)] = 200
-    queue_tenant_max: Annotated[int, _about("queued background runs of one tenant; beyond: 429", ge=1)] = 10_000
-    queue_max: Annotated[int, _about("queued background runs in all; beyond: 429", ge=1)] = 100_000
+    queued_runs_tenant_max: Annotated[int, _about("queued background runs of one tenant; beyond: 429", ge=1)] = 10_000
+    queued_runs_max: Annotated[int, _about("queued background runs in all; beyond: 429", ge=1)] = 100_000
     run_attempts_max: Annotated[int, _about("owners that a background run may have had before it fails", ge=1)] = 5
     event_ttl_s: Annotated[
         float, _about("how long Redis keeps the events of an ended run; Postgres keeps them longer", gt=0)
@@ -111,8 +111,10 @@ def load(environ: Mapping[str, str]) -> Settings:
     fields = {variable(field.name): field for field in msgspec.structs.fields(Settings)}
     for name in environ:
         if name.startswith("REPRISE_") and name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            raise SettingsError(f"{name} is no setting of Reprise" + (f"; did you mean {near[0]}?" if near else "."))
+            short = {known.removeprefix("REPRISE_"): known for known in fields}
+            near = difflib.get_close_matches(name.removeprefix("REPRISE_"), short, n=1)
+            hint = f"; did you mean {short[near[0]]}?" if near else "."
+            raise SettingsError(f"{name} is no setting of Reprise{hint}")
     given = {name: environ[name] for name in fields if environ.get(name, "") != ""}
     values = {}
     for name, text in given.items():

@@ -56,6 +56,11 @@ class Served:
                     self._listening.set()
         self._listening.set()
 
+    @property
+    def database_url(self) -> str:
+        """Where its data is, for tests that look at the rows."""
+        return self._env["DATABASE_URL"]
+
     def client(self, api_key: str = "none", **options: object) -> openai.OpenAI:
         """The official client; it does not retry, so that a test sees every error."""
         return openai.OpenAI(base_url=self.url, api_key=api_key, max_retries=0, **options)  # type: ignore[arg-type]

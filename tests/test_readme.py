@@ -65,7 +65,14 @@ def test_the_key_commands_work_as_they_stand(base_env, new_database):
     key_id = ""
     for line in block.splitlines():
         words = shlex.split(line.replace("KEY_ID", key_id), comments=True)
-        done = subprocess.run(["python", "-m", "app", *words[1:]], cwd=ROOT, env=_with_venv(env), capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["python", "-m", "app", *words[1:]],
+            cwd=ROOT,
+            env=_with_venv(env),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         key_id = key_id or done.stderr.split()[0]
         if words[2] == "list":
             assert key_id in done.stdout

@@ -38,7 +38,7 @@ class Auth:
         tenant_id = await self._tenant(key)
         if tenant_id is None:
             raise AuthenticationFailed(f"Incorrect API key provided: {_masked(key)}.")
-        return Caller(tenant_id, key)
+        return Caller(tenant_id, None)  # a key of ours is nobody else's business
 
     async def _keys_in_use(self) -> bool:
         until, in_use = self._in_use

@@ -49,7 +49,7 @@ def _translate(request: Request[Any, Any, Any], error: HTTPException) -> ApiErro
         case 404:
             return NotFound(f"Invalid URL ({where})")
         case 405:
-            allowed = (error.headers or {}).get("Allow", "")
+            allowed = next((value for name, value in (error.headers or {}).items() if name.lower() == "allow"), "")
             return MethodNotAllowed(f"Not allowed to {where}.", headers={"Allow": allowed} if allowed else None)
         case 413:
             return BodyTooLarge("The request's body is larger than this server takes (REPRISE_BODY_BYTES_MAX).")

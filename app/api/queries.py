@@ -62,6 +62,8 @@ def parse(request: Request[Any, Any, Any], type_: type[Q]) -> Q:
     """The query of a request. Raises InvalidParameter, also for names that this path does not know."""
     values: dict[str, Any] = {}
     for name, value in request.query_params.multi_items():
+        if "\0" in name + value:
+            raise InvalidParameter("Query parameters may not contain NUL characters.", param=name.partition("[")[0])
         if name in IGNORED:
             continue
         base, _, key = name.removesuffix("]").partition("[")
@@ -75,8 +77,6 @@ def parse(request: Request[Any, Any, Any], type_: type[Q]) -> Q:
     for name in values:
         if name not in known:
             raise InvalidParameter(f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")
-    if any("\0" in str(value) for value in values.values()):
-        raise InvalidParameter("Query parameters may not contain NUL characters.")
     try:
         return msgspec.convert(values, type_, strict=False)
     except msgspec.ValidationError as error:

@@ -27,70 +27,119 @@ def replay(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """The response that a client puts together from decoded events, delta by delta.
 
     Raises AssertionError where the events contradict each other: a gap in the numbers, a delta for an item or part that is
-    not open, a `done` that differs from its deltas, anything after the end.
+    not open, a `done` that is missing or differs from its deltas, anything before the beginning or after the end.
     """
     response: dict[str, Any] = {}
-    items: dict[int, dict[str, Any]] = {}
+    items: list[_Item] = []
     ended = False
     for number, event in enumerate(events):
-        assert event["sequence_number"] == number, f"expected number {number}: {event}"
-        assert not ended, f"after the end: {event}"
         kind = event["type"].removeprefix("response.")
+        assert event["sequence_number"] == number, f"expected number {number}: {event}"
+        assert (number == 0) == (kind == "created"), f"another beginning: {event}"
+        assert not ended, f"after the end: {event}"
         if "response" in event:
-            assert not response or response["id"] == event["response"]["id"]
+            assert number == 0 or response["id"] == event["response"]["id"], f"another response: {event}"
             response = event["response"]
             ended = response["status"] not in {"queued", "in_progress"}
+            assert ended or not response["output"], f"ahead of its items: {event}"
         elif kind == "output_item.added":
             assert event["output_index"] == len(items), f"out of order: {event}"
-            items[event["output_index"]] = {"item": event["item"], "open": {}, "done": False}
+            items.append(_Item(event["item"]))
         else:
-            _replay_item(kind, event, items[event["output_index"]])
+            assert event["output_index"] < len(items), f"no such item: {event}"
+            items[event["output_index"]].take(kind, event)
     assert ended, "the stream broke off"
-    made = [items[index]["item"] for index in sorted(items)]
-    assert all(state["done"] for state in items.values()), "an item was never closed"
+    assert all(item.is_done for item in items), "an item was never closed"
+    made = [item.fields for item in items]
     assert made == response["output"], f"{made} != {response['output']}"
     return response
 
 
-_DELTAS = {
-    "output_text": "text",
-    "refusal": "refusal",
-    "reasoning_text": "text",
-    "reasoning_summary_text": "text",
-    "function_call_arguments": "arguments",
-    "custom_tool_call_input": "input",
+_PARTS = {"content_part": "content", "reasoning_summary_part": "summary"}
+"""Kind of part event → the item's list that the part belongs to."""
+
+_TEXTS = {
+    "output_text": ("content", "output_text", "text"),
+    "refusal": ("content", "refusal", "refusal"),
+    "reasoning_text": ("content", "reasoning_text", "text"),
+    "reasoning_summary_text": ("summary", "summary_text", "text"),
+    "function_call_arguments": ("arguments", None, "arguments"),
+    "custom_tool_call_input": ("input", None, "input"),
 }
-"""Kind of delta → the key of its whole text."""
+"""Kind of delta → the item's key that it grows, the type of its part, the key of its whole text."""
 
 
-def _replay_item(kind: str, event: Mapping[str, Any], state: dict[str, Any]) -> None:
-    item = state["item"]
-    assert not state["done"], f"after the item's end: {event}"
-    if kind == "output_item.done":
-        _replay_done(event["item"], state)
-        return
-    assert event["item_id"] == item["id"], f"another item's: {event}"
-    of, _, what = kind.rpartition(".")
-    where = (("summary" if "summary" in of else "content"), event.get("summary_index", event.get("content_index")))
-    if what == "added":
-        assert where not in state["open"]
-        state["open"][where] = ""
-    elif of in _DELTAS and what == "delta":
-        state["open"][where] = state["open"].get(where, "" if where[1] is None else None) + event["delta"]
-    elif of in _DELTAS:
-        assert event[_DELTAS[of]] == state["open"].get(where, ""), f"differs from its deltas: {event}"
-    else:
-        said = event["part"].get("text", event["part"].get("refusal"))
-        assert said == state["open"][where], f"differs from its deltas: {event}"
-        item.setdefault(where[0], []).append(event["part"])
+class _Text:
+    """A text that grows: that of a part, or a call's arguments."""
+
+    def __init__(self, type: str | None) -> None:
+        self.type, self.said, self.is_whole = type, "", False
 
 
-def _replay_done(done: Mapping[str, Any], state: dict[str, Any]) -> None:
-    item = state["item"]
-    assert (done["id"], done["type"], done.get("call_id")) == (item["id"], item["type"], item.get("call_id"))
-    for key in ("content", "summary"):
-        assert done.get(key, []) == item.get(key, []), f"{key} differs: {done} {item}"
-    for key in ("arguments", "input"):
-        if key in done:
-            assert done[key] == state["open"].get(("content", None), ""), f"{key} differs: {done}"
-    state["item"], state["done"] = done, True
+class _Item:
+    """An item that a client puts together."""
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self.fields: dict[str, Any] = dict(fields)
+        self.is_done = False
+        self._texts: dict[tuple[str, int | None], _Text] = {}
+        self._parts: dict[str, list[Any]] = {"content": [], "summary": []}
+
+    def take(self, kind: str, event: Mapping[str, Any]) -> None:
+        """One event of this item, other than its beginning."""
+        assert not self.is_done, f"after the item's end: {event}"
+        of, _, what = kind.rpartition(".")
+        if kind == "output_item.done":
+            self._end(event["item"])
+            return
+        assert event["item_id"] == self.fields["id"], f"another item's: {event}"
+        if of in _PARTS:
+            self._take_part(_PARTS[of], what, event)
+        else:
+            assert of in _TEXTS, f"unknown: {event}"
+            self._take_text(of, what, event)
+
+    def _take_part(self, key: str, what: str, event: Mapping[str, Any]) -> None:
+        part, where = event["part"], (key, _index(key, event))
+        if what == "added":
+            assert where[1] == len(self._parts[key]), f"out of order: {event}"
+            assert where not in self._texts, f"twice: {event}"
+            self._texts[where] = _Text(part["type"])
+            return
+        text = self._texts.get(where)
+        assert text is not None, f"no such part: {event}"
+        assert text.is_whole, f"its text is not done: {event}"
+        said = part.get("text", part.get("refusal"))
+        assert (part["type"], said) == (text.type, text.said), f"differs from its deltas: {event}"
+        self._parts[key].append(part)
+
+    def _take_text(self, of: str, what: str, event: Mapping[str, Any]) -> None:
+        key, type_, whole = _TEXTS[of]
+        where = (key, _index(key, event))
+        if type_ is None:
+            self._texts.setdefault(where, _Text(None))
+        text = self._texts.get(where)
+        assert text is not None, f"no such part: {event}"
+        assert text.type == type_, f"another kind of part: {event}"
+        assert not text.is_whole, f"after the text's end: {event}"
+        if what == "delta":
+            text.said += event["delta"]
+        else:
+            assert event[whole] == text.said, f"differs from its deltas: {event}"
+            text.is_whole = True
+
+    def _end(self, done: Mapping[str, Any]) -> None:
+        begun = self.fields
+        assert (done["id"], done["type"], done.get("call_id")) == (begun["id"], begun["type"], begun.get("call_id"))
+        for key, parts in self._parts.items():
+            assert done.get(key, []) == parts, f"{key} differs: {done} {parts}"
+        for key in ("arguments", "input"):
+            text = self._texts.get((key, None))
+            assert text is None or text.is_whole, f"{key} is not done: {done}"
+            assert done.get(key) == (text.said if text else begun.get(key)), f"{key} differs: {done}"
+        self.fields, self.is_done = dict(done), True
+
+
+def _index(key: str, event: Mapping[str, Any]) -> int | None:
+    index: int | None = event.get("summary_index" if key == "summary" else "content_index")
+    return index

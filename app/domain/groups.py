@@ -198,7 +198,8 @@ class CallGroup:
 
     def take_name(self, name: str | None) -> None:
         """A name in pieces is put together, one that is repeated is not."""
-        if name and not self._said and not self._pending and name != self.name:
+        begun = bool(self.name) and bool(self._said or self._pending)
+        if name and not begun and name != self.name:
             self.name = name if name.startswith(self.name) else self.name + name
 
     def take_input(self, text: str) -> None:
@@ -219,14 +220,17 @@ class CallGroup:
 
     @property
     def complete(self) -> bool:
-        """Whether the arguments are whole: then what comes next may be said."""
-        if self.native:
-            return True
+        """Whether what comes next may be said."""
+        return self.native or (self.whole and bool(self.call_id and self.name))
+
+    @property
+    def whole(self) -> bool:
+        """Whether the arguments are a whole JSON object."""
         try:
             msgspec.json.decode(self.input, type=dict)
         except msgspec.DecodeError:
             return False
-        return bool(self.call_id and self.name)
+        return True
 
     def settle(self) -> None:
         """No more will come: what is still missing is made up."""

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from app.errors import ApiError
 from app.wire.chat import ChatUsage
-from app.wire.requests import CreateResponse, ReasoningConfig, TextConfig, TextFormat
+from app.wire.requests import AnyFormat, CreateResponse, JsonSchemaFormat, ReasoningConfig, TextConfig, TextFormat
 from app.wire.resources import (
     IncompleteDetails,
     InputTokensDetails,
@@ -86,11 +86,17 @@ def open_response(request: CreateResponse, *, id: str, created_at: int) -> Respo
         previous_response_id=body.previous_response_id,
         store=request.store,
         reasoning=_reasoning_echo(body.reasoning),
-        text=TextEcho(format=text.format or TextFormat(), verbosity=text.verbosity or UNSET),
+        text=TextEcho(format=_format_echo(text.format), verbosity=text.verbosity or UNSET),
         tool_choice=request.tool_choice,
         tools=encode_tools(request.tools),
         **{name: value for name, value in given.items() if value is not None},
     )
+
+
+def _format_echo(given: AnyFormat | None) -> AnyFormat:
+    if isinstance(given, JsonSchemaFormat) and given.strict is None:
+        return replace(given, strict=False)
+    return given or TextFormat()
 
 
 def _reasoning_echo(given: ReasoningConfig | None) -> ReasoningConfig:

@@ -324,11 +324,20 @@ def _merge_system(made: list[ChatMessage]) -> list[ChatMessage]:
     head: list[str] = []
     rest: list[ChatMessage] = []
     for message in made:
-        if message["role"] == "system" and isinstance(message["content"], str) and not rest:
-            head.append(message["content"])
+        text = _joined(message["content"]) if message["role"] == "system" and not rest else None
+        if text is not None:
+            head.append(text)
         else:
             rest.append({**message, "role": "user"} if message["role"] == "system" else message)
     return [{"role": "system", "content": "\n\n".join(head)}, *rest] if head else rest
+
+
+def _joined(content: str | list[dict[str, Any]]) -> str | None:
+    """Content as one text; None if there is more in it than text."""
+    if isinstance(content, str):
+        return content
+    texts = [part["text"] for part in content if part["type"] == "text"]
+    return "\n".join(texts) if len(texts) == len(content) else None
 
 
 def refused_calls(calls: Iterable[tuple[str, str, str, str]], said: str) -> list[ChatMessage]:
@@ -418,7 +427,7 @@ def _tools(request: CreateResponse, toolbox: Toolbox, dialect: Dialect) -> dict[
         made["tool_choice"] = {"type": kind, kind: {"name": toolbox.only.model_name}}
     elif toolbox.mode != "auto":
         made["tool_choice"] = toolbox.mode
-    if "tool_choice_required" in dialect.lacks and made.get("tool_choice") not in {None, "none"}:
+    if "tool_choice_required" in dialect.lacks and made.get("tool_choice", "none") != "none":
         _demand("tool_choice_required", dialect, "tool_choice")
     if request.body.parallel_tool_calls is not None and "parallel_tool_calls" not in dialect.lacks:
         made["parallel_tool_calls"] = request.body.parallel_tool_calls

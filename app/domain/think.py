@@ -1,7 +1,7 @@
 """Splits `<think>…</think>` out of content, at any chunk border.
 
 Models that think in their content do so at its start, so only there a tag counts: a `<think>` that an answer quotes later
-stays text. White space between the tags and around them is not content.
+stays text. Line breaks behind the opening tag and white space behind the closing one are not content.
 """
 
 from typing import Literal
@@ -19,6 +19,9 @@ class ThinkSplitter:
         """`where` is "thinking" for models whose prompt already opened the tag, "text" to leave content alone."""
         self._where: Where = where
         self._held = ""
+        self._has_thought = False
+        self._is_fresh = True
+        """Nothing was thought since the tag was opened."""
 
     def feed(self, text: str) -> list[tuple[Kind, str]]:
         """The pieces that are certain by now."""
@@ -35,7 +38,9 @@ class ThinkSplitter:
         held, self._held = self._held, ""
         kind: Kind = "reasoning" if self._where == "thinking" else "text"
         self._where = "text"
-        return [(kind, held)] if held.strip() or (kind == "reasoning" and held) else []
+        if kind == "text":
+            held = self._text_begins(held)
+        return [(kind, held)] if held else []
 
     def _advance(self, pieces: list[tuple[Kind, str]]) -> bool:
         """One step; False when more text is needed."""
@@ -50,20 +55,27 @@ class ThinkSplitter:
     def _start(self) -> bool:
         stripped = self._held.lstrip()
         if stripped.startswith(OPEN):
-            self._held = stripped[len(OPEN) :].lstrip("\n")
-            self._where = "thinking"
+            self._held = stripped[len(OPEN) :]
+            self._where, self._is_fresh = "thinking", True
             return True
         if OPEN.startswith(stripped):
             return False
+        self._held = self._text_begins(self._held)
         self._where = "text"
         return True
 
+    def _text_begins(self, text: str) -> str:
+        return text.lstrip() if self._has_thought or not text.strip() else text
+
     def _think(self, pieces: list[tuple[Kind, str]]) -> bool:
+        if self._is_fresh:
+            self._held = self._held.lstrip("\n")
+            self._is_fresh = not self._held
         before, found, after = self._held.partition(CLOSE)
         if found:
             pieces.append(("reasoning", before))
-            self._held = after.lstrip()
-            self._where = "start"
+            self._held = after
+            self._where, self._has_thought = "start", True
             return bool(self._held)
         certain = len(self._held) - _tag_beginning(self._held)
         pieces.append(("reasoning", self._held[:certain]))

@@ -102,6 +102,9 @@ def _refuse_twice(declared: Sequence[AnyTool]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise InvalidParameter(f"Duplicate tool name '{name}'. Tool names must be unique.", param="tools")
+    for tool in declared:
+        if isinstance(tool, NamespaceTool):
+            _refuse_twice(tool.tools)
 
 
 def _offers(tools: Iterable[AnyTool]) -> tuple[dict[str, Offer], tuple[str, ...]]:

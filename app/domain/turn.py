@@ -11,10 +11,10 @@ import msgspec
 from msgspec import Raw, Struct
 
 from app.domain.groups import PLAIN, CallGroup, Group, Manner, MessageGroup, ReasoningGroup, output_logprob
-from app.domain.think import ThinkSplitter
+from app.domain.think import Kind, ThinkSplitter
 from app.domain.toolbox import Refuse, Toolbox
 from app.ids import NewId
-from app.wire.chat import CallDelta, ChatUsage, Choice, Chunk, Delta
+from app.wire.chat import CallDelta, ChatUsage, Choice, Chunk, CustomDelta, Delta, FunctionDelta
 from app.wire.events import Event
 from app.wire.items import ItemStatus
 
@@ -56,7 +56,10 @@ class Turn:
         self._opened = False
         self._calls: dict[int, CallGroup] = {}
         self._last_index = 0
+        self._call_ids: set[str] = set()
         self._blank = ""
+        self._logprobs: list[Raw] = []
+        """Of text that is still held back."""
 
     def feed(self, chunk: Chunk) -> list[Event]:
         """The events that a chunk leads to."""
@@ -73,8 +76,7 @@ class Turn:
 
     def close(self, status: ItemStatus = "completed") -> list[Event]:
         """End the turn. With status `incomplete` the item that was being said is marked so."""
-        for kind, text in self._splitter.close():
-            self._reason(text) if kind == "reasoning" else self._say(text, "text", [])
+        self._split(self._splitter.close())
         events = list(self._advance())
         while self._queue:
             head = self._queue.pop(0)
@@ -93,20 +95,25 @@ class Turn:
     # -- What the chunk says goes to its group --
 
     def _take(self, delta: Delta, choice: Choice) -> None:
-        if reasoning := delta.reasoning_content or delta.reasoning:
+        reasoning = delta.reasoning_content or delta.reasoning
+        if reasoning:
             self._reason(reasoning)
+        if choice.logprobs and choice.logprobs.content and (delta.content or not (reasoning or delta.tool_calls)):
+            self._logprobs += map(output_logprob, choice.logprobs.content)
         if delta.content:
-            logprobs = [output_logprob(one) for one in (choice.logprobs.content if choice.logprobs else None) or ()]
-            for kind, text in self._splitter.feed(delta.content):
-                if kind == "reasoning":
-                    self._reason(text)
-                else:
-                    self._say(text, "text", logprobs)
-                    logprobs = []
+            self._split(self._splitter.feed(delta.content))
         if delta.refusal:
-            self._say(delta.refusal, "refusal", [])
+            self._say(delta.refusal, "refusal")
         for call in delta.tool_calls or ():
             self._call(call)
+
+    def _split(self, pieces: list[tuple[Kind, str]]) -> None:
+        for kind, text in pieces:
+            if kind == "text":
+                self._say(text, "text")
+            else:
+                self._reason(text)
+                self._logprobs = []
 
     def _reason(self, text: str) -> None:
         group = self._queue[-1] if self._queue else None
@@ -115,7 +122,7 @@ class Turn:
             self._queue.append(group)
         group.pending.append(text)
 
-    def _say(self, text: str, kind: str, logprobs: list[Raw]) -> None:
+    def _say(self, text: str, kind: str) -> None:
         group = self._queue[-1] if self._queue else None
         if not isinstance(group, MessageGroup):
             # White space alone, as some models put before their calls, is no message.
@@ -125,32 +132,30 @@ class Turn:
                 return
             group = MessageGroup(self._new_id("msg"))
             self._queue.append(group)
+        logprobs: list[Raw] = []
+        if kind == "text":
+            logprobs, self._logprobs = self._logprobs, []
         group.pending.append((kind, text, logprobs))
 
     def _call(self, delta: CallDelta) -> None:
         group = self._group_of(delta)
         said = delta.function or delta.custom
         if delta.id and not group.call_id:
-            taken = {call.call_id for call in self._queue if isinstance(call, CallGroup)}
-            group.call_id = delta.id[:CALL_ID_CHARS_MAX] if delta.id not in taken else self._new_id("call")
+            call_id = delta.id[:CALL_ID_CHARS_MAX]
+            group.call_id = call_id if call_id not in self._call_ids else self._new_id("call")
+            self._call_ids.add(group.call_id)
+        group.native = group.native or delta.custom is not None
         if said is not None:
             group.take_name(said.name)
-        if delta.custom is not None:
-            group.native = True
-            group.take_input(delta.custom.input or "")
-        elif delta.function is not None:
-            arguments = delta.function.arguments
-            group.take_input(
-                msgspec.json.encode(arguments).decode() if isinstance(arguments, dict) else arguments or ""
-            )
+            group.take_input(_input(said))
 
     def _group_of(self, delta: CallDelta) -> CallGroup:
-        """By `index`; dialects without one, or with the same one for every call, begin a call with a new id and a name."""
+        """By `index`; dialects without one, or with the same one for every call, begin a call with a name and either a new id or,
+        where they give none, arguments behind whole ones."""
         index = delta.index if delta.index is not None else self._last_index
         known = self._calls.get(index)
         said = delta.function or delta.custom
-        begins = bool(known and known.upstream_id and delta.id and delta.id != known.upstream_id and said and said.name)
-        if known is None or begins:
+        if known is None or (said and said.name and _begins_another(delta, said, known)):
             known = self._calls[index] = CallGroup(self._toolbox, self._new_id)
             self._queue.append(known)
         known.upstream_id = known.upstream_id or delta.id
@@ -193,3 +198,14 @@ class Turn:
             return False
         self.refused.append(RefusedCall(call.call_id, call.name, call.input, verdict.reason))
         return True
+
+
+def _begins_another(delta: CallDelta, said: FunctionDelta | CustomDelta, known: CallGroup) -> bool:
+    if delta.id:
+        return bool(known.upstream_id) and delta.id != known.upstream_id
+    return known.whole and bool(_input(said))
+
+
+def _input(said: FunctionDelta | CustomDelta) -> str:
+    given = said.input if isinstance(said, CustomDelta) else said.arguments
+    return msgspec.json.encode(given).decode() if isinstance(given, dict) else given or ""

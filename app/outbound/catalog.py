@@ -49,7 +49,7 @@ ENGINE_PARAMETERS = frozenset(
 class UpstreamEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[upstreams.NAME]`; times in seconds, absent ones as the settings say."""
 
-    base_url: str
+    base_url: Annotated[str, Meta(pattern="^https?://")]
     key_env: str = ""
     key: str = ""
     headers: dict[str, str] = {}
@@ -85,7 +85,7 @@ class ModelEntry(Struct, frozen=True, forbid_unknown_fields=True):
 class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
     """The whole file."""
 
-    upstreams: dict[str, UpstreamEntry]
+    upstreams: Annotated[dict[str, UpstreamEntry], Meta(min_length=1)]
     models: list[ModelEntry] = []
     default: str = ""
 
@@ -124,6 +124,8 @@ def load_catalog(settings: Settings, environ: Mapping[str, str], *, demo_url: st
     """
     if not settings.catalog:
         if settings.openai_base_url:
+            if not settings.openai_base_url.startswith(("http://", "https://")):
+                raise SettingsError(f"OPENAI_BASE_URL={settings.openai_base_url!r} is no http:// or https:// URL.")
             entry = UpstreamEntry(base_url=settings.openai_base_url, key=settings.openai_api_key)
             return Catalog(upstreams={"default": entry})
         return Catalog(upstreams={"echo": UpstreamEntry(base_url=demo_url)})
@@ -152,5 +154,5 @@ def _read(path: Path) -> Catalog:
         return msgspec.toml.decode(path.read_bytes(), type=Catalog)
     except OSError as error:
         raise SettingsError(f"REPRISE_CATALOG={str(path)!r} can't be read: {error.strerror}.") from None
-    except (msgspec.ValidationError, msgspec.DecodeError, tomllib.TOMLDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(f"{path}: {error}") from None

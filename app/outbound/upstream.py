@@ -40,6 +40,12 @@ _TOO_LONG = re.compile(
 NO_KEY = "none"
 """The SDK demands a key; servers without one ignore it."""
 
+TAIL_WAIT_S = 2.0
+"""How long the usage, or the connection's end, may come after the finish."""
+
+_KEY_REFUSED = (openai.AuthenticationError, openai.PermissionDeniedError)
+"""What is the same however often one asks."""
+
 T = TypeVar("T")
 
 
@@ -76,14 +82,14 @@ class Upstream:
         Connection errors, 429 and 5xx are tried again, because nothing was sent to anybody yet. Raises UpstreamError.
         """
         async for attempt in stamina.retry_context(
-            on=self._backoff, attempts=self._attempts_max, timeout=None, wait_initial=0.1, wait_max=2.0
+            on=self._backoff, attempts=self._attempts_max, timeout=None, wait_initial=0.1, wait_jitter=0.1, wait_max=2.0
         ):
             with attempt:
                 return await self._open_once(body, caller_key)
         raise AssertionError("stamina gives up by raising")
 
     def _backoff(self, error: Exception) -> bool | float:
-        if not isinstance(error, UpstreamUnavailable | UpstreamBusy):
+        if not isinstance(error, UpstreamUnavailable | UpstreamBusy) or isinstance(error.__cause__, _KEY_REFUSED):
             return False
         after = error.headers.get("Retry-After")
         if after is None:
@@ -125,6 +131,7 @@ class ChunkStream:
     def __init__(self, upstream: Upstream, response: httpx2.Response) -> None:
         self.upstream = upstream
         self._response = response
+        self._finished = False
 
     async def __aiter__(self) -> AsyncIterator[list[Chunk]]:
         """Raises UpstreamStalled, UpstreamGarbled, or UpstreamError for an error object inside the stream."""
@@ -132,39 +139,44 @@ class ChunkStream:
             yield [await self._whole()]
             return
         lines = LineBuffer(self.upstream.line_bytes_max)
-        finished = False
         async for raw in self._reads():
             chunks: list[Chunk] = []
             failed: UpstreamError | None = None
             try:
                 for data in lines.feed(raw):
                     if data == b"[DONE]":
-                        finished = True
+                        self._finished = True
                     elif data:
                         chunks.append(_chunk(data))
-                        finished = finished or _is_last(chunks[-1])
+                        self._finished = self._finished or _is_last(chunks[-1])
             except UpstreamError as error:
                 failed = error
             if chunks:
                 yield chunks
             if failed:
                 raise failed
-        if not finished:
+        if not self._finished:
             raise UpstreamGarbled("The upstream broke off its answer.")
 
     async def _reads(self) -> AsyncIterator[bytes]:
+        """What goes wrong behind the finish is no fault: everything was said."""
         reads = self._response.aiter_raw().__aiter__()
         while True:
+            idle_s = self.upstream.idle_timeout_s
             try:
-                async with asyncio.timeout(self.upstream.idle_timeout_s):
+                async with asyncio.timeout(min(idle_s, TAIL_WAIT_S) if self._finished else idle_s):
                     raw = await anext(reads)
             except StopAsyncIteration:
                 return
             except (TimeoutError, httpx2.TimeoutException):
+                if self._finished:
+                    return
                 raise UpstreamStalled(
                     f"The upstream was silent for {self.upstream.idle_timeout_s:g} seconds."
                 ) from None
             except (httpx2.HTTPError, OSError) as error:
+                if self._finished:
+                    return
                 raise UpstreamGarbled("The upstream broke off its answer.") from error
             yield raw
 
@@ -291,14 +303,14 @@ def _translate(error: openai.APIError, upstream: Upstream) -> ApiError:
 def _said(error: openai.APIStatusError) -> ChatError:
     """The error object of the upstream's answer; some servers send it bare, some a text."""
     body = error.body
-    if isinstance(body, dict):
-        inner = body.get("error", body)
-        if isinstance(inner, str):
-            return ChatError(message=inner)
-        try:
-            return msgspec.convert(inner, ChatError)
-        except msgspec.ValidationError:
-            return ChatError(
-                message=str(inner.get("message") or inner.get("detail") or inner) if isinstance(inner, dict) else None
-            )
-    return ChatError(message=body[:500] if isinstance(body, str) else None)
+    if not isinstance(body, dict):
+        return ChatError(message=body[:500] if isinstance(body, str) else None)
+    inner = body.get("error", body)
+    if not isinstance(inner, dict):
+        return ChatError(message=str(inner))
+    if not inner.get("message") and inner.get("detail"):
+        return ChatError(message=str(inner["detail"]))
+    try:
+        return msgspec.convert(inner, ChatError)
+    except msgspec.ValidationError:
+        return ChatError(message=str(inner.get("message") or inner))

@@ -120,7 +120,7 @@ class Background:
         async with self._database.begin() as tx:
             settings = self._settings
             if await queue.is_full(
-                tx, caller.tenant_id, tenant_max=settings.queue_tenant_max, all_max=settings.queue_max
+                tx, caller.tenant_id, tenant_max=settings.queued_runs_tenant_max, all_max=settings.queued_runs_max
             ):
                 raise TooManyRequests("The queue of background responses is full.", headers={"Retry-After": "5"})
             await responses.insert_response(tx, caller.tenant_id, response, items, parent=work.parent, run=queued)

@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 
+import msgspec
 import structlog
 from msgspec import Struct
 
@@ -30,12 +31,14 @@ from app.wire.resources import Response
 
 log = structlog.get_logger()
 
+LATE_ATTEMPTS_PER_LEASE = 3
+
 FOREGROUND_LEASE = 1
 """A foreground run has one owner in its life."""
 
 
 class Caller(Struct, frozen=True):
-    """Who asks: the tenant, and the key as it was sent."""
+    """Who asks: the tenant, and the key that was sent, unless it is one of ours."""
 
     tenant_id: str
     key: str | None
@@ -56,6 +59,8 @@ class Run:
         """Whether its outcome is decided: then it can't be broken off any more."""
         self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.task: asyncio.Task[None] | None = None
+        self.late: asyncio.Task[None] | None = None
+        """Stores its end, if that could not be done in time."""
 
     def follow(self, after: int = -1, *, silence_s: float | None = None) -> AsyncIterator[list[Entry]]:
         """Its events behind a sequence number, in batches, to the terminal one; an empty batch after so much silence."""
@@ -81,7 +86,7 @@ class Executor:
         run = Run(caller.tenant_id, response, work)
         self._runs.add(run)
         run.task = asyncio.create_task(self._run(run), name=response.id)
-        run.task.add_done_callback(lambda _: self._runs.discard(run))
+        run.task.add_done_callback(lambda _: None if run.late else self._runs.discard(run))
         return run
 
     @property
@@ -120,6 +125,10 @@ class Executor:
         for run in runs:
             self.cancel(run)
         await asyncio.gather(*(run.task for run in runs if run.task), return_exceptions=True)
+        late = [run.late for run in runs if run.late]
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
 
     # -- Running ----------------------------------------------------------------------------------------------------------
 
@@ -187,22 +196,45 @@ class Executor:
         if not closed.store:
             return closed
         try:
-            async for attempt in self._database.retrying():
-                with attempt:
-                    if not run.stored:
-                        await self._insert(run, closed, None)
-                        return closed
-                    async with self._database.autocommit() as tx:
-                        if await responses.finish_response(tx, run.tenant_id, closed):
-                            return closed
-                        stored = await responses.get_response(tx, run.tenant_id, closed.id)
-                        return responses.response_of(stored)
-            raise AssertionError("stamina gives up by raising")
-        except ApiError as error:
+            return await self._store(run, closed)
+        except Exception as error:
             log.exception("A response could not be stored.", action="commit_failed")
-            lost = error if isinstance(error, DatabaseUnavailable) else ServerError("The response could not be stored.")
-            run.error = lost
-            return close_response(run.response, Outcome("failed", error=lost), usage=closed.usage, now=int(time.time()))
+            unstored: ApiError = ServerError("The response could not be stored.")
+            begun = msgspec.structs.replace(closed, status="in_progress", output=[])
+            if isinstance(error, DatabaseUnavailable):
+                unstored = error
+                begun.output = closed.output
+            run.error = unstored
+            failed = close_response(begun, Outcome("failed", error=unstored), usage=closed.usage, now=int(time.time()))
+            if run.stored:
+                run.late = asyncio.create_task(self._store_late(run, failed))
+            return failed
+
+    async def _store(self, run: Run, closed: Response) -> Response:
+        async for attempt in self._database.retrying():
+            with attempt:
+                if not run.stored:
+                    await self._insert(run, closed, None)
+                    return closed
+                async with self._database.autocommit() as tx:
+                    if await responses.finish_response(tx, run.tenant_id, closed):
+                        return closed
+                    return responses.response_of(await responses.get_response(tx, run.tenant_id, closed.id))
+        raise AssertionError("stamina gives up by raising")
+
+    async def _store_late(self, run: Run, failed: Response) -> None:
+        """Store what the client was told of a response that could not be stored in time. Until then its lease is held."""
+        try:
+            while True:
+                await asyncio.sleep(self._owner.lease_s / LATE_ATTEMPTS_PER_LEASE)
+                try:
+                    async with self._database.autocommit() as tx:
+                        await responses.finish_response(tx, run.tenant_id, failed)
+                        return
+                except DatabaseUnavailable:
+                    continue
+        finally:
+            self._runs.discard(run)
 
 
 def _refuse(run: Run, error: ApiError) -> None:

@@ -7,6 +7,7 @@ the model reads why.
 import asyncio
 
 import structlog
+from msgspec.structs import replace
 
 from app.domain.lifecycle import NO_USAGE, Outcome, add_usage, outcome_of
 from app.domain.prompt import chat_request, refused_calls
@@ -27,7 +28,7 @@ from app.outbound.upstream import CONTEXT_TOO_LONG, ChunkStream, Upstream
 from app.runs.recorder import Recorder
 from app.runs.task import Task
 from app.wire.chat import ChatMessage
-from app.wire.items import ItemStatus
+from app.wire.items import ItemStatus, Message, OutputText, decode_item
 from app.wire.resources import Usage
 
 log = structlog.get_logger()
@@ -62,10 +63,11 @@ class Loop:
     async def _open(self, upstream: Upstream, model: str) -> ChunkStream:
         """With `truncation: auto`, a context that is too long loses its older half until the upstream takes it."""
         task = self._task
+        taken = {name: value for name, value in task.request.extra.items() if name in upstream.entry.passed_on}
         refused: UpstreamRefused | None = None
         for halvings in range(TRUNCATIONS_MAX):
             body = chat_request(
-                task.request,
+                replace(task.request, extra=taken),
                 task.context,
                 model=model,
                 dialect=upstream.dialect,
@@ -106,15 +108,23 @@ class Loop:
 
     async def make(self, stream: ChunkStream) -> Outcome:
         """Follow the stream and those of further turns. Raises ApiError; what was said until then is recorded."""
-        for _ in range(self._turns_max):
+        for left in reversed(range(self._turns_max)):
+            made = len(self._recorder.response.output)
             turn = await self._follow(stream)
-            if not turn.refused or turn.handed_over:
-                return outcome_of(turn.finish_reason)
-            self._more += refused_calls(
-                [(call.call_id, call.name, call.arguments, call.reason) for call in turn.refused], ""
-            )
-            stream = await self.open()
+            outcome = outcome_of(turn.finish_reason)
+            if not turn.refused or turn.handed_over or outcome.status != "completed":
+                return outcome
+            calls = [(call.call_id, call.name, call.arguments, call.reason) for call in turn.refused]
+            self._more += refused_calls(calls, self._said(made))
+            if left:
+                stream = await self.open()
         raise RunTooLong("The run took more turns than REPRISE_TURNS_MAX allows.")
+
+    def _said(self, made: int) -> str:
+        """The text of the output behind the first so many items."""
+        items = [decode_item(item) for item in self._recorder.response.output[made:]]
+        parts = [part for item in items if isinstance(item, Message) for part in item.content]
+        return "".join(part.text for part in parts if isinstance(part, OutputText))
 
     async def _follow(self, stream: ChunkStream) -> Turn:
         turn = Turn(

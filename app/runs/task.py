@@ -7,7 +7,7 @@ from msgspec import Struct
 from app.domain.context import Context, Unseal, check_parent, references, resolve, restore
 from app.domain.groups import Manner
 from app.domain.sealed import Seal
-from app.errors import InvalidParameter
+from app.errors import InvalidParameter, InvalidRequest
 from app.ids import new_id
 from app.outbound.catalog import Catalog, Route
 from app.outbound.upstream import Upstream
@@ -50,6 +50,7 @@ class Tasks:
         if len(request.input) > self._settings.input_items_max:
             raise InvalidParameter(f"'input' has more than {self._settings.input_items_max} items.", param="input")
         routes = self._routes(request)
+        _refuse_untaken(request, [upstream for upstream, _ in routes])
         previous, wanted = request.body.previous_response_id, references(request)
         earlier: list[AnyItem] = []
         referenced: dict[str, AnyItem] = {}
@@ -96,3 +97,10 @@ class Tasks:
             seal=self._seal.close if "reasoning.encrypted_content" in request.include else None,
         )
         return Task(request, context, routes, caller_key, self._seal.open, manner, parent)
+
+
+def _refuse_untaken(request: CreateResponse, upstreams: Sequence[Upstream]) -> None:
+    """A parameter beyond the API must mean something to an upstream that may answer."""
+    for name in request.extra:
+        if not any(name in upstream.entry.passed_on for upstream in upstreams):
+            raise InvalidRequest(f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")

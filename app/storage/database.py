@@ -11,15 +11,15 @@ from typing import Any
 
 import asyncpg
 import stamina
-from sqlalchemy import Executable, event
+from sqlalchemy import URL, Executable, event
 from sqlalchemy.dialects.postgresql import asyncpg as dialect
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError, DisconnectionError
+from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from app.errors import DatabaseUnavailable
-from app.settings import Settings
+from app.settings import Settings, SettingsError
 
 Row = Mapping[str, Any]
 """A row, by column name."""
@@ -114,10 +114,20 @@ class Database:
         await self.engine.dispose()
 
 
+def address(database_url: str) -> URL:
+    """DATABASE_URL as SQLAlchemy wants it. Raises SettingsError."""
+    try:
+        url = make_url(database_url)
+    except ArgumentError:
+        url = None
+    if url is None or not url.drivername.startswith("postgres"):
+        raise SettingsError("DATABASE_URL is not valid: expected postgresql://USER:PASSWORD@HOST/NAME.")
+    return url.set(drivername="postgresql+asyncpg")
+
+
 def _engine(settings: Settings) -> AsyncEngine:
-    url = make_url(settings.database_url).set(drivername="postgresql+asyncpg")
     engine = create_async_engine(
-        url,
+        address(settings.database_url),
         isolation_level="AUTOCOMMIT",
         json_deserializer=str,  # JSON stays text: what reads it knows its type
         pool_size=settings.database_pool_size,

@@ -154,7 +154,8 @@ _DEPTH = Query(
     select (select count(*) from (select from runs where tenant_id = :tenant_id and state = 'queued' limit :tenant_max) one)
                >= :tenant_max as tenant_full,
            (select count(*) from (select from runs where state = 'queued' limit :all_max) one) >= :all_max as all_full
-    """)
+    """),
+    across_tenants="the whole queue has a limit, too",
 )
 
 

@@ -270,7 +270,10 @@ _PATH = """
         select thread_id, turn from target
         union all
         select branch.parent_thread_id, branch.parent_turn
-        from path join branches branch on branch.tenant_id = :tenant_id and branch.thread_id = path.thread_id
+        from path cross join lateral (
+            select parent_thread_id, parent_turn from branches
+            where tenant_id = :tenant_id and thread_id = path.thread_id limit 1
+        ) branch
     )
 """
 """`path`: the threads of a context, each with the last turn that belongs to it."""
@@ -281,7 +284,11 @@ _CHAIN = Query(
         + """
     select target.thread_id, target.turn as tip, target.status, item.turn, item.position, item.id, item.body
     from target cross join path
-    left join items item on item.tenant_id = :tenant_id and item.thread_id = path.thread_id and item.turn <= path.turn_max
+    left join lateral (  -- ordered, so that it stays a scan of the primary key for each thread, whatever the statistics say
+        select turn, position, id, body from items
+        where tenant_id = :tenant_id and thread_id = path.thread_id and turn <= path.turn_max
+        order by turn, position
+    ) item on true
     order by item.turn, item.position
     limit :limit
     """
@@ -320,8 +327,10 @@ def _page_of_context(order: Order) -> Query:
             + f"""
     , cursor as (
         select item.turn, item.position
-        from path join items item on item.tenant_id = :tenant_id and item.thread_id = path.thread_id
-        where item.id = :after and item.turn <= path.turn_max
+        from (select thread_id, turn, position from items where tenant_id = :tenant_id and id = :after offset 0) item
+        join path on item.thread_id = path.thread_id and item.turn <= path.turn_max
+        cross join target
+        where item.turn < target.turn or item.position < :output_position
         order by item.turn, item.position limit 1
     )
     select target.turn as tip, (:after = '' or exists (select from cursor)) as found, item.turn, item.position, item.id, item.body

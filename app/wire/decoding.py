@@ -9,10 +9,10 @@ from app.errors import InvalidParameter, InvalidRequest
 
 T = TypeVar("T")
 
-_AT = re.compile(r" - at `(?:key )?\$(?P<path>[^`]*)`$")
+_AT = re.compile(r" - at `(?:key` in `)?\$(?P<path>[^`]*?)(?:\[\.\.\.\])?`$")
 _MISSING = re.compile(r"^Object missing required field `(?P<name>[^`]+)`$")
 _TYPE = re.compile(r"^Expected `(?P<want>[^`]+)`, got `(?P<got>[^`]+)`$")
-_ENUM = re.compile(r"^Invalid enum value '?(?P<value>[^']*)'?$")
+_ENUM = re.compile(r"^Invalid (?:enum )?value '?(?P<value>[^']*)'?$")
 
 Json = dict[str, Any]
 """A JSON object that we carry and do not read."""
@@ -31,6 +31,8 @@ def decode(decoder: msgspec.json.Decoder[T], raw: bytes | msgspec.Raw, at: str =
         raise invalid(str(error), at) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"We could not parse the JSON body of your request: {error}.", param=at or None) from None
+    except RecursionError:
+        raise InvalidRequest("The JSON body of your request is nested too deeply.", param=at or None) from None
 
 
 def invalid(message: str, at: str) -> InvalidParameter:

@@ -167,9 +167,12 @@ CARRIED = frozenset(
 )
 """Types of `OpaqueItem`: histories of other servers hold them."""
 
+ID_CHARS_MAX = 512
+"""Longer ids do not fit into an index; those of other servers are some hundred characters long."""
+
 
 class _Peek(Struct):
-    type: Any = None
+    type: Any = UNSET
     role: Any = None
     id: Any = None
 
@@ -200,9 +203,27 @@ _ADDITIONAL_TOOLS = msgspec.json.Decoder(_RawAdditionalTools)
 
 def decode_item(raw: bytes | Raw, at: str = "") -> AnyItem:
     """One item of an `input` array, or a stored one. Raises InvalidParameter with the path below `at`."""
+    item = _decode_item(raw, at)
+    if not isinstance(item, ItemReference) and (len(item.id) > ID_CHARS_MAX or "\0" in item.id):
+        raise InvalidParameter(
+            f"Invalid value for '{at}.id': expected at most {ID_CHARS_MAX} characters, none of them NUL.",
+            param=f"{at}.id",
+        )
+    return item
+
+
+def _decode_item(raw: bytes | Raw, at: str) -> AnyItem:
     peek = decode(_PEEK, raw, at)
     type_ = peek.type
+    if not isinstance(peek.id, str | None):
+        raise InvalidParameter(f"Invalid type for '{at}.id': expected a string.", param=f"{at}.id", code="invalid_type")
+    if type_ == "item_reference" and peek.id is None:
+        raise InvalidParameter(
+            f"Missing required parameter: '{at}.id'.", param=f"{at}.id", code="missing_required_parameter"
+        )
     if type_ is None:
+        raw = _without_type(raw)
+    if type_ is None or type_ is UNSET:
         type_ = "item_reference" if peek.role is None and peek.id is not None else "message"
     if decoder := _DECODERS.get(type_ if isinstance(type_, str) else ""):
         item: AnyItem = decode(decoder, raw, at)
@@ -218,6 +239,12 @@ def decode_item(raw: bytes | Raw, at: str = "") -> AnyItem:
             f"Invalid type for '{at}.type': expected a string.", param=f"{at}.type", code="invalid_type"
         )
     raise UnsupportedParameter(f"Items of type '{type_}' are not supported by this server.", param=f"{at}.type")
+
+
+def _without_type(raw: bytes | Raw) -> bytes:
+    """References may have a null `type`, which a tagged Struct does not take."""
+    keys = msgspec.json.decode(raw, type=dict[str, Raw])
+    return msgspec.json.encode({key: value for key, value in keys.items() if key != "type"})
 
 
 def encode_item(item: AnyItem) -> bytes:

@@ -199,6 +199,8 @@ def decode_create(raw: bytes, passed_on: Collection[str]) -> CreateResponse:
     _refuse_unsupported(body)
     if not body.model:
         raise _missing("model")
+    if "\0" in body.model:
+        raise InvalidParameter("'model' may not contain NUL characters.", param="model")
     return CreateResponse(
         body=body,
         model=body.model,
@@ -232,6 +234,8 @@ def _decode_input(body: Body) -> list[AnyItem]:
         if len(given) > INPUT_CHARS_MAX:
             raise InvalidParameter(f"'input' is longer than {INPUT_CHARS_MAX} characters.", param="input")
         return [Message(role="user", content=[InputText(text=given)])]
+    if not given and body.previous_response_id is None and not body.instructions:
+        raise InvalidParameter("Invalid 'input': it holds no items.", param="input", code="empty_array")
     return [decode_item(item, f"input[{index}]") for index, item in enumerate(given)]
 
 

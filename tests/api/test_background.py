@@ -71,9 +71,7 @@ def test_a_client_that_leaves_resumes_where_it_was(client, upstream):
         if len([one for one in seen if one["type"].endswith("text.delta")]) == 2:
             break
     stream.close()
-    rest = client.responses.retrieve(
-        seen[0]["response"]["id"], stream=True, starting_after=seen[-1]["sequence_number"]
-    )
+    rest = client.responses.retrieve(seen[0]["response"]["id"], stream=True, starting_after=seen[-1]["sequence_number"])
     upstream.open("resume")
     seen += events_of(rest)
     assert replay(seen)["output"][0]["content"][0]["text"] == "one two three four five"
@@ -110,7 +108,9 @@ def test_cancelling_a_running_response_keeps_what_was_said_and_closes_the_upstre
 def test_a_failed_background_response_says_why(client):
     from tests.upstream import status
 
-    queued = client.responses.create(model="m", input=script([status(400, {"error": {"message": "no"}})]), background=True)
+    queued = client.responses.create(
+        model="m", input=script([status(400, {"error": {"message": "no"}})]), background=True
+    )
     done = ended(client, queued.id)
     assert (done.status, done.error.message) == ("failed", "no")
 

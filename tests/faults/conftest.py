@@ -1,10 +1,17 @@
 """Fixtures of the fault suite: servers of its own, and one cluster that is repaired before each test."""
 
+from collections.abc import Callable
+from typing import Any
+
+import httpx
 import pytest
 
 from tests.faults.client import decoded, frames_of, get
 from tests.faults.cluster import Cluster, Servers
 from tests.faults.told import told
+from tests.servers import Served
+
+Found = Callable[[Served], list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="session")
@@ -58,3 +65,20 @@ def check(cluster):
         return response
 
     return check
+
+
+@pytest.fixture
+def said(request: pytest.FixtureRequest) -> str:
+    """A text that is this test's own."""
+    return request.node.nodeid
+
+
+@pytest.fixture
+def stored(said: str) -> Found:
+    """The responses that a server has stored with this test's text in their metadata, newest first."""
+
+    def find(served: Served) -> list[dict[str, Any]]:
+        query = {"metadata[test]": said[-500:], "limit": 100}
+        return httpx.get(f"{served.url}/responses", params=query).json()["data"]
+
+    return find

@@ -13,7 +13,7 @@ from tests.upstream import answer, finish, gate, note, repeat, script, text
 @pytest.fixture(scope="module")
 def tenanted(own_servers, fault_env):
     """A cluster of its own with three tenants, and small limits."""
-    cluster = Cluster(own_servers, fault_env, REPRISE_QUEUE_TENANT_MAX="5", REPRISE_QUEUE_MAX="8")
+    cluster = Cluster(own_servers, fault_env, REPRISE_QUEUED_RUNS_TENANT_MAX="5", REPRISE_QUEUED_RUNS_MAX="8")
     for name in ("one", "two", "three"):
         cluster.query("insert into tenants (id) values ($1)", name)
         cluster.query(

@@ -1,0 +1,36 @@
+"""What the tests of the API share: raw HTTP, the text of a test, and what the upstream was asked for it."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.servers import Served
+from tests.upstream import Upstream
+
+Heard = Callable[[], dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def http(server: Served) -> Iterator[httpx.Client]:
+    """Raw HTTP to the shared server, below /v1."""
+    with httpx.Client(base_url=server.url, timeout=30) as made:
+        yield made
+
+
+@pytest.fixture
+def said(request: pytest.FixtureRequest) -> str:
+    """A user message that is this test's own; the upstream answers `ok: <it>`."""
+    return request.node.nodeid
+
+
+@pytest.fixture
+def heard(upstream: Upstream, said: str) -> Heard:
+    """Gives the body of the one chat request that the upstream got for `said`."""
+
+    def body() -> dict[str, Any]:
+        [record] = upstream.asked(said)
+        return record.body
+
+    return body

@@ -1,0 +1,83 @@
+"""The list of models: what the catalog names and what the upstreams list."""
+
+import httpx
+import openai
+import pytest
+
+from tests.upstream import Upstream
+
+LISTED = ["scripted", "scripted-no-usage-option", "scripted-strict"]
+"""What the scripted upstream lists."""
+
+
+def ids_of(client: openai.OpenAI) -> list[str]:
+    """The listed models."""
+    return [model.id for model in client.models.list().data]
+
+
+def test_without_a_catalog_the_upstreams_own_list_is_given(http):
+    assert http.get("/models").json() == {
+        "object": "list",
+        "data": [{"id": id, "object": "model", "created": 0, "owned_by": "tests"} for id in LISTED],
+    }
+
+
+def test_a_model_is_retrieved_as_it_is_listed(client):
+    assert client.models.retrieve("scripted").to_dict() == client.models.list().data[0].to_dict()
+
+
+@pytest.mark.parametrize("id", ["nobody", "some/model", "script", "SCRIPTED", "a%00b"])
+def test_an_unknown_model_is_not_found(http, id):
+    reply = http.get(f"/models/{id}")
+    assert reply.status_code == 404
+    assert reply.json()["error"].pop("message").startswith("The model '")
+    assert {key: reply.json()["error"][key] for key in ("type", "param", "code")} == {
+        "type": "invalid_request_error",
+        "param": "model",
+        "code": "model_not_found",
+    }
+
+
+def test_a_catalog_names_its_models_first_and_marks_whose_the_others_are(new_server, catalog_file):
+    with Upstream(models=["Qwen/Qwen3-8B", "small"]) as local, Upstream(models=["gpt"]) as hosted:
+        catalog = catalog_file(f"""
+            default = "local"
+            [upstreams.local]
+            base_url = "{local.base_url}"
+            [upstreams.hosted]
+            base_url = "{hosted.base_url}"
+            [[models]]
+            name = "house/best"
+            routes = [{{ upstream = "hosted", model = "gpt" }}]
+            [[models]]
+            name = "qwen*"
+            routes = [{{ upstream = "local" }}]
+        """)
+        served = new_server(REPRISE_CATALOG=catalog)
+        with served.client() as client:
+            assert ids_of(client) == ["house/best", "local@Qwen/Qwen3-8B", "local@small", "hosted@gpt"]
+            assert client.models.retrieve("house/best").owned_by == "reprise"
+            listed = client.models.retrieve("local@Qwen/Qwen3-8B")
+            assert (listed.id, listed.owned_by) == ("local@Qwen/Qwen3-8B", "tests")
+            made = client.responses.create(model=listed.id, input="Hello")
+            assert made.model == "local@Qwen/Qwen3-8B"
+            assert local.requests[-1].body["model"] == "Qwen/Qwen3-8B"
+            # An upstream that is down lists nothing, the others go on.
+            hosted.stop()
+            assert ids_of(client) == ["house/best", "local@Qwen/Qwen3-8B", "local@small"]
+
+
+def test_an_upstream_that_is_down_lists_nothing_and_says_so(new_server):
+    with Upstream() as gone:
+        url = gone.base_url
+    served = new_server(OPENAI_BASE_URL=url)
+    with httpx.Client(base_url=served.url) as http:
+        reply = http.get("/models")
+        assert reply.status_code == 502
+        assert reply.json()["error"] == {
+            "message": "Upstream 'default' can't be reached.",
+            "type": "server_error",
+            "param": None,
+            "code": "server_error",
+        }
+        assert http.get("/models/m").status_code == 502

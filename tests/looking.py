@@ -1,0 +1,51 @@
+"""Looking at what a server leaves behind, and waiting for what must come about."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import asyncpg
+
+T = TypeVar("T")
+
+POLL_S = 0.01
+
+
+def fetch(database_url: str, sql: str, *args: object) -> list[asyncpg.Record]:
+    """The rows of one statement; must be called outside a running loop."""
+
+    async def run() -> list[asyncpg.Record]:
+        connection = await asyncpg.connect(database_url)
+        try:
+            return await connection.fetch(sql, *args)
+        finally:
+            await connection.close()
+
+    return asyncio.run(run())
+
+
+def count(database_url: str, table: str) -> int:
+    """How many rows a table has."""
+    return fetch(database_url, f"select count(*) from {table}")[0][0]
+
+
+def until(condition: Callable[[], T], timeout_s: float = 15.0) -> T:
+    """Ask again and again until the answer is true, and give it; AssertionError once the time is up."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"waited in vain for {timeout_s} s; the last answer was {found!r}"
+        time.sleep(POLL_S)
+    return found
+
+
+def settled(call: Callable[..., Any], *args: object, error: type[Exception], timeout_s: float = 15.0) -> Any:
+    """What the call gives once it no longer raises `error`."""
+
+    def attempt() -> list[Any]:
+        try:
+            return [call(*args)]
+        except error:
+            return []
+
+    return until(attempt, timeout_s)[0]

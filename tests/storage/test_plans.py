@@ -1,0 +1,80 @@
+"""What the statements cost: rows read, counted by Postgres itself. A gross regression reads rows that it does not need."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import asyncpg
+import msgspec
+import pytest
+
+from app.storage import responses
+from app.storage.tables import OUTPUT_POSITION
+
+TURNS = 300
+ITEMS_PER_TURN = 3
+OTHER_THREADS = 60
+
+FILL = f"""
+insert into responses (tenant_id, id, thread_id, turn, status, background, model, metadata, created_at, body)
+select 't', 'resp_' || thread || '_' || turn, 'thread_' || thread, turn, 'completed', false, 'm', '{{}}', 0, '{{}}'
+from generate_series(0, {OTHER_THREADS}) thread, generate_series(1, {TURNS}) turn;
+insert into items (tenant_id, thread_id, turn, position, id, body)
+select tenant_id, thread_id, turn, position, id || '_' || position, '{{"type": "message"}}'
+from responses, unnest(array[0, {OUTPUT_POSITION}, {OUTPUT_POSITION + 1}]) position;
+analyze;
+"""
+
+
+@pytest.fixture(scope="module")
+def url(new_database):
+    """An empty database."""
+    return new_database()
+
+
+@pytest.fixture(scope="module")
+async def filled(url):
+    """A database with many threads of one tenant."""
+    connection = await asyncpg.connect(url)
+    await connection.execute(FILL)
+    yield connection
+    await connection.close()
+
+
+async def rows_read(connection: asyncpg.Connection, query: responses.Query, **binds: Any) -> int:
+    """How many rows of `items` the statement looks at."""
+    arguments = query.arguments({"tenant_id": "t", **binds})
+    plan = await connection.fetchval(f"explain (analyze, format json) {query.sql}", *arguments)
+    (root,) = msgspec.json.decode(plan)
+    return sum(_looked_at(node) for node in _nodes(root["Plan"]) if node.get("Relation Name") == "items")
+
+
+def _nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield node
+    for below in node.get("Plans", []):
+        yield from _nodes(below)
+
+
+def _looked_at(node: dict[str, Any]) -> int:
+    return int((node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"])
+
+
+async def test_a_context_costs_only_its_own_rows(filled):
+    read = await rows_read(filled, responses._CHAIN, id=f"resp_0_{TURNS}", limit=10**6)
+    assert read == TURNS * ITEMS_PER_TURN
+
+
+@pytest.mark.parametrize("order", ["asc", "desc"])
+async def test_a_page_costs_the_same_however_long_the_chain(filled, order):
+    for turn in (1, TURNS):
+        read = await rows_read(filled, responses._PAGES[order], id=f"resp_0_{turn}", after="", limit=20)
+        assert read <= 20 + ITEMS_PER_TURN
+
+
+async def test_a_page_behind_a_cursor_costs_a_page(filled):
+    cursor = f"resp_0_{TURNS // 2}_0"
+    read = await rows_read(filled, responses._PAGES["desc"], id=f"resp_0_{TURNS}", after=cursor, limit=20)
+    assert read <= 20 + ITEMS_PER_TURN
+
+
+async def test_a_response_costs_its_own_output(filled):
+    assert await rows_read(filled, responses._GET, id=f"resp_0_{TURNS}") == ITEMS_PER_TURN - 1

@@ -1,0 +1,325 @@
+"""The command line: what starts, what refuses to start and in which words, what survives a restart."""
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import alembic.command
+import httpx
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import inspect, pool
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from app import migrate
+from app.settings import SettingsError, load
+from app.storage.tables import metadata
+from tests.looking import fetch, until
+from tests.servers import ROOT, Served
+from tests.upstream import script
+
+
+def reprise(env: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """One command, run to its end."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("REPRISE_", "OPENAI_"))}
+    return subprocess.run(
+        [sys.executable, "-m", "app", *arguments],
+        cwd=ROOT,
+        env={**kept, **env},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def refused(env, *arguments):
+    """The one line with which a command refuses to run."""
+    done = reprise(env, *arguments)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("reprise: ")
+    assert done.stderr.count("\n") == 1
+    return done.stderr.removeprefix("reprise: ").rstrip("\n")
+
+
+# -- Settings ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [
+        ("REPRISE_PROT", "8000", "REPRISE_PROT is no setting of Reprise; did you mean REPRISE_PORT?"),
+        ("REPRISE_PORT", "eighty", "REPRISE_PORT='eighty' is not valid: "),
+        ("REPRISE_SECRET_KEY", "short", "REPRISE_SECRET_KEY is not valid: "),
+        ("REPRISE_CATALOG", "/nowhere/catalog.toml", "/nowhere/catalog.toml"),
+        ("DATABASE_URL", "nonsense", "DATABASE_URL is not valid: expected postgresql://USER:PASSWORD@HOST/NAME."),
+        ("REPRISE_HOST", "256.1.2.3", "REPRISE_HOST=256.1.2.3 would let anybody in"),
+    ],
+)
+def test_a_setting_that_is_wrong_refuses_to_start_with_one_line(base_env, new_database, name, value, line):
+    env = {**base_env, "DATABASE_URL": new_database(), "REPRISE_PORT": "0", name: value}
+    assert line in refused(env, "serve")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("REPRISE_PORT", "70000"),
+        ("REPRISE_LEASE_S", "0"),
+        ("REPRISE_ON_DISCONNECT", "ignore"),
+        ("REPRISE_DURABLE", "perhaps"),
+        ("REPRISE_LOG_LEVEL", "loud"),
+        ("REPRISE_BODY_BYTES_MAX", "64 MiB"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_setting(name, value):
+    with pytest.raises(SettingsError) as caught:
+        load({name: value})
+    assert str(caught.value).startswith(f"{name}={value!r} is not valid: ")
+
+
+def test_settings_are_read_with_their_types():
+    settings = load({"REPRISE_PORT": "1", "REPRISE_DURABLE": "false", "REPRISE_LEASE_S": "2", "REPRISE_HOST": ""})
+    assert (settings.port, settings.durable, settings.lease_s, settings.host) == (1, False, 2.0, "127.0.0.1")
+
+
+def test_a_port_that_is_taken_refuses_to_start_with_one_line(base_env, server):
+    port = server.url.split(":")[2].split("/")[0]
+    env = {**base_env, "DATABASE_URL": server.database_url, "REPRISE_PORT": port}
+    assert refused(env, "serve") == f"can't listen on 127.0.0.1:{port}: Address already in use."
+
+
+def test_a_database_without_the_tables_refuses_to_start_with_one_line(base_env, empty_database):
+    env = {**base_env, "DATABASE_URL": empty_database, "REPRISE_PORT": "0"}
+    assert refused(env, "serve") == "the database's schema is not that of this version: run `reprise migrate`."
+
+
+def test_a_database_that_is_not_there_refuses_to_start_with_one_line(base_env, tmp_path):
+    url = f"postgresql://reprise@/postgres?host={tmp_path}&port=5432"
+    for command in (("serve",), ("migrate",), ("keys", "list")):
+        said = refused({**base_env, "DATABASE_URL": url, "REPRISE_PORT": "0"}, *command)
+        assert said == "the database can't be used: [Errno 2] No such file or directory."
+
+
+# -- migrate ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def empty_database(servers, new_database) -> str:
+    """A database without tables."""
+    url = new_database()
+    fetch(url, "drop schema public cascade")
+    fetch(url, "create schema public")
+    return url
+
+
+def test_migrate_makes_the_tables_and_may_be_run_again(base_env, empty_database):
+    env = {**base_env, "DATABASE_URL": empty_database}
+    for _ in range(2):
+        done = reprise(env, "migrate")
+        assert (done.returncode, done.stdout) == (0, "The schema is that of this version.\n")
+    with Served(env) as served:
+        assert httpx.get(f"{served.url}/responses").json()["data"] == []
+
+
+def test_two_that_migrate_at_once_do_not_harm_each_other(base_env, empty_database):
+    env = {**os.environ, **base_env, "DATABASE_URL": empty_database}
+    command = [sys.executable, "-m", "app", "migrate"]
+    running = [subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL) for _ in range(3)]
+    assert [one.wait(60) for one in running] == [0, 0, 0]
+
+
+def in_sync(url, look):
+    """Show a connection with SQLAlchemy's own interface to a function that looks at the schema."""
+
+    async def run():
+        engine = create_async_engine(url.replace("postgresql://", "postgresql+asyncpg://"), poolclass=pool.NullPool)
+        async with engine.connect() as connection:
+            found = await connection.run_sync(look)
+        await engine.dispose()
+        return found
+
+    return asyncio.run(run())
+
+
+def differences(connection):
+    options = {"compare_type": True, "compare_server_default": True}
+    return compare_metadata(MigrationContext.configure(connection, opts=options), metadata)
+
+
+def table_names(connection):
+    return set(inspect(connection).get_table_names())
+
+
+def test_the_migrations_lead_to_the_tables_and_back(empty_database):
+    migrate.upgrade(empty_database)
+    assert in_sync(empty_database, differences) == []
+    assert in_sync(empty_database, table_names) == {*metadata.tables, "alembic_version"}
+    options = "select relname, reloptions from pg_class where reloptions is not null and relname = any($1)"
+    assert [tuple(row) for row in fetch(empty_database, options, list(metadata.tables))] == [
+        ("responses", ["fillfactor=85"])
+    ]
+    alembic.command.downgrade(migrate.config(empty_database), "base")
+    assert in_sync(empty_database, table_names) == {"alembic_version"}
+    migrate.upgrade(empty_database)
+    assert in_sync(empty_database, differences) == []
+
+
+def test_the_comparison_notices_a_difference(empty_database):
+    migrate.upgrade(empty_database)
+    fetch(empty_database, "alter table runs alter column state drop not null")
+    assert in_sync(empty_database, differences) != []
+
+
+# -- doctor -----------------------------------------------------------------------------------------------------------------
+
+
+def findings(env):
+    """What doctor finds, by part: whether it is well, and what is said of it."""
+    done = reprise(env, "doctor")
+    lines = [line.partition(": ") for line in done.stdout.splitlines()]
+    found = {part[4:].strip(): (part.startswith("ok  "), said) for part, _, said in lines}
+    assert all(part.startswith(("ok  ", "BAD ")) for part, _, _ in lines)
+    assert done.returncode == (0 if all(well for well, _ in found.values()) else 1), done.stderr
+    return found
+
+
+def test_doctor_finds_a_good_set_up_good(base_env, new_database, upstream):
+    found = findings({**base_env, "DATABASE_URL": new_database()})
+    assert found.keys() == {"settings", "Postgres", "schema", "keys", "Redis", "upstream default", "secret key"}
+    assert all(well for well, _ in found.values())
+    assert found["upstream default"][1] == f"{upstream.base_url} lists 3 models"
+
+
+@pytest.mark.parametrize(
+    ("env", "bad"),
+    [
+        ({"REPRISE_PROT": "1"}, {"settings": "REPRISE_PROT is no setting of Reprise; did you mean REPRISE_PORT?"}),
+        ({"DATABASE_URL": "postgresql://reprise@127.0.0.1:1/none"}, {"Postgres": "unavailable"}),
+        ({"REDIS_URL": "redis://127.0.0.1:1"}, {"Redis": "does not answer"}),
+        ({"OPENAI_BASE_URL": "http://127.0.0.1:1/v1"}, {"upstream default": "can't be reached"}),
+        ({"REPRISE_SECRET_KEY": "short"}, {"secret key": "REPRISE_SECRET_KEY is not valid"}),
+        ({"REPRISE_CATALOG": "/nowhere.toml"}, {"catalog": "/nowhere.toml"}),
+        ({"REPRISE_HOST": "0.0.0.0"}, {"keys": "anybody who reaches 0.0.0.0 may call"}),
+    ],
+    ids=lambda value: next(iter(value)),
+)
+def test_doctor_says_what_is_wrong(base_env, new_database, env, bad):
+    found = findings({**base_env, "DATABASE_URL": new_database(), **env})
+    assert {part for part, (well, _) in found.items() if not well} == bad.keys()
+    for part, said in bad.items():
+        assert said in found[part][1]
+
+
+def test_doctor_sees_a_schema_of_another_version(base_env, empty_database):
+    found = findings({**base_env, "DATABASE_URL": empty_database})
+    assert found["schema"] == (False, "not that of this version: run `reprise migrate`")
+
+
+# -- serve on its own servers -----------------------------------------------------------------------------------------------
+
+
+class Homely(Served):
+    """A server on embedded servers of its own, with the demo upstream."""
+
+    def __init__(self, data_dir: Path, **env: str) -> None:
+        super().__init__({"REPRISE_DATA_DIR": str(data_dir), "REPRISE_DURABLE": "false", **env})
+
+
+def banner(served):
+    """What it says when it listens."""
+    until(lambda: any("previous_response_id=first.id" in line for line in served.printed))
+    return "".join(line for line in served.printed if not line.startswith("{"))
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    """A data directory whose servers have stopped by the end of the test."""
+    yield tmp_path / "data"
+    lease = tmp_path / "data" / "embedded" / "lease"
+    sockets = lease.parent / "run"
+    until(lambda: not list(sockets.glob(".s.PGSQL.5432")), timeout_s=30)
+
+
+def test_a_second_start_is_quick_and_finds_the_data_again(data_dir, capsys):
+    begun_s = time.monotonic()
+    with Homely(data_dir) as served:
+        first_s = time.monotonic() - begun_s
+        said = banner(served)
+        with served.client() as client:
+            one = client.responses.create(model="echo", input="My name is Ada.")
+            two = client.responses.create(model="echo", input="What is my name?", previous_response_id=one.id)
+        assert "Ada" in two.output_text
+        assert served.stop() == 0
+        begun_s = time.monotonic()
+        served.start()
+        second_s = time.monotonic() - begun_s
+        with capsys.disabled():
+            print(f"\n  first start {first_s:.2f} s, second start {second_s:.2f} s")
+        with served.client() as client:
+            assert client.responses.retrieve(two.id).to_dict() == two.to_dict()
+            three = client.responses.create(model="echo", input="What is my name?", previous_response_id=two.id)
+            assert "Ada" in three.output_text
+            assert [response["id"] for response in httpx.get(f"{served.url}/responses").json()["data"]] == [
+                three.id,
+                two.id,
+                one.id,
+            ]
+        assert served.stop() == 0
+    assert second_s < 6
+    assert f"Reprise listens on {said.split()[3]}" in said
+    assert f"data      {data_dir} (embedded Postgres and Valkey)" in said
+    assert "upstream  echo, the built-in demo (set OPENAI_BASE_URL to call a real one)" in said
+    assert "\n  curl http://127.0.0.1:" in said
+    assert "\n  from openai import OpenAI\n" in said
+
+
+def test_the_two_snippets_of_the_banner_work(data_dir):
+    with Homely(data_dir) as served:
+        said = banner(served)
+        [curl] = [line.strip() for line in said.splitlines() if line.startswith("  curl ")]
+        if shutil.which("curl"):
+            done = subprocess.run(curl + " -sS", shell=True, capture_output=True, text=True, check=True)
+            assert '"status":"completed"' in done.stdout
+        python = "\n".join(line[2:] for line in said[said.index("  from openai") :].splitlines())
+        done = subprocess.run([sys.executable, "-c", python], capture_output=True, text=True, check=True)
+        assert "Ada" in done.stdout
+        # Ctrl-C, as people end it.
+        served.process.send_signal(signal.SIGINT)
+        assert served.process.wait(20) == 0
+    assert not any("Traceback" in line for line in served.printed)
+
+
+def test_the_banner_names_a_real_upstream_and_database(new_server, upstream):
+    said = banner(new_server())
+    assert f"upstream  default at {upstream.base_url}" in said
+    assert '"model": "MODEL"' in said
+    assert "data      the Postgres of DATABASE_URL\n" in said
+
+
+def test_a_worker_ends_what_a_dead_server_left(new_server, upstream, base_env):
+    served = new_server(REPRISE_LEASE_S="0.5")
+    with served.client() as client:
+        stream = client.responses.create(model="m", input=script([{"text": "a"}, {"stall": None}]), stream=True)
+        id = next(stream).response.id
+        served.kill()
+    env = {**os.environ, **base_env, "DATABASE_URL": served.database_url, "REPRISE_LEASE_S": "0.5"}
+    worker = subprocess.Popen([sys.executable, "-m", "app", "worker"], cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: fetch(served.database_url, "select status from responses where id = $1", id)[0][0] == "failed")
+    finally:
+        worker.terminate()
+    assert worker.wait(20) in {0, -signal.SIGTERM}
+
+
+def test_help_names_every_command():
+    said = reprise({}, "--help").stdout
+    assert all(f"\n  {command} " in said for command in ("serve", "worker", "migrate", "keys", "doctor"))

@@ -1,0 +1,195 @@
+"""The catalog: which file is taken, where a bad one is wrong, which way leads to a model."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from app.domain.prompt import HOSTED, Dialect
+from app.errors import NotFound
+from app.outbound.catalog import ENGINE_PARAMETERS, Catalog, Route, load_catalog
+from app.settings import Settings, SettingsError
+
+ONE = """
+[upstreams.a]
+base_url = "http://x/v1"
+"""
+
+TWO = """
+[upstreams.local]
+base_url = "http://127.0.0.1:8001/v1"
+
+[upstreams.spare]
+base_url = "http://127.0.0.1:8002/v1"
+"""
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Callable[..., Catalog]:
+    """Reads a catalog from its text."""
+
+    def read(toml: str, environ: Mapping[str, str] | None = None) -> Catalog:
+        path = tmp_path / "catalog.toml"
+        path.write_text(toml)
+        return load_catalog(Settings(catalog=str(path)), environ or {})
+
+    return read
+
+
+Read = Callable[..., Catalog]
+
+
+# -- Without a file ---------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_file_there_is_the_upstream_of_the_environment():
+    catalog = load_catalog(Settings(openai_base_url="http://x/v1", openai_api_key="sk"), {})
+    assert catalog.routes("any@thing") == [Route("default", "any@thing")]
+    (entry,) = catalog.upstreams.values()
+    assert (entry.base_url, entry.key) == ("http://x/v1", "sk")
+
+
+def test_with_nothing_configured_there_is_the_demo():
+    catalog = load_catalog(Settings(), {}, demo_url="http://demo/v1")
+    assert catalog.routes("any") == [Route("echo", "any")]
+    assert catalog.upstreams["echo"].base_url == "http://demo/v1"
+
+
+# -- Routes -----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_model_that_matches_counts(read: Read):
+    catalog = read(
+        TWO
+        + """
+[[models]]
+name = "qwen-exact"
+routes = [{ upstream = "spare", model = "q" }]
+
+[[models]]
+name = "qwen*"
+routes = [{ upstream = "local" }, { upstream = "spare", model = "other" }]
+
+[[models]]
+name = "qwen3"
+routes = [{ upstream = "spare" }]
+"""
+    )
+    assert catalog.routes("qwen-exact") == [Route("spare", "q")]
+    assert catalog.routes("qwen3") == [Route("local", "qwen3"), Route("spare", "other")]
+    assert catalog.model_names == ["qwen-exact", "qwen3"]
+
+
+def test_patterns_see_the_case(read: Read):
+    catalog = read(TWO + '[[models]]\nname = "Qwen*"\nroutes = [{ upstream = "local" }]\n')
+    assert catalog.routes("Qwen3") == [Route("local", "Qwen3")]
+    with pytest.raises(NotFound):
+        catalog.routes("qwen3")
+
+
+def test_an_upstream_can_be_named_directly(read: Read):
+    catalog = read(TWO)
+    assert catalog.routes("spare@qwen3@q4") == [Route("spare", "qwen3@q4")]
+    with pytest.raises(NotFound, match="nowhere@qwen3"):
+        catalog.routes("nowhere@qwen3")
+
+
+def test_other_models_go_to_the_default_or_to_the_only_upstream(read: Read):
+    assert read('default = "spare"\n' + TWO).routes("any") == [Route("spare", "any")]
+    assert read('[upstreams.only]\nbase_url = "http://x/v1"\n').routes("any") == [Route("only", "any")]
+    with pytest.raises(NotFound, match="any") as caught:
+        read(TWO).routes("any")
+    assert caught.value.status == 404
+
+
+# -- Upstreams --------------------------------------------------------------------------------------------------------------
+
+
+def test_an_upstream_has_its_key_from_the_environment(read: Read):
+    toml = '[upstreams.a]\nbase_url = "http://x/v1"\nkey_env = "A_KEY"\n'
+    assert read(toml, {"A_KEY": "sk"}).upstreams["a"].key == "sk"
+    with pytest.raises(SettingsError, match="upstream 'a' needs the environment variable A_KEY"):
+        read(toml)
+
+
+def test_an_upstream_says_everything_about_itself(read: Read):
+    catalog = read(
+        """
+[upstreams.a]
+base_url = "http://x/v1"
+key = "sk"
+headers = { x-team = "one" }
+dialect = { lacks = ["json_object", "strict"], reasoning = "reasoning", think = "thinking", developer_role = true }
+pass = ["top_k"]
+connect_timeout_s = 1
+answer_timeout_s = 2.5
+idle_timeout_s = 3
+attempts_max = 1
+"""
+    )
+    entry = catalog.upstreams["a"]
+    assert entry.speaks == Dialect(
+        lacks=frozenset({"json_object", "strict"}), reasoning="reasoning", think="thinking", developer_role=True
+    )
+    assert (entry.headers, entry.passed_on) == ({"x-team": "one"}, frozenset({"top_k"}))
+    assert (entry.connect_timeout_s, entry.answer_timeout_s, entry.idle_timeout_s) == (1, 2.5, 3)
+    assert entry.attempts_max == 1
+
+
+def test_the_dialect_of_the_hosted_api_is_known_by_its_host(read: Read):
+    toml = '[upstreams.a]\nbase_url = "{}"\n'
+    assert read(toml.format("https://api.openai.com/v1")).upstreams["a"].speaks is HOSTED
+    assert read(toml.format("https://api.openai.com.example/v1")).upstreams["a"].speaks == Dialect()
+    assert read(toml.format("https://api.openai.com/v1") + "dialect = {}\n").upstreams["a"].speaks == Dialect()
+
+
+def test_parameters_are_let_through_that_any_upstream_takes(read: Read):
+    assert read(TWO).passed_on == ENGINE_PARAMETERS
+    narrow = TWO.replace('8001/v1"', '8001/v1"\npass = ["a"]').replace('8002/v1"', '8002/v1"\npass = ["b"]')
+    assert read(narrow).passed_on == {"a", "b"}
+
+
+# -- Bad files --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("toml", "said"),
+    [
+        ("upstreams =", r"catalog\.toml: "),
+        ("", "upstreams"),
+        ("[upstreams]\n", "upstreams"),
+        ("[upstreams.a]\n", "base_url"),
+        ('[upstreams.a]\nbase_url = "127.0.0.1:8000"\n', "base_url"),
+        (ONE + 'base_uri = "y"\n', "base_uri"),
+        (ONE + "idle_timeout_s = 0\n", "idle_timeout_s"),
+        (ONE + "attempts_max = 0\n", "attempts_max"),
+        (ONE + 'dialect = { lacks = ["sense"] }\n', "sense"),
+        (ONE + 'dialect = { speaks = "x" }\n', "speaks"),
+        ('defaults = "a"\n' + ONE, "defaults"),
+        ('default = "b"\n' + ONE, "'default' names an unknown upstream 'b'"),
+        (TWO + '[[models]]\nname = "m"\nroutes = []\n', "routes"),
+        (TWO + '[[models]]\nname = "m"\nroutes = [{ upstream = "c" }]\n', "model 'm' names an unknown upstream 'c'"),
+    ],
+)
+def test_a_bad_catalog_is_refused_with_the_place(read: Read, toml: str, said: str):
+    with pytest.raises(SettingsError, match=said) as caught:
+        read(toml)
+    assert "catalog.toml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["missing.toml", "."])
+def test_a_file_that_can_t_be_read_is_named(tmp_path: Path, name: str):
+    with pytest.raises(SettingsError, match=r"^REPRISE_CATALOG='.*' can't be read: "):
+        load_catalog(Settings(catalog=str(tmp_path / name)), {})
+
+
+def test_an_address_without_a_scheme_is_refused():
+    with pytest.raises(SettingsError, match=r"^OPENAI_BASE_URL='127\.0\.0\.1:8000' is no"):
+        load_catalog(Settings(openai_base_url="127.0.0.1:8000"), {})
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path):
+    path = tmp_path / "catalog.toml"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(SettingsError, match=r"catalog\.toml: "):
+        load_catalog(Settings(catalog=str(path)), {})

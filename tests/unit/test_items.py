@@ -1,0 +1,177 @@
+"""Items on the wire: what is taken, what is kept as it came, what is refused and with which path."""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from app.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
+from app.wire.items import (
+    CARRIED,
+    AdditionalTools,
+    FunctionCall,
+    ItemReference,
+    Message,
+    OpaqueItem,
+    Reasoning,
+    decode_item,
+    encode_item,
+    type_of,
+    with_id,
+)
+from app.wire.tools import FunctionTool
+from tests.unit.build import item, plain_item
+
+TEXT = {"type": "input_text", "text": "x"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"type": "message", "id": "msg_1", "role": "user", "content": [TEXT]},
+        {"type": "message", "id": "msg_1", "role": "user", "content": "x", "status": "completed"},
+        {
+            "type": "message",
+            "id": "msg_1",
+            "role": "assistant",
+            "content": [{"type": "output_text", "text": "x", "annotations": [{"type": "file_path", "index": 1}]}],
+            "status": "incomplete",
+            "phase": "commentary",
+        },
+        {
+            "type": "message",
+            "id": "msg_1",
+            "role": "assistant",
+            "content": [{"type": "output_text", "text": "x", "annotations": [], "logprobs": [{"token": "x"}]}],
+        },
+        {"type": "message", "id": "msg_1", "role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
+        {
+            "type": "message",
+            "id": "msg_1",
+            "role": "user",
+            "content": [
+                {"type": "input_image", "image_url": "data:x", "detail": "original"},
+                {"type": "input_file", "file_data": "data:x", "filename": "a.pdf"},
+                {"type": "input_audio", "input_audio": {"data": "x", "format": "mp3"}},
+            ],
+        },
+        {"type": "function_call", "id": "fc_1", "call_id": "c", "name": "f", "arguments": "{}", "namespace": "n"},
+        {"type": "function_call_output", "id": "fco_1", "call_id": "c", "output": "x"},
+        {"type": "function_call_output", "id": "fco_1", "call_id": "c", "output": [TEXT]},
+        {"type": "custom_tool_call", "id": "ctc_1", "call_id": "c", "name": "f", "input": "x"},
+        {"type": "custom_tool_call_output", "id": "ctco_1", "call_id": "c", "output": "x"},
+        {"type": "reasoning", "id": "rs_1", "summary": []},
+        {
+            "type": "reasoning",
+            "id": "rs_1",
+            "summary": [{"type": "summary_text", "text": "x"}],
+            "content": [{"type": "reasoning_text", "text": "x"}],
+            "encrypted_content": "x",
+        },
+        {"type": "mcp_call", "id": "mcp_1", "server_label": "s", "error": None, "anything": {"deep": [1, 2.5]}},
+        {"type": "shell_call_output", "id": "sh_1", "call_id": "c", "output": [{"stdout": "x"}]},
+    ],
+)
+def test_an_item_comes_back_as_it_was_sent(fields: dict[str, Any]):
+    assert plain_item(item(fields)) == fields
+    assert type_of(item(fields)) == fields["type"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        ({"role": "user", "content": "x"}, Message),
+        ({"id": "msg_1", "role": "assistant", "content": []}, Message),
+        ({"type": None, "role": "user", "content": "x"}, Message),
+        ({"id": "msg_1"}, ItemReference),
+        ({"type": None, "id": "msg_1"}, ItemReference),
+        ({"type": "item_reference", "id": "msg_1"}, ItemReference),
+        ({"type": "function_call", "call_id": "c", "name": "f", "arguments": ""}, FunctionCall),
+        ({"type": "reasoning", "content": None, "encrypted_content": None, "status": None}, Reasoning),
+        ({"type": "additional_tools", "role": "developer", "tools": []}, AdditionalTools),
+        ({"type": "web_search_call"}, OpaqueItem),
+    ],
+)
+def test_the_kind_of_an_item_is_seen_with_and_without_a_type(fields: dict[str, Any], kind: type):
+    assert isinstance(item(fields), kind)
+
+
+@pytest.mark.parametrize("type", sorted(CARRIED))
+def test_items_of_hosted_tools_are_carried_unread(type: str):
+    fields = {"type": type, "id": "x_1", "unknown": [1, {"a": None}]}
+    assert plain_item(item(fields)) == fields
+
+
+def test_fields_that_nobody_knows_are_no_error():
+    assert plain_item(item({"role": "user", "content": "x", "extra": 1})) == {
+        "type": "message",
+        "id": "",
+        "role": "user",
+        "content": "x",
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"role": "user"}, "input[0].content", "missing_required_parameter"),
+        ({"content": "x"}, "input[0].role", "missing_required_parameter"),
+        ({}, "input[0].role", "missing_required_parameter"),
+        ({"role": "robot", "content": "x"}, "input[0].role", "invalid_value"),
+        ({"role": "user", "content": 1}, "input[0].content", "invalid_type"),
+        ({"role": "user", "content": [TEXT, {"type": "nope"}]}, "input[0].content[1]", "invalid_value"),
+        ({"role": "user", "content": [{"text": "x"}]}, "input[0].content[0].type", "missing_required_parameter"),
+        ({"role": "user", "content": [{**TEXT, "text": None}]}, "input[0].content[0].text", "invalid_type"),
+        ({"type": "function_call", "call_id": "c", "name": "f"}, "input[0].arguments", "missing_required_parameter"),
+        (
+            {"type": "function_call", "call_id": "c", "name": "f", "arguments": {}},
+            "input[0].arguments",
+            "invalid_type",
+        ),
+        ({"type": "function_call_output", "output": "x"}, "input[0].call_id", "missing_required_parameter"),
+        ({"type": "function_call_output", "call_id": "c"}, "input[0].output", "missing_required_parameter"),
+        ({"type": "item_reference", "id": 1}, "input[0].id", "invalid_type"),
+        ({"type": "nope"}, "input[0].type", "unsupported_parameter"),
+        ({"type": 1}, "input[0].type", "invalid_type"),
+        (
+            {"type": "additional_tools", "tools": [{"type": "function"}]},
+            "input[0].tools[0].name",
+            "missing_required_parameter",
+        ),
+    ],
+)
+def test_a_bad_item_is_refused_with_its_path(fields: dict[str, Any], param: str, code: str):
+    with pytest.raises(InvalidRequest) as caught:
+        item(fields)
+    found = caught.value.param or ""
+    assert (found.partition(".type")[0] if param == "input[0].content[1]" else found, caught.value.code) == (
+        param,
+        code,
+    )
+
+
+@pytest.mark.parametrize("raw", [b"1", b'"x"', b"[]", b"null"])
+def test_what_is_no_object_is_no_item(raw: bytes):
+    with pytest.raises(InvalidParameter) as caught:
+        decode_item(raw, "input[3]")
+    assert (caught.value.param, caught.value.code) == ("input[3]", "invalid_type")
+
+
+def test_an_unsupported_type_is_said_to_be_so():
+    with pytest.raises(UnsupportedParameter, match="'program'"):
+        item({"type": "program", "id": "x"})
+
+
+def test_tools_of_an_item_are_decoded():
+    given = {"type": "additional_tools", "role": "developer", "tools": [{"type": "function", "name": "f"}]}
+    made = item(given)
+    assert isinstance(made, AdditionalTools) and made.tools == [FunctionTool("f")]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"role": "user", "content": "x"}, {"type": "mcp_call", "name": "x"}, {"type": "shell_call", "id": None}]
+)
+def test_an_item_gets_an_id(fields: dict[str, Any]):
+    named = with_id(item(fields), "x_1")
+    assert named.id == "x_1"
+    assert msgspec.json.decode(encode_item(named))["id"] == "x_1"

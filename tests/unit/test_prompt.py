@@ -1,0 +1,569 @@
+"""Context → chat request: each kind of item, each dialect, exact messages."""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from app.domain.prompt import HOSTED, Dialect, chat_request, messages, refused_calls, truncate
+from app.errors import UnsupportedParameter
+from tests.unit.build import assistant, call, context, function, output, plain, request, user
+
+PLAIN = Dialect()
+
+
+def unseal(sealed: str) -> str | None:
+    """Opens what this test sealed."""
+    return sealed.removeprefix("sealed ") if sealed.startswith("sealed ") else None
+
+
+def said(*items: dict[str, Any], dialect: Dialect = PLAIN, **body: Any) -> list[dict[str, Any]]:
+    """The messages of a context of these items."""
+    made: list[dict[str, Any]] = plain(messages(context(*items, **body), dialect, unseal))
+    return made
+
+
+def asked(*items: dict[str, Any], dialect: Dialect = PLAIN, **body: Any) -> dict[str, Any]:
+    """The whole chat request."""
+    items = items or (user("hi"),)
+    raw = chat_request(
+        request(input=list(items), **body), context(*items, **body), model="up", dialect=dialect, unseal=unseal
+    )
+    assert raw is not None
+    made: dict[str, Any] = msgspec.json.decode(raw)
+    return made
+
+
+def tool_call(id: str, name: str = "f", arguments: str = "{}") -> dict[str, Any]:
+    """A call as a chat message holds it."""
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def tool(id: str, content: str = "done") -> dict[str, Any]:
+    """A tool message."""
+    return {"role": "tool", "tool_call_id": id, "content": content}
+
+
+def turn(*calls: dict[str, Any], content: Any = None, **more: Any) -> dict[str, Any]:
+    """An assistant message with calls."""
+    return {"role": "assistant", "content": content, **more, "tool_calls": list(calls)}
+
+
+# -- Messages ---------------------------------------------------------------------------------------------------------------
+
+IMAGE = {"type": "input_image", "image_url": "https://x/y.png"}
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (user("hi"), {"role": "user", "content": "hi"}),
+        ({"role": "user", "content": [{"type": "input_text", "text": "hi"}]}, {"role": "user", "content": "hi"}),
+        (
+            {"role": "user", "content": [{"type": "input_text", "text": one} for one in "ab"]},
+            {"role": "user", "content": [{"type": "text", "text": one} for one in "ab"]},
+        ),
+        ({"role": "user", "content": []}, {"role": "user", "content": ""}),
+        ({"role": "system", "content": "be brief"}, {"role": "system", "content": "be brief"}),
+        ({"role": "developer", "content": "be brief"}, {"role": "system", "content": "be brief"}),
+        (
+            {"role": "user", "content": [IMAGE]},
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x/y.png"}}]},
+        ),
+        (
+            {"role": "user", "content": [{"type": "input_text", "text": "see"}, {**IMAGE, "detail": "low"}]},
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": "see"},
+                    {"type": "image_url", "image_url": {"url": "https://x/y.png", "detail": "low"}},
+                ],
+            },
+        ),
+        (
+            {"role": "user", "content": [{**IMAGE, "detail": "auto"}]},
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x/y.png"}}]},
+        ),
+        (
+            {"role": "user", "content": [{"type": "input_file", "file_data": "data:x", "filename": "a.pdf"}]},
+            {
+                "role": "user",
+                "content": [{"type": "file", "file": {"file_data": "data:x", "filename": "a.pdf"}}],
+            },
+        ),
+        (
+            {"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "x", "format": "wav"}}]},
+            {
+                "role": "user",
+                "content": [{"type": "input_audio", "input_audio": {"data": "x", "format": "wav"}}],
+            },
+        ),
+        (assistant("hello"), {"role": "assistant", "content": "hello"}),
+        ({"role": "assistant", "content": "hello"}, {"role": "assistant", "content": "hello"}),
+        ({"role": "assistant", "content": ""}, {"role": "assistant", "content": ""}),
+        (
+            {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
+            {"role": "assistant", "content": "no"},
+        ),
+    ],
+)
+def test_a_message_becomes_a_message(item: dict[str, Any], message: dict[str, Any]):
+    assert said(item) == [message]
+
+
+@pytest.mark.parametrize(
+    ("part", "named"),
+    [
+        ({"type": "input_image", "file_id": "file_1"}, "file_id"),
+        ({"type": "input_file", "file_id": "file_1"}, "file_data"),
+        ({"type": "input_file", "file_url": "https://x/y.pdf"}, "file_data"),
+    ],
+)
+def test_what_can_t_be_carried_is_refused(part: dict[str, Any], named: str):
+    with pytest.raises(UnsupportedParameter, match=named) as caught:
+        said({"role": "user", "content": [part]})
+    assert caught.value.param == "input"
+
+
+def test_instructions_come_first():
+    assert said(user("hi"), instructions="be brief")[0] == {"role": "system", "content": "be brief"}
+    assert said(user("hi"), instructions="be brief", dialect=HOSTED)[0]["role"] == "developer"
+
+
+def test_the_hosted_dialect_keeps_refusals_and_the_developer():
+    refusal = {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}
+    assert said({"role": "developer", "content": "x"}, refusal, dialect=HOSTED) == [
+        {"role": "developer", "content": "x"},
+        {"role": "assistant", "content": None, "refusal": "no"},
+    ]
+
+
+def test_several_texts_are_one_string_where_parts_are_lacking():
+    parts = {"role": "user", "content": [{"type": "input_text", "text": one} for one in "ab"]}
+    dialect = Dialect(lacks=frozenset({"content_parts"}))
+    assert said(parts, dialect=dialect) == [{"role": "user", "content": "a\nb"}]
+
+
+def test_later_system_messages_are_merged_or_become_the_user_s():
+    dialect = Dialect(lacks=frozenset({"later_system_messages"}))
+    items = [{"role": "system", "content": "a"}, {"role": "developer", "content": "b"}, user("hi"), assistant("yes")]
+    assert said(*items, {"role": "system", "content": "c"}, instructions="first", dialect=dialect) == [
+        {"role": "system", "content": "first\n\na\n\nb"},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "c"},
+    ]
+    assert said(user("hi"), dialect=dialect) == [{"role": "user", "content": "hi"}]
+
+
+# -- Turns ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_call_and_its_output_are_two_messages():
+    assert said(user("hi"), call("c1", arguments='{"a":1}'), output("c1", "one")) == [
+        {"role": "user", "content": "hi"},
+        turn(tool_call("c1", arguments='{"a":1}')),
+        tool("c1", "one"),
+    ]
+
+
+def test_empty_arguments_are_an_empty_object():
+    assert said(call("c1", arguments=""), output("c1"))[0] == turn(tool_call("c1", arguments="{}"))
+
+
+def test_parallel_calls_are_one_turn():
+    assert said(call("c1"), call("c2", "g"), output("c2", "two"), output("c1", "one")) == [
+        turn(tool_call("c1"), tool_call("c2", "g")),
+        tool("c1", "one"),
+        tool("c2", "two"),
+    ]
+
+
+def test_calls_after_outputs_are_another_turn():
+    assert said(call("c1"), output("c1", "one"), call("c2"), output("c2", "two")) == [
+        turn(tool_call("c1")),
+        tool("c1", "one"),
+        turn(tool_call("c2")),
+        tool("c2", "two"),
+    ]
+
+
+def test_text_and_calls_of_one_turn_are_one_message():
+    assert said(assistant("let me look"), call("c1"), output("c1"), assistant("found")) == [
+        turn(tool_call("c1"), content="let me look"),
+        tool("c1"),
+        {"role": "assistant", "content": "found"},
+    ]
+
+
+def test_text_after_a_call_stands_behind_the_call_s_output():
+    assert said(call("c1"), assistant("meanwhile"), output("c1")) == [
+        turn(tool_call("c1")),
+        tool("c1"),
+        {"role": "assistant", "content": "meanwhile"},
+    ]
+
+
+def test_a_user_message_between_call_and_output_follows_the_output():
+    assert said(call("c1"), user("wait"), output("c1"), assistant("done")) == [
+        turn(tool_call("c1")),
+        tool("c1"),
+        {"role": "user", "content": "wait"},
+        {"role": "assistant", "content": "done"},
+    ]
+
+
+def test_a_call_id_that_comes_again_is_answered_in_order():
+    assert said(call("c1", "f"), output("c1", "one"), user("again"), call("c1", "g"), output("c1", "two")) == [
+        turn(tool_call("c1", "f")),
+        tool("c1", "one"),
+        {"role": "user", "content": "again"},
+        turn(tool_call("c1", "g")),
+        tool("c1", "two"),
+    ]
+
+
+def test_a_cut_off_call_is_not_said():
+    assert said(user("hi"), call("c1", arguments='{"a', status="incomplete"), user("again")) == [
+        {"role": "user", "content": "hi"},
+        {"role": "user", "content": "again"},
+    ]
+
+
+def test_two_answers_are_two_messages():
+    assert said(assistant("a"), assistant("b")) == [
+        {"role": "assistant", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    ]
+
+
+def test_a_namespace_is_part_of_the_name():
+    assert said(call("c1", "find", namespace="crm"), output("c1"))[0] == turn(tool_call("c1", "crm__find"))
+
+
+# -- Outputs ----------------------------------------------------------------------------------------------------------------
+
+
+def test_several_texts_of_an_output_are_one():
+    parts = [{"type": "input_text", "text": one} for one in ("a", "b")]
+    assert said(call("c1"), output("c1", parts))[1] == tool("c1", "a\nb")
+
+
+def test_images_of_an_output_follow_in_a_user_message_behind_all_outputs():
+    shown = [{"type": "input_text", "text": "see"}, IMAGE]
+    first, one, two, attached, last = said(call("c1"), call("c2"), output("c1", shown), output("c2"), assistant("ok"))
+    assert first == turn(tool_call("c1"), tool_call("c2"))
+    assert (one["role"], one["content"].split("\n")[0]) == ("tool", "see")
+    assert "1 attachment" in one["content"]
+    assert two == tool("c2")
+    assert attached["role"] == "user" and "c1" in attached["content"][0]["text"]
+    assert attached["content"][1] == {"type": "image_url", "image_url": {"url": "https://x/y.png"}}
+    assert last == {"role": "assistant", "content": "ok"}
+
+
+# -- Custom tools -----------------------------------------------------------------------------------------------------------
+
+CUSTOM = {"type": "custom_tool_call", "call_id": "c1", "name": "run", "input": 'ls "x"'}
+CUSTOM_OUTPUT = {"type": "custom_tool_call_output", "call_id": "c1", "output": "x"}
+
+
+def test_a_custom_call_is_wrapped_or_native():
+    wrapped = turn(tool_call("c1", "run", '{"input":"ls \\"x\\""}'))
+    assert said(CUSTOM, CUSTOM_OUTPUT) == [wrapped, tool("c1", "x")]
+    native = {"id": "c1", "type": "custom", "custom": {"name": "run", "input": 'ls "x"'}}
+    assert said(CUSTOM, CUSTOM_OUTPUT, dialect=HOSTED) == [turn(native), tool("c1", "x")]
+
+
+def custom(**more: Any) -> dict[str, Any]:
+    """A custom tool's declaration."""
+    return {"type": "custom", "name": "run", "description": "Runs.", **more}
+
+
+GRAMMAR = {"type": "grammar", "syntax": "lark", "definition": "start: WORD"}
+
+
+def test_a_custom_tool_is_wrapped_as_a_function():
+    (made,) = asked(tools=[custom()])["tools"]
+    assert made["function"]["name"] == "run" and made["function"]["description"] == "Runs."
+    assert made["function"]["parameters"]["required"] == ["input"]
+    assert made["function"]["parameters"]["properties"]["input"]["type"] == "string"
+
+
+def test_a_grammar_is_refused_described_or_passed_on():
+    with pytest.raises(UnsupportedParameter, match="'run'") as caught:
+        asked(tools=[custom(format=GRAMMAR)])
+    assert caught.value.param == "tools"
+    (made,) = asked(tools=[custom(format=GRAMMAR)], dialect=Dialect(custom_tools="describe"))["tools"]
+    assert made["function"]["description"].endswith("lark grammar:\nstart: WORD")
+    (made,) = asked(tools=[custom(format=GRAMMAR)], dialect=HOSTED)["tools"]
+    assert made["custom"]["format"] == {
+        "type": "grammar",
+        "grammar": {"syntax": "lark", "definition": "start: WORD"},
+    }
+
+
+# -- Reasoning --------------------------------------------------------------------------------------------------------------
+
+
+def reasoning(**fields: Any) -> dict[str, Any]:
+    """A reasoning item."""
+    return {"type": "reasoning", "id": "rs_1", "summary": [], **fields}
+
+
+@pytest.mark.parametrize(
+    ("item", "text"),
+    [
+        (reasoning(content=[{"type": "reasoning_text", "text": one} for one in "ab"]), "ab"),
+        (reasoning(encrypted_content="sealed hm"), "hm"),
+        (
+            reasoning(
+                encrypted_content="another server's",
+                summary=[{"type": "summary_text", "text": "short"}],
+            ),
+            "short",
+        ),
+        (
+            reasoning(
+                content=[{"type": "reasoning_text", "text": "raw"}],
+                encrypted_content="sealed x",
+                summary=[{"type": "summary_text", "text": "short"}],
+            ),
+            "raw",
+        ),
+    ],
+)
+def test_reasoning_goes_back_where_the_upstream_takes_it(item: dict[str, Any], text: str):
+    dialect = Dialect(reasoning="reasoning_content")
+    assert said(item, assistant("yes"), dialect=dialect) == [
+        {"role": "assistant", "content": "yes", "reasoning_content": text}
+    ]
+    assert said(item, call("c1"), output("c1"), dialect=Dialect(reasoning="reasoning"))[0] == turn(
+        tool_call("c1"), reasoning=text
+    )
+    assert said(item, assistant("yes")) == [{"role": "assistant", "content": "yes"}]
+
+
+def test_reasoning_that_nothing_followed_is_not_said():
+    assert said(user("hi"), reasoning(encrypted_content="sealed hm"), user("again")) == [
+        {"role": "user", "content": "hi"},
+        {"role": "user", "content": "again"},
+    ]
+
+
+def test_reasoning_begins_another_turn():
+    dialect = Dialect(reasoning="reasoning")
+    first, second = reasoning(encrypted_content="sealed a"), reasoning(id="rs_2", encrypted_content="sealed b")
+    assert said(first, assistant("one"), second, assistant("two"), dialect=dialect) == [
+        {"role": "assistant", "content": "one", "reasoning": "a"},
+        {"role": "assistant", "content": "two", "reasoning": "b"},
+    ]
+
+
+# -- Items of other servers -------------------------------------------------------------------------------------------------
+
+
+def test_an_mcp_call_is_a_call_with_its_output():
+    item = {
+        "type": "mcp_call",
+        "id": "mcp_1",
+        "server_label": "s",
+        "name": "roll",
+        "arguments": '{"d":6}',
+        "output": "4",
+    }
+    assert said(user("roll"), item, assistant("4!")) == [
+        {"role": "user", "content": "roll"},
+        turn(tool_call("mcp_1", "roll", '{"d":6}')),
+        tool("mcp_1", "4"),
+        {"role": "assistant", "content": "4!"},
+    ]
+
+
+def test_a_failed_mcp_call_tells_its_error():
+    item = {"type": "mcp_call", "id": "mcp_1", "server_label": "s", "name": "roll", "arguments": "", "error": "no dice"}
+    assert said(item)[1] == tool("mcp_1", 'Error: "no dice"')
+
+
+def test_a_shell_call_is_a_call_of_its_kind():
+    shell = {"type": "shell_call", "id": "sh_1", "call_id": "c1", "status": "completed", "action": {"commands": ["ls"]}}
+    answer = {"type": "shell_call_output", "call_id": "c1", "output": [{"stdout": "x"}]}
+    assert said(shell, answer) == [
+        turn(tool_call("c1", "shell", '{"action":{"commands":["ls"]}}')),
+        tool("c1", '[{"stdout":"x"}]'),
+    ]
+
+
+def test_an_unanswered_call_of_another_server_is_not_said():
+    shell = {"type": "shell_call", "id": "sh_1", "call_id": "c1", "action": {}}
+    assert said(user("hi"), shell) == [{"role": "user", "content": "hi"}]
+
+
+def test_what_no_chat_message_can_say_is_left_out():
+    listed = {"type": "mcp_list_tools", "id": "mcpl_1", "server_label": "s", "tools": []}
+    searched = {"type": "web_search_call", "id": "ws_1", "status": "completed"}
+    assert said(user("hi"), listed, searched, assistant("yes")) == [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes"},
+    ]
+
+
+# -- Truncation -------------------------------------------------------------------------------------------------------------
+
+
+def test_truncation_keeps_calls_with_their_outputs_and_what_the_system_said():
+    made = said(
+        user("one"),
+        call("c1"),
+        output("c1"),
+        assistant("1"),
+        user("two"),
+        call("c2"),
+        output("c2"),
+        assistant("2"),
+        user("three"),
+        instructions="be brief",
+    )
+    halved = truncate(made)
+    assert halved == [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "two"},
+        turn(tool_call("c2")),
+        tool("c2"),
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "three"},
+    ]
+    assert truncate(halved) == [halved[0], {"role": "user", "content": "three"}]
+
+
+def test_the_last_exchange_can_t_go():
+    assert truncate(said(user("one"), assistant("1"), instructions="x")) is None
+    given = context(user("one"))
+    options: dict[str, Any] = {"model": "up", "dialect": PLAIN, "unseal": unseal}
+    assert chat_request(request(), given, **options, halvings=1) is None
+    assert chat_request(request(), given, **options, halvings=2) is None
+
+
+# -- Parameters -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_plain_request_has_nothing_beside():
+    assert asked() == {
+        "model": "up",
+        "messages": [{"role": "user", "content": "hi"}],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+PARAMETERS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"temperature": 0}, {"temperature": 0}),
+    ({"top_p": 0.5}, {"top_p": 0.5}),
+    ({"frequency_penalty": 1, "presence_penalty": -1}, {"frequency_penalty": 1, "presence_penalty": -1}),
+    ({"max_output_tokens": 20}, {"max_tokens": 20}),
+    ({"reasoning": {"effort": "high"}}, {"reasoning_effort": "high"}),
+    ({"reasoning": {"summary": "auto"}}, {}),
+    ({"top_logprobs": 3}, {"logprobs": True, "top_logprobs": 3}),
+    ({"top_logprobs": 0}, {}),
+    ({"include": ["message.output_text.logprobs"]}, {"logprobs": True, "top_logprobs": 0}),
+    ({"text": {"verbosity": "low"}}, {}),
+    ({"text": {"format": {"type": "text"}}}, {}),
+    ({"text": {"format": {"type": "json_object"}}}, {"response_format": {"type": "json_object"}}),
+    (
+        {"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}, "strict": True}}},
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "n", "schema": {"type": "object"}, "strict": True},
+            }
+        },
+    ),
+    ({"top_k": 5}, {"top_k": 5}),
+    ({"parallel_tool_calls": False}, {}),
+]
+
+
+@pytest.mark.parametrize(("body", "expected"), PARAMETERS)
+def test_a_parameter_is_passed_on(body: dict[str, Any], expected: dict[str, Any]):
+    assert {key: value for key, value in asked(**body).items() if key not in asked()} == expected
+
+
+def test_the_hosted_dialect_has_its_own_names():
+    made = asked(max_output_tokens=20, text={"verbosity": "low"}, dialect=HOSTED)
+    assert (made["max_completion_tokens"], made["verbosity"]) == (20, "low")
+    assert "max_tokens" not in made
+
+
+@pytest.mark.parametrize(
+    ("lack", "body", "key"),
+    [
+        ("stream_options", {}, "stream_options"),
+        ("reasoning_effort", {"reasoning": {"effort": "low"}}, "reasoning_effort"),
+        ("parallel_tool_calls", {"parallel_tool_calls": False, "tools": [function("f")]}, "parallel_tool_calls"),
+    ],
+)
+def test_an_option_that_is_lacking_is_left_out(lack: Any, body: dict[str, Any], key: str):
+    assert key in asked(**body)
+    assert key not in asked(**body, dialect=Dialect(lacks=frozenset({lack})))
+
+
+SCHEMA = {"type": "json_schema", "name": "n", "schema": {}}
+
+
+@pytest.mark.parametrize(
+    ("lack", "body", "param"),
+    [
+        ("json_schema", {"text": {"format": SCHEMA}}, "text.format"),
+        ("json_object", {"text": {"format": {"type": "json_object"}}}, "text.format"),
+        ("tool_choice_required", {"tools": [function("f")], "tool_choice": "required"}, "tool_choice"),
+        (
+            "tool_choice_required",
+            {"tools": [function("f")], "tool_choice": {"type": "function", "name": "f"}},
+            "tool_choice",
+        ),
+    ],
+)
+def test_what_can_t_be_left_out_is_refused_where_it_is_lacking(lack: Any, body: dict[str, Any], param: str):
+    asked(**body)
+    with pytest.raises(UnsupportedParameter) as caught:
+        asked(**body, dialect=Dialect(lacks=frozenset({lack})))
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        ("auto", None),
+        ("none", "none"),
+        ("required", "required"),
+        ({"type": "function", "name": "f"}, {"type": "function", "function": {"name": "f"}}),
+        ({"type": "custom", "name": "run"}, {"type": "function", "function": {"name": "run"}}),
+        ({"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "f"}]}, "required"),
+        ({"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]}, None),
+    ],
+)
+def test_a_tool_choice_is_asked_for(choice: Any, expected: Any):
+    assert asked(tools=[function("f"), custom()], tool_choice=choice).get("tool_choice") == expected
+
+
+def test_a_native_custom_tool_is_chosen_as_such():
+    made = asked(tools=[custom()], tool_choice={"type": "custom", "name": "run"}, dialect=HOSTED)
+    assert made["tool_choice"] == {"type": "custom", "custom": {"name": "run"}}
+
+
+def test_a_function_is_declared_with_what_it_has():
+    (made,) = asked(tools=[function("f", description="F.", parameters={"type": "object"}, strict=True)])["tools"]
+    assert made == {
+        "type": "function",
+        "function": {"name": "f", "description": "F.", "parameters": {"type": "object"}, "strict": True},
+    }
+    bare = {"name": "f", "parameters": {"type": "object", "properties": {}}}
+    assert asked(tools=[function("f", strict=None)])["tools"] == [{"type": "function", "function": bare}]
+    loose = asked(tools=[function("f", strict=True)], dialect=Dialect(lacks=frozenset({"strict"})))
+    assert loose["tools"] == [{"type": "function", "function": bare}]
+
+
+def test_refused_calls_are_told_with_their_reason():
+    assert refused_calls([("c1", "h", "", "no such tool")], "") == [
+        turn(tool_call("c1", "h")),
+        tool("c1", "Error: no such tool"),
+    ]

@@ -1,0 +1,121 @@
+"""Settings: every one from its variable, every bad value one clear line that names it."""
+
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import msgspec
+import pytest
+
+from app.settings import PLAIN_NAMES, Settings, SettingsError, load, variable
+
+FIELDS = {field.name: field for field in msgspec.structs.fields(Settings)}
+
+GOOD: dict[str, tuple[str, Any]] = {
+    "host": ("0.0.0.0", "0.0.0.0"),
+    "port": ("0", 0),
+    "data_dir": ("/x", "/x"),
+    "catalog": ("c.toml", "c.toml"),
+    "database_url": ("postgresql://x", "postgresql://x"),
+    "redis_url": ("redis://x", "redis://x"),
+    "durable": ("false", False),
+    "openai_base_url": ("http://x/v1", "http://x/v1"),
+    "openai_api_key": ("sk", "sk"),
+    "upstream_auth": ("caller", "caller"),
+    "secret_key": ("AAAA", "AAAA"),
+    "on_disconnect": ("finish", "finish"),
+    "log_level": ("debug", "debug"),
+    "workers_in_api": ("false", False),
+    "redis_prefix": ("mine", "mine"),
+}
+"""A value of each setting that is no plain limit: as it is written, as it is meant."""
+
+UNITS = frozenset("bytes items runs turns s attempts connections chars size".split())
+UNITLESS = {"port": "a number, not an amount", "durable": "a switch"}
+
+
+def kind(name: str) -> type:
+    """A setting's type, without its description."""
+    annotated = FIELDS[name].type
+    plain = get_args(annotated)[0]
+    return str if get_origin(plain) is not None else plain
+
+
+LIMITS = [name for name in FIELDS if kind(name) in {int, float} and name != "port"]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_setting_is_read_from_its_variable(name: str):
+    written, meant = GOOD.get(name, ("1024", 1024))
+    assert getattr(load({variable(name): written}), name) == meant
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_an_empty_value_means_not_set(name: str):
+    assert load({variable(name): ""}) == Settings()
+
+
+def test_the_variables_are_the_names_in_capitals_but_for_those_that_everybody_knows():
+    assert {variable(name) for name in FIELDS if not variable(name).startswith("REPRISE_")} == set(PLAIN_NAMES.values())
+    assert variable("turns_max") == "REPRISE_TURNS_MAX"
+    assert variable("database_url") == "DATABASE_URL"
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_limit_has_its_unit_in_its_name(name: str):
+    assert UNITS & set(name.split("_")), f"{name} names no unit"
+    assert (name.endswith("_s")) == (kind(name) is float), "seconds may be parts of one, nothing else may"
+
+
+@pytest.mark.parametrize("name", [*LIMITS, "port"])
+@pytest.mark.parametrize("value", ["many", "-1", "1_000", "1e400", "nan"])
+def test_a_bad_number_is_refused_by_name(name: str, value: str):
+    with pytest.raises(SettingsError) as caught:
+        load({variable(name): value})
+    assert str(caught.value).startswith(f"{variable(name)}='{value}' is not valid: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("port", "65536"),
+        ("port", "80.5"),
+        ("durable", "perhaps"),
+        ("upstream_auth", "anyone"),
+        ("on_disconnect", "Cancel"),
+        ("log_level", "loud"),
+        ("turns_max", "0"),
+        ("body_bytes_max", "1023"),
+        ("keepalive_s", "0"),
+        ("input_items_max", "1000000"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(name: str, value: str):
+    with pytest.raises(SettingsError, match=f"^{variable(name)}='{value}' is not valid: "):
+        load({variable(name): value})
+
+
+def test_an_unknown_name_is_refused_with_the_nearest_one():
+    with pytest.raises(
+        SettingsError, match=r"^REPRISE_TURN_MAX is no setting of Reprise; did you mean REPRISE_TURNS_MAX\?$"
+    ):
+        load({"REPRISE_TURN_MAX": "3"})
+    with pytest.raises(SettingsError, match=r"did you mean DATABASE_URL\?$"):
+        load({"REPRISE_DATABASE_URL": "x"})
+    with pytest.raises(SettingsError, match=r"^REPRISE_XYZZY is no setting of Reprise\.$"):
+        load({"REPRISE_XYZZY": "3"})
+
+
+def test_other_variables_are_left_alone():
+    assert load({"PATH": "/bin", "PORT": "1", "OPENAI_ORG": "x"}) == Settings()
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_setting_says_what_it_is(name: str):
+    described = get_args(FIELDS[name].type)[1]
+    assert described.description and not described.description.endswith(".")
+
+
+def test_the_data_directory_is_absolute():
+    assert Settings(data_dir="x").data_path == Path("x").absolute()
+    assert Settings(data_dir="~/x").data_path == Path("~/x").expanduser()

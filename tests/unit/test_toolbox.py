@@ -1,0 +1,121 @@
+"""The toolbox: what the model sees, who runs a call, which calls are refused."""
+
+from typing import Any
+
+import pytest
+
+from app.domain.toolbox import MODEL_NAME_CHARS_MAX, HandOver, Refuse, open_toolbox
+from app.errors import InvalidRequest
+from app.wire.tools import CustomTool, FunctionTool, NamespaceTool
+from tests.unit.build import function, toolbox
+
+CUSTOM = {"type": "custom", "name": "run"}
+
+
+def namespace(name: str, *tools: dict[str, Any]) -> dict[str, Any]:
+    """A namespace's declaration."""
+    return {"type": "namespace", "name": name, "tools": list(tools)}
+
+
+def allowed(*names: str, mode: str = "auto") -> dict[str, Any]:
+    """A tool choice of these functions."""
+    return {"type": "allowed_tools", "mode": mode, "tools": [{"type": "function", "name": name} for name in names]}
+
+
+def test_calls_of_offered_tools_are_handed_over():
+    tools = toolbox(function("f"), CUSTOM, namespace("crm", function("find")))
+    assert tools.verdict("f") == HandOver("function", "f", None)
+    assert tools.verdict("run") == HandOver("custom", "run", None)
+    assert tools.verdict("crm__find") == HandOver("function", "find", "crm")
+
+
+@pytest.mark.parametrize(
+    ("choice", "name"),
+    [
+        ("auto", "g2"),
+        ("auto", ""),
+        ("none", "f"),
+        (allowed("f"), "g"),
+        (allowed("f", mode="required"), "g"),
+        ({"type": "function", "name": "f"}, "g"),
+    ],
+)
+def test_calls_that_may_not_be_are_refused_with_a_reason(choice: Any, name: str):
+    verdict = toolbox(function("f"), function("g"), choice=choice).verdict(name)
+    assert isinstance(verdict, Refuse) and f"'{name}'" in verdict.reason
+
+
+@pytest.mark.parametrize("choice", ["auto", "required", allowed("f"), {"type": "function", "name": "f"}])
+def test_the_allowed_call_is_handed_over(choice: Any):
+    assert toolbox(function("f"), function("g"), choice=choice).verdict("f") == HandOver("function", "f", None)
+
+
+def test_a_single_choice_must_be_called():
+    tools = toolbox(function("f"), function("g"), choice={"type": "function", "name": "g"})
+    assert tools.only is not None
+    assert (tools.mode, tools.only.model_name) == ("required", "g")
+
+
+def test_allowed_tools_keep_their_mode():
+    assert toolbox(function("f"), choice=allowed("f", mode="required")).mode == "required"
+    assert toolbox(function("f"), choice=allowed("f")).mode == "auto"
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "param"),
+    [
+        ([], "required", "tool_choice"),
+        ([function("f")], {"type": "function", "name": "g"}, "tool_choice"),
+        ([function("f")], {"type": "custom", "name": "f"}, "tool_choice"),
+        ([function("f")], allowed("f", "g"), "tool_choice.tools[1]"),
+        ([function("f")], {"type": "web_search_preview"}, "tool_choice"),
+        ([{"type": "file_search", "vector_store_ids": []}], {"type": "file_search"}, "tool_choice"),
+        ([function("f"), function("f")], "auto", "tools"),
+        ([namespace("n", function("f"), function("f"))], "auto", "tools"),
+        ([namespace("n", function("f")), function("n")], "auto", "tools"),
+        ([function("f"), {"type": "computer_use_preview"}], "auto", "tools[1].type"),
+    ],
+)
+def test_what_can_t_be_offered_is_refused_with_its_path(tools: list[dict[str, Any]], choice: Any, param: str):
+    with pytest.raises(InvalidRequest) as caught:
+        toolbox(*tools, choice=choice)
+    assert caught.value.param == param
+
+
+def test_hosted_tools_that_clients_declare_anyway_are_left_out():
+    tools = toolbox({"type": "web_search"}, function("f"), {"type": "image_generation"})
+    assert (list(tools.offers), tools.left_out) == (["f"], ("web_search", "image_generation"))
+
+
+def test_the_later_of_two_tools_of_one_name_counts_when_the_context_adds_it():
+    tools = open_toolbox([FunctionTool("f")], [FunctionTool("f", description="new")], "auto")
+    assert [offer.tool.description for offer in tools.offers.values()] == ["new"]
+
+
+def test_names_that_collide_are_numbered():
+    tools = toolbox(namespace("a", function("b__c")), namespace("a__b", function("c")), function("a__b__c"))
+    assert list(tools.offers) == ["a__b__c", "a__b__c_2", "a__b__c_3"]
+    assert tools.verdict("a__b__c_2") == HandOver("function", "c", "a__b")
+    assert tools.model_name("c", "a__b") == "a__b__c_2"
+    assert tools.model_name("a__b__c", None) == "a__b__c_3"
+
+
+def test_long_names_are_shortened_and_stay_apart():
+    inner = [FunctionTool("f" * 60 + end) for end in "12"]
+    tools = open_toolbox([NamespaceTool("n" * 60, [*inner])], [], "auto")
+    assert len(tools.offers) == 2
+    assert all(len(name) <= MODEL_NAME_CHARS_MAX for name in tools.offers)
+    for name, offer in tools.offers.items():
+        assert tools.verdict(name) == HandOver("function", offer.tool.name, "n" * 60)
+
+
+def test_a_tool_that_is_no_longer_offered_keeps_its_name_in_old_context():
+    tools = toolbox()
+    assert tools.model_name("find", "crm") == "crm__find"
+    assert tools.model_name("f", None) == "f"
+    assert tools.model_name("f" * 70, None) == toolbox(function("f" * 70)).model_name("f" * 70, None)
+
+
+def test_custom_tools_of_a_namespace_are_offered():
+    tools = open_toolbox([NamespaceTool("n", [CustomTool("run")])], [], "auto")
+    assert tools.verdict("n__run") == HandOver("custom", "run", "n")
