@@ -132,6 +132,8 @@ class ChunkStream:
         self.upstream = upstream
         self._response = response
         self._finished = False
+        self.heard = False
+        """Whether a chunk has come."""
 
     async def __aiter__(self) -> AsyncIterator[list[Chunk]]:
         """Raises UpstreamStalled, UpstreamGarbled, or UpstreamError for an error object inside the stream."""
@@ -152,6 +154,7 @@ class ChunkStream:
             except UpstreamError as error:
                 failed = error
             if chunks:
+                self.heard = True
                 yield chunks
             if failed:
                 raise failed

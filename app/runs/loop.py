@@ -20,6 +20,7 @@ from app.errors import (
     RunTooLong,
     ServerError,
     UpstreamBusy,
+    UpstreamError,
     UpstreamRefused,
     UpstreamUnavailable,
 )
@@ -48,11 +49,16 @@ class Loop:
         self._task = task
         self._recorder = recorder
         self._more: list[ChatMessage] = []
+        self._route = 0
 
-    async def open(self) -> ChunkStream:
-        """The upstream's answer to the next turn; other routes are tried where one is out of order. Raises ApiError."""
-        failed: ApiError | None = None
-        for upstream, route in self._task.routes:
+    async def open(self, *, behind: int = -1, failed: ApiError | None = None) -> ChunkStream:
+        """The upstream's answer to the next turn; the next route is tried where one is out of order.
+
+        `behind` is the route that has `failed` by now. Raises ApiError.
+        """
+        for number in range(behind + 1, len(self._task.routes)):
+            upstream, route = self._task.routes[number]
+            self._route = number
             try:
                 return await self._open(upstream, route.model)
             except (UpstreamUnavailable, UpstreamBusy) as error:
@@ -110,7 +116,7 @@ class Loop:
         """Follow the stream and those of further turns. Raises ApiError; what was said until then is recorded."""
         for left in reversed(range(self._turns_max)):
             made = len(self._recorder.response.output)
-            turn = await self._follow(stream)
+            turn = await self._follow_first(stream)
             outcome = outcome_of(turn.finish_reason)
             if not turn.refused or turn.handed_over or outcome.status != "completed":
                 return outcome
@@ -125,6 +131,16 @@ class Loop:
         items = [decode_item(item) for item in self._recorder.response.output[made:]]
         parts = [part for item in items if isinstance(item, Message) for part in item.content]
         return "".join(part.text for part in parts if isinstance(part, OutputText))
+
+    async def _follow_first(self, stream: ChunkStream) -> Turn:
+        """Follow the stream; if it breaks down before its first chunk, nobody has heard it, and the next route is taken."""
+        while True:
+            try:
+                return await self._follow(stream)
+            except UpstreamError as error:
+                if stream.heard:
+                    raise
+                stream = await self.open(behind=self._route, failed=error)
 
     async def _follow(self, stream: ChunkStream) -> Turn:
         turn = Turn(

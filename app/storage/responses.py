@@ -492,14 +492,17 @@ _HAS_CHILD = Query(
 )
 
 _TOMBSTONE = Query(
-    text("update responses set deleted_at = now() where tenant_id = :tenant_id and id = :id returning 1")
+    text("""
+    with archive as (
+        delete from event_archive where tenant_id = :tenant_id and response_id = :id
+    )
+    update responses set deleted_at = now() where tenant_id = :tenant_id and id = :id returning 1
+    """)
 )
 
 _PURGE = Query(
     text("""
-    with archive as (
-        delete from event_archive where tenant_id = :tenant_id and response_id = :id
-    ), item as (
+    with item as (
         delete from items where tenant_id = :tenant_id and thread_id = :thread_id and turn = :turn
     ), branch as (
         delete from branches branch where tenant_id = :tenant_id and thread_id = :thread_id

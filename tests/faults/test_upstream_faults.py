@@ -4,7 +4,9 @@ Before the first event an error is an HTTP status and nothing is stored; after i
 until then. Requests are tried again only while nothing was sent to anybody.
 """
 
+import http.server
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping
 
 import httpx
@@ -58,12 +60,38 @@ def locked() -> Iterator[Upstream]:
         yield running
 
 
+class Speechless(http.server.BaseHTTPRequestHandler):
+    """An upstream that says 200, and then that it can't."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.end_headers()
+        self.wfile.write(b'data: {"error": {"message": "no worker is free"}}\n\n')
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nobody reads it."""
+
+
+@pytest.fixture(scope="module")
+def speechless() -> Iterator[str]:
+    """The base URL of such an upstream."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Speechless) as running:
+        serving = threading.Thread(target=running.serve_forever, daemon=True)
+        serving.start()
+        yield f"http://127.0.0.1:{running.server_port}/v1"
+        running.shutdown()
+        serving.join()
+
+
 @pytest.fixture(scope="module")
 def faulty(
     base_env: Mapping[str, str],
     new_database: Callable[[], str],
     upstream: Upstream,
     locked: Upstream,
+    speechless: str,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Served]:
     """A server with small limits, and upstreams that are dead, locked, scripted."""
@@ -73,10 +101,15 @@ def faulty(
         upstreams.scripted.base_url = "{upstream.base_url}"
         upstreams.dead.base_url = "http://127.0.0.1:{free_port()}/v1"
         upstreams.locked.base_url = "{locked.base_url}"
+        upstreams.speechless.base_url = "{speechless}"
 
         [[models]]
         name = "failover"
         routes = [{{ upstream = "dead" }}, {{ upstream = "locked" }}, {{ upstream = "scripted" }}]
+
+        [[models]]
+        name = "late-failover"
+        routes = [{{ upstream = "speechless" }}, {{ upstream = "dead" }}, {{ upstream = "scripted" }}]
     """)
     env = {**base_env, **LIMITS, "DATABASE_URL": new_database(), "REPRISE_CATALOG": str(catalog)}
     with Served(env) as running:
@@ -221,8 +254,9 @@ def test_a_key_that_the_upstream_does_not_know_is_no_secret_told(http, said, loc
     assert len(locked.requests) == before + 1
 
 
-def test_the_next_route_is_taken_before_the_first_chunk(http, upstream, said):
-    reply = ask(http, said, said, stream=False, model="failover")
+@pytest.mark.parametrize("model", ["failover", "late-failover"])
+def test_the_next_route_is_taken_before_the_first_chunk(http, upstream, said, model):
+    reply = ask(http, said, said, stream=False, model=model)
     assert text_of(reply.json()) == f"ok: {said}"
     assert len(upstream.asked(said)) == 1
 
