@@ -4,10 +4,10 @@ Before the first event an error is an HTTP status and nothing is stored; after i
 until then. Requests are tried again only while nothing was sent to anybody.
 """
 
-import http.server
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
@@ -60,7 +60,7 @@ def locked() -> Iterator[Upstream]:
         yield running
 
 
-class Speechless(http.server.BaseHTTPRequestHandler):
+class Speechless(BaseHTTPRequestHandler):
     """An upstream that says 200, and then that it can't."""
 
     def do_POST(self) -> None:
@@ -77,7 +77,7 @@ class Speechless(http.server.BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def speechless() -> Iterator[str]:
     """The base URL of such an upstream."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Speechless) as running:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Speechless) as running:
         serving = threading.Thread(target=running.serve_forever, daemon=True)
         serving.start()
         yield f"http://127.0.0.1:{running.server_port}/v1"

@@ -115,5 +115,7 @@ def test_statements_stand_in_queries_only():
     """Nobody but the database module has a connection's `fetch` and `execute`, so the list is complete; Redis knows no SQL."""
     for module in MODULES:
         if module not in {database, redislog}:
-            found = re.findall(r"(?<!executor)(?<!background)(?<!self)\.(?:fetch|execute)\w*\(", Path(str(module.__file__)).read_text())
+            found = re.findall(
+                r"(?<!executor)(?<!background)(?<!self)\.(?:fetch|execute)\w*\(", Path(str(module.__file__)).read_text()
+            )
             assert found == [], module.__name__
