@@ -12,6 +12,7 @@ from typing import Any
 from litestar import Response
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.storage.redislog import break_off
 from app.wire.events import DONE_FRAME, Entry
 
 KEEPALIVE = b": keep-alive\n\n"
@@ -56,9 +57,7 @@ class EventStream(Response[None]):
             self._gone()
             raise
         finally:
-            writing.cancel()
-            leaving.cancel()
-            await asyncio.gather(writing, leaving, return_exceptions=True)
+            await break_off([writing, leaving])
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self._head})

@@ -52,9 +52,11 @@ class Work:
         self.recorder: Recorder | None = None
         self.log: RunLog | None = None
         self.task: asyncio.Task[None] | None = None
+        self.stopped = False
 
     def stop(self) -> None:
         """Break it off without a word: somebody else goes on with it."""
+        self.stopped = True
         if self.recorder:
             self.recorder.stop()
         if self.log:
@@ -225,6 +227,8 @@ class Background:
     async def _make(self, work: Work) -> None:
         claim = work.claim
         found = await self._find(claim)
+        if work.stopped:
+            raise Fenced
         recovered = recover(found.said)
         number = recovered.next_number
         if claim.streamed:

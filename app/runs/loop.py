@@ -158,7 +158,7 @@ class Loop:
                 status = "completed"
         finally:
             try:
-                await self._recorder.record(turn.close(status))
+                await self._recorder.record(turn.close(status), ending=True)
             finally:
                 self._output_index = turn.output_index
                 self.usage = add_usage(self.usage, turn.usage)

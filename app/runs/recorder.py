@@ -18,6 +18,8 @@ class Log(Protocol):
         ...
 
 
+ITEM_DONE = str(ItemDone.__struct_config__.tag)
+
 Keep = Callable[[Sequence[Entry]], Awaitable[None]]
 """Commits entries to the journal."""
 
@@ -43,6 +45,7 @@ class Recorder:
         self._entries: list[Entry] = list(said)
         self._log, self._keep = log, keep
         self._unkept: list[Entry] = list(unkept)
+        self._held: list[Entry] = []
         self._stopped = False
         self._bytes_left = bytes_max
 
@@ -50,18 +53,29 @@ class Recorder:
         """The first events of a foreground run: created, in_progress."""
         await self.record([Created(response=self.response), InProgress(response=self.response)])
 
-    async def record(self, events: Iterable[Event], *, keep: bool = False) -> None:
-        """Record a batch; with `keep` each event is journalled as the end of an item is. Raises RunTooLong once the run's events have more bytes than it may make, Fenced if somebody else
-        owns the response."""
+    async def record(self, events: Iterable[Event], *, keep: bool = False, ending: bool = False) -> None:
+        """Record a batch. With `keep` each event is journalled, as the end of an item always is.
+
+        A turn is `ending` with these: the ends of its open items then wait for what comes next, as a rule the end of the run.
+        So whoever goes on after a crash finds the turn either unfinished, and makes it anew, or followed by something.
+        Raises RunTooLong once the run's events have more bytes than it may make, Fenced if somebody else owns the response.
+        """
         if self._stopped:
             raise Fenced
+        if self._held:
+            held, self._held = self._held, []
+            await self._commit(held)
         batch: list[Entry] = []
         for event in events:
             self.response = apply(self.response, event)
             batch.append(self.stamp(event))
-            if self._keep and (keep or isinstance(event, ItemDone)):
-                await self._journal(batch)
+            if self._keep and not ending and (keep or isinstance(event, ItemDone)):
+                self._send(batch[:-1])
+                await self._commit(batch[-1:])
                 batch = []
+        if self._keep and ending:
+            end = next((at for at, entry in enumerate(batch) if entry.type == ITEM_DONE), len(batch))
+            batch, self._held = batch[:end], batch[end:]
         self._send(batch)
         if self._bytes_left < 0:
             raise RunTooLong("The run made more output than REPRISE_RUN_OUTPUT_BYTES_MAX allows.")
@@ -87,26 +101,31 @@ class Recorder:
         if self._log:
             self._log.append(batch)
 
-    async def _journal(self, batch: list[Entry]) -> None:
-        """What leads up to the item's last event goes out at once; the last one when it is committed."""
+    async def _commit(self, entries: list[Entry]) -> None:
+        """These, and all before them, are journalled before a reader hears of them."""
         assert self._keep
-        self._send(batch[:-1])
-        await self._keep([*self._unkept, batch[-1]])
-        self._send(batch[-1:])
+        try:
+            await self._keep([*self._unkept, *entries])
+        except BaseException:
+            self.stop()  # their numbers are given, and they may be committed: nothing else may follow from here
+            raise
+        self._send(entries)
         self._unkept = []
 
     async def finish(
         self, closed: Response, commit: Callable[[Response, Sequence[Entry]], Awaitable[Response]]
     ) -> Response:
         """End the response. `commit` stores it with all entries, the last one included, and gives what is stored in truth;
-        only then the last event is sent."""
+        only then the last event is sent. Raises Fenced if somebody else goes on."""
+        if self._stopped:
+            raise Fenced
         number = self.next_number
         entry = self._last(closed, number)
-        stored = await commit(closed, [*self._entries, entry])
+        stored = await commit(closed, [*self._entries, *self._held, entry])
         if stored is not closed:
             entry = self._last(stored, number)
         self.response = stored
-        self._send([entry])
+        self._send([*self._held, entry])
         return stored
 
     def _last(self, response: Response, number: int) -> Entry:

@@ -13,7 +13,7 @@ from app.settings import Settings
 from app.storage import queue
 from app.storage.database import Database
 from app.storage.queue import Hold, Owner
-from app.storage.redislog import RedisLogs
+from app.storage.redislog import RedisLogs, break_off
 
 log = structlog.get_logger()
 
@@ -66,9 +66,7 @@ class Worker:
             await asyncio.wait(running, timeout=max(0.0, self._grace_ends_at - time.monotonic()))
         self._handing_over = True
         await self._hand_over()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await break_off(self._tasks)
         await self._logs.close()
 
     async def _hand_over(self) -> None:
@@ -77,7 +75,7 @@ class Worker:
             return
         for work in works:
             work.stop()
-        await asyncio.gather(*(work.task for work in works if work.task), return_exceptions=True)
+        await break_off(work.task for work in works if work.task)
         try:
             async with self._database.autocommit() as tx:
                 for work in works:

@@ -5,6 +5,7 @@ statement through a SQLAlchemy connection; nothing else of SQLAlchemy is bypasse
 so that a test can demand of each that it names the tenant.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
@@ -31,6 +32,7 @@ _LOST = (
     asyncpg.OperatorInterventionError,
     asyncpg.TooManyConnectionsError,
     asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
     asyncpg.DeadlockDetectedError,
     DBAPIError,
     PoolTimeout,
@@ -92,8 +94,13 @@ class Database:
         """A connection without a transaction: each statement commits by itself. Raises DatabaseUnavailable."""
         try:
             async with self.engine.connect() as connection:
-                pooled = await connection.get_raw_connection()
-                yield Tx(pooled.driver_connection)
+                driver: Any = (await connection.get_raw_connection()).driver_connection
+                try:
+                    yield Tx(driver)
+                except (asyncio.CancelledError, *_LOST):
+                    # Broken off in mid-statement, it may still be in a transaction, whose locks it would keep in the pool.
+                    driver.terminate()
+                    raise
         except _LOST as error:
             raise DatabaseUnavailable("The database is unavailable; please try again.") from error
 

@@ -9,7 +9,7 @@ Redis is transport only. What it loses is read from Postgres (storage/journal.py
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -210,6 +210,16 @@ async def drop(client: redis.Redis, key: str, lease: int) -> None:
         await pipe.execute()
 
 
+async def break_off(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Cancel tasks until they have ended: redis-py swallows a cancellation that comes while it connects."""
+    every = list(tasks)
+    while left := [task for task in every if not task.done()]:
+        for task in left:
+            task.cancel()
+        await asyncio.wait(left, timeout=RETRY_S)
+    await asyncio.gather(*every, return_exceptions=True)  # so that nobody misses what they ended with
+
+
 def _raise(reply: object) -> None:
     if isinstance(reply, Exception):
         raise reply
@@ -259,9 +269,7 @@ class RedisLogs:
     async def close(self) -> None:
         """Pass the last hints on; stop; close every connection."""
         await self._tell_all()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await break_off(self._tasks)
         await self._blocking.aclose()
         await self.client.aclose()
 
@@ -531,19 +539,22 @@ class Reader:
 
     async def next(self, silence_s: float) -> list[Batch]:
         """The batches that have come, a page of them if it lags; none after so much silence. Raises RedisError."""
-        try:
-            async with asyncio.timeout(silence_s):
-                while True:
-                    self._woken.clear()
-                    batches = await self._fetch() if self._lagging else self._live
-                    if batches:
-                        break
+        ends_at = asyncio.get_running_loop().time() + silence_s
+        while True:
+            self._woken.clear()
+            if self._lagging:
+                batches = (
+                    await self._fetch()
+                )  # bounded by Redis' own timeout; ours would be swallowed (see `break_off`)
+            else:
+                batches, self._live = self._live, []
+            if batches:
+                return batches
+            try:
+                async with asyncio.timeout_at(ends_at):
                     await self._woken.wait()
-        except TimeoutError:
-            return []
-        if batches is self._live:
-            self._live = []
-        return batches
+            except TimeoutError:
+                return []
 
     async def _fetch(self) -> list[Batch]:
         """What it has missed, a page at most."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import itertools
 import random
 import threading
 import time
@@ -123,6 +124,11 @@ class Follower:
         assert not self._thread.is_alive(), f"not ended: {self.frames[-1:]}"
         assert not self._failed, self._failed
         return self.seen
+
+    @property
+    def slowest_s(self) -> float:
+        """The longest time between two events."""
+        return max((after - before for before, after in itertools.pairwise(self.arrived)), default=0.0)
 
     def wait_events(self, count: int, timeout_s: float = 20.0) -> None:
         """Wait until so many events have come."""

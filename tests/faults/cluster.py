@@ -64,6 +64,16 @@ class Servers:
         """Wait until it answers."""
         until(self._pings, "Valkey answers")
 
+    def wait_postgres(self) -> None:
+        """Wait until it answers."""
+        until(self._selects, "Postgres answers")
+
+    def _selects(self) -> bool:
+        try:
+            return bool(query(self._running.database_url, "select 1"))
+        except (OSError, asyncpg.PostgresError):
+            return False
+
     def _pings(self) -> bool:
         try:
             return bool(self.redis.ping())

@@ -5,7 +5,7 @@ import time
 from tests.faults.client import Follower, begin, cancel, until
 from tests.faults.cluster import frozen
 from tests.faults.told import rounds_of, text_of
-from tests.upstream import cut, finish, forever, gate, repeat, script, stall, text
+from tests.upstream import cut, finish, forever, gate, note, repeat, script, stall, text
 
 
 def test_an_upstream_that_breaks_off_fails_the_response_and_keeps_its_part(cluster, check):
@@ -70,7 +70,7 @@ def sealed(cluster, response_id):
 
 
 def test_a_cancelled_run_leaves_its_upstream(cluster, upstream, check):
-    said = script([forever(text("w{i} "))])
+    said = script([note("left"), forever(text("w{i} "))])
     response_id = begin(cluster.urls[0], said)
     follower = Follower(cluster.urls, response_id)
     follower.wait_events(10)

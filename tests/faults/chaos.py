@@ -1,0 +1,252 @@
+"""python -m tests.faults.chaos --seconds N: random faults at random moments, and after each round every promise is checked.
+
+A round: two replicas, two workers, 20 responses, 50 clients that leave and come back, one to four faults. One line is printed
+per round; the first broken promise ends it all, with its seed and what every process has said.
+"""
+
+import argparse
+import contextlib
+import http.client
+import itertools
+import os
+import random
+import signal
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.faults.client import Follower, begin, call, decoded, frames_of, get
+from tests.faults.cluster import LEASE_S, Cluster, Servers, frozen
+from tests.faults.told import closed_as, rounds_of, text_of, told
+from tests.upstream import Upstream, finish, note, reasoning, repeat, script, text
+
+RESPONSES = 20
+CLIENTS = 50
+STUCK_S = 15.0
+"""No fault of a round takes so long, so a client that heard nothing for so long was forgotten."""
+
+JUMPS_MAX = 4
+"""More often than this no round can empty Redis and kill an owner."""
+
+
+class Chaos:
+    """The cluster, and the faults that befall it."""
+
+    def __init__(self, cluster: Cluster, chance: random.Random) -> None:
+        self._cluster, self._chance = cluster, chance
+        self.may_jump = False
+
+    def faults(self) -> list[Callable[[], None]]:
+        """One to four of them, in a random order."""
+        every = [
+            self.worker_killed,
+            self.workers_killed,
+            self.worker_frozen,
+            self.worker_stopped,
+            self.replica_killed,
+            self.postgres_killed,
+            self.postgres_frozen,
+            self.redis_killed,
+            self.redis_frozen,
+            self.redis_emptied,
+            self.response_cancelled,
+        ]
+        return self._chance.sample(every, self._chance.randint(1, 4))
+
+    def worker_killed(self) -> None:
+        """Kill -9 of one; another starts."""
+        self._cluster.kill(self._chance.choice(self._cluster.workers))
+        self._cluster.ensure(workers=2)
+
+    def workers_killed(self) -> None:
+        """Kill -9 of all."""
+        self._cluster.kill_workers()
+        self._cluster.ensure(workers=2)
+
+    def worker_frozen(self) -> None:
+        """SIGSTOP for less or more than a lease."""
+        with frozen([self._chance.choice(self._cluster.workers).process.pid]):
+            self._pass()
+
+    def worker_stopped(self) -> None:
+        """SIGTERM."""
+        worker = self._chance.choice(self._cluster.workers)
+        worker.process.send_signal(signal.SIGTERM)
+        worker.process.wait(30)
+        self._cluster.ensure(workers=2)
+
+    def replica_killed(self) -> None:
+        """Kill -9 of one; another starts elsewhere."""
+        self._cluster.kill(self._chance.choice(self._cluster.replicas))
+        self._cluster.ensure(workers=2)
+
+    def postgres_killed(self) -> None:
+        """Kill -9 of the postmaster."""
+        self._cluster.servers.kill_postgres()
+
+    def postgres_frozen(self) -> None:
+        """SIGSTOP of every process of it."""
+        with contextlib.suppress(ProcessLookupError), frozen(self._cluster.servers.postgres()):
+            self._pass()
+
+    def redis_killed(self) -> None:
+        """Kill -9; it comes back with its append-only file."""
+        self.may_jump = True
+        self._cluster.servers.kill_valkey()
+        self._cluster.servers.wait_valkey()
+
+    def redis_frozen(self) -> None:
+        """SIGSTOP."""
+        self.may_jump = True
+        with frozen(self._cluster.servers.valkey()):
+            self._pass()
+
+    def redis_emptied(self) -> None:
+        """FLUSHALL."""
+        self.may_jump = True
+        self._cluster.servers.wait_valkey()
+        self._cluster.servers.redis.flushall()
+
+    def response_cancelled(self) -> None:
+        """One of those that run."""
+        rows = self._retried(lambda: self._cluster.query("select response_id from runs where request is not null"))
+        if rows:
+            response_id = self._chance.choice(rows)["response_id"]
+            self._retried(
+                lambda: call(self._chance.choice(self._cluster.urls), "POST", f"/responses/{response_id}/cancel")
+            )
+
+    def _pass(self) -> None:
+        time.sleep(self._chance.uniform(0.1, 2 * LEASE_S))
+
+    def _retried(self, ask: Callable[[], Any]) -> Any:
+        for _ in range(100):
+            with contextlib.suppress(Exception):  # whatever it asks may be down just now
+                return ask()
+            time.sleep(0.1)
+        raise AssertionError("nobody answers")
+
+
+class Round:
+    """Responses, clients and faults at once; then the promises."""
+
+    def __init__(self, cluster: Cluster, seed: int) -> None:
+        self._cluster = cluster
+        self._chance = random.Random(seed)
+        self.seed = seed
+        self.counts: Counter[str] = Counter()
+        self._followers: list[Follower] = []
+
+    def run(self) -> str:
+        """Gives the line that tells of it. Raises AssertionError."""
+        begun = time.monotonic()
+        self._cluster.ensure(workers=2)
+        chaos = Chaos(self._cluster, self._chance)
+        faults = chaos.faults()
+        making = threading.Thread(target=self._begin_all)
+        making.start()
+        for fault in faults:
+            time.sleep(self._chance.uniform(0.2, 1.2))
+            fault()
+        making.join()
+        self._cluster.ensure(workers=2)
+        assert len(self._followers) == CLIENTS
+        for follower in self._followers:
+            follower.urls[:] = self._cluster.urls
+        self._cluster.servers.wait_postgres()
+        for follower in self._followers:
+            self._check(follower, JUMPS_MAX if chaos.may_jump else 0)
+        self._cluster.assert_nothing_is_left()
+        names = " ".join(fault.__name__ for fault in faults)
+        figures = " ".join(f"{name}={count}" for name, count in sorted(self.counts.items()))
+        return f"seed={self.seed} {time.monotonic() - begun:.1f}s {figures} faults: {names}"
+
+    def _begin_all(self) -> None:
+        ids = []
+        for number in range(RESPONSES):
+            rounds = self._chance.randint(20, 120)
+            said = script(
+                [
+                    note(f"{self.seed}/{number}"),
+                    repeat(self._chance.randint(1, 10), reasoning("r{i} "), every_ms=5),
+                    repeat(rounds, text("w{i} "), every_ms=self._chance.randint(5, 40)),
+                    text(f"end of {rounds}"),
+                    finish(),
+                ]
+            )
+            ids.append(self._begun(said))
+            self._followers.append(Follower(self._cluster.urls, ids[-1], drops=self._chance.randint(0, 8), seed=number))
+        for number in range(CLIENTS - RESPONSES):
+            drops = self._chance.randint(0, 8)
+            self._followers.append(Follower(self._cluster.urls, self._chance.choice(ids), drops=drops, seed=number))
+
+    def _begun(self, said: str) -> str:
+        for _ in range(300):
+            with contextlib.suppress(OSError, http.client.HTTPException, AssertionError, IndexError):
+                return begin(self._chance.choice(self._cluster.urls), said)
+            time.sleep(0.1)
+        raise AssertionError("no response could be begun")
+
+    def _check(self, follower: Follower, jumps_max: int) -> None:
+        seen = follower.join(90)
+        assert follower.slowest_s < STUCK_S, f"{follower.response_id}: nothing was heard for {follower.slowest_s:.1f} s"
+        row = get(self._cluster.urls[0], follower.response_id)
+        assert told(seen, jumps=jumps_max) == row
+        kept = frames_of(self._cluster.urls[1], follower.response_id)
+        assert told([decoded(frame) for frame in kept], jumps=jumps_max) == row
+        archive = {decoded(frame)["sequence_number"]: frame for frame in kept}
+        superseded = [frame for frame in follower.frames if archive.get(decoded(frame)["sequence_number"]) != frame]
+        if not jumps_max:
+            assert kept == follower.frames
+        assert not any(decoded(frame)["sequence_number"] in archive for frame in superseded), "other bytes, same number"
+        assert row["status"] in {"completed", "cancelled"}, row
+        if row["status"] == "completed":
+            last = text_of({"output": row["output"][-1:]})
+            rounds = rounds_of(last)
+            assert rounds == list(range(len(rounds)))
+            assert last.endswith(f"end of {len(rounds)}")
+        self._count(follower, seen, superseded, row)
+
+    def _count(self, follower: Follower, seen: list[Any], superseded: list[bytes], row: Any) -> None:
+        numbers = [event["sequence_number"] for event in seen]
+        self.counts["events"] += len(seen)
+        self.counts["resumes"] += len(follower.resumed_at)
+        self.counts["cuts"] += follower.cuts
+        self.counts["partials"] += closed_as(seen).count("incomplete")
+        self.counts["jumps"] += sum(after != before + 1 for before, after in itertools.pairwise(numbers))
+        self.counts["superseded"] += len(superseded)
+        self.counts["cancelled"] += row["status"] == "cancelled"
+
+
+def main() -> None:
+    """Rounds until the time is over."""
+    parser = argparse.ArgumentParser(description="Random faults, and every promise checked.")
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    arguments = parser.parse_args()
+    ends, seed = time.monotonic() + arguments.seconds, arguments.seed
+    with tempfile.TemporaryDirectory(prefix="chaos-") as home, Upstream() as upstream:
+        servers = Servers(Path(home) / "servers")
+        env = {"OPENAI_BASE_URL": upstream.base_url, "REPRISE_DATA_DIR": f"{home}/data"}
+        cluster = Cluster(servers, env, REPRISE_RUN_ATTEMPTS_MAX="50", REPRISE_SHUTDOWN_GRACE_S="0.5")
+        try:
+            while time.monotonic() < ends:
+                try:
+                    print(Round(cluster, seed).run(), flush=True)
+                except BaseException:
+                    print(f"seed={seed} BROKEN\n{cluster.printed}", flush=True)
+                    raise
+                upstream.clear()
+                seed += 1
+        finally:
+            cluster.close()
+            servers.close()
+    os._exit(0)  # followers of a broken round may still wait
+
+
+if __name__ == "__main__":
+    main()
