@@ -78,8 +78,9 @@ _LOCKED = "tenant_id, response_id, number_ceiling"
 _CLAIM_DUE = Query(
     text(f"""
     with free as (
-        select {_LOCKED} from runs where state <> 'queued' and due_at < now() order by due_at limit :limit
-        for update skip locked
+        select {_LOCKED} from runs where state <> 'queued' and due_at < now()
+          and (request is not null or worker <> :worker)  -- a foreground run of ours ends by itself, be it late
+        order by due_at limit :limit for update skip locked
     ) {_ours("runs.state")}
     """),
     across_tenants="dead processes leave runs of any tenant",
