@@ -42,8 +42,10 @@ class Turn:
         output_index: int = 0,
         manner: Manner = PLAIN,
         splitter: ThinkSplitter | None = None,
+        call_ids: set[str] | None = None,
     ) -> None:
-        """`output_index` is that of the first item that this turn makes."""
+        """`output_index` is that of the first item that this turn makes; `call_ids` are those that its response has used, and
+        this turn adds its own: clients tell calls apart by them, while upstreams may begin with `call_0` in every turn."""
         self.output_index = output_index
         self.usage: ChatUsage | None = None
         self.finish_reason: str | None = None
@@ -52,6 +54,7 @@ class Turn:
         """How many calls went to the client."""
         self._toolbox, self._new_id, self._manner = toolbox, new_id, manner
         self._splitter = splitter or ThinkSplitter()
+        self._call_ids = set() if call_ids is None else call_ids
         self._queue: list[Group] = []
         self._opened = False
         self._calls: dict[int, CallGroup] = {}
@@ -131,8 +134,9 @@ class Turn:
         group = self._group_of(delta)
         said = delta.function or delta.custom
         if delta.id and not group.call_id:
-            taken = {call.call_id for call in self._queue if isinstance(call, CallGroup)}
-            group.call_id = delta.id[:CALL_ID_CHARS_MAX] if delta.id not in taken else self._new_id("call")
+            given = delta.id[:CALL_ID_CHARS_MAX]
+            group.call_id = given if given not in self._call_ids else self._new_id("call")
+            self._call_ids.add(group.call_id)
         if said is not None:
             group.take_name(said.name)
         if delta.custom is not None:
