@@ -34,10 +34,12 @@ class Recovered(Struct, frozen=True):
     """The items that were done."""
     closing: list[Event]
     """What closes the item that was being said."""
+    call_ids: set[str]
+    """Of every call, also of those that were left out."""
 
 
 class _Item(Struct):
-    id: str
+    call_id: str | None = None
 
 
 class _Said(Struct):
@@ -59,6 +61,7 @@ class _Snapshot(Struct):
 
 
 _SAID = msgspec.json.Decoder(_Said)
+_ITEM = msgspec.json.Decoder(_Item)
 _OBJECT = msgspec.json.Decoder(dict[str, Any])
 
 
@@ -66,6 +69,7 @@ def recover(entries: Sequence[Entry]) -> Recovered:
     """`entries` are all events so far that are known, in order."""
     output: list[Raw] = []
     open_item: _OpenItem | None = None
+    call_ids: set[str] = set()
     number = output_index = -1
     for entry in entries:
         said = _SAID.decode(entry.body)
@@ -76,6 +80,8 @@ def recover(entries: Sequence[Entry]) -> Recovered:
             output, open_item = list(said.response.output), None
         elif said.type == "response.output_item.added":
             open_item = _OpenItem(said.output_index or 0, _OBJECT.decode(said.item))
+            if call_id := _ITEM.decode(said.item).call_id:
+                call_ids.add(call_id)
         elif said.type == "response.output_item.done":
             output.append(said.item.copy())
             open_item = None
@@ -86,6 +92,7 @@ def recover(entries: Sequence[Entry]) -> Recovered:
         next_output_index=output_index + 1,
         output=output,
         closing=open_item.close() if open_item else [],
+        call_ids=call_ids,
     )
 
 

@@ -42,8 +42,10 @@ class Turn:
         output_index: int = 0,
         manner: Manner = PLAIN,
         splitter: ThinkSplitter | None = None,
+        call_ids: set[str] | None = None,
     ) -> None:
-        """`output_index` is that of the first item that this turn makes."""
+        """`output_index` is that of the first item that this turn makes; `call_ids` are those that its response has used, and
+        this turn adds its own: clients tell calls apart by them, while upstreams may begin with `call_0` in every turn."""
         self.output_index = output_index
         self.usage: ChatUsage | None = None
         self.finish_reason: str | None = None
@@ -52,11 +54,11 @@ class Turn:
         """How many calls went to the client."""
         self._toolbox, self._new_id, self._manner = toolbox, new_id, manner
         self._splitter = splitter or ThinkSplitter()
+        self._call_ids = set() if call_ids is None else call_ids
         self._queue: list[Group] = []
         self._opened = False
         self._calls: dict[int, CallGroup] = {}
         self._last_index = 0
-        self._call_ids: set[str] = set()
         self._blank = ""
         self._logprobs: list[Raw] = []
         """Of text that is still held back."""

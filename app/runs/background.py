@@ -232,9 +232,8 @@ class Background:
         recovered = recover(found.said)
         number = recovered.next_number
         if claim.streamed:
-            work.log = RunLog(
-                self._logs, claim.response_id, claim.lease, found.said, anew=found.lost and found.life is None
-            )
+            anew = found.lost and found.life is None
+            work.log = RunLog(self._logs, claim.response_id, claim.lease, found.said, life=found.life, anew=anew)
         recorder = work.recorder = Recorder(
             replace(found.response, status="in_progress", output=recovered.output),
             work.log,
@@ -312,7 +311,7 @@ class Background:
             return Outcome("failed", error=error), NO_USAGE
         # An index that a lost event may have used is not used again.
         index = recovered.next_output_index + (1 if skip else 0)
-        loop = Loop(task, recorder, turns_max=self._settings.turns_max, output_index=index)
+        loop = Loop(task, recorder, turns_max=self._settings.turns_max, output_index=index, call_ids=recovered.call_ids)
         opening = asyncio.create_task(loop.open()) if request.generate else None
         outcome = await loop.outcome(opening, self._settings.run_duration_max_s)
         return outcome, loop.usage

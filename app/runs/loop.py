@@ -5,6 +5,7 @@ the model reads why.
 """
 
 import asyncio
+from collections.abc import Iterable
 
 import structlog
 from msgspec.structs import replace
@@ -41,11 +42,14 @@ TRUNCATIONS_MAX = 20
 class Loop:
     """One run. `open()` first: until it has returned nothing is recorded; then `make()`."""
 
-    def __init__(self, task: Task, recorder: Recorder, *, turns_max: int, output_index: int = 0) -> None:
-        """`output_index` is that of the first item that this run makes."""
+    def __init__(
+        self, task: Task, recorder: Recorder, *, turns_max: int, output_index: int = 0, call_ids: Iterable[str] = ()
+    ) -> None:
+        """`output_index` is that of the first item that this run makes; `call_ids` are used already."""
         self.usage: Usage = NO_USAGE
         self._turns_max = turns_max
         self._output_index = output_index
+        self._call_ids = set(call_ids)
         self._task = task
         self._recorder = recorder
         self._more: list[ChatMessage] = []
@@ -149,6 +153,7 @@ class Loop:
             output_index=self._output_index,
             manner=self._task.manner,
             splitter=ThinkSplitter(stream.upstream.dialect.think),
+            call_ids=self._call_ids,
         )
         status: ItemStatus = "incomplete"
         try:

@@ -72,10 +72,17 @@ class RunLog:
     """The log of one run, as its owner writes it."""
 
     def __init__(
-        self, logs: "RedisLogs", response_id: str, lease: int, sent: Sequence[Entry], *, anew: bool = False
+        self,
+        logs: "RedisLogs",
+        response_id: str,
+        lease: int,
+        sent: Sequence[Entry],
+        *,
+        life: str | None = None,
+        anew: bool = False,
     ) -> None:
-        """`sent` are the events that earlier owners sent and kept: they are sent again if Redis has lost them. `anew` when
-        what Redis holds of the stream is not to be trusted."""
+        """`sent` are the events that earlier owners sent and kept: they are sent again if Redis has lost them. `life` is the
+        stream's own; `anew` when what Redis holds of it is not to be trusted."""
         self.key = logs.key(response_id)
         self.lease = lease
         self.fenced = False
@@ -88,7 +95,7 @@ class RunLog:
         self._entries: list[Entry] = list(sent)
         self._flushed = 0
         self._anew = anew
-        self._found: str | None = None
+        self._found = life
         self._length = 0
 
     def append(self, entries: Sequence[Entry]) -> None:
@@ -120,7 +127,7 @@ class RunLog:
     async def reconcile(self, client: redis.Redis) -> None:
         """Look what Redis holds of this stream, and begin anew behind it. Raises RedisError, Fenced."""
         held = await hold(client, self.key, self.lease, self.ttl_s)
-        if held.newest_lease == self.lease and (self._anew or held.life is None):
+        if held.newest_lease == self.lease and (self._anew or self._is_strange(held.life)):
             await drop(client, self.key, self.lease)
             held = await hold(client, self.key, self.lease, self.ttl_s)
         if held.newest_lease > self.lease:
@@ -131,6 +138,10 @@ class RunLog:
         self._flushed = _behind(self._entries, held.newest_number)
         self.unsure = False
         self._note()
+
+    def _is_strange(self, life: str | None) -> bool:
+        """Whether the stream's beginning is lost, or has been made anew by somebody else."""
+        return life is None or (self._found is not None and life.split("/")[1] != self._found.split("/")[1])
 
     def pending(self) -> list[tuple[str, dict[str, bytes], int]]:
         """What is to be added: (id, fields, how many entries are flushed then)."""

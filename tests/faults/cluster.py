@@ -101,6 +101,19 @@ def frozen(pids: list[int]) -> Iterator[None]:
                 os.kill(pid, signal.SIGCONT)
 
 
+@contextlib.contextmanager
+def locked(url: str, table: str) -> Iterator[None]:
+    """Nobody can write to a table, and everybody can read it."""
+    loop = asyncio.new_event_loop()
+    connection = loop.run_until_complete(asyncpg.connect(url))
+    try:
+        loop.run_until_complete(connection.execute(f"begin; lock table {table} in share mode"))
+        yield
+    finally:
+        loop.run_until_complete(connection.close())
+        loop.close()
+
+
 def query(url: str, statement: str, *arguments: Any) -> list[dict[str, Any]]:
     """The rows of a statement, over a connection of its own."""
 

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 from tests.faults.client import decoded, frames_of, get
 from tests.faults.cluster import Cluster, Servers
-from tests.faults.told import told
+from tests.faults.told import text_of, told
 from tests.servers import Served
 
 Found = Callable[[Served], list[dict[str, Any]]]
@@ -47,9 +48,16 @@ def cluster(standing):
         print(standing.printed)  # captured, and shown only for a failed test
 
 
+@pytest.fixture(scope="session")
+def official():
+    """The official client."""
+    with openai.OpenAI(base_url="http://nowhere", api_key="none", max_retries=0) as client:
+        yield client
+
+
 @pytest.fixture
-def check(cluster):
-    """Checks what one client was told against the oracle, the row and later replays; gives the response."""
+def check(cluster, official):
+    """Checks what one client was told against the oracle, the row, later replays and the official client; gives the response."""
 
     def check(follower, *, status="completed", jumps=0):
         seen = follower.join()
@@ -62,6 +70,11 @@ def check(cluster):
                 assert told([decoded(frame) for frame in kept], jumps=jumps) == response
             else:
                 assert kept == follower.frames
+        if status == "completed":
+            with official.with_options(base_url=cluster.urls[0]).responses.stream(response_id=response["id"]) as stream:
+                assert stream.get_final_response().output_text == text_of(
+                    {"output": [item for item in response["output"] if item["type"] == "message"]}
+                )
         return response
 
     return check
