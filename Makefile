@@ -19,7 +19,7 @@ FITS := import sys; print(sys.executable) if (3, 11) <= sys.version_info[:2] <= 
 PYTHON ?= $(shell for name in python3.14 python3.13 python3.12 python3.11 python3 python; do \
 	$$name -c '$(FITS)' 2>/dev/null && break; done)
 UV = $(shell uv --version >/dev/null 2>&1 && echo uv || echo .tools/bin/uv)
-COMPILE = $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header \
+COMPILE = $(UV) pip compile --quiet --universal --generate-hashes --no-header \
 	--python-version 3.11 pyproject.toml
 
 run: .venv/synced
