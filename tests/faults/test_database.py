@@ -10,8 +10,10 @@ from app.storage.database import Database, Query
 from tests.faults.client import until
 from tests.faults.cluster import query
 
-LOCK = Query(text("select pg_advisory_xact_lock(:number)"), across_tenants="a test")
-SLEEP = Query(text("select pg_sleep(1)"), across_tenants="a test")
+LOCK = Query(
+    text("select pg_advisory_xact_lock(:number)"), across_tenants="a test holds a connection with it; it reads no table"
+)
+SLEEP = Query(text("select pg_sleep(1)"), across_tenants="a test holds a connection with it; it reads no table")
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["once", "twice"])
