@@ -6,7 +6,9 @@ README's table is made from this file.
 """
 
 import difflib
+import re
 from collections.abc import Mapping
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,6 +31,26 @@ def _about(text: str, *, ge: float | None = None, gt: float | None = None, le: f
     limits = {"ge": ge, "gt": gt, "le": le}
     given: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
     return Meta(description=text, **given)
+
+
+class Allowed(msgspec.Struct, frozen=True):
+    """What REPRISE_OUTBOUND_ALLOW says: host names in small letters without a last dot, and networks."""
+
+    hosts: frozenset[str] = frozenset()
+    networks: tuple[IPv4Network | IPv6Network, ...] = ()
+
+
+def parse_allowed(text: str) -> Allowed:
+    """Read hosts, addresses and networks, separated by commas. Raises ValueError."""
+    hosts, networks = set(), []
+    for entry in filter(None, (part.strip().lower().rstrip(".") for part in text.split(","))):
+        if "/" in entry or ":" in entry or entry.replace(".", "").isdigit():
+            networks.append(ip_network(entry))
+        elif re.fullmatch(r"[a-z0-9_]([a-z0-9_-]*\.?[a-z0-9_-])*", entry):
+            hosts.add(entry)
+        else:
+            raise ValueError(f"{entry!r} is neither a host name (in ASCII, without port) nor a network")
+    return Allowed(frozenset(hosts), tuple(networks))
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,6 +95,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     upstream_idle_timeout_s: Annotated[float, _about("silence of an upstream in mid-stream", gt=0)] = 120.0
     upstream_line_bytes_max: Annotated[int, _about("one line of an upstream's stream", ge=1024)] = 16 * 1024 * 1024
     upstream_connections_max: Annotated[int, _about("open connections to one upstream", ge=1)] = 2_000
+    outbound_allow: Annotated[
+        str, _about("private hosts and networks that may be called for clients all the same; comma-separated")
+    ] = ""
+    tool_connect_timeout_s: Annotated[float, _about("connecting to a tool server, and its greeting", gt=0)] = 10.0
+    tool_list_timeout_s: Annotated[float, _about("a tool server's whole list", gt=0)] = 30.0
+    tool_call_timeout_s: Annotated[float, _about("one call of a tool", gt=0)] = 120.0
+    tool_answer_bytes_max: Annotated[
+        int, _about("a tool server's answer as it travels, images included; longer: the call fails", ge=1024)
+    ] = 16 * 1024 * 1024
+    tool_output_bytes_max: Annotated[int, _about("a call's text; longer: cut off, with a note", ge=1024)] = 1024 * 1024
+    tools_listed_max: Annotated[int, _about("tools of one server; more: it can't be listed", ge=1)] = 1_000
     database_pool_size: Annotated[int, _about("Postgres connections of one process", ge=1)] = 10
     database_timeout_s: Annotated[float, _about("connecting, waiting for a connection, one statement", gt=0)] = 10.0
     database_retry_s: Annotated[
@@ -123,4 +156,8 @@ def load(environ: Mapping[str, str]) -> Settings:
             values[field.name] = msgspec.convert(text, field.type, strict=False)
         except msgspec.ValidationError as error:
             raise SettingsError(f"{name}={text!r} is not valid: {error}") from None
+    try:
+        parse_allowed(values.get("outbound_allow", ""))
+    except ValueError as error:
+        raise SettingsError(f"REPRISE_OUTBOUND_ALLOW={values['outbound_allow']!r} is not valid: {error}.") from None
     return Settings(**values)

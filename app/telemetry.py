@@ -9,8 +9,14 @@ import sys
 import structlog
 
 
+TELLTALES = ("mcp", "client", "httpx2", "httpcore2")
+"""Loggers of libraries that call tool servers; they print messages, results and headers ("client" is the MCP session's)."""
+
+
 def start_logging(level: str) -> None:
-    """Log to standard error from `level` on; other libraries' warnings included."""
+    """Log to standard error from `level` on; other libraries' warnings included, unless they would tell secrets."""
+    for name in TELLTALES:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     readable = sys.stderr.isatty()
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,

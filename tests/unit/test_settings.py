@@ -26,10 +26,11 @@ GOOD: dict[str, tuple[str, Any]] = {
     "log_level": ("debug", "debug"),
     "workers_in_api": ("false", False),
     "redis_prefix": ("mine", "mine"),
+    "outbound_allow": ("tools.internal,10.1.0.0/16", "tools.internal,10.1.0.0/16"),
 }
 """A value of each setting that is no plain limit: as it is written, as it is meant."""
 
-UNITS = frozenset("bytes items runs turns s attempts connections chars size".split())
+UNITS = frozenset("bytes items runs turns s attempts connections chars size tools".split())
 UNITLESS = {"port": "a number, not an amount", "durable": "a switch"}
 
 

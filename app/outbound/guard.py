@@ -1,0 +1,204 @@
+"""The guard: which addresses may be called for a client, whoever wrote the URL.
+
+Only http and https, no user or password in the URL, and no target that is not on the public internet: neither a private,
+loopback, link-local, shared, multicast or reserved address, nor one that hides in an IPv6 address (IPv4-mapped, 6to4, NAT64),
+nor a cloud's metadata service; unless the operator's REPRISE_OUTBOUND_ALLOW names its host or network.
+
+What counts is the address that a name resolves to. It is looked at in the moment of connecting, and the connection goes to
+that very address, so a name that means something else a moment later changes nothing; TLS and the Host header keep the
+name. Every redirect is a request of its own and passes here again. Proxies of the environment are not asked.
+"""
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import cached_property
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
+from typing import Any, Self
+
+import httpcore2
+import httpx2
+
+from app.settings import Allowed, Settings, parse_allowed
+
+Address = IPv4Address | IPv6Address
+
+Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
+"""Host and port → its addresses. Raises OSError."""
+
+NAT64 = IPv6Network("64:ff9b::/96")
+"""Its last 32 bits are the IPv4 address that is meant."""
+
+NEVER_PUBLIC = tuple(
+    ip_network(network)
+    for network in (
+        "168.63.129.16/32",  # Azure's metadata and wire server, on a public address
+        "192.88.99.0/24",  # the relays of 6to4
+        "3fff::/20",  # documentation; older Pythons do not know it
+        "5f00::/16",  # segment routing, the same
+    )
+)
+
+
+class OutboundRefused(Exception):
+    """The guard does not let this URL be called; the message names the host and says why."""
+
+    def __init__(self, host: str, why: str) -> None:
+        super().__init__(f"Calling '{host}' is not allowed: {why}.")
+
+
+def _private(host: str) -> OutboundRefused:
+    return OutboundRefused(
+        host, "it is not on the public internet, and REPRISE_OUTBOUND_ALLOW of this server does not name it"
+    )
+
+
+class Guard:
+    """Lets through what is public or allowed. One for the whole process."""
+
+    def __init__(self, allowed: Allowed, *, resolve: Resolve | None = None) -> None:
+        """`resolve` finds the addresses of a host; tests bring their own."""
+        self._allowed = allowed
+        self._resolve = resolve or _ask_system
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Self:
+        """The guard of REPRISE_OUTBOUND_ALLOW."""
+        return cls(parse_allowed(settings.outbound_allow))
+
+    @cached_property
+    def tls(self) -> ssl.SSLContext:
+        """The certificates that we trust, read once."""
+        return httpx2.create_ssl_context()
+
+    def transport(self) -> httpx2.AsyncHTTPTransport:
+        """A transport for `httpx2.AsyncClient` that calls only what may be called. Raises OutboundRefused from a request.
+
+        Give it to a client with `trust_env=False`: proxies of the environment would have transports of their own.
+        """
+        return _GuardedTransport(self)
+
+    def open_transport(self) -> httpx2.AsyncHTTPTransport:
+        """A transport without a guard, for addresses that the operator wrote down."""
+        return httpx2.AsyncHTTPTransport(verify=self.tls, trust_env=False)
+
+    async def check(self, url: str) -> None:
+        """Say now what a call would meet, for URLs that are only kept. Raises OutboundRefused, OSError for an unknown host."""
+        try:
+            parsed = httpx2.URL(url)
+        except httpx2.InvalidURL:
+            raise OutboundRefused(url[:100], "this is no URL") from None
+        self.check_form(parsed)
+        await self.addresses(parsed.raw_host.decode("ascii"), parsed.port or 0)
+
+    def check_form(self, url: httpx2.URL) -> None:
+        """Look at what needs no network. Raises OutboundRefused."""
+        host = url.host
+        if url.scheme not in {"http", "https"}:
+            raise OutboundRefused(host or str(url.scheme), "only http and https URLs are called")
+        if not host:
+            raise OutboundRefused("", "the URL names no host")
+        if url.userinfo:
+            raise OutboundRefused(host, "the URL carries a user name or password")
+
+    async def addresses(self, host: str, port: int) -> list[str]:
+        """The addresses of a host, all of which may be called. Raises OutboundRefused, OSError for an unknown host."""
+        found = list(dict.fromkeys(await self._resolve(host, port)))
+        if host.lower().rstrip(".") in self._allowed.hosts:
+            return found
+        # One bad address among good ones is a trick, or a network that we do not understand: nothing is called.
+        if not all(self._may_call(ip_address(address)) for address in found):
+            raise _private(host)
+        return found
+
+    def _may_call(self, address: Address) -> bool:
+        meant = _meant(address)
+        return any(meant in network for network in self._allowed.networks) or _is_public(meant)
+
+
+def _meant(address: Address) -> Address:
+    """The IPv4 address inside an IPv6 one that only carries it."""
+    if isinstance(address, IPv4Address):
+        return address
+    if address in NAT64:
+        return IPv4Address(int(address) & 0xFFFF_FFFF)
+    return address.ipv4_mapped or address.sixtofour or address
+
+
+def _is_public(address: Address) -> bool:
+    return (
+        address.is_global
+        and not address.is_multicast
+        and not address.is_reserved
+        and not (isinstance(address, IPv6Address) and address.is_site_local)
+        and not any(address in network for network in NEVER_PUBLIC)
+    )
+
+
+async def _ask_system(host: str, port: int) -> list[str]:
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(address[0]) for *_, address in found]
+
+
+class _GuardedTransport(httpx2.AsyncHTTPTransport):
+    """httpx2's own transport on a pool whose connections are made by the guard."""
+
+    def __init__(self, guard: Guard) -> None:
+        limits = httpx2.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=5)
+        super().__init__(verify=guard.tls, trust_env=False, limits=limits)
+        self._guard = guard
+        self._pool = httpcore2.AsyncConnectionPool(
+            ssl_context=guard.tls,
+            max_connections=limits.max_connections,
+            max_keepalive_connections=limits.max_keepalive_connections,
+            keepalive_expiry=limits.keepalive_expiry,
+            network_backend=_GuardedNetwork(guard),
+        )
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        self._guard.check_form(request.url)
+        return await super().handle_async_request(request)
+
+
+class _GuardedNetwork(httpcore2.AsyncNetworkBackend):
+    """Connects to addresses that were looked at, not to names."""
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+        self._network = httpcore2.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,  # noqa: ASYNC109 - httpcore2's signature
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore2.AsyncNetworkStream:
+        try:
+            async with asyncio.timeout(timeout):
+                addresses = await self._guard.addresses(host, port)
+                return await self._connect(addresses, port, timeout, local_address, socket_options)
+        except TimeoutError:
+            raise httpcore2.ConnectTimeout from None
+        except OSError as error:
+            raise httpcore2.ConnectError(f"{host} can't be resolved") from error
+
+    async def _connect(
+        self,
+        addresses: list[str],
+        port: int,
+        timeout: float | None,  # noqa: ASYNC109
+        local_address: str | None,
+        socket_options: Iterable[Any] | None,
+    ) -> httpcore2.AsyncNetworkStream:
+        """The first address that answers; each gets its share of the time."""
+        share = None if timeout is None else timeout / max(1, len(addresses))
+        failed: Exception = httpcore2.ConnectError("no address")
+        for address in addresses:
+            try:
+                return await self._network.connect_tcp(address, port, share, local_address, socket_options)
+            except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
+                failed = error
+        raise failed
