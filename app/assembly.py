@@ -14,12 +14,13 @@ from app import echo, embedded
 from app.api import asgi
 from app.domain.sealed import KEY_BYTES, Seal, parse_key
 from app.outbound.catalog import Catalog, load_catalog
+from app.outbound.guard import Guard
 from app.outbound.upstream import Upstream
 from app.runs.background import Background
 from app.runs.executor import Executor
 from app.runs.task import Tasks
 from app.runs.worker import Worker
-from app.settings import Settings, SettingsError
+from app.settings import Settings, SettingsError, parse_allowed
 from app.storage import tenants
 from app.storage.database import Database
 from app.storage.redislog import RedisLogs
@@ -80,6 +81,7 @@ class Core(Struct, frozen=True):
     database: Database
     tasks: Tasks
     background: Background
+    guard: Guard
     worker: Worker
 
 
@@ -91,9 +93,10 @@ async def core(settings: Settings, catalog: Catalog) -> AsyncIterator[tuple[Core
     upstreams = {name: Upstream(name, entry, settings) for name, entry in catalog.upstreams.items()}
     logs = RedisLogs(settings)
     tasks = Tasks(settings, database, catalog, upstreams, seal)
-    background = Background(settings, database, tasks, catalog, seal, logs)
+    guard = Guard(parse_allowed(settings.outbound_allow))
+    background = Background(settings, database, tasks, catalog, seal, guard, logs)
     try:
-        yield Core(database, tasks, background, Worker(settings, database, background, logs)), upstreams
+        yield Core(database, tasks, background, guard, Worker(settings, database, background, logs)), upstreams
     finally:
         for upstream in upstreams.values():
             await upstream.close()
@@ -127,7 +130,7 @@ async def assembled(settings: Settings) -> AsyncIterator[Assembly]:
     """Everything a serving process needs, and its orderly end. Raises SettingsError."""
     async with _catalog(settings) as catalog, core(settings, catalog) as (made, upstreams):
         worker = made.worker
-        executor = Executor(settings, made.database, made.tasks, worker.owner)
+        executor = Executor(settings, made.database, made.tasks, made.guard, worker.owner)
 
         @asynccontextmanager
         async def lifespan(_: Any) -> AsyncIterator[None]:

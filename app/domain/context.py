@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+import msgspec
 from msgspec import UNSET, Struct
 from msgspec.structs import replace
 
+from app.domain.hosted import Kind
 from app.domain.toolbox import Toolbox, open_toolbox
 from app.errors import InvalidRequest
 from app.ids import NewId
@@ -17,10 +19,15 @@ from app.wire.items import (
     FunctionCallOutput,
     InputText,
     ItemReference,
+    McpApprovalRequest,
+    McpApprovalResponse,
+    McpCall,
+    McpListTools,
     Message,
     OpaqueItem,
     OutputText,
     Reasoning,
+    ServerCall,
     type_of,
     with_id,
 )
@@ -37,6 +44,7 @@ PREFIXES = {
     "additional_tools": "at",
     "mcp_list_tools": "mcpl",
     "mcp_approval_request": "mcpr",
+    "mcp_approval_response": "mcpa",
     "mcp_call": "mcp",
     "web_search_call": "ws",
     "file_search_call": "fs",
@@ -57,13 +65,29 @@ class Context(Struct, frozen=True):
     """The new ones among them: this request's own, with their ids."""
     answers: Mapping[int, AnyItem]
     """Position of a call in `items` → the output that answers it."""
+    approved: tuple[McpApprovalRequest, ...]
+    """Calls that this request's input approves: they are made before the first turn."""
+    decisions: tuple[tuple[str, bool], ...]
+    """Every approval request that this request's input answers, and how."""
     instructions: str | None
     toolbox: Toolbox
+    hosted: frozenset[Kind]
+    """Hosted tools that a tool server stands behind."""
 
 
 def references(request: CreateResponse) -> list[str]:
     """Ids of stored items that the input stands for."""
     return [item.id for item in request.input if isinstance(item, ItemReference)]
+
+
+def answered_requests(items: Sequence[AnyItem]) -> list[str]:
+    """Ids of the approval requests that these items answer."""
+    return [item.approval_request_id for item in items if isinstance(item, McpApprovalResponse)]
+
+
+def waits_for_client(item: AnyItem) -> bool:
+    """Whether an output item is the client's to answer: then its response has said its last."""
+    return isinstance(item, Call | McpApprovalRequest) and not _cut_off(item)
 
 
 def check_parent(response_id: str, status: Status | str) -> None:
@@ -75,34 +99,104 @@ def check_parent(response_id: str, status: Status | str) -> None:
 
 
 def resolve(
-    request: CreateResponse, chain: Sequence[AnyItem], referenced: Mapping[str, AnyItem], new_id: NewId
+    request: CreateResponse,
+    chain: Sequence[AnyItem],
+    referenced: Mapping[str, AnyItem],
+    new_id: NewId,
+    *,
+    requests: Mapping[str, McpApprovalRequest] | None = None,
+    hosted: frozenset[Kind] = frozenset(),
 ) -> Context:
-    """The context of a run. `chain` holds the items of all earlier responses, oldest first.
+    """The context of a run. `chain` holds the items of all earlier responses, oldest first; `requests` are the approval
+    requests among those that the input answers which this server has made for this tenant.
 
-    Raises InvalidRequest for an unknown reference, a duplicate item, an unanswered call, an output without its call.
+    Raises InvalidRequest for an unknown reference, a duplicate item, an unanswered call, an output without its call, an
+    approval of what was not asked.
     """
     given = [_dereference(item, referenced) for item in request.input]
     _refuse_duplicates(chain, given)
     fresh = tuple(normalise(item, new_id) for item in given)
-    return _context(request, (*chain, *fresh), fresh)
+    every = (*chain, *fresh)
+    return _context(request, every, fresh, _decided(every, fresh, requests or {}), hosted)
 
 
-def restore(request: CreateResponse, stored: Sequence[AnyItem]) -> Context:
-    """The context of a run that goes on elsewhere: `stored` are all its items, its own input among them."""
-    return _context(request, tuple(stored), ())
+def restore(
+    request: CreateResponse,
+    stored: Sequence[AnyItem],
+    own: Sequence[AnyItem],
+    said: Sequence[AnyItem],
+    *,
+    requests: Mapping[str, McpApprovalRequest],
+    hosted: frozenset[Kind],
+) -> Context:
+    """The context of a run that goes on elsewhere: `stored` are all its items, `own` its own input among them, `said` what
+    earlier owners have made."""
+    every = (*stored, *said)
+    return _context(request, every, (), _decided(every, own, requests), hosted)
 
 
-def _context(request: CreateResponse, every: tuple[AnyItem, ...], fresh: tuple[AnyItem, ...]) -> Context:
+def proceed(context: Context, request: CreateResponse, more: Sequence[AnyItem]) -> Context:
+    """The context after a turn: with what was said, done and listed in it."""
+    return _context(request, (*context.items, *more), context.input, {}, context.hosted)
+
+
+def _context(
+    request: CreateResponse,
+    every: tuple[AnyItem, ...],
+    fresh: tuple[AnyItem, ...],
+    decided: Mapping[str, McpApprovalRequest | None],
+    hosted: frozenset[Kind],
+) -> Context:
     # A call that was cut off is no call: nobody can answer it.
     items = tuple(item for item in every if not _cut_off(item))
     added = [tool for item in items if isinstance(item, AdditionalTools) for tool in item.tools]
+    listed = {item.server_label: item.tools for item in items if isinstance(item, McpListTools) and not item.error}
     return Context(
         items=items,
         input=fresh,
         answers=pair(items),
+        approved=tuple(asked for asked in decided.values() if asked),
+        decisions=tuple((id, asked is not None) for id, asked in decided.items()),
         instructions=request.body.instructions,
-        toolbox=open_toolbox(request.tools, added, request.tool_choice),
+        toolbox=open_toolbox(request.tools, added, request.tool_choice, listed=listed, hosted=hosted),
+        hosted=hosted,
     )
+
+
+def _decided(
+    every: Sequence[AnyItem], fresh: Sequence[AnyItem], requests: Mapping[str, McpApprovalRequest]
+) -> dict[str, McpApprovalRequest | None]:
+    """The approval requests that the fresh items answer: as they were stored, or None for one that is denied. Those whose
+    call was made already, as a resent history tells, are not among them."""
+    asked = {item.id: item for item in every if isinstance(item, McpApprovalRequest)}
+    made = {item.approval_request_id for item in every if isinstance(item, McpCall)}
+    decided: dict[str, McpApprovalRequest | None] = {}
+    for index, item in enumerate(fresh):
+        if not isinstance(item, McpApprovalResponse) or item.approval_request_id in made:
+            continue
+        id, param = item.approval_request_id, f"input[{index}].approval_request_id"
+        if id in decided:
+            raise InvalidRequest(f"Approval request '{id}' is answered twice.", param=param)
+        stored, copy = requests.get(id), asked.get(id)
+        if stored is None or copy is None:
+            raise InvalidRequest(f"Approval request with id '{id}' not found.", param=param)
+        if not _same_call(stored, copy):
+            raise InvalidRequest(f"Approval request '{id}' is not what was asked for.", param=param)
+        decided[id] = stored if item.approve else None
+    return decided
+
+
+def _same_call(one: McpApprovalRequest, other: McpApprovalRequest) -> bool:
+    """Clients decode and encode arguments, so they are compared as JSON."""
+    same = (one.server_label, one.name) == (other.server_label, other.name)
+    return same and (one.arguments == other.arguments or _is_same_json(one.arguments, other.arguments))
+
+
+def _is_same_json(one: str, other: str) -> bool:
+    try:
+        return bool(msgspec.json.decode(one) == msgspec.json.decode(other))
+    except msgspec.DecodeError:
+        return False
 
 
 def _dereference(item: AnyItem, referenced: Mapping[str, AnyItem]) -> AnyItem:
@@ -129,7 +223,7 @@ def _refuse_duplicates(chain: Sequence[AnyItem], given: Sequence[AnyItem]) -> No
 
 
 def _cut_off(item: AnyItem) -> bool:
-    return isinstance(item, Call) and item.status in {"incomplete", "in_progress"}
+    return isinstance(item, Call | ServerCall) and item.status in {"incomplete", "in_progress"}
 
 
 def normalise(item: AnyItem, new_id: NewId) -> AnyItem:
@@ -162,11 +256,18 @@ def _normal_message(message: Message) -> Message:
 
 def pair(items: Sequence[AnyItem]) -> dict[int, AnyItem]:
     """Position of each call → its output. Ids may come again in a long context, so an output answers the earliest call
-    before it that is still open. Raises InvalidRequest for a call or an output that is left alone."""
+    before it that is still open. A request for approval is answered by its call, or by its denial. Raises InvalidRequest for
+    a call or an output that is left alone."""
     open_calls: dict[str, list[int]] = {}
     answers: dict[int, AnyItem] = {}
+    requests: dict[str | None, int] = {}
     for position, item in enumerate(items):
-        if call_id := _called(item):
+        if isinstance(item, McpApprovalRequest):
+            requests[item.id] = position
+        elif isinstance(item, McpApprovalResponse | McpCall):
+            if item.approval_request_id in requests and not (isinstance(item, McpApprovalResponse) and item.approve):
+                answers[requests[item.approval_request_id]] = item
+        elif call_id := _called(item):
             open_calls.setdefault(call_id, []).append(position)
         elif call_id := _answered(item):
             if not open_calls.get(call_id):

@@ -59,6 +59,13 @@ def replay(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 _PARTS = {"content_part": "content", "reasoning_summary_part": "summary"}
 """Kind of part event → the item's list that the part belongs to."""
 
+_PROGRESS = frozenset(
+    f"{call}.{moment}"
+    for call in "mcp_list_tools mcp_call web_search_call file_search_call code_interpreter_call image_generation_call".split()
+    for moment in "in_progress searching interpreting generating completed failed".split()
+)
+"""Kinds of event that only say how far a call has come."""
+
 _TEXTS = {
     "output_text": ("content", "output_text", "text"),
     "refusal": ("content", "refusal", "refusal"),
@@ -66,6 +73,8 @@ _TEXTS = {
     "reasoning_summary_text": ("summary", "summary_text", "text"),
     "function_call_arguments": ("arguments", None, "arguments"),
     "custom_tool_call_input": ("input", None, "input"),
+    "mcp_call_arguments": ("arguments", None, "arguments"),
+    "code_interpreter_call_code": ("code", None, "code"),
 }
 """Kind of delta → the item's key that it grows, the type of its part, the key of its whole text."""
 
@@ -75,6 +84,7 @@ class _Text:
 
     def __init__(self, type: str | None) -> None:
         self.type, self.said, self.is_whole = type, "", False
+        self.annotations: list[Any] = []
 
 
 class _Item:
@@ -94,7 +104,11 @@ class _Item:
             self._end(event["item"])
             return
         assert event["item_id"] == self.fields["id"], f"another item's: {event}"
-        if of in _PARTS:
+        if kind in _PROGRESS:
+            assert kind.startswith(self.fields["type"]), f"another type's: {event}"
+        elif kind == "output_text.annotation.added":
+            self._take_annotation(event)
+        elif of in _PARTS:
             self._take_part(_PARTS[of], what, event)
         else:
             assert of in _TEXTS, f"unknown: {event}"
@@ -112,7 +126,14 @@ class _Item:
         assert text.is_whole, f"its text is not done: {event}"
         said = part.get("text", part.get("refusal"))
         assert (part["type"], said) == (text.type, text.said), f"differs from its deltas: {event}"
+        assert part.get("annotations", []) == text.annotations, f"differs from its annotations: {event}"
         self._parts[key].append(part)
+
+    def _take_annotation(self, event: Mapping[str, Any]) -> None:
+        text = self._texts.get(("content", event["content_index"]))
+        assert text is not None, f"no such part: {event}"
+        assert event["annotation_index"] == len(text.annotations), f"out of order: {event}"
+        text.annotations.append(event["annotation"])
 
     def _take_text(self, of: str, what: str, event: Mapping[str, Any]) -> None:
         key, type_, whole = _TEXTS[of]
@@ -134,7 +155,7 @@ class _Item:
         assert (done["id"], done["type"], done.get("call_id")) == (begun["id"], begun["type"], begun.get("call_id"))
         for key, parts in self._parts.items():
             assert done.get(key, []) == parts, f"{key} differs: {done} {parts}"
-        for key in ("arguments", "input"):
+        for key in ("arguments", "input", "code"):
             text = self._texts.get((key, None))
             assert text is None or text.is_whole, f"{key} is not done: {done}"
             assert done.get(key) == (text.said if text else begun.get(key)), f"{key} differs: {done}"

@@ -6,11 +6,13 @@ from typing import Any, Protocol
 import msgspec
 from msgspec import UNSET, Raw, Struct
 
+from app.domain.citations import NO_SOURCES, Sources
 from app.domain.prompt import WRAPPED_INPUT
-from app.domain.toolbox import HandOver, Refuse, Toolbox
+from app.domain.toolbox import HandOver, Toolbox, Verdict
 from app.ids import NewId
 from app.wire.chat import Logprob
 from app.wire.events import (
+    AnnotationAdded,
     ArgumentsDelta,
     ArgumentsDone,
     CustomInputDelta,
@@ -89,9 +91,10 @@ class MessageGroup:
 
     ready = complete = True
 
-    def __init__(self, id: str) -> None:
+    def __init__(self, id: str, sources: Sources = NO_SOURCES) -> None:
         self.id = id
         self.pending: list[tuple[str, str, list[Raw]]] = []
+        self._sources = sources
         self._kind: str | None = None
         self._said: list[str] = []
         self._logprobs: list[Raw] = []
@@ -126,7 +129,12 @@ class MessageGroup:
         part: OutputText | Refusal
         if self._kind == "text":
             logprobs, self._logprobs = self._logprobs, []
-            part = OutputText(text=said, annotations=[], logprobs=logprobs)
+            cited = self._sources.cited(said)
+            for index, annotation in enumerate(cited):
+                yield AnnotationAdded(**at, annotation_index=index, annotation=annotation)
+            part = OutputText(
+                text=said, annotations=[Raw(msgspec.json.encode(one)) for one in cited], logprobs=logprobs
+            )
             yield TextDone(**at, text=said, logprobs=logprobs)
         else:
             part = Refusal(refusal=said)
@@ -211,7 +219,7 @@ class CallGroup:
         return "".join((*self._said, *self._pending))
 
     @property
-    def verdict(self) -> HandOver | Refuse:
+    def verdict(self) -> Verdict:
         return self._toolbox.verdict(self.name)
 
     @property

@@ -4,12 +4,13 @@ A turn's reasoning, text and calls become one assistant message; the outputs of 
 stand in the context, because Chat Completions demands it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
 
+from app.domain.calls import answer_for_model, asked_of_model
 from app.domain.context import Context, Unseal
 from app.domain.toolbox import Offer, Toolbox
 from app.errors import UnsupportedParameter
@@ -24,11 +25,14 @@ from app.wire.items import (
     InputAudio,
     InputFile,
     InputImage,
+    McpApprovalRequest,
+    McpCall,
+    McpListTools,
     Message,
     OpaqueItem,
     Reasoning,
     Refusal,
-    encode_item,
+    ServerCall,
 )
 from app.wire.requests import CreateResponse, JsonObjectFormat, JsonSchemaFormat
 from app.wire.tools import CustomTool, FunctionTool, Grammar
@@ -83,10 +87,10 @@ def chat_request(
     model: str,
     dialect: Dialect,
     unseal: Unseal,
-    more: Sequence[ChatMessage] = (),
+    output_tokens_max: int | None = None,
     halvings: int = 0,
 ) -> bytes | None:
-    """The body of the upstream's `POST /chat/completions`; `more` are messages of earlier turns of this run.
+    """The body of the upstream's `POST /chat/completions`; `output_tokens_max` is what this turn may still make.
 
     `halvings` says how often the older half of the exchanges is to be dropped; None when that many can't be. Raises
     UnsupportedParameter for what the upstream can't be asked.
@@ -96,11 +100,11 @@ def chat_request(
         said = truncate(said) if said else None
     if said is None:
         return None
-    body: dict[str, Any] = {"model": model, "messages": [*said, *more], "stream": True}
+    body: dict[str, Any] = {"model": model, "messages": said, "stream": True}
     if "stream_options" not in dialect.lacks:
         body["stream_options"] = {"include_usage": True}
     body |= (
-        _sampling(request, dialect)
+        _sampling(request, dialect, output_tokens_max)
         | _text(request, dialect)
         | _tools(request, context.toolbox, dialect)
         | request.extra
@@ -122,8 +126,12 @@ def messages(context: Context, dialect: Dialect, unseal: Unseal) -> list[ChatMes
             case Message(role="user" | "system" | "developer"):
                 made += turn.end()
                 made.append(_message(item, dialect))
-            case Message() | Reasoning() | FunctionCall() | CustomToolCall():
+            case Message() | Reasoning() | FunctionCall() | CustomToolCall() | McpApprovalRequest():
                 made += turn.take(position, item)
+            case _ if isinstance(item, ServerCall):
+                made += turn.take(position, item)
+            case McpListTools():
+                pass
             case OpaqueItem() if not item.type.endswith("_output"):
                 made += turn.take(position, item)
             case _:
@@ -137,6 +145,7 @@ class _AssistantTurn:
 
     def __init__(self, dialect: Dialect, unseal: Unseal, context: Context) -> None:
         self._dialect, self._unseal, self._context = dialect, unseal, context
+        self._asked: set[str | None] = set()
         self._reset()
 
     def _reset(self) -> None:
@@ -163,10 +172,16 @@ class _AssistantTurn:
 
     def _take_call(self, position: int, item: AnyItem) -> None:
         answer = self._context.answers.get(position)
+        if isinstance(item, McpCall) and item.approval_request_id in self._asked:
+            self.answered = True  # it stands where it was asked for
+            return
         call = _call(item, self._context.toolbox, self._dialect)
         if call is None:
             return
-        if isinstance(item, OpaqueItem) and item.type == "mcp_call":
+        if isinstance(item, McpApprovalRequest):
+            self._asked.add(item.id)
+            answer = answer or item
+        elif isinstance(item, ServerCall):
             answer = item
         if answer is not None:
             self._calls.append(call)
@@ -276,11 +291,12 @@ def _call(item: AnyItem, toolbox: Toolbox, dialect: Dialect) -> dict[str, Any] |
             if dialect.custom_tools == "native":
                 return {"id": item.call_id, "type": "custom", "custom": {"name": name, "input": item.input}}
             return _function_call(item.call_id, name, msgspec.json.encode({WRAPPED_INPUT: item.input}).decode())
-        case OpaqueItem(type="mcp_call"):
-            return _function_call(item.id, str(item.fields.get("name")), str(item.fields.get("arguments") or "{}"))
         case OpaqueItem() if isinstance(item.fields.get("call_id"), str):
             return _foreign_call(item)
-    return None
+    asked = asked_of_model(item)
+    if asked is None:
+        return None
+    return _function_call(item.id, toolbox.model_name(asked.name, asked.of, qualified=False), asked.arguments)
 
 
 def _foreign_call(item: OpaqueItem) -> dict[str, Any]:
@@ -310,13 +326,10 @@ def _output(item: AnyItem, call_id: str) -> tuple[str, list[dict[str, Any]]]:
                 {"type": "text", "text": f"Attachments of tool call {call_id}:"},
                 *others,
             ]
-        case OpaqueItem(type="mcp_call"):
-            output, error = item.fields.get("output"), item.fields.get("error")
-            return (str(output) if error is None else f"Error: {msgspec.json.encode(error).decode()}"), []
         case OpaqueItem():
             output = item.fields.get("output")
             return output if isinstance(output, str) else msgspec.json.encode(output).decode(), []
-    return encode_item(item).decode(), []
+    return answer_for_model(item), []
 
 
 def _merge_system(made: list[ChatMessage]) -> list[ChatMessage]:
@@ -340,19 +353,6 @@ def _joined(content: str | list[dict[str, Any]]) -> str | None:
     return "\n".join(texts) if len(texts) == len(content) else None
 
 
-def refused_calls(calls: Iterable[tuple[str, str, str, str]], said: str) -> list[ChatMessage]:
-    """The messages that tell the model why its calls went nowhere: (call id, name, arguments, reason) each."""
-    calls = list(calls)
-    return [
-        {
-            "role": "assistant",
-            "content": said or None,
-            "tool_calls": [_function_call(call_id, name, arguments) for call_id, name, arguments, _ in calls],
-        },
-        *({"role": "tool", "tool_call_id": call_id, "content": f"Error: {reason}"} for call_id, _, _, reason in calls),
-    ]
-
-
 def truncate(made: Sequence[ChatMessage]) -> list[ChatMessage] | None:
     """For `truncation: auto`: without the older half of the exchanges; None when nothing more can go.
 
@@ -369,14 +369,14 @@ def truncate(made: Sequence[ChatMessage]) -> list[ChatMessage] | None:
 # -- Parameters -------------------------------------------------------------------------------------------------------------
 
 
-def _sampling(request: CreateResponse, dialect: Dialect) -> dict[str, Any]:
+def _sampling(request: CreateResponse, dialect: Dialect, output_tokens_max: int | None) -> dict[str, Any]:
     body = request.body
     given: dict[str, Any] = {
         "temperature": body.temperature,
         "top_p": body.top_p,
         "frequency_penalty": body.frequency_penalty,
         "presence_penalty": body.presence_penalty,
-        dialect.max_tokens: body.max_output_tokens,
+        dialect.max_tokens: output_tokens_max,
     }
     if body.reasoning and "reasoning_effort" not in dialect.lacks:
         given["reasoning_effort"] = body.reasoning.effort

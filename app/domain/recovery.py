@@ -2,6 +2,7 @@
 
 The item that was being said is closed as `incomplete` and left out of the response's output: that is the one shape of a
 recovered stream that the official client's accumulator takes. Items that were done stay, and the model goes on from there.
+A call of ours that had begun and has no end may have been made: it is not made again, but ends as failed, and stays.
 """
 
 from collections.abc import Sequence
@@ -10,12 +11,14 @@ from typing import Any
 import msgspec
 from msgspec import Raw, Struct
 
+from app.domain.calls import SERVER_RUN, close_call, unknown_outcome
 from app.wire.events import (
     ArgumentsDone,
     CustomInputDone,
     Entry,
     Event,
     ItemDone,
+    McpListFailed,
     PartDone,
     ReasoningDone,
     RefusalDone,
@@ -23,6 +26,7 @@ from app.wire.events import (
     SummaryPartDone,
     TextDone,
 )
+from app.wire.items import ServerCall, decode_item
 
 
 class Recovered(Struct, frozen=True):
@@ -30,10 +34,12 @@ class Recovered(Struct, frozen=True):
 
     next_number: int
     next_output_index: int
-    output: list[Raw]
+    done: list[Raw]
     """The items that were done."""
     closing: list[Event]
-    """What closes the item that was being said."""
+    """What closes the items that were not."""
+    output: list[Raw]
+    """What the next attempt goes on from: the items that were done, and the calls that ended now."""
     call_ids: set[str]
     """Of every call, also of those that were left out."""
 
@@ -53,6 +59,7 @@ class _Said(Struct):
     delta: str | None = None
     item: Raw = Raw()
     part: Raw = Raw()
+    annotation: Raw = Raw()
     response: "_Snapshot | None" = None
 
 
@@ -67,8 +74,8 @@ _OBJECT = msgspec.json.Decoder(dict[str, Any])
 
 def recover(entries: Sequence[Entry]) -> Recovered:
     """`entries` are all events so far that are known, in order."""
-    output: list[Raw] = []
-    open_item: _OpenItem | None = None
+    done: list[Raw] = []
+    open_items: dict[int, _OpenItem] = {}
     call_ids: set[str] = set()
     number = output_index = -1
     for entry in entries:
@@ -77,21 +84,26 @@ def recover(entries: Sequence[Entry]) -> Recovered:
         if said.output_index is not None:
             output_index = max(output_index, said.output_index)
         if said.response is not None:
-            output, open_item = list(said.response.output), None
+            done, open_items = list(said.response.output), {}
+        elif said.output_index is None:
+            continue
         elif said.type == "response.output_item.added":
-            open_item = _OpenItem(said.output_index or 0, _OBJECT.decode(said.item))
+            open_items[said.output_index] = _OpenItem(said.output_index, _OBJECT.decode(said.item))
             if call_id := _ITEM.decode(said.item).call_id:
                 call_ids.add(call_id)
         elif said.type == "response.output_item.done":
-            output.append(said.item.copy())
-            open_item = None
-        elif open_item is not None:
-            open_item.take(said)
+            done.append(said.item.copy())
+            open_items.pop(said.output_index, None)
+        elif said.output_index in open_items:
+            open_items[said.output_index].take(said)
+    closing = [(item, item.close()) for _, item in sorted(open_items.items())]
+    ended = [event.item for item, events in closing if item.is_call for event in events if isinstance(event, ItemDone)]
     return Recovered(
         next_number=number + 1,
         next_output_index=output_index + 1,
-        output=output,
-        closing=open_item.close() if open_item else [],
+        done=done,
+        closing=[event for _, events in closing for event in events],
+        output=[*done, *ended],
         call_ids=call_ids,
     )
 
@@ -106,6 +118,11 @@ class _OpenItem:
         self._parts: dict[tuple[str, int], dict[str, Any]] = {}
         self._done: set[tuple[str, int]] = set()
 
+    @property
+    def is_call(self) -> bool:
+        """Whether it is a call of ours."""
+        return self._item["type"] in SERVER_RUN
+
     def take(self, said: _Said) -> None:
         where = (
             ("summary", said.summary_index) if said.summary_index is not None else ("content", said.content_index or 0)
@@ -115,6 +132,8 @@ class _OpenItem:
         elif said.type.endswith("part.done"):
             self._parts[where] = _OBJECT.decode(said.part)
             self._done.add(where)
+        elif said.type.endswith("annotation.added"):
+            self._parts[where]["annotations"].append(_OBJECT.decode(said.annotation))
         elif said.delta is not None and where in self._parts:
             part = self._parts[where]
             key = "refusal" if part["type"] == "refusal" else "text"
@@ -123,6 +142,8 @@ class _OpenItem:
             self._text += said.delta
 
     def close(self) -> list[Event]:
+        if self.is_call:
+            return self._close_call()
         events: list[Event] = []
         for where, part in self._parts.items():
             if where not in self._done:
@@ -139,7 +160,15 @@ class _OpenItem:
             case "custom_tool_call":
                 item["input"] = self._text
                 events.append(CustomInputDone(**self._at, input=self._text))
+            case "mcp_list_tools":
+                events.append(McpListFailed(**self._at))
         return [*events, ItemDone(output_index=self._at["output_index"], item=Raw(msgspec.json.encode(item)))]
+
+    def _close_call(self) -> list[Event]:
+        said = {"mcp_call": {"arguments": self._text}, "code_interpreter_call": {"code": self._text}}
+        item = decode_item(msgspec.json.encode({**self._item, **said.get(self._item["type"], {})}))
+        assert isinstance(item, ServerCall)
+        return close_call(item, self._at["output_index"], unknown_outcome())
 
     def _close_part(self, where: tuple[str, int], part: dict[str, Any]) -> list[Event]:
         kind, index = where

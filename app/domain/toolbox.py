@@ -5,18 +5,26 @@ tools that were not offered or not allowed: `allowed_tools` is enforced here, no
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from msgspec import Struct
+from msgspec import UNSET, Struct
 
+from app.domain.hosted import KINDS, SEEN, Kind, owner_of
 from app.errors import InvalidParameter, UnsupportedParameter
+from app.wire.decoding import Json
 from app.wire.tools import (
     AllowedTools,
     AnyTool,
     CustomTool,
     FunctionTool,
     HostedTool,
+    ListedTool,
+    McpApproval,
+    McpFilter,
+    McpTool,
     NamedTool,
     NamespaceTool,
     ToolChoice,
@@ -27,12 +35,32 @@ MODEL_NAME_CHARS_MAX = 64
 """Chat Completions takes no longer function names."""
 
 
+class ByClient(Struct, frozen=True):
+    """The client runs the call."""
+
+    namespace: str | None = None
+
+
+class ByServer(Struct, frozen=True):
+    """An MCP server runs the call; `ask` if only with the client's approval."""
+
+    label: str
+    ask: bool
+
+
+class ByHost(Struct, frozen=True):
+    """The tool server behind a hosted type runs the call."""
+
+    kind: Kind
+    declaration: Json
+
+
 class Offer(Struct, frozen=True):
-    """A tool that the client runs, as the model sees it."""
+    """A tool as the model sees it, and who runs it."""
 
     model_name: str
     tool: FunctionTool | CustomTool
-    namespace: str | None
+    by: ByClient | ByServer | ByHost
 
 
 class HandOver(Struct, frozen=True):
@@ -43,13 +71,27 @@ class HandOver(Struct, frozen=True):
     namespace: str | None
 
 
+class Run(Struct, frozen=True):
+    """The call is run by us."""
+
+    name: str
+    by: ByServer | ByHost
+
+
+class Ask(Struct, frozen=True):
+    """The call waits for the client's approval."""
+
+    name: str
+    label: str
+
+
 class Refuse(Struct, frozen=True):
     """The call goes nowhere; the model reads why."""
 
     reason: str
 
 
-Verdict = HandOver | Refuse
+Verdict = HandOver | Run | Ask | Refuse
 
 
 class Toolbox(Struct, frozen=True):
@@ -60,106 +102,218 @@ class Toolbox(Struct, frozen=True):
     only: Offer | None
     left_out: tuple[str, ...]
     """Hosted tools that nobody here runs: the model does not see them."""
+    unlisted: tuple[str, ...] = ()
+    """Labels of declared MCP servers whose tools are not known yet."""
 
     def verdict(self, model_name: str) -> Verdict:
         """What becomes of a call."""
         offer = self.offers.get(model_name)
         if offer is None or self.mode == "none" or (self.only and self.only is not offer):
             return Refuse(f"There is no tool named '{model_name}' that may be called now.")
-        kind: Literal["function", "custom"] = "custom" if isinstance(offer.tool, CustomTool) else "function"
-        return HandOver(kind, offer.tool.name, offer.namespace)
+        match offer.by:
+            case ByServer(label, ask=True):
+                return Ask(offer.tool.name, label)
+            case ByServer() | ByHost():
+                return Run(offer.tool.name, offer.by)
+            case ByClient(namespace):
+                kind: Literal["function", "custom"] = "custom" if isinstance(offer.tool, CustomTool) else "function"
+                return HandOver(kind, offer.tool.name, namespace)
 
-    def model_name(self, name: str, namespace: str | None) -> str:
-        """How the model knows a tool; calls in old context may name tools that are no longer offered."""
+    def model_name(self, name: str, of: str | None, *, qualified: bool = True) -> str:
+        """How the model knows a tool of this namespace or server; calls in old context may name tools that are no longer
+        offered: then with its owner's name, if `qualified`."""
         for offer in self.offers.values():
-            if offer.tool.name == name and offer.namespace == namespace:
+            if offer.tool.name == name and _of(offer) == of:
                 return offer.model_name
-        return _model_name(name, namespace)
+        return _model_name(name, of if qualified else None)
+
+    def runs(self, label: str, name: str) -> bool:
+        """Whether a server's tool may be called, with the client's approval at least."""
+        return any(offer.tool.name == name and _of(offer) == label for offer in self.offers.values())
 
 
-def open_toolbox(declared: Sequence[AnyTool], added: Sequence[AnyTool], choice: ToolChoice) -> Toolbox:
+def open_toolbox(
+    declared: Sequence[AnyTool],
+    added: Sequence[AnyTool],
+    choice: ToolChoice,
+    *,
+    listed: Mapping[str, Sequence[ListedTool]] | None = None,
+    hosted: frozenset[Kind] = frozenset(),
+) -> Toolbox:
     """Resolve the tools of a request: those it declares, and those that `additional_tools` items of the context add (the
-    later of two with one name counts). Raises InvalidParameter or UnsupportedParameter."""
+    later of two with one name counts). `listed` are the tools of MCP servers, as far as they are known, by label; `hosted` the
+    kinds that a tool server stands behind. Raises InvalidParameter or UnsupportedParameter."""
     _refuse_twice(declared)
-    every, left_out = _offers((*declared, *added))
+    tools = (*declared, *added)
+    every, left_out = _offers(tools, listed or {}, hosted)
+    labels = [tool.server_label for tool in tools if isinstance(tool, McpTool)]
+    unlisted = tuple(label for label in labels if label not in (listed or {}))
     if isinstance(choice, str):
-        if choice == "required" and not every:
+        if choice == "required" and not every and not unlisted:
             raise InvalidParameter(
                 "Tool choice 'required' must be specified with 'tools' parameter.", param="tool_choice"
             )
-        return Toolbox(every, choice, None, left_out)
+        return Toolbox(every, choice, None, left_out, unlisted)
     if isinstance(choice, AllowedTools):
         allowed = {}
         for index, named in enumerate(choice.tools):
-            allowed.update(_chosen(every, named, f"tool_choice.tools[{index}]", left_out))
-        return Toolbox(allowed, choice.mode, None, left_out)
-    (only,) = _chosen(every, choice, "tool_choice", left_out).values()
-    return Toolbox(every, "required", only, left_out)
+            allowed.update(_chosen(every, named, f"tool_choice.tools[{index}]", left_out, labels, unlisted))
+        return Toolbox(allowed, choice.mode, None, left_out, unlisted)
+    chosen = _chosen(every, choice, "tool_choice", left_out, labels, unlisted)
+    if choice.type == "mcp" and not choice.name:
+        return Toolbox(chosen, "required", None, left_out, unlisted)
+    return Toolbox(every, "required", next(iter(chosen.values()), None), left_out, unlisted)
 
 
 def _refuse_twice(declared: Sequence[AnyTool]) -> None:
-    names = [tool.name for tool in declared if not isinstance(tool, HostedTool)]
+    names = [tool.name for tool in declared if not isinstance(tool, HostedTool | McpTool)]
     for name in names:
         if names.count(name) > 1:
             raise InvalidParameter(f"Duplicate tool name '{name}'. Tool names must be unique.", param="tools")
+    labels = [tool.server_label for tool in declared if isinstance(tool, McpTool)]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise InvalidParameter(f"Duplicate server_label '{label}'. Labels must be unique.", param="tools")
     for tool in declared:
         if isinstance(tool, NamespaceTool):
             _refuse_twice(tool.tools)
 
 
-def _offers(tools: Iterable[AnyTool]) -> tuple[dict[str, Offer], tuple[str, ...]]:
-    offers: dict[str, Offer] = {}
+Found = tuple[FunctionTool | CustomTool, ByClient | ByServer | ByHost]
+
+
+def _offers(
+    tools: Sequence[AnyTool], listed: Mapping[str, Sequence[ListedTool]], hosted: frozenset[Kind]
+) -> tuple[dict[str, Offer], tuple[str, ...]]:
+    found: list[Found] = []
     left_out = []
     for index, tool in enumerate(tools):
-        if isinstance(tool, HostedTool):
-            if tool.type not in LEFT_OUT:
-                raise UnsupportedParameter(
-                    f"Tools of type '{tool.type}' are not supported by this server.", param=f"tools[{index}].type"
-                )
-            left_out.append(tool.type)
-        elif isinstance(tool, NamespaceTool):
-            for inner in tool.tools:
-                _add(offers, inner, tool.name)
-        else:
-            _add(offers, tool, None)
-    return offers, tuple(left_out)
+        match tool:
+            case HostedTool():
+                kind = KINDS.get(tool.type)
+                if kind in hosted:
+                    found.append((SEEN[kind], ByHost(kind, tool.fields)))
+                elif kind or tool.type == "tool_search":
+                    left_out.append(tool.type)
+                else:
+                    raise UnsupportedParameter(
+                        f"Tools of type '{tool.type}' are not supported by this server.", param=f"tools[{index}].type"
+                    )
+            case NamespaceTool():
+                found += [(inner, ByClient(tool.name)) for inner in tool.tools]
+            case McpTool():
+                found += _of_server(tool, listed.get(tool.server_label, ()))
+            case _:
+                found.append((tool, ByClient()))
+    return _named(found), tuple(left_out)
 
 
-LEFT_OUT = frozenset(
-    "web_search web_search_2025_08_26 web_search_preview web_search_preview_2025_03_11 file_search code_interpreter "
-    "image_generation tool_search".split()
-)
-"""Hosted tools that clients declare whether or not the server has them; they are left out of what the model sees, with a
-warning. Other hosted tools are refused: a client that declares them depends on them."""
+def _of_server(server: McpTool, listed: Sequence[ListedTool]) -> list[Found]:
+    return [
+        (
+            FunctionTool(name=tool.name, description=tool.description or None, parameters=tool.input_schema),
+            ByServer(server.server_label, _needs_approval(server, tool)),
+        )
+        for tool in allowed(server, listed)
+    ]
 
 
-def _add(offers: dict[str, Offer], tool: FunctionTool | CustomTool, namespace: str | None) -> None:
-    name = _model_name(tool.name, namespace)
-    number = 2
-    while name in offers and (offers[name].namespace, offers[name].tool.name) != (namespace, tool.name):
-        name = f"{_model_name(tool.name, namespace)[: MODEL_NAME_CHARS_MAX - 3]}_{number}"
-        number += 1
-    offers[name] = Offer(name, tool, namespace)
+def allowed(server: McpTool, listed: Sequence[ListedTool]) -> list[ListedTool]:
+    """Those of a server's tools that the request allows."""
+    wanted = server.allowed_tools
+    if wanted is None:
+        return list(listed)
+    filter = McpFilter(tool_names=wanted) if isinstance(wanted, list) else wanted
+    return [tool for tool in listed if _matches(filter, tool)]
 
 
-def _model_name(name: str, namespace: str | None) -> str:
-    full = f"{namespace}__{name}" if namespace else name
+def _matches(filter: McpFilter, tool: ListedTool) -> bool:
+    named = filter.tool_names is None or tool.name in filter.tool_names
+    return named and (filter.read_only is None or filter.read_only == tool.read_only)
+
+
+def _needs_approval(server: McpTool, tool: ListedTool) -> bool:
+    wanted = server.require_approval
+    if isinstance(wanted, McpApproval):
+        always, never = wanted.always, wanted.never
+        return never is None or not _matches(never, tool) or (always is not None and _matches(always, tool))
+    return wanted != "never"
+
+
+def _named(found: Sequence[Found]) -> dict[str, Offer]:
+    """Each under a name of its own. A server's tool has its plain name, unless another tool has it too."""
+    plain = Counter(_safe(tool.name) for tool, by in found if not (isinstance(by, ByClient) and by.namespace))
+    offers: dict[str, Offer] = {}
+    for tool, by in found:
+        of = by.namespace if isinstance(by, ByClient) else None
+        if isinstance(by, ByServer) and plain[_safe(tool.name)] > 1:
+            of = by.label
+        base = name = _model_name(tool.name, of)
+        number = 2
+        while name in offers and (_of(offers[name]), offers[name].tool.name) != (_whose(by), tool.name):
+            name = f"{base[: MODEL_NAME_CHARS_MAX - 3]}_{number}"
+            number += 1
+        offers[name] = Offer(name, tool, by)
+    return offers
+
+
+def _of(offer: Offer) -> str | None:
+    return _whose(offer.by)
+
+
+def _whose(by: ByClient | ByServer | ByHost) -> str | None:
+    match by:
+        case ByClient(namespace):
+            return namespace
+        case ByServer(label):
+            return label
+        case ByHost(kind):
+            return owner_of(kind)
+
+
+def _model_name(name: str, of: str | None) -> str:
+    full = _safe(f"{of}__{name}" if of else name)
     if len(full) <= MODEL_NAME_CHARS_MAX:
         return full
     return f"{full[: MODEL_NAME_CHARS_MAX - 9]}_{hashlib.sha256(full.encode()).hexdigest()[:8]}"
 
 
-def _chosen(offers: dict[str, Offer], named: NamedTool, at: str, left_out: tuple[str, ...]) -> dict[str, Offer]:
-    found = {
-        model_name: offer
-        for model_name, offer in offers.items()
-        if offer.tool.name == named.name
-        and named.type == ("custom" if isinstance(offer.tool, CustomTool) else "function")
-    }
+def _safe(name: str) -> str:
+    """MCP's names may hold characters that a function's may not."""
+    return re.sub(r"[^a-zA-Z0-9_-]", "_", name)
+
+
+def _chosen(
+    offers: dict[str, Offer],
+    named: NamedTool,
+    at: str,
+    left_out: tuple[str, ...],
+    labels: Sequence[str],
+    unlisted: Sequence[str],
+) -> dict[str, Offer]:
+    """The offers that a choice names: one, or all of a server. None while the server's tools are not known."""
+    found = {model_name: offer for model_name, offer in offers.items() if _names(named, offer)}
+    if named.type == "mcp" and (found or named.server_label in unlisted):
+        return found
     if found:
         return dict([next(iter(found.items()))])
+    if named.type == "mcp":
+        if named.server_label not in labels:
+            raise InvalidParameter(f"Tool choice 'mcp' server '{named.server_label}' not found in 'tools'.", param=at)
+        raise InvalidParameter(f"The server '{named.server_label}' has no such tool that is allowed.", param=at)
     if named.type in {"function", "custom"}:
         raise InvalidParameter(f"Tool choice '{named.name}' not found in 'tools' parameter.", param=at)
-    if named.type in left_out:
+    if named.type in left_out or named.type in KINDS:
         raise UnsupportedParameter(f"No server is configured for tools of type '{named.type}'.", param=at)
     raise UnsupportedParameter(f"Tool choice of type '{named.type}' is not supported by this server.", param=at)
+
+
+def _names(named: NamedTool, offer: Offer) -> bool:
+    match offer.by:
+        case ByServer(label):
+            return named.type == "mcp" and named.server_label == label and named.name in {None, offer.tool.name, UNSET}
+        case ByHost(kind):
+            return KINDS.get(named.type) == kind
+        case ByClient():
+            type_ = "custom" if isinstance(offer.tool, CustomTool) else "function"
+            return named.type == type_ and named.name == offer.tool.name

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import msgspec
 from msgspec import Raw, Struct
 
+from app.domain.citations import NO_SOURCES, Sources
 from app.domain.groups import PLAIN, CallGroup, Group, Manner, MessageGroup, ReasoningGroup, output_logprob
 from app.domain.think import Kind, ThinkSplitter
-from app.domain.toolbox import Refuse, Toolbox
+from app.domain.toolbox import Ask, HandOver, Refuse, Run, Toolbox
 from app.ids import NewId
 from app.wire.chat import CallDelta, ChatUsage, Choice, Chunk, CustomDelta, Delta, FunctionDelta
 from app.wire.events import Event
@@ -22,17 +23,18 @@ CALL_ID_CHARS_MAX = 64
 """The API takes no longer call ids."""
 
 
-class RefusedCall(Struct, frozen=True):
-    """A call that went nowhere; the model is told why in the next turn."""
+class OwnCall(Struct, frozen=True):
+    """A call that does not go to the client: we run it, ask for approval, or tell the model why it went nowhere."""
 
     call_id: str
     name: str
+    """As the model knows the tool."""
     arguments: str
-    reason: str
+    verdict: Run | Ask | Refuse
 
 
 class Turn:
-    """Feed chunks, then close. `usage`, `finish_reason`, `refused` and `handed_over` are there to be read."""
+    """Feed chunks, then close. `usage`, `finish_reason`, `own_calls` and `handed_over` are there to be read."""
 
     def __init__(
         self,
@@ -43,16 +45,18 @@ class Turn:
         manner: Manner = PLAIN,
         splitter: ThinkSplitter | None = None,
         call_ids: set[str] | None = None,
+        sources: Sources = NO_SOURCES,
     ) -> None:
         """`output_index` is that of the first item that this turn makes; `call_ids` are those that its response has used, and
-        this turn adds its own: clients tell calls apart by them, while upstreams may begin with `call_0` in every turn."""
+        this turn adds its own: clients tell calls apart by them, while upstreams may begin with `call_0` in every turn.
+        `sources` are what its messages may cite."""
         self.output_index = output_index
         self.usage: ChatUsage | None = None
         self.finish_reason: str | None = None
-        self.refused: list[RefusedCall] = []
+        self.own_calls: list[OwnCall] = []
         self.handed_over = 0
         """How many calls went to the client."""
-        self._toolbox, self._new_id, self._manner = toolbox, new_id, manner
+        self._toolbox, self._new_id, self._manner, self._sources = toolbox, new_id, manner, sources
         self._splitter = splitter or ThinkSplitter()
         self._call_ids = set() if call_ids is None else call_ids
         self._queue: list[Group] = []
@@ -85,7 +89,7 @@ class Turn:
             last = not self._queue
             if isinstance(head, CallGroup):
                 head.settle()
-                if self._refuses(head):
+                if self._takes(head):
                     continue
             if not self._opened:
                 events += self._open(head)
@@ -132,7 +136,7 @@ class Turn:
             if not text.strip():
                 self._blank = text
                 return
-            group = MessageGroup(self._new_id("msg"))
+            group = MessageGroup(self._new_id("msg"), self._sources)
             self._queue.append(group)
         logprobs: list[Raw] = []
         if kind == "text":
@@ -173,10 +177,10 @@ class Turn:
             if not self._opened:
                 if not (head.ready or (followed and head.complete)):
                     return
-                if isinstance(head, CallGroup) and isinstance(head.verdict, Refuse):
+                if isinstance(head, CallGroup) and not isinstance(head.verdict, HandOver):
                     if not (followed and head.complete):
                         return
-                    self._refuses(head)
+                    self._takes(head)
                     self._queue.pop(0)
                     continue
                 yield from self._open(head)
@@ -193,12 +197,12 @@ class Turn:
         self.output_index += 1
         self.handed_over += isinstance(head, CallGroup)
 
-    def _refuses(self, call: CallGroup) -> bool:
-        """Whether a call goes nowhere; if so it is remembered, whole."""
+    def _takes(self, call: CallGroup) -> bool:
+        """Whether a call does not go to the client; if so it is remembered, whole."""
         verdict = call.verdict
-        if not isinstance(verdict, Refuse):
+        if isinstance(verdict, HandOver):
             return False
-        self.refused.append(RefusedCall(call.call_id, call.name, call.input, verdict.reason))
+        self.own_calls.append(OwnCall(call.call_id, call.name, call.input, verdict))
         return True
 
 

@@ -9,6 +9,15 @@
     name = "qwen*"                             # a name or a pattern; the first that matches counts
     routes = [{ upstream = "local" }, { upstream = "spare", model = "qwen3-8b" }]   # in order, for failover
 
+    [tool_servers.search]                      # an MCP server; clients may name it by its label, without a URL
+    url = "http://127.0.0.1:9000/mcp"          # or a program: command = ["python", "-m", "app.toolservers.sandbox"]
+    authorization_env = "SEARCH_TOKEN"
+
+    [hosted.web_search]                        # the tool behind a hosted type; app/domain/hosted.py says how it is mapped
+    server = "search"
+    tool = "search"
+    arguments = { q = "$query", limit = 10 }
+
 A model that no entry names goes to the `default` upstream, or to the only one; `local@qwen3` names an upstream directly.
 """
 
@@ -22,8 +31,10 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta, Struct
 
+from app.domain.hosted import HostedRoute, Kind
 from app.domain.prompt import HOSTED, Dialect
 from app.errors import NotFound
+from app.outbound.mcp import ToolServer
 from app.settings import Settings, SettingsError
 
 ENGINE_PARAMETERS = frozenset(
@@ -82,12 +93,28 @@ class ModelEntry(Struct, frozen=True, forbid_unknown_fields=True):
     routes: Annotated[list[Route], Meta(min_length=1)]
 
 
+class ToolServerEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[tool_servers.NAME]`: an MCP server at a URL, or a program that is started for each run that needs it. The operator
+    trusts it: REPRISE_OUTBOUND_ALLOW does not apply."""
+
+    url: Annotated[str, Meta(pattern="^https?://")] = ""
+    command: tuple[str, ...] = ()
+    environment: dict[str, str] = {}
+    headers: dict[str, str] = {}
+    authorization: str = ""
+    authorization_env: str = ""
+
+
 class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
     """The whole file."""
 
     upstreams: Annotated[dict[str, UpstreamEntry], Meta(min_length=1)]
     models: list[ModelEntry] = []
     default: str = ""
+    tool_servers: dict[str, ToolServerEntry] = {}
+    hosted: dict[Kind, HostedRoute] = {}
+    refuse_missing_tools: bool = False
+    """A hosted tool that nothing stands behind is a 400 instead of being left out of what the model sees."""
 
     def routes(self, model: str) -> list[Route]:
         """The ways to a model, best first. Raises NotFound."""
@@ -104,6 +131,21 @@ class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
             f"The model '{model}' does not exist or you do not have access to it.",
             code="model_not_found",
             param="model",
+        )
+
+    def tool_server(self, name: str) -> ToolServer | None:
+        """The operator's tool server of this name."""
+        entry = self.tool_servers.get(name)
+        if entry is None:
+            return None
+        return ToolServer(
+            label=name,
+            url=entry.url,
+            command=entry.command,
+            environment=entry.environment,
+            headers=entry.headers,
+            authorization=entry.authorization,
+            trusted=True,
         )
 
     @property
@@ -138,15 +180,32 @@ def load_catalog(settings: Settings, environ: Mapping[str, str], *, demo_url: st
                 )
     if catalog.default and catalog.default not in catalog.upstreams:
         raise SettingsError(f"{settings.catalog}: 'default' names an unknown upstream '{catalog.default}'.")
+    _check_tools(settings.catalog, catalog)
     upstreams = {}
     for name, upstream in catalog.upstreams.items():
-        if upstream.key_env and not environ.get(upstream.key_env):
-            raise SettingsError(
-                f"{settings.catalog}: upstream '{name}' needs the environment variable {upstream.key_env}."
-            )
-        key = environ[upstream.key_env] if upstream.key_env else upstream.key
+        key = _secret(settings.catalog, f"upstream '{name}'", upstream.key_env, environ) or upstream.key
         upstreams[name] = msgspec.structs.replace(upstream, key=key)
-    return msgspec.structs.replace(catalog, upstreams=upstreams)
+    tool_servers = {}
+    for name, server in catalog.tool_servers.items():
+        token = _secret(settings.catalog, f"tool server '{name}'", server.authorization_env, environ)
+        tool_servers[name] = msgspec.structs.replace(server, authorization=token or server.authorization)
+    return msgspec.structs.replace(catalog, upstreams=upstreams, tool_servers=tool_servers)
+
+
+def _check_tools(path: str, catalog: Catalog) -> None:
+    for name, server in catalog.tool_servers.items():
+        if bool(server.url) == bool(server.command):
+            raise SettingsError(f"{path}: tool server '{name}' needs either 'url' or 'command'.")
+    for kind, route in catalog.hosted.items():
+        if route.server not in catalog.tool_servers:
+            raise SettingsError(f"{path}: hosted '{kind}' names an unknown tool server '{route.server}'.")
+
+
+def _secret(path: str, of: str, name: str, environ: Mapping[str, str]) -> str:
+    """The value of the environment variable that an entry names, if it names one."""
+    if name and not environ.get(name):
+        raise SettingsError(f"{path}: {of} needs the environment variable {name}.")
+    return environ[name] if name else ""
 
 
 def _read(path: Path) -> Catalog:

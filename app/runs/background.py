@@ -8,23 +8,27 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 
+import msgspec
 import structlog
 from msgspec import Struct
 from msgspec.structs import replace
 from redis.exceptions import RedisError
 
+from app.domain.context import waits_for_client
 from app.domain.lifecycle import NO_USAGE, Outcome, close_response, open_response
 from app.domain.recovery import Recovered, recover
 from app.domain.sealed import Seal
 from app.errors import ApiError, DatabaseUnavailable, Fenced, NotFound, ServerError, TooManyRequests
 from app.ids import new_id
 from app.outbound.catalog import Catalog
+from app.outbound.guard import Guard
 from app.runs.executor import Caller
 from app.runs.loop import Loop
 from app.runs.recorder import Recorder
 from app.runs.task import Tasks
+from app.runs.tools import Tools
 from app.settings import Settings
-from app.storage import journal, queue, responses
+from app.storage import approvals, journal, queue, responses
 from app.storage.database import Database
 from app.storage.journal import Kept
 from app.storage.queue import Claim, Hold, Owner, Queued
@@ -32,7 +36,7 @@ from app.storage.redislog import Batch, Reader, RedisLogs, RunLog
 from app.wire.events import Created, Entry, InProgress, encode_event
 from app.wire.events import Queued as QueuedEvent
 from app.wire.items import AnyItem, decode_item, encode_item
-from app.wire.requests import CreateResponse, decode_create
+from app.wire.requests import CreateResponse, ToolSecrets, decode_create, with_secrets, without_secrets
 from app.wire.resources import Response, Usage
 
 log = structlog.get_logger()
@@ -78,6 +82,15 @@ class Work:
         )
 
 
+class Secrets(Struct, frozen=True):
+    """What a run must know and no table may hold in plain."""
+
+    key: str | None = None
+    """The caller's own, for the upstream."""
+    tools: dict[str, ToolSecrets] = {}
+    """Those of MCP servers, by label."""
+
+
 class Found(Struct, frozen=True):
     """What the earlier owners of a run have left."""
 
@@ -96,9 +109,16 @@ class Background:
     """Every background run, as any process sees it."""
 
     def __init__(
-        self, settings: Settings, database: Database, tasks: Tasks, catalog: Catalog, seal: Seal, logs: RedisLogs
+        self,
+        settings: Settings,
+        database: Database,
+        tasks: Tasks,
+        catalog: Catalog,
+        seal: Seal,
+        guard: Guard,
+        logs: RedisLogs,
     ) -> None:
-        self._settings, self._database, self._tasks = settings, database, tasks
+        self._settings, self._database, self._tasks, self._guard = settings, database, tasks, guard
         self._catalog, self._seal, self._logs = catalog, seal, logs
         self._looks: dict[str, asyncio.Future[Kept]] = {}
 
@@ -112,9 +132,10 @@ class Background:
             encode_event(Created(response=response)),
             encode_event(QueuedEvent(response=response, sequence_number=1)),
         ]
+        stored, tool_secrets = without_secrets(raw, request)
         queued = Queued(
-            request=raw,
-            caller_key=self._seal.close(caller.key) if caller.key else None,
+            request=stored,
+            secrets=self._sealed(Secrets(caller.key, tool_secrets)),
             streamed=request.stream,
             frames=b"".join(entry.frame for entry in entries),
         )
@@ -126,8 +147,21 @@ class Background:
             ):
                 raise TooManyRequests("The queue of background responses is full.", headers={"Retry-After": "5"})
             await responses.insert_response(tx, caller.tenant_id, response, items, parent=work.parent, run=queued)
+            await approvals.answer_requests(tx, caller.tenant_id, response.id, work.context.decisions)
         self._logs.tell("wake")
         return response, entries
+
+    def _sealed(self, secrets: Secrets) -> str | None:
+        return self._seal.close(msgspec.json.encode(secrets).decode()) if secrets.key or secrets.tools else None
+
+    def _opened(self, claim: Claim) -> Secrets:
+        """The secrets of a claimed run. Raises ServerError if they were sealed with another key."""
+        if claim.secrets is None:
+            return Secrets()
+        opened = self._seal.open(claim.secrets)
+        if opened is None:
+            raise ServerError("The secrets of this response can't be opened: the server's secret key has changed.")
+        return msgspec.json.decode(opened, type=Secrets)
 
     # -- Following --------------------------------------------------------------------------------------------------------
 
@@ -235,7 +269,7 @@ class Background:
             anew = found.lost and found.life is None
             work.log = RunLog(self._logs, claim.response_id, claim.lease, found.said, life=found.life, anew=anew)
         recorder = work.recorder = Recorder(
-            replace(found.response, status="in_progress", output=recovered.output),
+            replace(found.response, status="in_progress", output=recovered.done),
             work.log,
             bytes_max=self._settings.run_output_bytes_max,
             next_number=max(number, claim.number_ceiling) if found.lost else number,
@@ -278,7 +312,7 @@ class Background:
     async def _resume(self, work: Work, recorder: Recorder, recovered: Recovered, found: Found) -> Outcome | None:
         """Say what lies between the former owner's last word and ours; the outcome, if the run ends with that."""
         claim = work.claim
-        snapshot = recorder.response
+        snapshot = replace(recorder.response, output=recovered.output)
         if found.lost:
             # Kept, so that no later owner goes back to the numbers that are given up here.
             await recorder.record([InProgress(response=snapshot)], keep=True)
@@ -300,20 +334,24 @@ class Background:
     ) -> tuple[Outcome, Usage]:
         claim = work.claim
         assert claim.request is not None
-        request = decode_create(claim.request.encode(), self._catalog.passed_on)
-        key = self._seal.open(claim.caller_key) if claim.caller_key else None
         made: list[AnyItem] = [decode_item(bytes(raw)) for raw in recovered.output]
+        if any(waits_for_client(item) for item in made):
+            return Outcome("completed"), NO_USAGE  # what the former owner has handed over stands
         try:
-            task = await self._tasks.restore(claim.tenant_id, claim.response_id, key, request, made)
+            secrets = self._opened(claim)
+            request = with_secrets(decode_create(claim.request.encode(), self._catalog.passed_on), secrets.tools)
+            task = await self._tasks.restore(claim.tenant_id, claim.response_id, secrets.key, request, made)
         except DatabaseUnavailable:
             raise
         except ApiError as error:
             return Outcome("failed", error=error), NO_USAGE
         # An index that a lost event may have used is not used again.
         index = recovered.next_output_index + (1 if skip else 0)
-        loop = Loop(task, recorder, turns_max=self._settings.turns_max, output_index=index, call_ids=recovered.call_ids)
-        opening = asyncio.create_task(loop.open()) if request.generate else None
-        outcome = await loop.outcome(opening, self._settings.run_duration_max_s)
+        tools = Tools(task, self._guard, self._settings)
+        loop = Loop(
+            task, recorder, tools, turns_max=self._settings.turns_max, output_index=index, call_ids=recovered.call_ids
+        )
+        outcome = await loop.outcome(None, self._settings.run_duration_max_s)
         return outcome, loop.usage
 
     # -- Storing ----------------------------------------------------------------------------------------------------------

@@ -15,13 +15,15 @@ from msgspec import Struct
 from app.domain.lifecycle import Outcome, close_response, open_response
 from app.errors import ApiError, DatabaseUnavailable, ServerError, TooManyRequests
 from app.ids import new_id
+from app.outbound.guard import Guard
 from app.outbound.upstream import ChunkStream
 from app.runs.loop import Loop, break_off
 from app.runs.recorder import Recorder
 from app.runs.task import Task, Tasks
+from app.runs.tools import Tools
 from app.settings import Settings
-from app.storage import responses
-from app.storage.database import Database
+from app.storage import approvals, responses
+from app.storage.database import Database, Tx
 from app.storage.eventlog import MemoryLog
 from app.storage.queue import Hold, Owner
 from app.wire.events import Entry
@@ -70,8 +72,9 @@ class Run:
 class Executor:
     """Every foreground run of this process."""
 
-    def __init__(self, settings: Settings, database: Database, tasks: Tasks, owner: Owner) -> None:
+    def __init__(self, settings: Settings, database: Database, tasks: Tasks, guard: Guard, owner: Owner) -> None:
         self._settings, self._database, self._tasks, self._owner = settings, database, tasks, owner
+        self._guard = guard
         self._runs: set[Run] = set()
         self._closing = False
 
@@ -135,7 +138,8 @@ class Executor:
     async def _run(self, run: Run) -> None:
         with structlog.contextvars.bound_contextvars(response_id=run.response.id, tenant_id=run.tenant_id):
             recorder = Recorder(run.response, run.log, bytes_max=self._settings.run_output_bytes_max)
-            loop = Loop(run.work, recorder, turns_max=self._settings.turns_max)
+            tools = Tools(run.work, self._guard, self._settings)
+            loop = Loop(run.work, recorder, tools, turns_max=self._settings.turns_max)
             try:
                 opening = await self._open(run, loop)
             except ApiError as error:
@@ -159,7 +163,7 @@ class Executor:
         """Reach the upstream and store the row. A stream's head waits only so long for the upstream's answer."""
         request = run.work.request
         opening: asyncio.Task[ChunkStream] | None = None
-        if request.generate:
+        if run.work.begins_with_upstream:
             opening = asyncio.create_task(loop.open())
         try:
             if opening:
@@ -167,9 +171,12 @@ class Executor:
                 await asyncio.wait({opening}, timeout=timeout_s)
                 if opening.done():
                     opening.result()
-            if run.response.store and (request.stream or run.work.parent):
+            if run.response.store and (request.stream or run.work.parent or not opening):
                 await self._insert(run, run.response, self._owner)
                 run.stored = True
+            elif run.work.context.decisions:
+                async with self._database.begin() as tx:
+                    await self._answer(tx, run)
         except BaseException:
             if opening:
                 await break_off(opening)
@@ -190,6 +197,11 @@ class Executor:
         items = [(item.id, encode_item(item)) for item in run.work.context.input]
         async with self._database.begin() as tx:
             await responses.insert_response(tx, run.tenant_id, response, items, parent=run.work.parent, run=owner)
+            await self._answer(tx, run)
+
+    async def _answer(self, tx: Tx, run: Run) -> None:
+        """Approvals are used up before their calls are made."""
+        await approvals.answer_requests(tx, run.tenant_id, run.response.id, run.work.context.decisions)
 
     async def _commit(self, run: Run, closed: Response) -> Response:
         """Store the end of a response; gives what is stored in truth, which is not ours if the lease was lost."""

@@ -1,19 +1,23 @@
-"""Making a response: (prompt → upstream → turn)* → outcome.
+"""Making a response: tools listed and approved calls made, then (prompt → upstream → turn → tools)* → outcome.
 
-A turn that ends in calls for the client ends the run. A turn whose only calls were refused is followed by another, in which
-the model reads why.
+A turn whose calls we run, or refuse, is followed by another, in which the model reads what came of them. A turn that ends in
+calls for the client, or in calls that wait for approval, ends the run; so does one without any calls.
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import structlog
 from msgspec.structs import replace
 
+from app.domain.calls import Answer, PendingCall, approval_request, close_list, mcp_call, open_list
+from app.domain.citations import NO_SOURCES, sources_of
+from app.domain.context import Context, proceed
 from app.domain.lifecycle import NO_USAGE, Outcome, add_usage, outcome_of
-from app.domain.prompt import chat_request, refused_calls
+from app.domain.prompt import chat_request
 from app.domain.think import ThinkSplitter
-from app.domain.turn import Turn
+from app.domain.toolbox import Ask, Refuse, Run, Toolbox, allowed
+from app.domain.turn import OwnCall, Turn
 from app.errors import (
     ApiError,
     DatabaseUnavailable,
@@ -29,9 +33,11 @@ from app.ids import new_id
 from app.outbound.upstream import CONTEXT_TOO_LONG, ChunkStream, Upstream
 from app.runs.recorder import Recorder
 from app.runs.task import Task
-from app.wire.chat import ChatMessage
-from app.wire.items import ItemStatus, Message, OutputText, decode_item
+from app.runs.tools import Tools, unavailable
+from app.wire.events import Event
+from app.wire.items import AnyItem, FunctionCall, FunctionCallOutput, ItemStatus, McpCall, ServerCall, decode_item
 from app.wire.resources import Usage
+from app.wire.tools import McpTool
 
 log = structlog.get_logger()
 
@@ -40,19 +46,27 @@ TRUNCATIONS_MAX = 20
 
 
 class Loop:
-    """One run. `open()` first: until it has returned nothing is recorded; then `make()`."""
+    """One run. `open()` first where the task begins with the upstream: until it has returned nothing is recorded; then
+    `outcome()`."""
 
     def __init__(
-        self, task: Task, recorder: Recorder, *, turns_max: int, output_index: int = 0, call_ids: Iterable[str] = ()
+        self,
+        task: Task,
+        recorder: Recorder,
+        tools: Tools,
+        *,
+        turns_max: int,
+        output_index: int = 0,
+        call_ids: Iterable[str] = (),
     ) -> None:
         """`output_index` is that of the first item that this run makes; `call_ids` are used already."""
         self.usage: Usage = NO_USAGE
         self._turns_max = turns_max
         self._output_index = output_index
         self._call_ids = set(call_ids)
-        self._task = task
-        self._recorder = recorder
-        self._more: list[ChatMessage] = []
+        self._task, self._recorder, self._tools = task, recorder, tools
+        self._context: Context = task.context
+        self._calls_made = sum(isinstance(item, ServerCall) for item in self._made(0))
         self._route = 0
 
     async def open(self, *, behind: int = -1, failed: ApiError | None = None) -> ChunkStream:
@@ -78,11 +92,11 @@ class Loop:
         for halvings in range(TRUNCATIONS_MAX):
             body = chat_request(
                 replace(task.request, extra=taken),
-                task.context,
+                self._context,
                 model=model,
                 dialect=upstream.dialect,
                 unseal=task.unseal,
-                more=self._more,
+                output_tokens_max=self._tokens_left,
                 halvings=halvings,
             )
             if body is None:
@@ -96,14 +110,18 @@ class Loop:
         assert refused is not None
         raise refused
 
+    @property
+    def _tokens_left(self) -> int | None:
+        """What `max_output_tokens` leaves for the turns to come."""
+        most = self._task.request.body.max_output_tokens
+        return None if most is None else most - self.usage.output_tokens
+
     async def outcome(self, opening: "asyncio.Task[ChunkStream] | None", duration_max_s: float) -> Outcome:
-        """Make the response from an upstream's answer that is there or on its way; every way to end but being cancelled,
+        """Make the response, from an upstream's answer if that is there or on its way; every way to end but being cancelled,
         fenced or without a database is an outcome."""
-        if opening is None:
-            return Outcome("completed")
         try:
             async with asyncio.timeout(duration_max_s):
-                return await self.make(await opening)
+                return await self._make(opening)
         except TimeoutError:
             return Outcome("failed", error=RunTooLong("The run took longer than REPRISE_RUN_DURATION_MAX_S allows."))
         except (asyncio.CancelledError, Fenced, DatabaseUnavailable):
@@ -114,27 +132,125 @@ class Loop:
             log.exception("A run failed by our own mistake.", action="run_failed")
             return Outcome("failed", error=ServerError("The server had an error while making the response."))
         finally:
-            await break_off(opening)
+            if opening:
+                await break_off(opening)
+            await self._tools.close()
 
-    async def make(self, stream: ChunkStream) -> Outcome:
-        """Follow the stream and those of further turns. Raises ApiError; what was said until then is recorded."""
+    async def _make(self, opening: "asyncio.Task[ChunkStream] | None") -> Outcome:
+        """Turn after turn. Raises ApiError; what was said until then is recorded."""
+        if not self._task.request.generate:
+            return Outcome("completed")
+        if opening is None:
+            await self._prepare()
+        stream = await (opening or self.open())
         for left in reversed(range(self._turns_max)):
             made = len(self._recorder.response.output)
             turn = await self._follow_first(stream)
             outcome = outcome_of(turn.finish_reason)
-            if not turn.refused or turn.handed_over or outcome.status != "completed":
+            if outcome.status != "completed" or not turn.own_calls:
                 return outcome
-            calls = [(call.call_id, call.name, call.arguments, call.reason) for call in turn.refused]
-            self._more += refused_calls(calls, self._said(made))
+            refused = await self._run_calls(turn.own_calls)
+            if turn.handed_over or any(isinstance(call.verdict, Ask) for call in turn.own_calls):
+                return outcome
+            if self._tokens_left is not None and self._tokens_left <= 0:
+                return Outcome("incomplete", reason="max_output_tokens")
+            self._proceed([*self._made(made), *refused])
             if left:
                 stream = await self.open()
         raise RunTooLong("The run took more turns than REPRISE_TURNS_MAX allows.")
 
-    def _said(self, made: int) -> str:
-        """The text of the output behind the first so many items."""
-        items = [decode_item(item) for item in self._recorder.response.output[made:]]
-        parts = [part for item in items if isinstance(item, Message) for part in item.content]
-        return "".join(part.text for part in parts if isinstance(part, OutputText))
+    def _proceed(self, more: Sequence[AnyItem]) -> None:
+        context = proceed(self._context, self._task.request, more)
+        self._context = replace(context, toolbox=_at_will(context.toolbox))
+
+    def _made(self, start: int) -> list[AnyItem]:
+        """The items of the output behind the first so many."""
+        return [decode_item(item) for item in self._recorder.response.output[start:]]
+
+    # -- Tools ------------------------------------------------------------------------------------------------------------
+
+    async def _prepare(self) -> None:
+        """List the tools of servers that the context does not know yet, and make the calls that were approved."""
+        made = len(self._recorder.response.output)
+        await self._list(self._context.toolbox.unlisted)
+        if len(self._recorder.response.output) > made:
+            self._context = replace(
+                proceed(self._context, self._task.request, self._made(made)), approved=self._context.approved
+            )
+        made = len(self._recorder.response.output)
+        approved = self._context.approved
+        calls = [mcp_call(new_id, one.server_label, one.name, one.arguments, approval=one.id) for one in approved]
+        if calls:
+            await self._answer(calls, [])
+            self._proceed(self._made(made))
+
+    async def _list(self, labels: Sequence[str]) -> None:
+        declared = {tool.server_label: tool for tool in self._task.request.tools if isinstance(tool, McpTool)}
+        async with asyncio.TaskGroup() as group:
+            listings = [group.create_task(self._tools.list(label)) for label in labels]
+            for label, listing in zip(labels, listings, strict=True):
+                item, begun = open_list(new_id, label, self._output_index)
+                await self._recorder.record(begun)
+                tools, error = await listing
+                _, done = close_list(item, self._output_index, allowed(declared[label], tools), error)
+                await self._recorder.record(done)
+                self._output_index += 1
+
+    async def _run_calls(self, own_calls: Sequence[OwnCall]) -> list[AnyItem]:
+        """Ask for approvals, make calls; gives what the model is told of the calls that were refused."""
+        events: list[Event] = []
+        calls: list[PendingCall] = []
+        refused: list[tuple[OwnCall, str]] = []
+        most = self._task.request.body.max_tool_calls
+        for own in own_calls:
+            match own.verdict:
+                case Refuse(reason):
+                    refused.append((own, reason))
+                case Ask(name, label):
+                    events += approval_request(new_id, label, name, own.arguments, self._output_index)
+                    self._output_index += 1
+                case Run() as run if most is None or self._calls_made + len(calls) < most:
+                    calls.append(self._tools.pending(run, own.arguments))
+                case Run():
+                    refused.append((own, "The limit of tool calls is reached. Answer without another call."))
+        await self._answer(calls, events)
+        return [
+            *(FunctionCall(call_id=own.call_id, name=own.name, arguments=own.arguments) for own, _ in refused),
+            *(FunctionCallOutput(call_id=own.call_id, output=f"Error: {reason}") for own, reason in refused),
+        ]
+
+    async def _answer(self, calls: Sequence[PendingCall], events: list[Event]) -> None:
+        """Make calls, at once, and say what came of them. That they are made is recorded before any is sent: whoever goes on
+        after a crash does not make them again."""
+        self._calls_made += len(calls)
+        for call in calls:
+            events += call.open(self._output_index)
+            self._output_index += 1
+        if not calls:
+            await self._recorder.record(events, ending=True)
+            return
+        await self._recorder.record(events, keep=True)
+        answers = [asyncio.create_task(self._answer_of(call)) for call in calls]
+        waiting = list(calls)
+        try:
+            for answer in answers:
+                ended = await answer
+                await self._recorder.record(waiting.pop(0).close(ended))
+        except BaseException:
+            await self._recorder.record([event for call in waiting for event in call.cut_off()])
+            raise
+        finally:
+            for answer in answers:
+                answer.cancel()
+            await asyncio.gather(*answers, return_exceptions=True)
+
+    async def _answer_of(self, call: PendingCall) -> Answer:
+        item = call.item
+        if isinstance(item, McpCall) and not self._context.toolbox.runs(item.server_label, item.name):
+            return unavailable(item.name)
+        return await self._tools.answer(call)
+
+    # -- Turns ------------------------------------------------------------------------------------------------------------
 
     async def _follow_first(self, stream: ChunkStream) -> Turn:
         """Follow the stream; if it breaks down before its first chunk, nobody has heard it, and the next route is taken."""
@@ -148,12 +264,13 @@ class Loop:
 
     async def _follow(self, stream: ChunkStream) -> Turn:
         turn = Turn(
-            self._task.context.toolbox,
+            self._context.toolbox,
             new_id,
             output_index=self._output_index,
             manner=self._task.manner,
             splitter=ThinkSplitter(stream.upstream.dialect.think),
             call_ids=self._call_ids,
+            sources=sources_of(self._context.items) if self._context.hosted else NO_SOURCES,
         )
         status: ItemStatus = "incomplete"
         try:
@@ -169,6 +286,11 @@ class Loop:
                 self.usage = add_usage(self.usage, turn.usage)
                 await asyncio.shield(stream.close())
         return turn
+
+
+def _at_will(toolbox: Toolbox) -> Toolbox:
+    """A call that was demanded has been made: from now on the model may answer."""
+    return replace(toolbox, mode="auto" if toolbox.mode == "required" else toolbox.mode, only=None)
 
 
 async def break_off(opening: "asyncio.Task[ChunkStream]") -> None:

@@ -54,7 +54,8 @@ class Recorder:
         await self.record([Created(response=self.response), InProgress(response=self.response)])
 
     async def record(self, events: Iterable[Event], *, keep: bool = False, ending: bool = False) -> None:
-        """Record a batch. With `keep` each event is journalled, as the end of an item always is.
+        """Record a batch. With `keep` the whole batch is journalled at once before any of it is sent, with all that was held;
+        the end of an item always is.
 
         A turn is `ending` with these: the ends of its open items then wait for what comes next, as a rule the end of the run.
         So whoever goes on after a crash finds the turn either unfinished, and makes it anew, or followed by something.
@@ -62,17 +63,20 @@ class Recorder:
         """
         if self._stopped:
             raise Fenced
-        if self._held:
-            held, self._held = self._held, []
-            await self._commit(held)
-        batch: list[Entry] = []
+        batch, self._held = self._held, []
+        if batch and not keep:
+            await self._commit(batch)
+            batch = []
         for event in events:
             self.response = apply(self.response, event)
             batch.append(self.stamp(event))
-            if self._keep and not ending and (keep or isinstance(event, ItemDone)):
+            if self._keep and not ending and not keep and isinstance(event, ItemDone):
                 self._send(batch[:-1])
                 await self._commit(batch[-1:])
                 batch = []
+        if self._keep and keep and batch:
+            await self._commit(batch)
+            batch = []
         if self._keep and ending:
             end = next((at for at, entry in enumerate(batch) if entry.type == ITEM_DONE), len(batch))
             batch, self._held = batch[:end], batch[end:]

@@ -3,25 +3,30 @@
 from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
+from msgspec.structs import replace
 
-from app.domain.context import Context, Unseal, check_parent, references, resolve, restore
+from app.domain.context import Context, Unseal, answered_requests, check_parent, references, resolve, restore
 from app.domain.groups import Manner
+from app.domain.hosted import KINDS, HostedRoute, Kind
 from app.domain.sealed import Seal
-from app.errors import InvalidParameter, InvalidRequest
+from app.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
 from app.ids import new_id
 from app.outbound.catalog import Catalog, Route
+from app.outbound.mcp import ToolServer
 from app.outbound.upstream import Upstream
 from app.settings import Settings
-from app.storage import responses
-from app.storage.database import Database
+from app.storage import approvals, responses
+from app.storage.database import Database, Tx
 from app.storage.responses import Place
-from app.wire.items import AnyItem, decode_item
+from app.wire.items import AnyItem, McpApprovalRequest, decode_item
 from app.wire.requests import CreateResponse
+from app.wire.tools import HostedTool, McpTool
 
 
 class Task(Struct, frozen=True):
     """Everything that making one response takes."""
 
+    tenant_id: str
     request: CreateResponse
     context: Context
     routes: Sequence[tuple[Upstream, Route]]
@@ -29,6 +34,16 @@ class Task(Struct, frozen=True):
     unseal: Unseal
     manner: Manner
     parent: Place | None
+    servers: Mapping[str, ToolServer]
+    """The MCP servers that the request declares, by label."""
+    hosted: Mapping[Kind, HostedRoute]
+    tool_servers: Mapping[str, ToolServer]
+    """The operator's, by name."""
+
+    @property
+    def begins_with_upstream(self) -> bool:
+        """Whether nothing is to be listed or called before the first turn."""
+        return self.request.generate and not (self.context.toolbox.unlisted or self.context.approved)
 
 
 class Tasks:
@@ -44,6 +59,7 @@ class Tasks:
     ) -> None:
         self._settings, self._database, self._catalog = settings, database, catalog
         self._upstreams, self._seal = upstreams, seal
+        self._tool_servers = {name: server for name in catalog.tool_servers if (server := catalog.tool_server(name))}
 
     async def prepare(self, tenant_id: str, caller_key: str | None, request: CreateResponse) -> Task:
         """The task of a new request. Raises ApiError for everything that can be seen to be wrong by now."""
@@ -51,11 +67,18 @@ class Tasks:
             raise InvalidParameter(f"'input' has more than {self._settings.input_items_max} items.", param="input")
         routes = self._routes(request)
         _refuse_untaken(request, [upstream for upstream, _ in routes])
-        previous, wanted = request.body.previous_response_id, references(request)
+        servers = self._servers(request)
+        self._refuse_missing(request)
+        previous, wanted, answered = (
+            request.body.previous_response_id,
+            references(request),
+            answered_requests(request.input),
+        )
         earlier: list[AnyItem] = []
         referenced: dict[str, AnyItem] = {}
+        requests: dict[str, McpApprovalRequest] = {}
         parent: Place | None = None
-        if previous is not None or wanted:
+        if previous is not None or wanted or answered:
             async with self._database.autocommit() as tx:
                 if previous is not None:
                     chain = await responses.load_chain(
@@ -67,8 +90,12 @@ class Tasks:
                 if wanted:
                     found = await responses.find_items(tx, tenant_id, wanted)
                     referenced = {id: decode_item(body.encode()) for id, body in found.items()}
-        context = resolve(request, earlier, referenced, new_id)
-        return self._task(request, context, routes, caller_key, parent)
+                if answered:
+                    requests = await _requests(tx, tenant_id, answered)
+        context = resolve(
+            request, earlier, referenced, new_id, requests=requests, hosted=frozenset(self._catalog.hosted)
+        )
+        return self._task(tenant_id, request, context, routes, caller_key, parent, servers)
 
     async def restore(
         self, tenant_id: str, response_id: str, caller_key: str | None, request: CreateResponse, said: Sequence[AnyItem]
@@ -76,27 +103,86 @@ class Tasks:
         """The task of a response that is stored already, with what earlier owners have made of it. Raises ApiError."""
         async with self._database.autocommit() as tx:
             chain = await responses.load_chain(tx, tenant_id, response_id, items_max=self._settings.context_items_max)
-        stored = [decode_item(item.body.encode()) for item in chain.items]
-        context = restore(request, (*stored, *said))
-        return self._task(request, context, self._routes(request), caller_key, None)
+            stored = [decode_item(item.body.encode()) for item in chain.items]
+            own = [item for item, row in zip(stored, chain.items, strict=True) if row.turn == chain.place.turn]
+            answered = answered_requests(own)
+            requests = await _requests(tx, tenant_id, answered) if answered else {}
+        context = restore(request, stored, own, said, requests=requests, hosted=frozenset(self._catalog.hosted))
+        return self._task(tenant_id, request, context, self._routes(request), caller_key, None, self._servers(request))
+
+    def _servers(self, request: CreateResponse) -> dict[str, ToolServer]:
+        """Where the declared MCP servers are. Raises InvalidParameter for one that has no URL and no name that we know."""
+        servers = {}
+        for index, tool in enumerate(request.tools):
+            if isinstance(tool, McpTool):
+                servers[tool.server_label] = self._server(tool, f"tools[{index}]")
+        return servers
+
+    def _server(self, tool: McpTool, at: str) -> ToolServer:
+        server = ToolServer(label=tool.server_label, url=tool.server_url or "")
+        if not tool.server_url:
+            known = self._catalog.tool_server(tool.server_label)
+            if known is None:
+                raise InvalidParameter(
+                    f"'{at}.server_url' is missing, and this server has no tool server '{tool.server_label}'.",
+                    param=f"{at}.server_url",
+                    code="missing_required_parameter",
+                )
+            server = known
+        elif not tool.server_url.lower().startswith(("http://", "https://")):
+            raise InvalidParameter(f"'{at}.server_url' must be an http or https URL.", param=f"{at}.server_url")
+        return replace(
+            server,
+            headers={**server.headers, **(tool.headers or {})},
+            authorization=tool.authorization or server.authorization,
+        )
+
+    def _refuse_missing(self, request: CreateResponse) -> None:
+        """Where the catalog says so, a hosted tool that nothing stands behind is an error."""
+        for index, tool in enumerate(request.tools if self._catalog.refuse_missing_tools else ()):
+            if isinstance(tool, HostedTool) and KINDS.get(tool.type) not in self._catalog.hosted:
+                raise UnsupportedParameter(
+                    f"No server is configured for tools of type '{tool.type}'.", param=f"tools[{index}].type"
+                )
 
     def _routes(self, request: CreateResponse) -> list[tuple[Upstream, Route]]:
         return [(self._upstreams[route.upstream], route) for route in self._catalog.routes(request.model)]
 
     def _task(
         self,
+        tenant_id: str,
         request: CreateResponse,
         context: Context,
         routes: list[tuple[Upstream, Route]],
         caller_key: str | None,
         parent: Place | None,
+        servers: dict[str, ToolServer],
     ) -> Task:
         reasoning = request.body.reasoning
         manner = Manner(
             summarize=bool(reasoning and (reasoning.summary or reasoning.generate_summary)),
             seal=self._seal.close if "reasoning.encrypted_content" in request.include else None,
         )
-        return Task(request, context, routes, caller_key, self._seal.open, manner, parent)
+        return Task(
+            tenant_id=tenant_id,
+            request=request,
+            context=context,
+            routes=routes,
+            caller_key=caller_key,
+            unseal=self._seal.open,
+            manner=manner,
+            parent=parent,
+            servers=servers,
+            hosted=self._catalog.hosted,
+            tool_servers=self._tool_servers,
+        )
+
+
+async def _requests(tx: Tx, tenant_id: str, ids: Sequence[str]) -> dict[str, McpApprovalRequest]:
+    """Those of the approval requests that we have made."""
+    found = await approvals.find_requests(tx, tenant_id, ids)
+    items = [decode_item(body.encode()) for body in found]
+    return {item.id: item for item in items if isinstance(item, McpApprovalRequest)}
 
 
 def _refuse_untaken(request: CreateResponse, upstreams: Sequence[Upstream]) -> None:

@@ -24,7 +24,7 @@ class Queued(Struct, frozen=True):
     """What makes a background response later, elsewhere."""
 
     request: bytes
-    caller_key: str | None
+    secrets: str | None
     streamed: bool
     frames: bytes
     """The first events, `created` and `queued`."""
@@ -38,7 +38,7 @@ class Claim(Struct, frozen=True):
     lease: int
     state: str
     request: str | None
-    caller_key: str | None
+    secrets: str | None
     streamed: bool
     number_ceiling: int
     """No earlier owner has sent an event with a number this high."""
@@ -68,7 +68,7 @@ def _ours(state: str) -> str:
         worker = :worker, due_at = now() + cast(:lease_s as float8) * interval '1 second',
         number_ceiling = runs.number_ceiling + {NUMBERS_AHEAD}
     from free where runs.tenant_id = free.tenant_id and runs.response_id = free.response_id
-    returning runs.tenant_id, runs.response_id, runs.lease, runs.state, runs.request, runs.caller_key, runs.streamed,
+    returning runs.tenant_id, runs.response_id, runs.lease, runs.state, runs.request, runs.secrets, runs.streamed,
               free.number_ceiling, runs.redis_run
     """
 

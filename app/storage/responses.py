@@ -83,9 +83,9 @@ _INSERT = Query(
         select :tenant_id, :thread_id, :parent_thread_id, :parent_turn
         where cast(:parent_thread_id as text) is not null and exists (select from response)
     ), run as (
-        insert into runs (tenant_id, response_id, state, due_at, lease, worker, request, caller_key, streamed, number_ceiling)
+        insert into runs (tenant_id, response_id, state, due_at, lease, worker, request, secrets, streamed, number_ceiling)
         select :tenant_id, :id, :run_state, now() + cast(:lease_s as float8) * interval '1 second', :lease, :worker,
-               cast(:request as json), :caller_key, :streamed, 0
+               cast(:request as json), :secrets, :streamed, 0
         where cast(:run_state as text) is not null and exists (select from response)
     ), journal as (
         insert into event_journal (tenant_id, response_id, first_number, frames)
@@ -158,7 +158,7 @@ def _run(run: Owner | Queued | None) -> dict[str, Any]:
         "lease_s": owner.lease_s if owner else 0.0,
         "worker": owner.worker if owner else None,
         "request": queued.request.decode() if queued else None,
-        "caller_key": queued.caller_key if queued else None,
+        "secrets": queued.secrets if queued else None,
         "streamed": bool(queued and queued.streamed),
         "frames": queued.frames if queued else None,
     }
@@ -179,7 +179,7 @@ async def _insert_at(tx: Tx, place: Place, parent: Place | None, binds: dict[str
 _SEAL = Query(
     text("""
     with run as (
-        update runs set state = 'sealed', request = null, caller_key = null
+        update runs set state = 'sealed', request = null, secrets = null
         where tenant_id = :tenant_id and response_id = :id and lease = :lease and state in ('running', 'cancelled')
         returning 1
     ), response as (
@@ -504,13 +504,17 @@ _PURGE = Query(
     text("""
     with item as (
         delete from items where tenant_id = :tenant_id and thread_id = :thread_id and turn = :turn
+        returning id, position
+    ), approval as (
+        delete from approvals
+        where tenant_id = :tenant_id and request_id in (select id from item where position >= :output_position)
     ), branch as (
         delete from branches branch where tenant_id = :tenant_id and thread_id = :thread_id
           and not exists (select from responses other
                           where other.tenant_id = :tenant_id and other.thread_id = :thread_id and other.turn < :turn)
     )
     delete from responses where tenant_id = :tenant_id and id = :id returning 1
-    """)
+    """).bindparams(output_position=OUTPUT_POSITION)
 )
 
 

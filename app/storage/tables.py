@@ -109,7 +109,9 @@ runs = Table(
     Column("lease", Integer, nullable=False, comment="one more with each owner; 0: never owned"),
     Column("worker", Text),
     Column("request", JSON, comment="what to make; absent for foreground runs, which nobody can take over"),
-    Column("caller_key", Text, comment="sealed; kept only while the run lives"),
+    Column(
+        "secrets", Text, comment="the caller's key and those of tool servers, sealed; kept only while the run lives"
+    ),
     Column("streamed", Boolean, nullable=False),
     Column("number_ceiling", BigInteger, nullable=False, comment="no owner has sent an event with a number this high"),
     Column("redis_run", Text, comment="which life of its stream in Redis holds all that was sent"),
@@ -137,6 +139,15 @@ event_archive = Table(
     Column("tenant_id", Text, primary_key=True),
     Column("response_id", Text, primary_key=True),
     Column("frames", LargeBinary, nullable=False, comment="every event of an ended response, zstd"),
+)
+
+approvals = Table(
+    "approvals",
+    metadata,
+    Column("tenant_id", Text, primary_key=True),
+    Column("request_id", Text, primary_key=True, comment="of the item that asked; its call is made once at most"),
+    Column("approve", Boolean, nullable=False),
+    Column("response_id", Text, nullable=False, comment="whose input has answered"),
 )
 
 OUTPUT_POSITION = 1_000_000

@@ -141,6 +141,99 @@ class ArgumentsDone(OfItem, tag="response.function_call_arguments.done"):
     arguments: str
 
 
+class AnnotationAdded(OfContent, tag="response.output_text.annotation.added"):
+    annotation_index: int
+    annotation: Any
+
+
+class McpListInProgress(OfItem, tag="response.mcp_list_tools.in_progress"):
+    pass
+
+
+class McpListCompleted(OfItem, tag="response.mcp_list_tools.completed"):
+    pass
+
+
+class McpListFailed(OfItem, tag="response.mcp_list_tools.failed"):
+    pass
+
+
+class McpCallInProgress(OfItem, tag="response.mcp_call.in_progress"):
+    pass
+
+
+class McpArgumentsDelta(OfItem, tag="response.mcp_call_arguments.delta"):
+    delta: str
+
+
+class McpArgumentsDone(OfItem, tag="response.mcp_call_arguments.done"):
+    arguments: str
+
+
+class McpCallCompleted(OfItem, tag="response.mcp_call.completed"):
+    pass
+
+
+class McpCallFailed(OfItem, tag="response.mcp_call.failed"):
+    pass
+
+
+class WebSearchInProgress(OfItem, tag="response.web_search_call.in_progress"):
+    pass
+
+
+class WebSearchSearching(OfItem, tag="response.web_search_call.searching"):
+    pass
+
+
+class WebSearchCompleted(OfItem, tag="response.web_search_call.completed"):
+    pass
+
+
+class FileSearchInProgress(OfItem, tag="response.file_search_call.in_progress"):
+    pass
+
+
+class FileSearchSearching(OfItem, tag="response.file_search_call.searching"):
+    pass
+
+
+class FileSearchCompleted(OfItem, tag="response.file_search_call.completed"):
+    pass
+
+
+class CodeInProgress(OfItem, tag="response.code_interpreter_call.in_progress"):
+    pass
+
+
+class CodeDelta(OfItem, tag="response.code_interpreter_call_code.delta"):
+    delta: str
+
+
+class CodeDone(OfItem, tag="response.code_interpreter_call_code.done"):
+    code: str
+
+
+class CodeInterpreting(OfItem, tag="response.code_interpreter_call.interpreting"):
+    pass
+
+
+class CodeCompleted(OfItem, tag="response.code_interpreter_call.completed"):
+    pass
+
+
+class ImageInProgress(OfItem, tag="response.image_generation_call.in_progress"):
+    pass
+
+
+class ImageGenerating(OfItem, tag="response.image_generation_call.generating"):
+    pass
+
+
+class ImageCompleted(OfItem, tag="response.image_generation_call.completed"):
+    pass
+
+
 class CustomInputDelta(OfItem, tag="response.custom_tool_call_input.delta"):
     delta: str
 

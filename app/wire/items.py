@@ -14,7 +14,7 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 
 from app.errors import InvalidParameter, UnsupportedParameter
 from app.wire.decoding import Json, decode
-from app.wire.tools import AnyTool, decode_tools
+from app.wire.tools import AnyTool, ListedTool, McpTool, decode_tools, encode_tools
 
 Role = Literal["user", "assistant", "system", "developer"]
 ItemStatus = Literal[
@@ -128,6 +128,87 @@ class Reasoning(Item, tag="reasoning"):
     status: ItemStatus | UnsetType | None = UNSET
 
 
+class McpListTools(Item, tag="mcp_list_tools"):
+    """The tools of an MCP server; while it is in the context they are not listed again."""
+
+    server_label: str
+    tools: list[ListedTool] = []
+    error: str | UnsetType | None = UNSET
+
+
+class McpApprovalRequest(Item, tag="mcp_approval_request"):
+    """A call that waits for the client's approval."""
+
+    server_label: str
+    name: str
+    arguments: str
+
+
+class McpApprovalResponse(Item, tag="mcp_approval_response"):
+    approval_request_id: str
+    approve: bool
+    reason: str | UnsetType | None = UNSET
+
+
+class CallError(Struct, omit_defaults=True):
+    """Why a call failed: `http_error` and `mcp_protocol_error` have code and message, `mcp_tool_execution_error` content."""
+
+    type: str
+    code: int | UnsetType = UNSET
+    message: str | UnsetType = UNSET
+    content: Any = UNSET
+
+
+class McpCall(Item, tag="mcp_call"):
+    """A call of an MCP server's tool, with its output or error. Histories of older servers have a string as error."""
+
+    server_label: str
+    name: str
+    arguments: str
+    output: str | None = None
+    error: CallError | str | None = None
+    approval_request_id: str | None = None
+    status: ItemStatus | UnsetType | None = UNSET
+
+
+class WebSearchCall(Item, tag="web_search_call"):
+    """`results` are what the model read; readers see them, and the sources in `action`, where `include` asks for them."""
+
+    status: ItemStatus = "completed"
+    action: Json | UnsetType | None = UNSET
+    results: list[Json] | UnsetType | None = UNSET
+
+
+class FileSearchCall(Item, tag="file_search_call"):
+    """`results` are what the model read; readers see them where `include` asks for them."""
+
+    status: ItemStatus = "completed"
+    queries: list[str] = []
+    results: list[Json] | None = None
+
+
+class CodeInterpreterCall(Item, tag="code_interpreter_call"):
+    """`outputs` are what the model read; readers see them where `include` asks for them."""
+
+    status: ItemStatus = "completed"
+    code: str | None = None
+    container_id: str = ""
+    outputs: list[Json] | None = None
+
+
+class ImageGenerationCall(Item, tag="image_generation_call"):
+    """`result` is the image in base64."""
+
+    status: ItemStatus = "completed"
+    result: str | None = None
+    output_format: str | UnsetType | None = UNSET
+    quality: str | UnsetType | None = UNSET
+    size: str | UnsetType | None = UNSET
+    background: str | UnsetType | None = UNSET
+    revised_prompt: str | UnsetType | None = UNSET
+    error: Json | UnsetType | None = UNSET
+
+
 class ItemReference(Item, tag="item_reference"):
     """Stands for a stored item; never stored itself."""
 
@@ -154,16 +235,25 @@ AnyItem = (
     | CustomToolCall
     | CustomToolCallOutput
     | Reasoning
+    | McpListTools
+    | McpApprovalRequest
+    | McpApprovalResponse
+    | McpCall
+    | WebSearchCall
+    | FileSearchCall
+    | CodeInterpreterCall
+    | ImageGenerationCall
     | ItemReference
     | AdditionalTools
     | OpaqueItem
 )
 
+ServerCall = McpCall | WebSearchCall | FileSearchCall | CodeInterpreterCall | ImageGenerationCall
+"""Calls that the server runs; each carries its own result."""
+
 CARRIED = frozenset(
-    "mcp_list_tools mcp_approval_request mcp_approval_response mcp_call file_search_call web_search_call "
-    "code_interpreter_call image_generation_call computer_call computer_call_output local_shell_call "
-    "local_shell_call_output shell_call shell_call_output apply_patch_call apply_patch_call_output "
-    "tool_search_call tool_search_output".split()
+    "computer_call computer_call_output local_shell_call local_shell_call_output shell_call shell_call_output "
+    "apply_patch_call apply_patch_call_output tool_search_call tool_search_output".split()
 )
 """Types of `OpaqueItem`: histories of other servers hold them."""
 
@@ -191,6 +281,14 @@ _STRUCTS: tuple[type[Item], ...] = (
     CustomToolCall,
     CustomToolCallOutput,
     Reasoning,
+    McpListTools,
+    McpApprovalRequest,
+    McpApprovalResponse,
+    McpCall,
+    WebSearchCall,
+    FileSearchCall,
+    CodeInterpreterCall,
+    ImageGenerationCall,
     ItemReference,
 )
 # A tagged Struct decoded alone accepts a missing tag, which is what messages and references without `type` need.
@@ -230,7 +328,7 @@ def _decode_item(raw: bytes | Raw, at: str) -> AnyItem:
         return item
     if type_ == "additional_tools":
         tools = decode(_ADDITIONAL_TOOLS, raw, at)
-        return AdditionalTools(id=tools.id, role=tools.role, tools=decode_tools(tools.tools, f"{at}.tools"))
+        return AdditionalTools(id=tools.id, role=tools.role, tools=_added_tools(tools.tools, f"{at}.tools"))
     if type_ in CARRIED:
         fields = decode(_OPAQUE, raw, at)
         return OpaqueItem(id=str(fields.get("id") or ""), type=type_, fields=fields)
@@ -241,6 +339,17 @@ def _decode_item(raw: bytes | Raw, at: str) -> AnyItem:
     raise UnsupportedParameter(f"Items of type '{type_}' are not supported by this server.", param=f"{at}.type")
 
 
+def _added_tools(raws: list[Raw], at: str) -> list[AnyTool]:
+    """Items are stored as they are, and an MCP server's declaration may hold secrets."""
+    tools = decode_tools(raws, at)
+    for index, tool in enumerate(tools):
+        if isinstance(tool, McpTool):
+            raise UnsupportedParameter(
+                "MCP servers can't be added by an item; declare them in 'tools'.", param=f"{at}[{index}].type"
+            )
+    return tools
+
+
 def _without_type(raw: bytes | Raw) -> bytes:
     """References may have a null `type`, which a tagged Struct does not take."""
     keys = msgspec.json.decode(raw, type=dict[str, Raw])
@@ -249,6 +358,10 @@ def _without_type(raw: bytes | Raw) -> bytes:
 
 def encode_item(item: AnyItem) -> bytes:
     """The item's JSON, as it is stored, listed and sent."""
+    if isinstance(item, AdditionalTools):
+        return msgspec.json.encode(
+            {**msgspec.structs.asdict(item), "type": type_of(item), "tools": encode_tools(item.tools)}
+        )
     return msgspec.json.encode(item.fields if isinstance(item, OpaqueItem) else item)
 
 

@@ -5,16 +5,17 @@ the known ones as one Struct. Items, tools and `tool_choice` stay raw until thei
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+from msgspec.structs import replace
 
 from app.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
 from app.wire.decoding import Json, decode
 from app.wire.items import AnyItem, InputText, Message, decode_item
-from app.wire.tools import AnyTool, ToolChoice, decode_tool_choice, decode_tools
+from app.wire.tools import AnyTool, McpTool, ToolChoice, decode_tool_choice, decode_tools
 
 NOTHING = Raw(b"null")
 """A raw field that is absent or null."""
@@ -209,6 +210,45 @@ def decode_create(raw: bytes, passed_on: Collection[str]) -> CreateResponse:
         tool_choice=decode_tool_choice(body.tool_choice),
         extra=extra,
     )
+
+
+class ToolSecrets(Struct, omit_defaults=True):
+    """What a declared MCP server is told in confidence."""
+
+    authorization: str | None = None
+    headers: dict[str, str] | None = None
+
+
+_TOOLS = msgspec.json.Decoder(list[dict[str, Raw]])
+
+
+def without_secrets(raw: bytes, request: CreateResponse) -> tuple[bytes, dict[str, ToolSecrets]]:
+    """The body of a create request as it may be stored, and apart from it the secrets of its MCP servers, by label."""
+    secrets = {
+        tool.server_label: ToolSecrets(tool.authorization, tool.headers)
+        for tool in request.tools
+        if isinstance(tool, McpTool) and (tool.authorization or tool.headers)
+    }
+    if not secrets:
+        return raw, {}
+    keys = _KEYS.decode(mend_surrogates(raw))
+    tools = _TOOLS.decode(keys["tools"])
+    for tool, fields in zip(request.tools, tools, strict=True):
+        if isinstance(tool, McpTool):
+            fields.pop("authorization", None)
+            fields.pop("headers", None)
+    return msgspec.json.encode({**keys, "tools": tools}), secrets
+
+
+def with_secrets(request: CreateResponse, secrets: Mapping[str, ToolSecrets]) -> CreateResponse:
+    """The request as it was before its secrets were taken out."""
+    tools: list[AnyTool] = []
+    for tool in request.tools:
+        if isinstance(tool, McpTool) and (held := secrets.get(tool.server_label)):
+            tools.append(replace(tool, authorization=held.authorization, headers=held.headers))
+        else:
+            tools.append(tool)
+    return replace(request, tools=tools)
 
 
 def _decode_keys(raw: bytes) -> dict[str, Raw]:

@@ -1,11 +1,12 @@
 """Tool declarations and tool_choice."""
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
-from app.errors import InvalidParameter
+from app.errors import InvalidParameter, UnsupportedParameter
 from app.wire.decoding import Json, decode
 
 ToolName = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[a-zA-Z0-9_-]+$")]
@@ -45,6 +46,50 @@ class NamespaceTool(Struct, tag_field="type", tag="namespace"):
     description: str | None = None
 
 
+class McpFilter(Struct, omit_defaults=True):
+    """Tools of one MCP server: by name, by being read-only, or both."""
+
+    tool_names: list[str] | None = None
+    read_only: bool | None = None
+
+
+class McpApproval(Struct, omit_defaults=True):
+    """Which tools need approval; those that neither names do, and so do those that both name."""
+
+    always: McpFilter | None = None
+    never: McpFilter | None = None
+
+
+class McpTool(Struct, tag_field="type", tag="mcp", kw_only=True):
+    """The tools of an MCP server that this server calls. `authorization` and `headers` are secret: `encode_tools` hides them."""
+
+    server_label: Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")]
+    server_url: Annotated[str, Meta(max_length=2048)] | None = None
+    server_description: str | None = None
+    authorization: str | None = None
+    headers: dict[str, str] | None = None
+    allowed_tools: list[str] | McpFilter | None = None
+    require_approval: Literal["always", "never"] | McpApproval | None = None
+    connector_id: str | None = None
+    tunnel_id: str | None = None
+    defer_loading: bool | None = None
+    allowed_callers: list[Literal["direct", "programmatic"]] | None = None
+
+
+class ListedTool(Struct, omit_defaults=True):
+    """A tool as an MCP server lists it."""
+
+    name: str
+    input_schema: Json = msgspec.field(default_factory=lambda: {"type": "object", "properties": {}})
+    description: str | UnsetType | None = UNSET
+    annotations: Json | UnsetType | None = UNSET
+
+    @property
+    def read_only(self) -> bool:
+        """Whether its server says that it changes nothing."""
+        return bool(self.annotations and (self.annotations.get("readOnlyHint") or self.annotations.get("read_only")))
+
+
 class HostedTool(Struct):
     """A tool that the hosted API runs itself; `fields` is its whole declaration."""
 
@@ -52,11 +97,11 @@ class HostedTool(Struct):
     fields: Json
 
 
-AnyTool = FunctionTool | CustomTool | NamespaceTool | HostedTool
+AnyTool = FunctionTool | CustomTool | NamespaceTool | McpTool | HostedTool
 
 HOSTED = frozenset(
     "web_search web_search_2025_08_26 web_search_preview web_search_preview_2025_03_11 file_search code_interpreter "
-    "image_generation tool_search programmatic_tool_calling mcp computer computer_use_preview local_shell shell "
+    "image_generation tool_search programmatic_tool_calling computer computer_use_preview local_shell shell "
     "apply_patch".split()
 )
 """Types of `HostedTool` that the API knows."""
@@ -71,6 +116,7 @@ _DECODERS: dict[str, msgspec.json.Decoder[Any]] = {
     "function": msgspec.json.Decoder(FunctionTool),
     "custom": msgspec.json.Decoder(CustomTool),
     "namespace": msgspec.json.Decoder(NamespaceTool),
+    "mcp": msgspec.json.Decoder(McpTool),
 }
 _HOSTED = msgspec.json.Decoder(Json)
 
@@ -84,6 +130,8 @@ def _decode_tool(raw: Raw, at: str) -> AnyTool:
     type_ = decode(_PEEK, raw, at).type
     if decoder := _DECODERS.get(type_):
         tool: AnyTool = decode(decoder, raw, at)
+        if isinstance(tool, McpTool):
+            _refuse_elsewhere(tool, at)
         return tool
     if type_ in HOSTED:
         return HostedTool(type_, decode(_HOSTED, raw, at))
@@ -91,9 +139,53 @@ def _decode_tool(raw: Raw, at: str) -> AnyTool:
     raise InvalidParameter(f"Invalid value: '{type_}'. Supported values are: {known}.", param=f"{at}.type")
 
 
+def _refuse_elsewhere(tool: McpTool, at: str) -> None:
+    """Servers that only the hosted API can reach."""
+    for name in ("connector_id", "tunnel_id"):
+        if getattr(tool, name) is not None:
+            raise UnsupportedParameter(
+                f"'{at}.{name}' is not supported by this server; use 'server_url'.", param=f"{at}.{name}"
+            )
+
+
 def encode_tools(tools: list[AnyTool]) -> list[Any]:
-    """The echo of `tools`: defaults filled in, hosted ones as declared."""
-    return [tool.fields if isinstance(tool, HostedTool) else tool for tool in tools]
+    """The echo of `tools`: defaults filled in, hosted ones as declared, no secrets."""
+    return [_shown_tool(tool) for tool in tools]
+
+
+def _shown_tool(tool: AnyTool) -> Any:
+    match tool:
+        case HostedTool():
+            return tool.fields
+        case McpTool():
+            return _ShownMcpTool(
+                server_label=tool.server_label,
+                server_url=_shown_url(tool.server_url),
+                server_description=tool.server_description,
+                allowed_tools=tool.allowed_tools,
+                require_approval=tool.require_approval or "always",
+            )
+    return tool
+
+
+class _ShownMcpTool(Struct, tag_field="type", tag="mcp", kw_only=True):
+    """As the hosted API echoes it: no authorization, the headers null."""
+
+    server_label: str
+    server_url: str | None
+    server_description: str | None
+    headers: None = None
+    allowed_tools: Any
+    require_approval: Any
+
+
+def _shown_url(url: str | None) -> str | None:
+    """Keys are put into paths and queries, too: the hosted API shows nothing but the host, and so do we."""
+    if not url:
+        return None
+    parts = urlsplit(url)
+    at = parts.netloc.rpartition("@")[2]
+    return f"{parts.scheme}://{at}/" + ("<redacted>" if parts.path.strip("/") or parts.query else "")
 
 
 class NamedTool(Struct, kw_only=True, omit_defaults=True):

@@ -155,8 +155,8 @@ def test_a_reference_to_an_item_of_the_chain_is_a_duplicate():
             {"type": "web_search_call", "id": "ws_1", "status": "completed", "action": {"type": "search"}},
         ),
         (
-            {"type": "mcp_approval_response", "approval_request_id": "mcpr_0", "approve": True},
-            {"type": "mcp_approval_response", "id": "item_1", "approval_request_id": "mcpr_0", "approve": True},
+            {"type": "mcp_list_tools", "server_label": "s", "tools": []},
+            {"type": "mcp_list_tools", "id": "mcpl_1", "server_label": "s", "tools": []},
         ),
         (
             {"type": "additional_tools", "role": "developer", "tools": []},

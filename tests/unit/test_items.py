@@ -68,7 +68,31 @@ TEXT = {"type": "input_text", "text": "x"}
             "content": [{"type": "reasoning_text", "text": "x"}],
             "encrypted_content": "x",
         },
-        {"type": "mcp_call", "id": "mcp_1", "server_label": "s", "error": None, "anything": {"deep": [1, 2.5]}},
+        {
+            "type": "mcp_call",
+            "id": "mcp_1",
+            "server_label": "s",
+            "name": "f",
+            "arguments": "{}",
+            "output": None,
+            "error": {"type": "mcp_tool_execution_error", "content": [{"type": "text", "text": "x"}]},
+            "approval_request_id": None,
+            "status": "failed",
+        },
+        {"type": "mcp_list_tools", "id": "mcpl_1", "server_label": "s", "tools": [{"name": "f", "input_schema": {}}]},
+        {"type": "mcp_approval_request", "id": "mcpr_1", "server_label": "s", "name": "f", "arguments": "{}"},
+        {"type": "mcp_approval_response", "id": "mcpa_1", "approval_request_id": "mcpr_1", "approve": True},
+        {"type": "web_search_call", "id": "ws_1", "status": "completed", "action": {"type": "search", "query": "x"}},
+        {"type": "file_search_call", "id": "fs_1", "status": "completed", "queries": ["x"], "results": None},
+        {
+            "type": "code_interpreter_call",
+            "id": "ci_1",
+            "status": "completed",
+            "code": "1",
+            "container_id": "c",
+            "outputs": [],
+        },
+        {"type": "image_generation_call", "id": "ig_1", "status": "completed", "result": "aGk="},
         {"type": "shell_call_output", "id": "sh_1", "call_id": "c", "output": [{"stdout": "x"}]},
     ],
 )
@@ -89,7 +113,7 @@ def test_an_item_comes_back_as_it_was_sent(fields: dict[str, Any]):
         ({"type": "function_call", "call_id": "c", "name": "f", "arguments": ""}, FunctionCall),
         ({"type": "reasoning", "content": None, "encrypted_content": None, "status": None}, Reasoning),
         ({"type": "additional_tools", "role": "developer", "tools": []}, AdditionalTools),
-        ({"type": "web_search_call"}, OpaqueItem),
+        ({"type": "shell_call"}, OpaqueItem),
     ],
 )
 def test_the_kind_of_an_item_is_seen_with_and_without_a_type(fields: dict[str, Any], kind: type):
@@ -169,7 +193,12 @@ def test_tools_of_an_item_are_decoded():
 
 
 @pytest.mark.parametrize(
-    "fields", [{"role": "user", "content": "x"}, {"type": "mcp_call", "name": "x"}, {"type": "shell_call", "id": None}]
+    "fields",
+    [
+        {"role": "user", "content": "x"},
+        {"type": "mcp_call", "server_label": "s", "name": "x", "arguments": "{}"},
+        {"type": "shell_call", "id": None},
+    ],
 )
 def test_an_item_gets_an_id(fields: dict[str, Any]):
     named = with_id(item(fields), "x_1")

@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from app.domain.prompt import HOSTED, Dialect, chat_request, messages, refused_calls, truncate
+from app.domain.prompt import HOSTED, Dialect, chat_request, messages, truncate
 from app.errors import UnsupportedParameter
 from tests.unit.build import assistant, call, context, function, output, plain, request, user
 
@@ -27,7 +27,12 @@ def asked(*items: dict[str, Any], dialect: Dialect = PLAIN, **body: Any) -> dict
     """The whole chat request."""
     items = items or (user("hi"),)
     raw = chat_request(
-        request(input=list(items), **body), context(*items, **body), model="up", dialect=dialect, unseal=unseal
+        request(input=list(items), **body),
+        context(*items, **body),
+        model="up",
+        dialect=dialect,
+        unseal=unseal,
+        output_tokens_max=body.get("max_output_tokens"),
     )
     assert raw is not None
     made: dict[str, Any] = msgspec.json.decode(raw)
@@ -381,7 +386,7 @@ def test_an_mcp_call_is_a_call_with_its_output():
 
 def test_a_failed_mcp_call_tells_its_error():
     item = {"type": "mcp_call", "id": "mcp_1", "server_label": "s", "name": "roll", "arguments": "", "error": "no dice"}
-    assert said(item)[1] == tool("mcp_1", 'Error: "no dice"')
+    assert said(item)[1] == tool("mcp_1", "Error: no dice")
 
 
 def test_a_shell_call_is_a_call_of_its_kind():
@@ -560,10 +565,3 @@ def test_a_function_is_declared_with_what_it_has():
     assert asked(tools=[function("f", strict=None)])["tools"] == [{"type": "function", "function": bare}]
     loose = asked(tools=[function("f", strict=True)], dialect=Dialect(lacks=frozenset({"strict"})))
     assert loose["tools"] == [{"type": "function", "function": bare}]
-
-
-def test_refused_calls_are_told_with_their_reason():
-    assert refused_calls([("c1", "h", "", "no such tool")], "") == [
-        turn(tool_call("c1", "h")),
-        tool("c1", "Error: no such tool"),
-    ]

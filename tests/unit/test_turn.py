@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from app.domain.groups import Manner
 from app.domain.think import ThinkSplitter
-from app.domain.toolbox import Toolbox
-from app.domain.turn import RefusedCall, Turn
+from app.domain.toolbox import Refuse, Toolbox
+from app.domain.turn import OwnCall, Turn
 from app.wire.chat import Chunk, decode_chunk
 from tests.unit.build import chunk, counting, deltas, function, heard, made, piece, plain, said, toolbox
 
@@ -404,8 +404,8 @@ def test_a_call_of_a_tool_that_is_not_offered_is_no_item_and_is_remembered_once(
     speaking = turn()
     chunks = [chunk(tool_calls=[piece(0, "c1", "h", '{"a"')]), chunk(tool_calls=[piece(0, arguments=":1}")])]
     assert made(speaking, [*chunks, chunk("tool_calls")]) == []
-    (refused,) = speaking.refused
-    assert refused == RefusedCall("c1", "h", '{"a":1}', refused.reason) and "'h'" in refused.reason
+    (refused,) = speaking.own_calls
+    assert refused == OwnCall("c1", "h", '{"a":1}', Refuse(refused.verdict.reason)) and "'h'" in refused.verdict.reason
     assert speaking.handed_over == 0
 
 
@@ -414,13 +414,13 @@ def test_calls_around_a_refused_one_are_handed_over():
     pieces = [piece(0, "c1", "f", "{}"), piece(1, "c2", "h", "{}"), piece(2, "c3", "g", "{}")]
     items = made(speaking, [chunk(tool_calls=[one]) for one in pieces])
     assert [one[0] for one in calls(items)] == ["c1", "c3"]
-    assert ([one.call_id for one in speaking.refused], speaking.handed_over) == (["c2"], 2)
+    assert ([one.call_id for one in speaking.own_calls], speaking.handed_over) == (["c2"], 2)
 
 
 def test_without_tools_every_call_is_refused():
     speaking = turn(NO_TOOLS)
     assert made(speaking, [chunk(tool_calls=[piece(0, None, "f")])]) == []
-    assert speaking.refused[0].call_id.startswith("call_")
+    assert speaking.own_calls[0].call_id.startswith("call_")
 
 
 # -- What a chunk says beside -----------------------------------------------------------------------------------------------

@@ -1,0 +1,352 @@
+"""Calls that the server runs: what is said of one before it is sent, and what after it has come back.
+
+A call's item is opened whole, when its turn has ended: so the intent can be kept before the call is sent, and whoever finds it
+without an end knows that nobody can tell whether it was carried out.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from msgspec import Raw, Struct
+from msgspec.structs import replace
+
+from app.domain.hosted import SEEN, Asked, HostedRoute, Kind, arguments_of, owner_of, queries_of, results_of
+from app.domain.toolbox import ByHost
+from app.ids import NewId
+from app.wire.decoding import Json
+from app.wire.events import (
+    CodeCompleted,
+    CodeDelta,
+    CodeDone,
+    CodeInProgress,
+    CodeInterpreting,
+    Event,
+    FileSearchCompleted,
+    FileSearchInProgress,
+    FileSearchSearching,
+    ImageCompleted,
+    ImageGenerating,
+    ImageInProgress,
+    ItemAdded,
+    ItemDone,
+    McpArgumentsDelta,
+    McpArgumentsDone,
+    McpCallCompleted,
+    McpCallFailed,
+    McpCallInProgress,
+    McpListCompleted,
+    McpListFailed,
+    McpListInProgress,
+    WebSearchCompleted,
+    WebSearchInProgress,
+    WebSearchSearching,
+)
+from app.wire.items import (
+    AnyItem,
+    CallError,
+    CodeInterpreterCall,
+    FileSearchCall,
+    ImageGenerationCall,
+    Item,
+    ItemStatus,
+    McpApprovalRequest,
+    McpApprovalResponse,
+    McpCall,
+    McpListTools,
+    ServerCall,
+    WebSearchCall,
+)
+from app.wire.tools import ListedTool
+
+INVALID_PARAMS = -32602
+"""JSON-RPC's code for arguments that are none."""
+
+INTERNAL_ERROR = -32603
+
+
+class Answer(Struct, frozen=True):
+    """What came back of a call; `error` says that it failed."""
+
+    text: str = ""
+    structured: Any = None
+    images: Sequence[tuple[str, str]] = ()
+    """Media type and base64 of each."""
+    error: CallError | None = None
+
+
+def not_json() -> Answer:
+    """For a call whose arguments are no JSON object: it is not sent."""
+    return failure("mcp_protocol_error", INVALID_PARAMS, "The arguments are not a JSON object.")
+
+
+def unknown_outcome() -> Answer:
+    """For a call that may or may not have been carried out when its server died: it is not sent again."""
+    return failure(
+        "mcp_protocol_error",
+        INTERNAL_ERROR,
+        "The server that made this call died before its result was known: it may have been carried out.",
+    )
+
+
+def failure(type: str, code: int, message: str) -> Answer:
+    """The answer of a call that failed on its way."""
+    return Answer(error=CallError(type=type, code=code, message=message))
+
+
+class PendingCall:
+    """A server-run call of the model: from its arguments to its end."""
+
+    def __init__(
+        self, item: ServerCall, arguments: str, by: ByHost | None = None, route: HostedRoute | None = None
+    ) -> None:
+        """`by` and `route` are those of a hosted tool."""
+        self.item = item
+        self.arguments = arguments
+        self.by, self.route = by, route
+        self.output_index = -1
+
+    @property
+    def given(self) -> Json | None:
+        """The arguments; None if they are no JSON object."""
+        return given_of(self.arguments)
+
+    def open(self, output_index: int) -> list[Event]:
+        """What is said before the call is sent: the item, whole but for its end."""
+        self.output_index = output_index
+        at: dict[str, Any] = {"item_id": self.item.id, "output_index": output_index}
+        match self.item:
+            case McpCall() as item:
+                return [
+                    ItemAdded(output_index=output_index, item=replace(item, arguments="")),
+                    McpCallInProgress(**at),
+                    McpArgumentsDelta(**at, delta=item.arguments),
+                    McpArgumentsDone(**at, arguments=item.arguments),
+                ]
+            case WebSearchCall() as item:
+                said: list[Event] = [WebSearchInProgress(**at), WebSearchSearching(**at)]
+            case FileSearchCall() as item:
+                said = [FileSearchInProgress(**at), FileSearchSearching(**at)]
+            case CodeInterpreterCall() as item:
+                code = item.code or ""
+                said = [
+                    CodeInProgress(**at),
+                    CodeDelta(**at, delta=code),
+                    CodeDone(**at, code=code),
+                    CodeInterpreting(**at),
+                ]
+                return [ItemAdded(output_index=output_index, item=replace(item, code="", outputs=[])), *said]
+            case ImageGenerationCall() as item:
+                said = [ImageInProgress(**at), ImageGenerating(**at)]
+        return [ItemAdded(output_index=output_index, item=item), *said]
+
+    def close(self, answer: Answer) -> list[Event]:
+        """What is said when the call has come back."""
+        return close_call(self.item, self.output_index, answer, self.route)
+
+    def cut_off(self) -> list[Event]:
+        """What is said of a call that nobody waits for any more, or that was never sent."""
+        return [_done(self.output_index, replace(self.item, status="incomplete"))]
+
+
+def close_call(item: ServerCall, output_index: int, answer: Answer, route: HostedRoute | None = None) -> list[Event]:
+    """The end of a call's item, with its answer. Without a route, only an answer that is an error."""
+    at: dict[str, Any] = {"item_id": item.id, "output_index": output_index}
+    failed = answer.error is not None
+    status: ItemStatus = "failed" if failed else "completed"
+    said: list[Event] = []
+    done: Item
+    match item:
+        case McpCall():
+            said = [McpCallFailed(**at) if failed else McpCallCompleted(**at)]
+            done = replace(item, output=None if failed else answer.text, error=answer.error, status=status)
+        case WebSearchCall():
+            results = _results("web_search", route, answer)
+            sources = [{"type": "url", "url": result["url"]} for result in results if "url" in result]
+            action = {**(item.action or {}), "sources": sources}
+            said = [] if failed else [WebSearchCompleted(**at)]
+            done = replace(item, action=action, results=results, status=status)
+        case FileSearchCall():
+            said = [] if failed else [FileSearchCompleted(**at)]
+            done = replace(item, results=_results("file_search", route, answer), status=status)
+        case CodeInterpreterCall():
+            said = [] if failed else [CodeCompleted(**at)]
+            done = replace(item, outputs=_outputs(answer), status=status)
+        case ImageGenerationCall():
+            image = answer.images[0] if answer.images else None
+            failed = failed or image is None
+            said = [] if failed else [ImageCompleted(**at)]
+            status = "failed" if failed else "completed"
+            error = {"type": "image_generation_error", "message": _message(answer)} if failed else msgspec.UNSET
+            done = replace(item, result=image[1] if image else None, error=error, status=status)
+    return [*said, _done(output_index, done)]
+
+
+def _results(kind: Kind, route: HostedRoute | None, answer: Answer) -> list[Json]:
+    if answer.error is not None or route is None:
+        return [{"text": f"Error: {_message(answer)}"}]
+    return results_of(kind, route, answer.structured, answer.text)
+
+
+def _outputs(answer: Answer) -> list[Json]:
+    logs = f"Error: {_message(answer)}" if answer.error is not None else answer.text
+    images = [{"type": "image", "url": f"data:{type_};base64,{data}"} for type_, data in answer.images]
+    return [*([{"type": "logs", "logs": logs}] if logs else []), *images]
+
+
+def _message(answer: Answer) -> str:
+    return error_text(answer.error) if answer.error is not None else answer.text or "nothing came back"
+
+
+def error_text(error: CallError | str) -> str:
+    """A call's error, as the model reads it."""
+    if isinstance(error, str):
+        return error
+    if error.message:
+        return str(error.message)
+    parts = error.content if isinstance(error.content, list) else [error.content]
+    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    return "\n".join(text for text in texts if isinstance(text, str)) or msgspec.json.encode(error.content).decode()
+
+
+def given_of(arguments: str) -> Json | None:
+    """A call's arguments; none at all are an empty object, and None says that they are no JSON object."""
+    try:
+        return msgspec.json.decode(arguments or "{}", type=dict[str, Any])
+    except msgspec.DecodeError:
+        return None
+
+
+def mcp_call(new_id: NewId, label: str, name: str, arguments: str, *, approval: str | None = None) -> PendingCall:
+    """A call of an MCP server's tool."""
+    item = McpCall(
+        id=new_id("mcp"),
+        server_label=label,
+        name=name,
+        arguments=arguments,
+        approval_request_id=approval,
+        status="in_progress",
+    )
+    return PendingCall(item, arguments)
+
+
+def hosted_call(new_id: NewId, by: ByHost, route: HostedRoute, arguments: str, container: str) -> PendingCall:
+    """A call of a hosted tool."""
+    given = given_of(arguments) or {}
+    item: ServerCall
+    match by.kind:
+        case "web_search":
+            query = str(given.get("query", ""))
+            action = {"type": "search", "query": query, "queries": [query]}
+            item = WebSearchCall(id=new_id("ws"), status="in_progress", action=action)
+        case "file_search":
+            item = FileSearchCall(id=new_id("fs"), status="in_progress", queries=queries_of(given))
+        case "code_interpreter":
+            code = str(given.get("code", arguments if not given else ""))
+            item = CodeInterpreterCall(id=new_id("ci"), status="in_progress", code=code, container_id=container)
+        case "image_generation":
+            item = ImageGenerationCall(
+                id=new_id("ig"), status="in_progress", revised_prompt=str(given.get("prompt", ""))
+            )
+    return PendingCall(item, arguments, by, route)
+
+
+def arguments_for(call: PendingCall, *, tenant: str, container: str) -> Json | None:
+    """The arguments of the tool behind a hosted call; None if the model's are no JSON. Bare code is taken as code."""
+    assert call.route is not None
+    assert call.by is not None
+    given = call.given
+    if given is None and call.by.kind == "code_interpreter":
+        given = {"code": call.arguments}
+    if given is None:
+        return None
+    return arguments_of(call.by.kind, call.route, Asked(given, call.by.declaration, tenant, container))
+
+
+def approval_request(new_id: NewId, label: str, name: str, arguments: str, output_index: int) -> list[Event]:
+    """A call that waits for the client's approval: only added and done."""
+    item = McpApprovalRequest(id=new_id("mcpr"), server_label=label, name=name, arguments=arguments)
+    return [ItemAdded(output_index=output_index, item=item), _done(output_index, item)]
+
+
+def open_list(new_id: NewId, label: str, output_index: int) -> tuple[McpListTools, list[Event]]:
+    """The listing of a server's tools begins."""
+    item = McpListTools(id=new_id("mcpl"), server_label=label, tools=[])
+    at: dict[str, Any] = {"item_id": item.id, "output_index": output_index}
+    return item, [ItemAdded(output_index=output_index, item=item), McpListInProgress(**at)]
+
+
+def close_list(
+    item: McpListTools, output_index: int, tools: Sequence[ListedTool], error: str | None = None
+) -> tuple[McpListTools, list[Event]]:
+    """The listing has come back, or failed."""
+    at: dict[str, Any] = {"item_id": item.id, "output_index": output_index}
+    done = replace(item, tools=list(tools), error=error if error is not None else msgspec.UNSET)
+    said: Event = McpListFailed(**at) if error is not None else McpListCompleted(**at)
+    return done, [said, _done(output_index, done)]
+
+
+SERVER_RUN = frozenset(str(item.__struct_config__.tag) for item in ServerCall.__args__)
+"""Types of the items of server-run calls."""
+
+
+def _done(output_index: int, item: Item) -> ItemDone:
+    return ItemDone(output_index=output_index, item=Raw(msgspec.json.encode(item)))
+
+
+# -- What the model is told --------------------------------------------------------------------------------------------------
+
+
+class Said(Struct, frozen=True):
+    """A server-run call as the model made it: the tool, whose it is, the arguments."""
+
+    name: str
+    of: str
+    arguments: str
+
+
+def asked_of_model(item: AnyItem) -> Said | None:
+    """The function that the model called; None where another server's history has lost what came of it."""
+    match item:
+        case McpCall() | McpApprovalRequest():
+            return Said(item.name, item.server_label, item.arguments)
+        case WebSearchCall(results=[*_]):
+            return _said("web_search", {"query": (item.action or {}).get("query", "")})
+        case FileSearchCall(results=[*_]):
+            return _said("file_search", {"queries": item.queries})
+        case CodeInterpreterCall(outputs=[*_]):
+            return _said("code_interpreter", {"code": item.code or ""})
+        case ImageGenerationCall():
+            return _said("image_generation", {"prompt": item.revised_prompt or ""})
+    return None
+
+
+def _said(kind: Kind, given: Json) -> Said:
+    return Said(SEEN[kind].name, owner_of(kind), msgspec.json.encode(given).decode())
+
+
+def answer_for_model(item: AnyItem) -> str:
+    """What came of a server-run call, or of a request for approval, as the model reads it."""
+    match item:
+        case McpCall():
+            return (item.output or "") if item.error is None else f"Error: {error_text(item.error)}"
+        case McpApprovalResponse():
+            reason = f" The reason: {item.reason}" if item.reason else ""
+            return f"Error: the user did not approve this call. It was not made.{reason}"
+        case WebSearchCall() | FileSearchCall():
+            return "\n\n".join(map(_result_text, item.results or ())) or "Nothing was found."
+        case CodeInterpreterCall():
+            return "\n".join(map(_output_text, item.outputs or ())) or "The program printed nothing."
+        case ImageGenerationCall():
+            return "The image was made and shown to the user." if item.result else "Error: no image was made."
+    return "Error: nobody has answered whether this call may be made. It was not made."
+
+
+def _result_text(result: Json) -> str:
+    name = result.get("title") or result.get("filename")
+    lines = [f"【{name}】" if "filename" in result else name, result.get("url"), result.get("text")]
+    return "\n".join(str(line) for line in lines if line)
+
+
+def _output_text(output: Json) -> str:
+    return str(output.get("logs", "")) if output.get("type") == "logs" else "[An image, shown to the user.]"

@@ -1,0 +1,168 @@
+"""Hosted tools: what the hosted API runs itself, and here a tool server of the operator's catalog.
+
+To the model each is a plain function. What it calls it with is mapped to the arguments of the tool behind it, and the tool's
+answer to the results of the item. The mapping is the operator's; without one, names that mean the same are looked for.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Struct
+
+from app.wire.decoding import Json
+from app.wire.tools import FunctionTool
+
+Kind = Literal["web_search", "file_search", "code_interpreter", "image_generation"]
+
+KINDS: Mapping[str, Kind] = {
+    "web_search": "web_search",
+    "web_search_2025_08_26": "web_search",
+    "web_search_preview": "web_search",
+    "web_search_preview_2025_03_11": "web_search",
+    "file_search": "file_search",
+    "code_interpreter": "code_interpreter",
+    "image_generation": "image_generation",
+}
+"""Declared type → kind: one tool has several names."""
+
+
+def _function(name: str, description: str, **parameters: Json) -> FunctionTool:
+    schema = {"type": "object", "properties": parameters, "required": [next(iter(parameters))]}
+    return FunctionTool(name=name, description=description, parameters=schema)
+
+
+SEEN: Mapping[Kind, FunctionTool] = {
+    "web_search": _function(
+        "web_search",
+        "Search the web. Cite what you use as a Markdown link: [title](url).",
+        query={"type": "string", "description": "What to search for."},
+    ),
+    "file_search": _function(
+        "file_search",
+        "Search the user's files. Cite what you use by its file name, as in 【name.pdf】.",
+        queries={
+            "type": "array",
+            "items": {"type": "string"},
+            "description": "What to search for, in several wordings.",
+        },
+    ),
+    "code_interpreter": _function(
+        "code_interpreter",
+        "Run Python code and get what it prints.",
+        code={"type": "string", "description": "The whole program."},
+    ),
+    "image_generation": _function(
+        "image_generation",
+        "Make an image from a description.",
+        prompt={"type": "string", "description": "What the image shows."},
+    ),
+}
+"""The function that the model sees."""
+
+
+def owner_of(kind: Kind) -> str:
+    """Whose a hosted tool is, beside the labels of MCP servers and the namespaces of clients; neither holds a space."""
+    return f"hosted {kind}"
+
+
+class HostedRoute(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[hosted.KIND]` of the catalog: the tool behind a hosted type, and how what goes in and comes out is mapped.
+
+    A string in `arguments` that begins with `$` stands for a value: what the model gave (`$query`, `$queries`, `$code`,
+    `$prompt`), `$tenant`, `$container`, or any key of the tool's declaration (`$vector_store_ids`, `$max_num_results`, ...);
+    an argument whose value is absent is left out. `results` is where the list of results lies in the structured answer
+    (`web.results`), `fields` names their keys (`url = "link"`).
+    """
+
+    server: str
+    tool: str
+    arguments: dict[str, Any] = {}
+    results: str = ""
+    fields: dict[str, str] = {}
+
+
+class Asked(Struct, frozen=True):
+    """What a hosted call is made from."""
+
+    given: Json
+    """The model's arguments."""
+    declaration: Json
+    tenant: str
+    container: str
+
+
+def arguments_of(kind: Kind, route: HostedRoute, asked: Asked) -> Json:
+    """The arguments of the tool behind a hosted type."""
+    values = {**asked.declaration, "tenant": asked.tenant, "container": asked.container, **asked.given}
+    if kind == "file_search":
+        values.setdefault("query", " ".join(queries_of(asked.given)))
+    if kind == "web_search":
+        values.setdefault("queries", [asked.given.get("query")])
+    template = route.arguments or {name: f"${name}" for name in (SEEN[kind].parameters or {})["properties"]}
+    made = {}
+    for name, given in template.items():
+        value = values.get(given[1:]) if isinstance(given, str) and given.startswith("$") else given
+        if value is not None:
+            made[name] = value
+    return made
+
+
+def queries_of(given: Json) -> list[str]:
+    """What a file search looks for; models give one string where a list is asked."""
+    queries = given.get("queries", given.get("query"))
+    return [str(query) for query in queries] if isinstance(queries, list) else [str(queries)] if queries else []
+
+
+_FIELDS: Mapping[Kind, Mapping[str, Sequence[str]]] = {
+    "web_search": {
+        "url": ("url", "link", "href"),
+        "title": ("title", "name"),
+        "text": ("text", "snippet", "content", "description", "body"),
+    },
+    "file_search": {
+        "file_id": ("file_id", "id", "document_id"),
+        "filename": ("filename", "file_name", "name", "title", "path"),
+        "score": ("score", "similarity", "rank"),
+        "text": ("text", "content", "snippet", "chunk"),
+        "attributes": ("attributes", "metadata"),
+    },
+}
+"""Kind → a result's key → the names that tools give it."""
+
+
+def results_of(kind: Kind, route: HostedRoute, structured: Any, text: str) -> list[Json]:
+    """The results of a search: those of the structured answer, or of a text that is JSON; else the text is the one result."""
+    found = _listed(structured if structured is not None else _json(text), route.results)
+    if found is None:
+        return [{"text": text}] if text else []
+    names = _FIELDS[kind]
+    return [_renamed(result, names, route.fields) for result in found]
+
+
+def _json(text: str) -> Any:
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return None
+
+
+def _listed(found: Any, path: str) -> list[Json] | None:
+    """The list of objects at a dotted path; without a path the first that there is."""
+    for name in path.split(".") if path else ():
+        found = found.get(name) if isinstance(found, dict) else None
+    if isinstance(found, dict) and not path:
+        found = next((value for value in found.values() if isinstance(value, list)), None)
+    if not isinstance(found, list):
+        return None
+    return [one if isinstance(one, dict) else {"text": str(one)} for one in found]
+
+
+def _renamed(result: Json, names: Mapping[str, Sequence[str]], fields: Mapping[str, str]) -> Json:
+    made = {}
+    for name, others in names.items():
+        keys = [fields[name]] if name in fields else others
+        value = next((result[key] for key in keys if result.get(key) is not None), None)
+        if value is not None:
+            made[name] = value
+    return made

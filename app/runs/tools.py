@@ -1,0 +1,113 @@
+"""The server-run tools of one run: listing them, calling them.
+
+Nothing here raises for what a tool server does: a server that can't be listed is an error of its list, a call that fails is
+an answer that says so, for the model to read.
+"""
+
+import asyncio
+import hashlib
+
+import structlog
+from msgspec import UNSET
+
+from app.domain.calls import Answer, PendingCall, arguments_for, failure, hosted_call, mcp_call, not_json
+from app.domain.toolbox import ByHost, Run
+from app.ids import new_id
+from app.outbound.guard import Guard
+from app.outbound.mcp import Listed, ToolFailure, ToolServer, ToolSessions
+from app.runs.task import Task
+from app.settings import Settings
+from app.wire.items import CallError, CodeInterpreterCall, McpCall
+from app.wire.tools import ListedTool
+
+log = structlog.get_logger()
+
+UNAVAILABLE = -32601
+"""JSON-RPC's code for what can't be called."""
+
+
+class Tools:
+    """The tools that this server runs for one response; `close` it."""
+
+    def __init__(self, task: Task, guard: Guard, settings: Settings) -> None:
+        self._task, self._sessions = task, ToolSessions(guard, settings)
+        self._places = asyncio.Semaphore(settings.tool_calls_at_once_max)
+        self._container = _container(task)
+
+    async def close(self) -> None:
+        """Close every session."""
+        await self._sessions.close()
+
+    async def list(self, label: str) -> tuple[list[ListedTool], str | None]:
+        """The tools of a declared server; or none, and why."""
+        server = self._task.servers[label]
+        try:
+            return [_listed(tool) for tool in await self._sessions.list_tools(server)], None
+        except ToolFailure as error:
+            log.warning("A tool server can't be listed.", action="tools_unlisted", label=label, reason=error.message)
+            return [], error.message
+
+    def pending(self, run: Run, arguments: str) -> PendingCall:
+        """A call of the model, before it is sent."""
+        if isinstance(run.by, ByHost):
+            return hosted_call(new_id, run.by, self._task.hosted[run.by.kind], arguments, self._container)
+        return mcp_call(new_id, run.by.label, run.name, arguments)
+
+    async def answer(self, call: PendingCall) -> Answer:
+        """Make a call, once."""
+        async with self._places:
+            try:
+                return await self._send(call)
+            except ToolFailure as error:
+                log.warning("A tool call failed.", action="tool_call_failed", call=call.item.id, reason=error.message)
+                return failure(error.kind, error.code, error.message)
+
+    async def _send(self, call: PendingCall) -> Answer:
+        server, name, arguments = self._addressed(call)
+        if arguments is None:
+            return not_json()
+        result = await self._sessions.call(server, name, arguments, call_id=call.item.id)
+        error = None
+        if result.is_error:
+            content = [{"type": "text", "text": result.text}]
+            error = CallError(type="mcp_tool_execution_error", content=content)
+        return Answer(result.text, result.structured, result.images, error)
+
+    def _addressed(self, call: PendingCall) -> tuple[ToolServer, str, dict[str, object] | None]:
+        if isinstance(call.item, McpCall):
+            return self._task.servers[call.item.server_label], call.item.name, call.given
+        route = call.route
+        assert route is not None
+        arguments = arguments_for(call, tenant=self._task.tenant_id, container=_private(self._task, call))
+        return self._task.tool_servers[route.server], route.tool, arguments
+
+
+def unavailable(name: str) -> Answer:
+    """The answer of an approved call whose tool is not there any more."""
+    return failure("mcp_protocol_error", UNAVAILABLE, f"There is no tool named '{name}' that may be called now.")
+
+
+def _listed(tool: Listed) -> ListedTool:
+    return ListedTool(
+        name=tool.name,
+        description=tool.description or UNSET,
+        input_schema=tool.input_schema,
+        annotations=tool.annotations or UNSET,
+    )
+
+
+def _container(task: Task) -> str:
+    """Where code runs: the container that the request names, the one that the context has used last, or a new one."""
+    for tool in task.request.tools:
+        named = getattr(tool, "fields", {}).get("container")
+        if isinstance(named, str) and named:
+            return named
+    used = [item.container_id for item in task.context.items if isinstance(item, CodeInterpreterCall)]
+    return used[-1] if used and used[-1] else new_id("cntr")
+
+
+def _private(task: Task, call: PendingCall) -> str:
+    """A container's name for its tool server: no tenant can name another's."""
+    if not isinstance(call.item, CodeInterpreterCall):
+        return ""
+    return hashlib.sha256(f"{task.tenant_id}\0{call.item.container_id}".encode()).hexdigest()[:32]
