@@ -8,7 +8,6 @@ import sys
 
 import structlog
 
-
 TELLTALES = ("mcp", "client", "httpx2", "httpcore2")
 """Loggers of libraries that call tool servers; they print messages, results and headers ("client" is the MCP session's)."""
 

@@ -10,6 +10,7 @@ import pytest
 
 from app import embedded, migrate
 from tests.servers import Served
+from tests.toolserver import Toolserver
 from tests.upstream import Upstream
 
 NewServer = Callable[..., Served]
@@ -27,6 +28,13 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[embedded.Embed
 def upstream() -> Iterator[Upstream]:
     """The scripted upstream; the script of a test stands in its last user message."""
     with Upstream() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def toolserver() -> Iterator[Toolserver]:
+    """The scripted MCP server; a test finds its calls under a name of its own."""
+    with Toolserver() as running:
         yield running
 
 

@@ -34,9 +34,14 @@ NEVER_PUBLIC = tuple(
     ip_network(network)
     for network in (
         "168.63.129.16/32",  # Azure's metadata and wire server, on a public address
-        "192.88.99.0/24",  # the relays of 6to4
-        "3fff::/20",  # documentation; older Pythons do not know it
-        "5f00::/16",  # segment routing, the same
+        # What IANA's registries call special, and what `ipaddress` judges differently from one Python to the next.
+        "192.0.0.0/24",  # protocol assignments; Oracle's metadata service
+        "192.88.99.0/24",  # relays of 6to4
+        "64:ff9b:1::/48",  # NAT64 of one's own
+        "100::/63",  # discarded
+        "2001::/23",  # protocol assignments, Teredo
+        "3fff::/20",  # documentation
+        "5f00::/16",  # segment routing
     )
 )
 
@@ -101,6 +106,8 @@ class Guard:
             raise OutboundRefused("", "the URL names no host")
         if url.userinfo:
             raise OutboundRefused(host, "the URL carries a user name or password")
+        if url.port is not None and not 0 < url.port < 65536:
+            raise OutboundRefused(host, "the URL's port is none")
 
     async def addresses(self, host: str, port: int) -> list[str]:
         """The addresses of a host, all of which may be called. Raises OutboundRefused, OSError for an unknown host."""
