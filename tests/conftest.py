@@ -39,6 +39,13 @@ def toolserver() -> Iterator[Toolserver]:
 
 
 @pytest.fixture(scope="session")
+def toolserver() -> Iterator[Toolserver]:
+    """The scripted MCP server; a test's own names are in its URLs."""
+    with Toolserver() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
 def template(servers: embedded.Embedded) -> str:
     """A database with the tables, to be copied."""
     url = _database_url(servers, "template_reprise")
@@ -85,6 +92,7 @@ def base_env(
         "REDIS_URL": servers.redis_url,
         "OPENAI_BASE_URL": upstream.base_url,
         "REPRISE_DATA_DIR": str(tmp_path_factory.mktemp("data")),
+        "REPRISE_OUTBOUND_ALLOW": "127.0.0.1/32",
     }
 
 
