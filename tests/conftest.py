@@ -39,13 +39,6 @@ def toolserver() -> Iterator[Toolserver]:
 
 
 @pytest.fixture(scope="session")
-def toolserver() -> Iterator[Toolserver]:
-    """The scripted MCP server; a test's own names are in its URLs."""
-    with Toolserver() as running:
-        yield running
-
-
-@pytest.fixture(scope="session")
 def template(servers: embedded.Embedded) -> str:
     """A database with the tables, to be copied."""
     url = _database_url(servers, "template_reprise")
