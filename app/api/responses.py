@@ -1,7 +1,7 @@
 """`/v1/responses`: create, retrieve, list, delete, input items."""
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Collection, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -20,9 +20,11 @@ from app.settings import Settings
 from app.storage import responses
 from app.storage.database import Database
 from app.storage.journal import Kept
+from app.wire import resources
 from app.wire.items import OpaqueItem, decode_item, encode_item
 from app.wire.requests import CreateResponse, decode_create
 from app.wire.resources import Deleted, Page, encode
+from app.wire.shown import Shown
 
 log = structlog.get_logger()
 
@@ -59,18 +61,16 @@ class ResponsesController(Controller):
         if create.background:
             return await self._create_in_background(caller, create, raw, background, settings)
         run = await executor.start(caller, create)
-        left_out = run.work.context.toolbox.left_out
-        if left_out:
-            log.warning("Tools that nobody here runs were left out.", action="tools_left_out", tools=left_out)
-        headers = {LEFT_OUT_HEADER: ", ".join(left_out)} if left_out else {}
+        headers = _left_out(run.work.context.toolbox.left_out)
         if not create.stream:
             made = await _while_connected(request, executor, run, executor.finished(run))
-            return Response(encode(made), media_type=MediaType.JSON, headers=headers)
+            return _reply(made, create.include, headers)
         await _while_connected(request, executor, run, executor.opened(run))
         options = create.body.stream_options
         return EventStream(
             run.follow(silence_s=settings.keepalive_s),
             gone=lambda: executor.reader_gone(run),
+            shown=Shown(create.include),
             obfuscate=bool(options and options.include_obfuscation),
             headers=headers,
         )
@@ -78,16 +78,18 @@ class ResponsesController(Controller):
     async def _create_in_background(
         self, caller: Caller, create: CreateResponse, raw: bytes, background: Background, settings: Settings
     ) -> Response[Any]:
-        queued, entries = await background.enqueue(caller, create, raw)
+        queued = await background.enqueue(caller, create, raw)
+        headers = _left_out(queued.left_out)
         if not create.stream:
-            return Response(encode(queued), media_type=MediaType.JSON)
-        kept = Kept(status="queued", background=True, streamed=True, archived=False, entries=entries)
+            return _reply(queued.response, (), headers)
+        kept = Kept(status="queued", background=True, streamed=True, archived=False, entries=queued.entries)
         options = create.body.stream_options
         return EventStream(
-            background.follow(caller.tenant_id, queued.id, -1, kept, silence_s=settings.keepalive_s),
+            background.follow(caller.tenant_id, queued.response.id, -1, kept, silence_s=settings.keepalive_s),
             gone=_nobody_cares,
+            shown=Shown(create.include),
             obfuscate=bool(options and options.include_obfuscation),
-            headers={},
+            headers=headers,
         )
 
     @get()
@@ -107,7 +109,7 @@ class ResponsesController(Controller):
             found = await responses.list_responses(
                 tx, caller.tenant_id, filter, after=query.after, limit=query.limit + 1, order=query.order
             )
-        rows = [(id, encode(responses.response_of(stored))) for id, stored in found]
+        rows = [(id, encode(_shown(responses.response_of(stored), ()))) for id, stored in found]
         return _page(rows, query.limit)
 
     @get("/{response_id:str}")
@@ -125,7 +127,7 @@ class ResponsesController(Controller):
         async with database.autocommit() as tx:
             stored = await responses.get_response(tx, caller.tenant_id, response_id)
         if not query.stream:
-            return Response(encode(responses.response_of(stored)), media_type=MediaType.JSON)
+            return _reply(responses.response_of(stored), query.include)
         kept = await background.kept(caller.tenant_id, response_id)
         for wanted, given in (("background", kept.background), ("stream", kept.streamed)):
             if not given:
@@ -136,6 +138,7 @@ class ResponsesController(Controller):
         return EventStream(
             background.follow(caller.tenant_id, response_id, after, kept, silence_s=settings.keepalive_s),
             gone=_nobody_cares,
+            shown=Shown(query.include),
             obfuscate=bool(query.include_obfuscation),
             headers={},
         )
@@ -160,7 +163,8 @@ class ResponsesController(Controller):
             found = await responses.list_input_items(
                 tx, caller.tenant_id, response_id, after=query.after, limit=query.limit + 1, order=query.order
             )
-        return _page([(item.id, _listed(item.body)) for item in found], query.limit)
+        shown = Shown(query.include)
+        return _page([(item.id, shown.item(_listed(item.body))) for item in found], query.limit)
 
     @post("/{response_id:str}/cancel", status_code=200)
     async def cancel(
@@ -171,12 +175,29 @@ class ResponsesController(Controller):
             stored = await responses.get_response(tx, caller.tenant_id, response_id)
         if not responses.response_of(stored).background:
             raise InvalidRequest("Cannot cancel a synchronous response.", param="response_id")
-        ended = await background.cancel(caller.tenant_id, response_id, worker.owner)
-        return Response(encode(ended), media_type=MediaType.JSON)
+        return _reply(await background.cancel(caller.tenant_id, response_id, worker.owner), ())
 
 
 def _nobody_cares() -> None:
     """A background run goes on without its readers."""
+
+
+def _left_out(types: Sequence[str]) -> dict[str, str]:
+    """The warning about declared tools that the model does not see, in the log and as a header."""
+    if not types:
+        return {}
+    log.warning("Tools that nobody here runs were left out.", action="tools_left_out", tools=types)
+    return {LEFT_OUT_HEADER: ", ".join(types)}
+
+
+def _shown(response: resources.Response, include: Collection[str]) -> resources.Response:
+    return msgspec.structs.replace(response, output=Shown(include).output(response.output))
+
+
+def _reply(
+    response: resources.Response, include: Collection[str], headers: dict[str, str] | None = None
+) -> Response[bytes]:
+    return Response(encode(_shown(response, include)), media_type=MediaType.JSON, headers=headers)
 
 
 def _page(rows: "list[tuple[str, bytes]]", limit: int) -> Response[bytes]:

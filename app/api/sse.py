@@ -14,6 +14,7 @@ from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.storage.redislog import break_off
 from app.wire.events import DONE_FRAME, Entry
+from app.wire.shown import Shown
 
 KEEPALIVE = b": keep-alive\n\n"
 OBFUSCATION_CHARS = 16
@@ -36,10 +37,16 @@ class EventStream(Response[None]):
     """The reply of a stream. `gone` is called if the client leaves before the last event."""
 
     def __init__(
-        self, batches: AsyncIterator[list[Entry]], *, gone: Callable[[], None], obfuscate: bool, headers: dict[str, str]
+        self,
+        batches: AsyncIterator[list[Entry]],
+        *,
+        gone: Callable[[], None],
+        shown: Shown,
+        obfuscate: bool,
+        headers: dict[str, str],
     ) -> None:
         super().__init__(None)
-        self._batches, self._gone, self._obfuscate = batches, gone, obfuscate
+        self._batches, self._gone, self._shown, self._obfuscate = batches, gone, shown, obfuscate
         self._head = HEAD + [(name.encode(), value.encode()) for name, value in headers.items()]
 
     def to_asgi_response(self, *args: Any, **kwargs: Any) -> ASGIApp:  # type: ignore[override]
@@ -68,7 +75,12 @@ class EventStream(Response[None]):
     def _frames(self, batch: list[Entry]) -> bytes:
         if not batch:
             return KEEPALIVE
-        return b"".join(_padded(entry) if self._obfuscate else entry.frame for entry in batch)
+        return b"".join(self._frame(entry) for entry in batch)
+
+    def _frame(self, entry: Entry) -> bytes:
+        if self._obfuscate and entry.type.endswith(".delta"):
+            return _padded(entry)
+        return self._shown.frame(entry)
 
 
 def _body(body: bytes, *, more: bool) -> Message:
@@ -77,8 +89,6 @@ def _body(body: bytes, *, more: bool) -> Message:
 
 def _padded(entry: Entry) -> bytes:
     """A delta with `obfuscation`, so that the sizes of packets tell less about the text."""
-    if not entry.type.endswith(".delta"):
-        return entry.frame
     length = OBFUSCATION_CHARS - len(entry.body) % OBFUSCATION_CHARS
     padding = secrets.token_urlsafe(OBFUSCATION_CHARS)[:length].encode()
     return b'%b,"obfuscation":"%b"}\n\n' % (entry.frame[:-3], padding)

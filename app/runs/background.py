@@ -82,6 +82,14 @@ class Work:
         )
 
 
+class Enqueued(Struct, frozen=True):
+    """A response that waits for its run, with its first events; `left_out` are tools that nobody here runs."""
+
+    response: Response
+    entries: list[Entry]
+    left_out: tuple[str, ...]
+
+
 class Secrets(Struct, frozen=True):
     """What a run must know and no table may hold in plain."""
 
@@ -124,8 +132,8 @@ class Background:
 
     # -- Beginning --------------------------------------------------------------------------------------------------------
 
-    async def enqueue(self, caller: Caller, request: CreateResponse, raw: bytes) -> tuple[Response, list[Entry]]:
-        """Store a response with its place in the queue, in one commit; gives it with its first events. Raises ApiError."""
+    async def enqueue(self, caller: Caller, request: CreateResponse, raw: bytes) -> Enqueued:
+        """Store a response with its place in the queue, in one commit. Raises ApiError."""
         work = await self._tasks.prepare(caller.tenant_id, caller.key, request)
         response = open_response(request, id=new_id("resp"), created_at=int(time.time()))
         entries = [
@@ -149,7 +157,7 @@ class Background:
             await responses.insert_response(tx, caller.tenant_id, response, items, parent=work.parent, run=queued)
             await approvals.answer_requests(tx, caller.tenant_id, response.id, work.context.decisions)
         self._logs.tell("wake")
-        return response, entries
+        return Enqueued(response, entries, work.context.toolbox.left_out)
 
     def _sealed(self, secrets: Secrets) -> str | None:
         return self._seal.close(msgspec.json.encode(secrets).decode()) if secrets.key or secrets.tools else None
