@@ -12,7 +12,7 @@ from typing import Any
 from litestar import Response
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.storage.redislog import break_off
+from app.storage.redisclient import break_off
 from app.wire.events import DONE_FRAME, Entry
 
 KEEPALIVE = b": keep-alive\n\n"

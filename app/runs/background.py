@@ -28,7 +28,8 @@ from app.storage import journal, queue, responses
 from app.storage.database import Database
 from app.storage.journal import Kept
 from app.storage.queue import Claim, Hold, Owner, Queued
-from app.storage.redislog import Batch, Reader, RedisLogs, RunLog
+from app.storage.redishub import Batch, Reader
+from app.storage.redislog import RedisLogs, RunLog
 from app.wire.events import Created, Entry, InProgress, encode_event
 from app.wire.events import Queued as QueuedEvent
 from app.wire.items import AnyItem, decode_item, encode_item
