@@ -84,7 +84,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     worker_runs_max: Annotated[int, _about("background runs at once in one process", ge=1)] = 200
     queued_runs_tenant_max: Annotated[int, _about("queued background runs of one tenant; beyond: 429", ge=1)] = 10_000
     queued_runs_max: Annotated[int, _about("queued background runs in all; beyond: 429", ge=1)] = 100_000
-    run_attempts_max: Annotated[int, _about("owners that a background run may have had before it fails", ge=1)] = 5
+    run_attempts_max: Annotated[
+        int, _about("attempts at a background run; it fails when so many owners have died", ge=1)
+    ] = 5
     event_ttl_s: Annotated[
         float, _about("how long Redis keeps the events of an ended run; Postgres keeps them longer", gt=0)
     ] = 60.0

@@ -287,7 +287,7 @@ class Background:
             await recorder.record(recovered.closing)
         if claim.state == "cancelled":
             return Outcome("cancelled")
-        if claim.lease > self._settings.run_attempts_max:
+        if claim.lease - claim.handed_over > self._settings.run_attempts_max:
             return Outcome("failed", error=ServerError("The response could not be made: every attempt broke off."))
         async with self._database.autocommit() as tx:
             if not await responses.begin_response(tx, claim.tenant_id, claim.response_id, claim.lease, found.life):
