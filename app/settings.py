@@ -66,6 +66,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         _about("how long a stream's head waits for the upstream's answer, so that its refusal is an HTTP status", ge=0),
     ] = 10.0
     keepalive_s: Annotated[float, _about("an SSE comment after so much silence", gt=0)] = 15.0
+    keepalive_events: Annotated[
+        bool, _about("whether it is a `keepalive` event instead, for clients and proxies that count events only")
+    ] = False
     upstream_attempts_max: Annotated[int, _about("attempts at one upstream before anything was sent", ge=1)] = 3
     upstream_retry_after_max_s: Annotated[float, _about("a longer Retry-After is passed on at once", ge=0)] = 5.0
     upstream_connect_timeout_s: Annotated[float, _about("connecting to an upstream", gt=0)] = 5.0

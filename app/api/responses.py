@@ -72,6 +72,7 @@ class ResponsesController(Controller):
             run.follow(silence_s=settings.keepalive_s),
             gone=lambda: executor.reader_gone(run),
             obfuscate=bool(options and options.include_obfuscation),
+            keepalive_events=settings.keepalive_events,
             headers=headers,
         )
 
@@ -87,6 +88,7 @@ class ResponsesController(Controller):
             background.follow(caller.tenant_id, queued.id, -1, kept, silence_s=settings.keepalive_s),
             gone=_nobody_cares,
             obfuscate=bool(options and options.include_obfuscation),
+            keepalive_events=settings.keepalive_events,
             headers={},
         )
 
@@ -137,7 +139,9 @@ class ResponsesController(Controller):
             background.follow(caller.tenant_id, response_id, after, kept, silence_s=settings.keepalive_s),
             gone=_nobody_cares,
             obfuscate=bool(query.include_obfuscation),
+            keepalive_events=settings.keepalive_events,
             headers={},
+            after=after,
         )
 
     @delete("/{response_id:str}", status_code=200)
