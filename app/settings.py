@@ -88,6 +88,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         _about("how long a stream's head waits for the upstream's answer, so that its refusal is an HTTP status", ge=0),
     ] = 10.0
     keepalive_s: Annotated[float, _about("an SSE comment after so much silence", gt=0)] = 15.0
+    keepalive_events: Annotated[
+        bool, _about("whether it is a `keepalive` event instead, for clients and proxies that count events only")
+    ] = False
     upstream_attempts_max: Annotated[int, _about("attempts at one upstream before anything was sent", ge=1)] = 3
     upstream_retry_after_max_s: Annotated[float, _about("a longer Retry-After is passed on at once", ge=0)] = 5.0
     upstream_connect_timeout_s: Annotated[float, _about("connecting to an upstream", gt=0)] = 5.0
@@ -118,7 +121,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     worker_runs_max: Annotated[int, _about("background runs at once in one process", ge=1)] = 200
     queued_runs_tenant_max: Annotated[int, _about("queued background runs of one tenant; beyond: 429", ge=1)] = 10_000
     queued_runs_max: Annotated[int, _about("queued background runs in all; beyond: 429", ge=1)] = 100_000
-    run_attempts_max: Annotated[int, _about("owners that a background run may have had before it fails", ge=1)] = 5
+    run_attempts_max: Annotated[
+        int, _about("attempts at a background run; it fails when so many owners have died", ge=1)
+    ] = 5
     event_ttl_s: Annotated[
         float, _about("how long Redis keeps the events of an ended run; Postgres keeps them longer", gt=0)
     ] = 60.0

@@ -72,6 +72,7 @@ class ResponsesController(Controller):
             gone=lambda: executor.reader_gone(run),
             shown=Shown(create.include),
             obfuscate=bool(options and options.include_obfuscation),
+            keepalive_events=settings.keepalive_events,
             headers=headers,
         )
 
@@ -89,6 +90,7 @@ class ResponsesController(Controller):
             gone=_nobody_cares,
             shown=Shown(create.include),
             obfuscate=bool(options and options.include_obfuscation),
+            keepalive_events=settings.keepalive_events,
             headers=headers,
         )
 
@@ -140,7 +142,9 @@ class ResponsesController(Controller):
             gone=_nobody_cares,
             shown=Shown(query.include),
             obfuscate=bool(query.include_obfuscation),
+            keepalive_events=settings.keepalive_events,
             headers={},
+            after=after,
         )
 
     @delete("/{response_id:str}", status_code=200)

@@ -1,7 +1,7 @@
 """Events as Server-Sent Events: a reader of a run's log.
 
-Everything that has gathered is written at once. Nothing but events, `[DONE]` and comments is ever sent: no `id:` lines, which
-make a well-known client fail at the next comment. The connection is closed right after the last event.
+Everything that has gathered is written at once. Nothing but events, `[DONE]` and signs of life is ever sent: no `id:` lines,
+which make a well-known client fail at the next comment. The connection is closed right after the last event.
 """
 
 import asyncio
@@ -12,11 +12,17 @@ from typing import Any
 from litestar import Response
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.storage.redislog import break_off
+from app.storage.redisclient import break_off
 from app.wire.events import DONE_FRAME, Entry
 from app.wire.shown import Shown
 
 KEEPALIVE = b": keep-alive\n\n"
+"""A sign of life that no client sees."""
+
+KEEPALIVE_EVENT = b'event: keepalive\ndata: {"type":"keepalive","sequence_number":%d}\n\n'
+"""One for clients and proxies that count events only. It repeats the last event's number, which stays the place to resume from;
+it is in no log."""
+
 OBFUSCATION_CHARS = 16
 """A delta and its padding together are a multiple of this long."""
 
@@ -43,10 +49,14 @@ class EventStream(Response[None]):
         gone: Callable[[], None],
         shown: Shown,
         obfuscate: bool,
+        keepalive_events: bool,
         headers: dict[str, str],
+        after: int = -1,
     ) -> None:
+        """`batches` are the events behind the number `after`; an empty one stands for silence."""
         super().__init__(None)
         self._batches, self._gone, self._shown, self._obfuscate = batches, gone, shown, obfuscate
+        self._keepalive_events, self._last_number = keepalive_events, after
         self._head = HEAD + [(name.encode(), value.encode()) for name, value in headers.items()]
 
     def to_asgi_response(self, *args: Any, **kwargs: Any) -> ASGIApp:  # type: ignore[override]
@@ -74,7 +84,9 @@ class EventStream(Response[None]):
 
     def _frames(self, batch: list[Entry]) -> bytes:
         if not batch:
-            return KEEPALIVE
+            has_number = self._keepalive_events and self._last_number >= 0
+            return KEEPALIVE_EVENT % self._last_number if has_number else KEEPALIVE
+        self._last_number = batch[-1].sequence_number
         return b"".join(self._frame(entry) for entry in batch)
 
     def _frame(self, entry: Entry) -> bytes:

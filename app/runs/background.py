@@ -32,7 +32,8 @@ from app.storage import approvals, journal, queue, responses
 from app.storage.database import Database
 from app.storage.journal import Kept
 from app.storage.queue import Claim, Hold, Owner, Queued
-from app.storage.redislog import Batch, Reader, RedisLogs, RunLog
+from app.storage.redishub import Batch, Reader
+from app.storage.redislog import RedisLogs, RunLog
 from app.wire.events import Created, Entry, InProgress, encode_event
 from app.wire.events import Queued as QueuedEvent
 from app.wire.items import AnyItem, decode_item, encode_item
@@ -328,7 +329,7 @@ class Background:
             await recorder.record(recovered.closing)
         if claim.state == "cancelled":
             return Outcome("cancelled")
-        if claim.lease > self._settings.run_attempts_max:
+        if claim.lease - claim.handed_over > self._settings.run_attempts_max:
             return Outcome("failed", error=ServerError("The response could not be made: every attempt broke off."))
         async with self._database.autocommit() as tx:
             if not await responses.begin_response(tx, claim.tenant_id, claim.response_id, claim.lease, found.life):

@@ -13,7 +13,8 @@ from app.settings import Settings
 from app.storage import queue
 from app.storage.database import Database
 from app.storage.queue import Hold, Owner
-from app.storage.redislog import RedisLogs, break_off
+from app.storage.redisclient import break_off
+from app.storage.redislog import RedisLogs
 
 log = structlog.get_logger()
 

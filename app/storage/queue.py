@@ -36,6 +36,8 @@ class Claim(Struct, frozen=True):
     tenant_id: str
     response_id: str
     lease: int
+    handed_over: int
+    """How many of its owners have given it back in peace; the others died, as far as anybody can tell."""
     state: str
     request: str | None
     secrets: str | None
@@ -68,8 +70,8 @@ def _ours(state: str) -> str:
         worker = :worker, due_at = now() + cast(:lease_s as float8) * interval '1 second',
         number_ceiling = runs.number_ceiling + {NUMBERS_AHEAD}
     from free where runs.tenant_id = free.tenant_id and runs.response_id = free.response_id
-    returning runs.tenant_id, runs.response_id, runs.lease, runs.state, runs.request, runs.secrets, runs.streamed,
-              free.number_ceiling, runs.redis_run
+    returning runs.tenant_id, runs.response_id, runs.lease, runs.handed_over, runs.state, runs.request, runs.secrets,
+              runs.streamed, free.number_ceiling, runs.redis_run
     """
 
 
@@ -139,7 +141,7 @@ _BEAT = Query(
 
 _HAND_BACK = Query(
     text("""
-    update runs set due_at = now() - interval '1 second', worker = null
+    update runs set due_at = now() - interval '1 second', worker = null, handed_over = handed_over + 1
     where tenant_id = :tenant_id and response_id = :id and lease = :lease returning 1
     """)
 )

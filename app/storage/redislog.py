@@ -1,4 +1,4 @@
-"""Event logs in Redis: how the events of a background run reach readers in any process.
+"""Writing the event logs in Redis: how the events of a background run leave the process that makes it.
 
 A run's log is one stream. An entry holds all events of one flush as ready SSE frames; its id is `{lease}-{last number + 1}`,
 lease first: a new owner adds the marker `{lease}-0`, and from then on Redis itself refuses everything that an older owner adds.
@@ -9,63 +9,34 @@ Redis is transport only. What it loses is read from Postgres (storage/journal.py
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import redis.asyncio as redis
 import structlog
 from msgspec import Struct
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import ConnectionError as RedisGone
 from redis.exceptions import RedisError, ResponseError
 
 from app.errors import Fenced
 from app.settings import Settings
-from app.wire.events import Entry, split_frames
+from app.storage.redisclient import RETRY_S, Hints, break_off, connect
+from app.storage.redishub import Hub, Reader, batches_of
+from app.wire.events import Entry
 
 log = structlog.get_logger()
 
 FLUSH_SPACING_S = 0.002
 """Events that come closer together than this travel in one round trip, those of all runs together."""
 
-RETRY_S = 0.1
-"""Between attempts while Redis is away."""
-
 ENTRY_BYTES_MAX = 256 * 1024
 """A flush that is larger becomes several entries."""
-
-PAGE_ENTRIES = 200
-"""Entries of one page of a replay."""
-
-BACKLOG_MAX = 1_000
-"""Entries that wait for one slow reader; beyond, it reads them from Redis again when it is ready."""
-
-BLOCK_MS = 5_000
-"""How long one read waits; only a bound, since a new reader interrupts it."""
 
 MARKERS_MAX = 16
 """Marker entries that may stand behind a stream's last events: one per owner."""
 
 STANDS_ALREADY = "equal or smaller"
 """How Redis refuses an id that is not behind all others."""
-
-CONNECTIONS_MAX = 16
-"""Of one process, beside the two that wait for events and hints."""
-
-FETCHES_MAX = 4
-"""Readers that fetch what they have missed at once; the others wait for their turn."""
-
-UNBLOCK_PAUSE_S = 0.002
-"""Before a blocked read is interrupted again, which was just about to block."""
-
-
-class Batch(Struct, frozen=True):
-    """One entry of a stream: consecutive events. After a `jump` the numbers between that one and the first were given up."""
-
-    entries: list[Entry]
-    jump: int | None
 
 
 class RunLog:
@@ -221,16 +192,6 @@ async def drop(client: redis.Redis, key: str, lease: int) -> None:
         await pipe.execute()
 
 
-async def break_off(tasks: Iterable[asyncio.Task[None]]) -> None:
-    """Cancel tasks until they have ended: redis-py swallows a cancellation that comes while it connects."""
-    every = list(tasks)
-    while left := [task for task in every if not task.done()]:
-        for task in left:
-            task.cancel()
-        await asyncio.wait(left, timeout=RETRY_S)
-    await asyncio.gather(*every, return_exceptions=True)  # so that nobody misses what they ended with
-
-
 def _raise(reply: object) -> None:
     if isinstance(reply, Exception):
         raise reply
@@ -241,45 +202,44 @@ def _behind(entries: Sequence[Entry], number: int) -> int:
     return next((index for index, entry in enumerate(entries) if entry.sequence_number > number), len(entries))
 
 
+def _id(raw: bytes) -> tuple[int, int]:
+    lease, _, number = raw.decode().partition("-")
+    return int(lease), int(number)
+
+
 class RedisLogs:
-    """All logs of this process: one connection writes them, one reads them for every reader."""
+    """All logs of this process: one connection writes them, another reads them for every reader (`hub`)."""
 
     def __init__(self, settings: Settings) -> None:
         self._prefix = settings.redis_prefix
         self.live_ttl_s = max(settings.event_ttl_s, 4 * settings.lease_s)
         """How long the stream of a living run stays without being refreshed."""
         self._ttl_s = settings.event_ttl_s
-        self.client, self._blocking = _connect(settings)
+        self.client, self._blocking = connect(settings)
+        self.hub = Hub(self.client, self._blocking)
+        self._hints = Hints(self.client, f"{self._prefix}:control")
         self._dirty: set[RunLog] = set()
         self._kicked = asyncio.Event()
         self._rounds = asyncio.Condition()
         self._down = False
-        self._hints: set[str] = set()
-        self._hinted = asyncio.Event()
-        self.fetches = asyncio.Semaphore(FETCHES_MAX)
-        self._readers: dict[str, set[Reader]] = {}
-        self._positions: dict[str, str] = {}
-        self._changed = asyncio.Event()
-        self._blocking_id: int | None = None
-        self._controls: Callable[[str], None] = lambda _: None
         self._may_write: Callable[[], bool] = lambda: True
         self._tasks: list[asyncio.Task[None]] = []
 
-    def start(self, on_control: Callable[[str], None], may_write: Callable[[], bool]) -> None:
-        """Begin to write, as long as we `may_write`; to read; and to listen: `on_control` gets every message of `tell`."""
-        self._controls, self._may_write = on_control, may_write
-        loops: list[Callable[[], Coroutine[Any, Any, None]]] = [
-            self._write_for_ever,
-            self._read_for_ever,
-            self._interrupt_for_ever,
-            self._listen_for_ever,
-            self._tell_for_ever,
+    def start(self, on_hint: Callable[[str], None], may_write: Callable[[], bool]) -> None:
+        """Begin to write, as long as we `may_write`; to read; and to listen: `on_hint` gets every hint of `tell`."""
+        self._may_write = may_write
+        loops: list[Coroutine[Any, Any, None]] = [
+            self._write_for_ever(),
+            self.hub.read_for_ever(),
+            self.hub.interrupt_for_ever(),
+            self._hints.listen_for_ever(on_hint),
+            self._hints.send_for_ever(),
         ]
-        self._tasks = [asyncio.create_task(loop()) for loop in loops]
+        self._tasks = [asyncio.create_task(loop) for loop in loops]
 
     async def close(self) -> None:
         """Pass the last hints on; stop; close every connection."""
-        await self._tell_all()
+        await self._hints.send()
         await break_off(self._tasks)
         await self._blocking.aclose()
         await self.client.aclose()
@@ -288,43 +248,13 @@ class RedisLogs:
         """The name of a response's stream."""
         return f"{self._prefix}:events:{response_id}"
 
-    # -- Control --------------------------------------------------------------------------------------------------------
+    def tell(self, hint: str) -> None:
+        """A hint to every process: `wake`, or the id of a response that changed hands."""
+        self._hints.tell(hint)
 
-    def tell(self, message: str) -> None:
-        """A hint to every process: `wake`, or the id of a response that changed hands. Losing it costs time, no truth."""
-        self._controls(message)
-        self._hints.add(message)
-        self._hinted.set()
-
-    async def _tell_for_ever(self) -> None:
-        while True:
-            await self._hinted.wait()
-            self._hinted.clear()
-            await self._tell_all()
-
-    async def _tell_all(self) -> None:
-        hints, self._hints = self._hints, set()
-        try:
-            async with self.client.pipeline(transaction=False) as pipe:
-                for hint in hints:
-                    pipe.publish(f"{self._prefix}:control", hint)
-                await pipe.execute()
-        except (RedisError, OSError):
-            log.warning("Redis is unavailable; other processes are not told.", action="control_lost")
-
-    async def _listen_for_ever(self) -> None:
-        while True:
-            try:
-                async with self.client.pubsub() as channel:
-                    await channel.subscribe(f"{self._prefix}:control")
-                    while True:
-                        message = await channel.get_message(ignore_subscribe_messages=True, timeout=None)
-                        if message is not None:
-                            self._controls(message["data"].decode())
-            except (RedisError, OSError):
-                await asyncio.sleep(RETRY_S)
-
-    # -- Writing --------------------------------------------------------------------------------------------------------
+    def reading(self, response_id: str, after: int) -> AbstractAsyncContextManager[Reader]:
+        """A reader of one stream, from behind a sequence number on."""
+        return self.hub.reading(self.key(response_id), after)
 
     def kick(self, run: RunLog) -> None:
         """This run has something to flush."""
@@ -423,170 +353,4 @@ class RedisLogs:
                 held = await hold(self.client, key, lease, self.live_ttl_s)
             return held.life, []
         entries: Any = await self.client.xrange(key)
-        return life, [entry for _, fields in entries if b"e" in fields for entry in _batch(fields).entries]
-
-    # -- Reading --------------------------------------------------------------------------------------------------------
-
-    @asynccontextmanager
-    async def reading(self, response_id: str, after: int) -> AsyncIterator["Reader"]:
-        """A reader of one stream, from behind a sequence number on."""
-        key = self.key(response_id)
-        reader = Reader(self, key, after)
-        readers = self._readers.setdefault(key, set())
-        readers.add(reader)
-        if key not in self._positions:
-            self._positions[key] = ""
-            self._changed.set()
-        try:
-            yield reader
-        finally:
-            readers.discard(reader)
-            if not readers:
-                self._readers.pop(key, None)
-                self._positions.pop(key, None)
-
-    async def _interrupt_for_ever(self) -> None:
-        """New streams: the blocked read shall look at its streams again."""
-        while True:
-            await self._changed.wait()
-            self._changed.clear()
-            while self._blocking_id is not None and not all(self._positions.values()):
-                with contextlib.suppress(RedisError, OSError):
-                    await self.client.client_unblock(self._blocking_id)
-                await asyncio.sleep(UNBLOCK_PAUSE_S)
-
-    async def _read_for_ever(self) -> None:
-        while True:
-            try:
-                self._blocking_id = int(await self._blocking.client_id())
-                while True:
-                    await self._read()
-            except (RedisError, OSError):
-                self._blocking_id = None
-                for key in self._positions:
-                    self._positions[key] = ""
-                for readers in self._readers.values():
-                    for reader in readers:
-                        reader.lag()
-                await asyncio.sleep(RETRY_S)
-
-    async def _read(self) -> None:
-        if not self._positions:
-            await self._changed.wait()
-        for key in [key for key, position in self._positions.items() if not position]:
-            last: Any = await self._blocking.xrevrange(key, count=1)
-            if key in self._positions:
-                self._positions[key] = last[0][0].decode() if last else "0-0"
-                for reader in self._readers.get(key, ()):
-                    reader.lag()  # what came before this position is the reader's own to fetch
-        streams: dict[Any, Any] = dict(self._positions)
-        for raw_key, entries in await self._xread(streams):
-            key = raw_key.decode()
-            if key in self._positions:
-                self._positions[key] = entries[-1][0].decode()
-            batches = [_batch(fields) for _, fields in entries if b"e" in fields]
-            for reader in self._readers.get(key, ()):
-                reader.offer(batches)
-
-    async def _xread(self, streams: dict[Any, Any]) -> list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]]:
-        reply: Any = await self._blocking.xread(streams, block=BLOCK_MS)
-        if not reply:
-            return []
-        if isinstance(reply, dict):  # RESP3: {key: [[entries…]]}
-            return [(key, [entry for group in groups for entry in group]) for key, groups in reply.items()]
-        return [(key, entries) for key, entries in reply]
-
-
-def _connect(settings: Settings) -> tuple[redis.Redis, redis.Redis]:
-    """A client for everything, and one whose single connection may block. A lost connection is tried once more at once; what
-    is not answered in time is not."""
-    options: dict[str, Any] = {"socket_connect_timeout": settings.redis_timeout_s, "health_check_interval": 0}
-    pool: redis.BlockingConnectionPool = redis.BlockingConnectionPool.from_url(
-        settings.redis_url,
-        max_connections=CONNECTIONS_MAX,
-        timeout=settings.redis_timeout_s,
-        socket_timeout=settings.redis_timeout_s,
-        retry=Retry(NoBackoff(), 1, supported_errors=(RedisGone,)),
-        **options,
-    )
-    blocking = redis.from_url(
-        settings.redis_url,
-        single_connection_client=True,
-        socket_timeout=BLOCK_MS / 1000 + settings.redis_timeout_s,
-        retry=Retry(NoBackoff(), 0),
-        **options,
-    )
-    return redis.Redis(connection_pool=pool), blocking
-
-
-class Reader:
-    """One follower of one stream; slow ones wait for nobody, and nobody for them."""
-
-    def __init__(self, logs: RedisLogs, key: str, after: int) -> None:
-        self._logs, self._key = logs, key
-        self._position = f"1-{after + 1}"
-        self._live: list[Batch] = []
-        self._lagging = True
-        self._woken = asyncio.Event()
-
-    def offer(self, batches: list[Batch]) -> None:
-        """Entries that have just come."""
-        if len(self._live) + len(batches) > BACKLOG_MAX:
-            self.lag()
-        elif not self._lagging:
-            self._live += batches
-        self._woken.set()
-
-    def lag(self) -> None:
-        """It has missed entries, and shall fetch them itself."""
-        self._live = []
-        self._lagging = True
-        self._woken.set()
-
-    def rewind(self, after: int) -> None:
-        """Fetch again from behind a sequence number."""
-        self._position = f"1-{after + 1}"
-        self.lag()
-
-    async def next(self, silence_s: float) -> list[Batch]:
-        """The batches that have come, a page of them if it lags; none after so much silence. Raises RedisError."""
-        ends_at = asyncio.get_running_loop().time() + silence_s
-        while True:
-            self._woken.clear()
-            if self._lagging:
-                batches = (
-                    await self._fetch()
-                )  # bounded by Redis' own timeout; ours would be swallowed (see `break_off`)
-            else:
-                batches, self._live = self._live, []
-            if batches:
-                return batches
-            try:
-                async with asyncio.timeout_at(ends_at):
-                    await self._woken.wait()
-            except TimeoutError:
-                return []
-
-    async def _fetch(self) -> list[Batch]:
-        """What it has missed, a page at most."""
-        self._lagging = False  # first: what comes from now on is offered, or twice seen
-        try:
-            async with self._logs.fetches:
-                page: Any = await self._logs.client.xrange(self._key, min=f"({self._position}", count=PAGE_ENTRIES)
-        except BaseException:
-            self._lagging = True
-            raise
-        if page:
-            self._position = page[-1][0].decode()
-        if len(page) == PAGE_ENTRIES:
-            self.lag()
-        return [_batch(fields) for _, fields in page if b"e" in fields]
-
-
-def _id(raw: bytes) -> tuple[int, int]:
-    lease, _, number = raw.decode().partition("-")
-    return int(lease), int(number)
-
-
-def _batch(fields: dict[bytes, bytes]) -> Batch:
-    return Batch(split_frames(fields[b"e"]), int(fields[b"j"]) if b"j" in fields else None)
+        return life, [entry for batch in batches_of(entries) for entry in batch.entries]

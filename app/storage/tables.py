@@ -107,6 +107,9 @@ runs = Table(
         "due_at", DateTime(timezone=True), nullable=False, comment="queued: not before; else: when the lease runs out"
     ),
     Column("lease", Integer, nullable=False, comment="one more with each owner; 0: never owned"),
+    Column(
+        "handed_over", Integer, nullable=False, server_default=text("0"), comment="owners that gave it back in peace"
+    ),
     Column("worker", Text),
     Column("request", JSON, comment="what to make; absent for foreground runs, which nobody can take over"),
     Column(

@@ -19,6 +19,9 @@ from tests.servers import Served
 LEASE_S = 1.5
 POLL_S = 0.2
 
+INSIDE = {"PYTHONPATH": str(Path(__file__).parent / "inside")}
+"""Settings of a process that is to be looked into, or lied to."""
+
 
 class Servers:
     """The embedded pair, as something that can be killed and frozen."""
@@ -59,6 +62,27 @@ class Servers:
         """Kill -9; its supervisor starts it again, with its append-only file."""
         (pid,) = self.valkey()
         os.kill(pid, signal.SIGKILL)
+
+    @contextlib.contextmanager
+    def without_postgres(self) -> Iterator[None]:
+        """Nobody listens there for the duration of the block; then it recovers."""
+        with frozen([self._supervisor]):
+            self.kill_postgres()
+            yield
+        self.wait_postgres()
+
+    @contextlib.contextmanager
+    def without_valkey(self) -> Iterator[None]:
+        """Nobody listens there for the duration of the block; then it comes back with its append-only file."""
+        with frozen([self._supervisor]):
+            self.kill_valkey()
+            yield
+        self.wait_valkey()
+
+    @property
+    def _supervisor(self) -> int:
+        """Who would start them again at once."""
+        return int((self._home / "supervisor").read_text())
 
     def wait_valkey(self) -> None:
         """Wait until it answers."""

@@ -1,13 +1,14 @@
 """Clients that leave, come back, crowd or do not read; and replays after Redis has forgotten."""
 
 import asyncio
+import itertools
 import socket
 import time
 import urllib.parse
 
 import pytest
 
-from tests.faults.client import Follower, begin, call, connect, frames_of, until
+from tests.faults.client import Follower, begin, call, connect, decoded, frames_of, until
 from tests.faults.told import rounds_of, text_of
 from tests.upstream import answer, finish, gate, repeat, script, size, text
 
@@ -172,3 +173,27 @@ def test_a_silent_stream_shows_that_it_lives(cluster, upstream):
     replica.kill()
     assert held.endswith(b"data: [DONE]\n\n")
     assert b": keep-alive" not in held[-100:]
+
+
+def test_a_sign_of_life_may_be_an_event_that_disturbs_no_cursor(cluster, upstream, official):
+    replica = cluster.start_replica(REPRISE_KEEPALIVE_S="0.3", REPRISE_KEEPALIVE_EVENTS="true")
+    said = script([text("Hel"), gate("alive"), text("lo"), finish()])
+    client = official.with_options(base_url=replica.url)
+    heard = []
+    with client.responses.stream(model="m", input=said, background=True) as stream:
+        for event in stream:
+            heard.append(event)
+            if [one.type for one in heard].count("keepalive") == 3:
+                upstream.open("alive")
+        response = stream.get_final_response()
+    assert response.output_text == "Hello"
+    signs = [(event, before) for before, event in itertools.pairwise(heard) if event.type == "keepalive"]
+    assert len(signs) >= 3
+    assert all(sign.sequence_number == before.sequence_number for sign, before in signs)
+    numbers = [event.sequence_number for event in heard if event.type != "keepalive"]
+    assert numbers == list(range(len(numbers)))
+    number = signs[0][0].sequence_number
+    rest = frames_of(cluster.urls[0], response.id, after=number)
+    assert [decoded(frame)["sequence_number"] for frame in rest] == numbers[number + 1 :]
+    assert b"keepalive" not in b"".join(frames_of(replica.url, response.id))
+    replica.kill()

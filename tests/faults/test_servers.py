@@ -4,11 +4,12 @@ import time
 
 import pytest
 
-from tests.faults.client import Follower, begin, decoded, frames_of, get, until
+from tests.faults.client import Follower, begin, call, decoded, frames_of, get, until
 from tests.faults.cluster import LEASE_S, frozen
 from tests.faults.told import closed_as, rounds_of, text_of, told
 from tests.upstream import finish, gate, repeat, script, text
 
+GONE_S = 10.0
 ROUNDS = 60
 SLOW = repeat(ROUNDS, text("w{i} "), every_ms=20)
 
@@ -81,6 +82,28 @@ def test_a_run_that_ends_while_postgres_is_frozen_ends_when_it_is_back(cluster, 
         assert b"response.completed" not in follower.frames[-1]
         time.sleep(LEASE_S)
     whole(check(follower))
+
+
+def test_postgres_gone_for_many_leases(cluster, upstream, check):
+    """No heartbeat: every owner falls silent, for anybody may have its lease. New responses are refused, not lost. As soon as
+    Postgres is back whoever comes first goes on: the owner, or another with the turn made anew."""
+    _, ending = started(cluster, "gone-end", workers=2)
+    _, talking = started(cluster, "gone-talk", workers=2)
+    begun = time.monotonic()
+    with cluster.servers.without_postgres():
+        upstream.open("gone-end")
+        assert call(cluster.urls[0], "POST", "/responses", {"model": "m", "input": "x", "background": True})[0] == 503
+        assert call(cluster.urls[1], "GET", f"/responses/{ending.response_id}")[0] == 503
+        time.sleep(begun + GONE_S - time.monotonic())
+        silent_since = max(ending.arrived[-1], talking.arrived[-1])
+        assert silent_since < begun + LEASE_S
+    back = time.monotonic()
+    upstream.open("gone-talk")
+    for follower in (ending, talking):
+        whole(check(follower))
+        assert closed_as(follower.seen) in (["completed"], ["incomplete", "completed"])
+    resumed = min(at for at in (*ending.arrived, *talking.arrived) if at > silent_since)
+    print(f"FIGURE Postgres gone for {GONE_S:g} s: the next event {resumed - back:.2f} s after it was back")
 
 
 # -- Redis ------------------------------------------------------------------------------------------------------------------
@@ -185,3 +208,28 @@ def test_a_redis_that_was_away_is_left_with_no_stream_for_ever(cluster, upstream
     check(follower)
     assert get(cluster.urls[1], follower.response_id)["status"] == "completed"
     assert cluster.servers.redis.ttl(cluster.key(follower.response_id)) != -1
+
+
+def test_redis_gone_for_ten_seconds(cluster, upstream, check):
+    """Runs begin, go on and end without it, item by item for their readers; no lease is lost, no number jumps."""
+    ending, ends = started(cluster, "lost-end", workers=2)
+    talking, talks = started(cluster, "lost-talk", workers=2)
+    begun = time.monotonic()
+    with cluster.servers.without_valkey():
+        upstream.open("lost-end")
+        assert told(ends.join())["status"] == "completed"
+        beginning, begins = started_without_redis(cluster, "lost-begin")
+        upstream.open("lost-begin")
+        assert told(begins.join())["status"] == "completed"
+        print(f"FIGURE without Redis one run ended and another was made within {time.monotonic() - begun:.2f} s")
+        time.sleep(begun + GONE_S - time.monotonic())
+    back = time.monotonic()
+    talks.wait_events(ROUNDS)
+    print(
+        f"FIGURE Redis gone for {GONE_S:g} s: its readers caught up {time.monotonic() - back:.2f} s after it was back"
+    )
+    upstream.open("lost-talk")
+    for said, follower in ((ending, ends), (talking, talks), (beginning, begins)):
+        check(follower)
+        assert closed_as(follower.seen) == ["completed"]
+        assert len(upstream.asked(said)) == 1

@@ -221,6 +221,25 @@ def test_a_sigterm_hands_a_long_run_over_at_once(cluster, upstream, check):
     assert closed_as(follower.seen) == ["incomplete", "completed"]
 
 
+def test_a_run_is_handed_over_more_often_than_it_may_be_attempted(cluster, upstream, check):
+    """Rolling deploys are no crashes: only owners that died are counted."""
+    cluster.kill_workers()
+    patience = {"REPRISE_RUN_ATTEMPTS_MAX": "1", "REPRISE_SHUTDOWN_GRACE_S": "0"}
+    said = script([repeat(5, text("w{i} ")), gate("deploys"), text("end"), finish()])
+    response_id = begin(cluster.urls[0], said)
+    follower = Follower(cluster.urls, response_id)
+    for deploy in (1, 2, 3):
+        worker = cluster.start_worker(**patience)
+        until(lambda deploy=deploy: len(deltas(follower)) == 5 * deploy, "the text has come again")
+        assert worker.stop() == 0
+    cluster.start_worker(**patience)
+    until(lambda: len(upstream.asked(said)) == 4, "another has it")
+    upstream.open("deploys")
+    response = check(follower)
+    assert rounds_of(text_of(response)) == list(range(5))
+    assert closed_as(follower.seen) == ["incomplete"] * 3 + ["completed"]
+
+
 def test_a_sigterm_hands_the_runs_of_a_serving_process_over(cluster, upstream, check):
     cluster.kill_workers()
     serving = cluster.start_replica(REPRISE_WORKERS_IN_API="true", REPRISE_SHUTDOWN_GRACE_S="0.5")

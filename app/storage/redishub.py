@@ -1,0 +1,196 @@
+"""Reading the event logs in Redis: one blocked connection hears every stream for every reader of this process.
+
+A reader that comes late, or is too slow, fetches what it has missed itself, a page at a time.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import redis.asyncio as redis
+from msgspec import Struct
+from redis.exceptions import RedisError
+
+from app.storage.redisclient import BLOCK_MS, RETRY_S
+from app.wire.events import Entry, split_frames
+
+PAGE_ENTRIES = 200
+"""Entries of one page of a replay."""
+
+BACKLOG_MAX = 1_000
+"""Entries that wait for one slow reader; beyond, it reads them from Redis again when it is ready."""
+
+FETCHES_MAX = 4
+"""Readers that fetch what they have missed at once; the others wait for their turn."""
+
+UNBLOCK_PAUSE_S = 0.002
+"""Before a blocked read is interrupted again, which was just about to block."""
+
+
+class Batch(Struct, frozen=True):
+    """One entry of a stream: consecutive events. After a `jump` the numbers between that one and the first were given up."""
+
+    entries: list[Entry]
+    jump: int | None
+
+
+def batches_of(entries: "list[tuple[bytes, dict[bytes, bytes]]]") -> list[Batch]:
+    """Entries of a stream as Redis gives them, without its markers."""
+    return [
+        Batch(split_frames(fields[b"e"]), int(fields[b"j"]) if b"j" in fields else None)
+        for _, fields in entries
+        if b"e" in fields
+    ]
+
+
+class Hub:
+    """Every reader of this process."""
+
+    def __init__(self, client: redis.Redis, blocking: redis.Redis) -> None:
+        """`blocking` is the client whose only connection may wait."""
+        self.client, self._blocking = client, blocking
+        self.fetches = asyncio.Semaphore(FETCHES_MAX)
+        self._readers: dict[str, set[Reader]] = {}
+        self._positions: dict[str, str] = {}
+        """Stream → the id of its last entry that was heard; empty for one that was not yet looked at."""
+        self._unblock = asyncio.Event()
+        self._filled = asyncio.Event()
+        self._blocking_id: int | None = None
+
+    @asynccontextmanager
+    async def reading(self, key: str, after: int) -> AsyncIterator["Reader"]:
+        """A reader of one stream, from behind a sequence number on."""
+        reader = Reader(self, key, after)
+        readers = self._readers.setdefault(key, set())
+        readers.add(reader)
+        if key not in self._positions:
+            self._positions[key] = ""
+            self._unblock.set()
+            self._filled.set()
+        try:
+            yield reader
+        finally:
+            readers.discard(reader)
+            if not readers:
+                self._readers.pop(key, None)
+                self._positions.pop(key, None)
+
+    async def interrupt_for_ever(self) -> None:
+        """New streams: the blocked read shall look at its streams again."""
+        while True:
+            await self._unblock.wait()
+            self._unblock.clear()
+            while self._blocking_id is not None and not all(self._positions.values()):
+                with contextlib.suppress(RedisError, OSError):
+                    await self.client.client_unblock(self._blocking_id)
+                await asyncio.sleep(UNBLOCK_PAUSE_S)
+
+    async def read_for_ever(self) -> None:
+        """Hear every stream that has a reader."""
+        while True:
+            try:
+                self._blocking_id = int(await self._blocking.client_id())
+                while True:
+                    await self._read()
+            except (RedisError, OSError):
+                self._blocking_id = None
+                for key in self._positions:
+                    self._positions[key] = ""
+                for readers in self._readers.values():
+                    for reader in readers:
+                        reader.lag()
+                await asyncio.sleep(RETRY_S)
+
+    async def _read(self) -> None:
+        while not self._positions:
+            self._filled.clear()
+            await self._filled.wait()
+        for key in [key for key, position in self._positions.items() if not position]:
+            last: Any = await self._blocking.xrevrange(key, count=1)
+            if key in self._positions:
+                self._positions[key] = last[0][0].decode() if last else "0-0"
+                for reader in self._readers.get(key, ()):
+                    reader.lag()  # what came before this position is the reader's own to fetch
+        streams: dict[Any, Any] = dict(self._positions)
+        if not streams:
+            return  # every reader has left meanwhile
+        for raw_key, entries in await self._xread(streams):
+            key = raw_key.decode()
+            if key in self._positions:
+                self._positions[key] = entries[-1][0].decode()
+            batches = batches_of(entries)
+            for reader in self._readers.get(key, ()):
+                reader.offer(batches)
+
+    async def _xread(self, streams: dict[Any, Any]) -> list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]]:
+        reply: Any = await self._blocking.xread(streams, block=BLOCK_MS)
+        if not reply:
+            return []
+        if isinstance(reply, dict):  # RESP3: {key: [[entries…]]}
+            return [(key, [entry for group in groups for entry in group]) for key, groups in reply.items()]
+        return [(key, entries) for key, entries in reply]
+
+
+class Reader:
+    """One follower of one stream; slow ones wait for nobody, and nobody for them."""
+
+    def __init__(self, hub: Hub, key: str, after: int) -> None:
+        self._hub, self._key = hub, key
+        self._position = f"1-{after + 1}"
+        self._live: list[Batch] = []
+        self._lagging = True
+        self._woken = asyncio.Event()
+
+    def offer(self, batches: list[Batch]) -> None:
+        """Entries that have just come."""
+        if len(self._live) + len(batches) > BACKLOG_MAX:
+            self.lag()
+        elif not self._lagging:
+            self._live += batches
+        self._woken.set()
+
+    def lag(self) -> None:
+        """It has missed entries, and shall fetch them itself."""
+        self._live = []
+        self._lagging = True
+        self._woken.set()
+
+    def rewind(self, after: int) -> None:
+        """Fetch again from behind a sequence number."""
+        self._position = f"1-{after + 1}"
+        self.lag()
+
+    async def next(self, silence_s: float) -> list[Batch]:
+        """The batches that have come, a page of them if it lags; none after so much silence. Raises RedisError."""
+        ends_at = asyncio.get_running_loop().time() + silence_s
+        while True:
+            self._woken.clear()
+            if self._lagging:
+                # Bounded by Redis' own timeout; ours would be swallowed (see `break_off`).
+                batches = await self._fetch()
+            else:
+                batches, self._live = self._live, []
+            if batches:
+                return batches
+            try:
+                async with asyncio.timeout_at(ends_at):
+                    await self._woken.wait()
+            except TimeoutError:
+                return []
+
+    async def _fetch(self) -> list[Batch]:
+        """What it has missed, a page at most."""
+        self._lagging = False  # first: what comes from now on is offered, or twice seen
+        try:
+            async with self._hub.fetches:
+                page: Any = await self._hub.client.xrange(self._key, min=f"({self._position}", count=PAGE_ENTRIES)
+        except BaseException:
+            self._lagging = True
+            raise
+        if page:
+            self._position = page[-1][0].decode()
+        if len(page) == PAGE_ENTRIES:
+            self.lag()
+        return batches_of(page)
