@@ -188,7 +188,7 @@ class Executor:
 
     async def _insert(self, run: Run, response: Response, owner: Owner | None) -> None:
         items = [(item.id, encode_item(item)) for item in run.work.context.input]
-        async with self._database.begin() as tx:
+        async with self._database.autocommit() as tx:
             await responses.insert_response(tx, run.tenant_id, response, items, parent=run.work.parent, run=owner)
 
     async def _commit(self, run: Run, closed: Response) -> Response:
