@@ -143,6 +143,7 @@ def _engine(settings: Settings) -> AsyncEngine:
         max_overflow=0,
         pool_timeout=settings.database_timeout_s,
         pool_reset_on_return=None,
+        pool_use_lifo=True,  # the same few connections: what they have prepared is at hand
         connect_args={
             "timeout": settings.database_timeout_s,
             "command_timeout": settings.database_timeout_s,
