@@ -21,7 +21,9 @@ def main() -> None:
     """Measure and print; the whole measurement also draws the README's plots."""
     parser = argparse.ArgumentParser(description="Measures this server against its upstream and the floor.")
     parser.add_argument("--quick", action="store_true", help="one round, shorter")
-    parser.add_argument("--only", nargs="*", metavar="SCENARIO", help="only these (of `chain` needs what `reading` reads)")
+    parser.add_argument(
+        "--only", nargs="*", metavar="SCENARIO", help="only these (of `chain` needs what `reading` reads)"
+    )
     parser.add_argument("--rounds", type=int)
     options = parser.parse_args()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -29,12 +31,19 @@ def main() -> None:
     chosen = [
         scenario
         for scenario in scenarios.ALL
-        if (scenario.__name__ in options.only if options.only else not (options.quick and scenario in scenarios.NOT_IN_QUICK))
+        if (
+            scenario.__name__ in options.only
+            if options.only
+            else not (options.quick and scenario in scenarios.NOT_IN_QUICK)
+        )
     ]
     data = ROOT / ".data"
     data.mkdir(exist_ok=True)
     # Beside the data of `make run`: on the disk that a user's data is on.
-    with tempfile.TemporaryDirectory(prefix="bench-", dir=data, ignore_cleanup_errors=True) as home, set_up(Path(home)) as stage:
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-", dir=data, ignore_cleanup_errors=True) as home,
+        set_up(Path(home)) as stage,
+    ):
         bench = Bench(stage, quick=options.quick)
         rounds = options.rounds or (1 if options.quick else ROUNDS)
         measured = uvloop.run(_measure(bench, chosen, rounds))

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from operator import ge, le
+from statistics import median
 
 Measured = Mapping[str, Mapping[str, float]]
 """Scenario → figure → median of the rounds."""
@@ -24,7 +25,9 @@ class Goal:
         value = measured[self.scenario][self.figure]
         reached = (ge if self.at_least else le)(value, self.mark)
         sign = "≥" if self.at_least else "≤"
-        return f"| {self.said} | {_plain(value)} | {sign} {_plain(self.mark)} {self.unit} | {'yes' if reached else 'no'} |"
+        return (
+            f"| {self.said} | {_plain(value)} | {sign} {_plain(self.mark)} {self.unit} | {'yes' if reached else 'no'} |"
+        )
 
 
 GOALS = (
@@ -63,7 +66,9 @@ def goals(measured: Measured) -> str:
 
 def table(figures: Mapping[str, float]) -> str:
     """All figures of one scenario."""
-    return "\n".join(["| figure | median |", "|---|---|", *(f"| {name} | {_plain(figures[name])} |" for name in figures)])
+    return "\n".join(
+        ["| figure | median |", "|---|---|", *(f"| {name} | {_plain(figures[name])} |" for name in figures)]
+    )
 
 
 def _plain(value: float) -> str:
@@ -72,7 +77,5 @@ def _plain(value: float) -> str:
 
 def medians(rounds: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """The median of each figure over the rounds."""
-    from statistics import median
-
     every = list(rounds)
     return {name: median(one[name] for one in every) for name in every[0]}

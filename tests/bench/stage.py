@@ -6,8 +6,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +61,8 @@ class Stage:
     home: Path
     database_url: str
     redis_url: str
+    fresh: Callable[[], AbstractContextManager[Target]]
+    """Starts one more API process beside `replica`, whose memory nobody has used yet."""
 
     @property
     def targets(self) -> tuple[Target, Target, Target]:
@@ -107,7 +109,7 @@ def rss_kb(pid: int) -> int:
 
 
 def _cpu_s(pids: tuple[int, ...]) -> float:
-    """User and system time together; of children that have ended, too."""
+    """User and system time together."""
     ticks = 0
     for pid in pids:
         with contextlib.suppress(OSError):  # a backend may have ended by itself
@@ -154,7 +156,14 @@ def set_up(home: Path) -> Iterator[Stage]:
             home=home,
             database_url=one["DATABASE_URL"],
             redis_url=servers.redis_url,
+            fresh=lambda: _fresh({**two, **no_workers}),
         )
+
+
+@contextmanager
+def _fresh(env: Mapping[str, str]) -> Iterator[Target]:
+    with Served(env) as served:
+        yield _target("fresh", served)
 
 
 def _target(name: str, served: Served) -> Target:
