@@ -1,7 +1,7 @@
-# All that a fresh machine needs is make and Python 3.11 to 3.14: `make run`, `make test`, `make check`.
+# All that a fresh machine needs is make and Python 3.11 to 3.14: `make run`, `make test`, `make check`, `make bench`.
 # Packages go to .venv, and uv to .tools unless it is installed. `make clean` removes both and keeps .data.
 
-.PHONY: run test check lock clean
+.PHONY: run test check bench bench-quick lock clean
 .DELETE_ON_ERROR:
 
 # Whatever environment happens to be active, or is half gone, has no say here; and uv uses the Python that is there.
@@ -33,6 +33,13 @@ check: .venv/synced
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+
+# Measures on servers of its own; `bench` also draws the README's plots, and takes some ten minutes, `bench-quick` one or two.
+bench: .venv/synced
+	@.venv/bin/python -m tests.bench
+
+bench-quick: .venv/synced
+	@.venv/bin/python -m tests.bench --quick
 
 # requirements.lock is what the server needs, requirements-dev.lock that and the tools, in the same versions.
 lock:

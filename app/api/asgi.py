@@ -8,9 +8,10 @@ from litestar import Litestar
 from litestar.di import Provide
 from litestar.types import ASGIApp
 
-from app.api.auth import Auth, provide_caller
+from app.api.auth import Auth
 from app.api.models import ModelsController
 from app.api.operations import livez, readyz
+from app.api.parts import Parts, provide_caller
 from app.api.problems import HANDLERS, with_request_id
 from app.api.responses import ResponsesController
 from app.outbound.catalog import Catalog
@@ -36,22 +37,20 @@ def build(
     lifespan: Lifespan,
 ) -> ASGIApp:
     """The application around things that `assembly` has built."""
-    auth = Auth(settings, database)
-
-    def given(value: Any) -> Provide:
-        return Provide(lambda: value, sync_to_thread=False)
-
+    parts = Parts(
+        settings=settings,
+        database=database,
+        catalog=catalog,
+        upstreams=upstreams,
+        executor=executor,
+        background=background,
+        worker=worker,
+        auth=Auth(settings, database),
+    )
     app = Litestar(
         route_handlers=[ResponsesController, ModelsController, livez, readyz],
         dependencies={
-            "settings": given(settings),
-            "database": given(database),
-            "catalog": given(catalog),
-            "upstreams": given(upstreams),
-            "executor": given(executor),
-            "background": given(background),
-            "worker": given(worker),
-            "auth": given(auth),
+            "parts": Provide(lambda: parts, sync_to_thread=False),
             "caller": Provide(provide_caller),
         },
         exception_handlers=HANDLERS,

@@ -2,9 +2,6 @@
 
 import hashlib
 import time
-from typing import Any
-
-from litestar import Request
 
 from app.errors import AuthenticationFailed
 from app.runs.executor import Caller
@@ -70,8 +67,3 @@ class Auth:
 
 def _masked(key: str) -> str:
     return f"{key[:7]}***{key[-4:]}" if len(key) > 20 else "***"
-
-
-async def provide_caller(request: Request[Any, Any, Any], auth: Auth) -> Caller:
-    """The dependency of every handler below /v1."""
-    return await auth.caller(request.headers.get("authorization"))

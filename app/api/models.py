@@ -8,6 +8,7 @@ import structlog
 from litestar import Controller, Response, get
 from litestar.enums import MediaType
 
+from app.api.parts import Parts
 from app.errors import NotFound, UpstreamError
 from app.outbound.catalog import Catalog
 from app.outbound.upstream import Upstream
@@ -23,17 +24,17 @@ class ModelsController(Controller):
     path = "/v1/models"
 
     @get()
-    async def list(self, caller: Caller, catalog: Catalog, upstreams: Mapping[str, Upstream]) -> Response[bytes]:
+    async def list(self, caller: Caller, parts: Parts) -> Response[bytes]:
         """Every model, those of the catalog first."""
-        return Response(encode(Models(await _models(caller, catalog, upstreams))), media_type=MediaType.JSON)
+        return Response(
+            encode(Models(await _models(caller, parts.catalog, parts.upstreams))), media_type=MediaType.JSON
+        )
 
     @get("/{model_id:path}")
-    async def retrieve(
-        self, model_id: str, caller: Caller, catalog: Catalog, upstreams: Mapping[str, Upstream]
-    ) -> Response[bytes]:
+    async def retrieve(self, model_id: str, caller: Caller, parts: Parts) -> Response[bytes]:
         """One model; its id may contain slashes."""
         wanted = str(model_id).removeprefix("/")
-        for model in await _models(caller, catalog, upstreams):
+        for model in await _models(caller, parts.catalog, parts.upstreams):
             if model.id == wanted:
                 return Response(encode(model), media_type=MediaType.JSON)
         raise NotFound(f"The model '{wanted}' does not exist.", param="model", code="model_not_found")

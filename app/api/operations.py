@@ -4,7 +4,8 @@ from litestar import Response, get
 from litestar.enums import MediaType
 from sqlalchemy import text
 
-from app.storage.database import Database, Query
+from app.api.parts import Parts
+from app.storage.database import Query
 
 _PING = Query(text("select 1 as ready"), across_tenants="asks only whether Postgres answers")
 
@@ -16,8 +17,8 @@ async def livez() -> str:
 
 
 @get("/readyz", media_type=MediaType.TEXT)
-async def readyz(database: Database) -> Response[str]:
+async def readyz(parts: Parts) -> Response[str]:
     """Requests can be served: Postgres answers. Else 503."""
-    async with database.autocommit() as tx:
+    async with parts.database.autocommit() as tx:
         await tx.one(_PING)
     return Response("ok", media_type=MediaType.TEXT)

@@ -10,15 +10,11 @@ from litestar import Controller, Request, Response, delete, get, post
 from litestar.enums import MediaType
 
 from app.api import queries
+from app.api.parts import Parts
 from app.api.sse import EventStream, until_disconnect
 from app.errors import ApiError, InvalidRequest
-from app.outbound.catalog import Catalog
-from app.runs.background import Background
 from app.runs.executor import Caller, Executor, Run
-from app.runs.worker import Worker
-from app.settings import Settings
 from app.storage import responses
-from app.storage.database import Database
 from app.storage.journal import Kept
 from app.wire import resources
 from app.wire.items import OpaqueItem, decode_item, encode_item
@@ -46,20 +42,13 @@ class ResponsesController(Controller):
     path = "/v1/responses"
 
     @post(status_code=200)
-    async def create(
-        self,
-        request: Request[Any, Any, Any],
-        caller: Caller,
-        executor: Executor,
-        background: Background,
-        catalog: Catalog,
-        settings: Settings,
-    ) -> Response[Any]:
+    async def create(self, request: Request[Any, Any, Any], caller: Caller, parts: Parts) -> Response[Any]:
         """Make a response: JSON when it is done, SSE while it is made, or later, in the background."""
         raw = await request.body()
-        create = decode_create(raw, catalog.passed_on)
+        create = decode_create(raw, parts.catalog.passed_on)
         if create.background:
-            return await self._create_in_background(caller, create, raw, background, settings)
+            return await self._create_in_background(caller, create, raw, parts)
+        executor = parts.executor
         run = await executor.start(caller, create)
         headers = _left_out(run.work.context.toolbox.left_out)
         if not create.stream:
@@ -68,34 +57,36 @@ class ResponsesController(Controller):
         await _while_connected(request, executor, run, executor.opened(run))
         options = create.body.stream_options
         return EventStream(
-            run.follow(silence_s=settings.keepalive_s),
+            run.follow(silence_s=parts.settings.keepalive_s),
             gone=lambda: executor.reader_gone(run),
             shown=Shown(create.include),
             obfuscate=bool(options and options.include_obfuscation),
-            keepalive_events=settings.keepalive_events,
+            keepalive_events=parts.settings.keepalive_events,
             headers=headers,
         )
 
     async def _create_in_background(
-        self, caller: Caller, create: CreateResponse, raw: bytes, background: Background, settings: Settings
+        self, caller: Caller, create: CreateResponse, raw: bytes, parts: Parts
     ) -> Response[Any]:
-        queued = await background.enqueue(caller, create, raw)
+        queued = await parts.background.enqueue(caller, create, raw)
         headers = _left_out(queued.left_out)
         if not create.stream:
             return _reply(queued.response, (), headers)
         kept = Kept(status="queued", background=True, streamed=True, archived=False, entries=queued.entries)
         options = create.body.stream_options
         return EventStream(
-            background.follow(caller.tenant_id, queued.response.id, -1, kept, silence_s=settings.keepalive_s),
+            parts.background.follow(
+                caller.tenant_id, queued.response.id, -1, kept, silence_s=parts.settings.keepalive_s
+            ),
             gone=_nobody_cares,
             shown=Shown(create.include),
             obfuscate=bool(options and options.include_obfuscation),
-            keepalive_events=settings.keepalive_events,
+            keepalive_events=parts.settings.keepalive_events,
             headers=headers,
         )
 
     @get()
-    async def list(self, request: Request[Any, Any, Any], caller: Caller, database: Database) -> Response[bytes]:
+    async def list(self, request: Request[Any, Any, Any], caller: Caller, parts: Parts) -> Response[bytes]:
         """Responses by creation; beyond the hosted API."""
         if request.headers.get("upgrade", "").lower() == "websocket":
             raise InvalidRequest("This server does not speak WebSocket; use POST.", code="websocket_not_supported")
@@ -107,7 +98,7 @@ class ResponsesController(Controller):
             created_after=query.created_after,
             created_before=query.created_before,
         )
-        async with database.autocommit() as tx:
+        async with parts.database.autocommit() as tx:
             found = await responses.list_responses(
                 tx, caller.tenant_id, filter, after=query.after, limit=query.limit + 1, order=query.order
             )
@@ -116,21 +107,15 @@ class ResponsesController(Controller):
 
     @get("/{response_id:str}")
     async def retrieve(
-        self,
-        request: Request[Any, Any, Any],
-        response_id: str,
-        caller: Caller,
-        database: Database,
-        background: Background,
-        settings: Settings,
+        self, request: Request[Any, Any, Any], response_id: str, caller: Caller, parts: Parts
     ) -> Response[Any]:
         """One response as it is by now, or with `stream=true` its events, from behind `starting_after` on."""
         query = queries.parse(request, queries.Retrieve)
-        async with database.autocommit() as tx:
+        async with parts.database.autocommit() as tx:
             stored = await responses.get_response(tx, caller.tenant_id, response_id)
         if not query.stream:
             return _reply(responses.response_of(stored), query.include)
-        kept = await background.kept(caller.tenant_id, response_id)
+        kept = await parts.background.kept(caller.tenant_id, response_id)
         for wanted, given in (("background", kept.background), ("stream", kept.streamed)):
             if not given:
                 raise InvalidRequest(
@@ -138,32 +123,32 @@ class ResponsesController(Controller):
                 )
         after = -1 if query.starting_after is None else query.starting_after
         return EventStream(
-            background.follow(caller.tenant_id, response_id, after, kept, silence_s=settings.keepalive_s),
+            parts.background.follow(caller.tenant_id, response_id, after, kept, silence_s=parts.settings.keepalive_s),
             gone=_nobody_cares,
             shown=Shown(query.include),
             obfuscate=bool(query.include_obfuscation),
-            keepalive_events=settings.keepalive_events,
+            keepalive_events=parts.settings.keepalive_events,
             headers={},
             after=after,
         )
 
     @delete("/{response_id:str}", status_code=200)
     async def delete(
-        self, request: Request[Any, Any, Any], response_id: str, caller: Caller, database: Database
+        self, request: Request[Any, Any, Any], response_id: str, caller: Caller, parts: Parts
     ) -> Response[bytes]:
         """Delete a response; later ones that build on it keep their context."""
         queries.parse(request, queries.Nothing)
-        async with database.begin() as tx:
+        async with parts.database.begin() as tx:
             await responses.delete_response(tx, caller.tenant_id, response_id)
         return Response(encode(Deleted(response_id)), media_type=MediaType.JSON)
 
     @get("/{response_id:str}/input_items")
     async def input_items(
-        self, request: Request[Any, Any, Any], response_id: str, caller: Caller, database: Database
+        self, request: Request[Any, Any, Any], response_id: str, caller: Caller, parts: Parts
     ) -> Response[bytes]:
         """The context that the response was made from: earlier inputs and outputs, and its own input."""
         query = queries.parse(request, queries.ItemPage)
-        async with database.autocommit() as tx:
+        async with parts.database.autocommit() as tx:
             found = await responses.list_input_items(
                 tx, caller.tenant_id, response_id, after=query.after, limit=query.limit + 1, order=query.order
             )
@@ -171,15 +156,13 @@ class ResponsesController(Controller):
         return _page([(item.id, shown.item(_listed(item.body))) for item in found], query.limit)
 
     @post("/{response_id:str}/cancel", status_code=200)
-    async def cancel(
-        self, response_id: str, caller: Caller, database: Database, background: Background, worker: Worker
-    ) -> Response[bytes]:
+    async def cancel(self, response_id: str, caller: Caller, parts: Parts) -> Response[bytes]:
         """Cancel a background response; one that has ended is given as it is. A foreground one ends with its connection."""
-        async with database.autocommit() as tx:
+        async with parts.database.autocommit() as tx:
             stored = await responses.get_response(tx, caller.tenant_id, response_id)
         if not responses.response_of(stored).background:
             raise InvalidRequest("Cannot cancel a synchronous response.", param="response_id")
-        return _reply(await background.cancel(caller.tenant_id, response_id, worker.owner), ())
+        return _reply(await parts.background.cancel(caller.tenant_id, response_id, parts.worker.owner), ())
 
 
 def _nobody_cares() -> None:

@@ -1,21 +1,20 @@
-"""The upstream's chat stream, through the `openai` SDK's raw response.
+"""The upstream's chat stream, through the `openai` SDK's configuration and HTTP client.
 
-The SDK does authentication, timeouts and the connection pool. Its message walking and its stream objects are not used: the
-body is ready bytes, and the stream's bytes are decoded by msgspec, all chunks of one read together.
+The SDK says where to ask and with which headers, and keeps the connections. Its request and stream objects are not used, which
+cost more than all the rest of a request: the body is ready bytes, and the stream's bytes are decoded by msgspec, all chunks of
+one read together.
 """
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator
+from contextlib import closing
 
 import httpx2
 import msgspec
-import openai
 import stamina
 from msgspec import Struct
-from openai import AsyncOpenAI, AsyncStream, DefaultAioHttpClient
+from openai import AsyncOpenAI, DefaultAioHttpClient
 
 from app.domain.prompt import Dialect
 from app.errors import (
@@ -29,6 +28,7 @@ from app.errors import (
     UpstreamUnavailable,
 )
 from app.outbound.catalog import UpstreamEntry
+from app.patience import Patience
 from app.settings import Settings
 from app.wire.chat import ChatError, ChatUsage, Choice, Chunk, Delta, Logprobs, ModelEntry, ModelList, decode_chunk
 
@@ -43,10 +43,9 @@ NO_KEY = "none"
 TAIL_WAIT_S = 2.0
 """How long the usage, or the connection's end, may come after the finish."""
 
-_KEY_REFUSED = (openai.AuthenticationError, openai.PermissionDeniedError)
-"""What is the same however often one asks."""
 
-T = TypeVar("T")
+class _KeyRefused(UpstreamUnavailable):
+    """The upstream does not accept this server's key, however often one asks."""
 
 
 class Upstream:
@@ -61,68 +60,90 @@ class Upstream:
         self._retry_after_max_s = settings.upstream_retry_after_max_s
         self.idle_timeout_s = entry.idle_timeout_s or settings.upstream_idle_timeout_s
         self.line_bytes_max = settings.upstream_line_bytes_max
-        answer_timeout_s = entry.answer_timeout_s or settings.upstream_answer_timeout_s
+        self._answer_timeout_s = entry.answer_timeout_s or settings.upstream_answer_timeout_s
+        # How long reads may take is our own business: the transport would set a timer for each.
         timeout = httpx2.Timeout(
-            answer_timeout_s, connect=entry.connect_timeout_s or settings.upstream_connect_timeout_s
+            self._answer_timeout_s,
+            connect=entry.connect_timeout_s or settings.upstream_connect_timeout_s,
+            read=None,
         )
-        self._client = AsyncOpenAI(
+        self._http = DefaultAioHttpClient(
+            timeout=timeout, limits=httpx2.Limits(max_connections=settings.upstream_connections_max)
+        )
+        sdk = AsyncOpenAI(
             base_url=entry.base_url,
             api_key=entry.key or NO_KEY,
-            timeout=timeout,
-            max_retries=0,
             default_headers={**entry.headers, "Accept-Encoding": "identity"},
-            http_client=DefaultAioHttpClient(
-                timeout=timeout, limits=httpx2.Limits(max_connections=settings.upstream_connections_max)
-            ),
+            http_client=self._http,
         )
+        self._chat, self._models = sdk.base_url.join("chat/completions"), sdk.base_url.join("models")
+        said = {**sdk.auth_headers, **sdk.default_headers}
+        self._headers = {name: value for name, value in said.items() if isinstance(value, str)}
+        # Made once: stamina takes as long to prepare its attempts as the first of them takes.
+        self._opened = stamina.retry(
+            on=self._backoff, attempts=self._attempts_max, timeout=None, wait_initial=0.1, wait_jitter=0.1, wait_max=2.0
+        )(self._open)
 
     async def open(self, body: bytes, caller_key: str | None) -> "ChunkStream":
         """Send a chat request; gives the stream once the upstream has answered 200.
 
         Connection errors, 429 and 5xx are tried again, because nothing was sent to anybody yet. Raises UpstreamError.
         """
-        async for attempt in stamina.retry_context(
-            on=self._backoff, attempts=self._attempts_max, timeout=None, wait_initial=0.1, wait_jitter=0.1, wait_max=2.0
-        ):
-            with attempt:
-                return await self._open_once(body, caller_key)
-        raise AssertionError("stamina gives up by raising")
+        return await self._opened(body, caller_key)
 
     def _backoff(self, error: Exception) -> bool | float:
-        if not isinstance(error, UpstreamUnavailable | UpstreamBusy) or isinstance(error.__cause__, _KEY_REFUSED):
+        if not isinstance(error, UpstreamUnavailable | UpstreamBusy) or isinstance(error, _KeyRefused):
             return False
         after = error.headers.get("Retry-After")
         if after is None:
             return True
         return float(after) if after.isdigit() and float(after) <= self._retry_after_max_s else False
 
-    async def _open_once(self, body: bytes, caller_key: str | None) -> "ChunkStream":
-        headers = {"Authorization": f"Bearer {caller_key}"} if self.passes_caller and caller_key else {}
-        with _translated(self):
-            response = await self._client.post(
-                "/chat/completions",
-                content=body,
-                cast_to=httpx2.Response,
-                stream=True,
-                stream_cls=AsyncStream[Any],
-                options={"headers": headers},
-            )
-        return ChunkStream(self, response)  # type: ignore[arg-type]
+    async def _open(self, body: bytes, caller_key: str | None) -> "ChunkStream":
+        return ChunkStream(self, await self._ask("POST", self._chat, caller_key, body))
 
     async def list_models(self, caller_key: str | None) -> list[ModelEntry]:
         """The models that the upstream lists. Raises UpstreamError."""
-        headers = {"Authorization": f"Bearer {caller_key}"} if self.passes_caller and caller_key else {}
-        with _translated(self):
-            response = await self._client.get("/models", cast_to=httpx2.Response, options={"headers": headers})
-            raw = await response.aread()
+        response = await self._ask("GET", self._models, caller_key)
         try:
-            return msgspec.json.decode(raw, type=ModelList).data
+            return msgspec.json.decode(await self._whole(response), type=ModelList).data
         except msgspec.DecodeError as error:
             raise UpstreamGarbled(f"Upstream '{self.name}' sent no list of models: {error}") from None
 
+    async def _ask(
+        self, method: str, url: httpx2.URL, caller_key: str | None, body: bytes | None = None
+    ) -> httpx2.Response:
+        """The head of an answer that is a success. Raises ApiError."""
+        headers = self._headers
+        if self.passes_caller and caller_key:
+            headers = {**headers, "Authorization": f"Bearer {caller_key}"}
+        request = self._http.build_request(method, url, headers=headers, content=body)
+        try:
+            async with asyncio.timeout(self._answer_timeout_s):
+                response = await self._http.send(request, stream=True)
+        except TimeoutError:
+            raise UpstreamStalled("The upstream did not answer in time.") from None
+        except (httpx2.HTTPError, OSError) as error:
+            raise UpstreamUnavailable(f"Upstream '{self.name}' can't be reached.") from error
+        if response.is_success:
+            return response
+        raise _refusal(response, await self._whole(response), self)
+
+    async def _whole(self, response: httpx2.Response) -> bytes:
+        """The whole of a short answer. Raises UpstreamError."""
+        try:
+            async with asyncio.timeout(self._answer_timeout_s):
+                return await response.aread()
+        except TimeoutError:
+            raise UpstreamStalled("The upstream did not finish its answer.") from None
+        except (httpx2.HTTPError, OSError) as error:
+            raise UpstreamUnavailable(f"Upstream '{self.name}' broke off its answer.") from error
+        finally:
+            await response.aclose()
+
     async def close(self) -> None:
         """Close every connection."""
-        await self._client.close()
+        await self._http.aclose()
 
 
 class ChunkStream:
@@ -164,24 +185,23 @@ class ChunkStream:
     async def _reads(self) -> AsyncIterator[bytes]:
         """What goes wrong behind the finish is no fault: everything was said."""
         reads = self._response.aiter_raw().__aiter__()
-        while True:
-            idle_s = self.upstream.idle_timeout_s
-            try:
-                async with asyncio.timeout(min(idle_s, TAIL_WAIT_S) if self._finished else idle_s):
-                    raw = await anext(reads)
-            except StopAsyncIteration:
-                return
-            except (TimeoutError, httpx2.TimeoutException):
-                if self._finished:
+        idle_s = self.upstream.idle_timeout_s
+        with closing(Patience(idle_s)) as idle, closing(Patience(min(idle_s, TAIL_WAIT_S))) as tail:
+            while True:
+                try:
+                    with tail if self._finished else idle:
+                        raw = await anext(reads)
+                except StopAsyncIteration:
                     return
-                raise UpstreamStalled(
-                    f"The upstream was silent for {self.upstream.idle_timeout_s:g} seconds."
-                ) from None
-            except (httpx2.HTTPError, OSError) as error:
-                if self._finished:
-                    return
-                raise UpstreamGarbled("The upstream broke off its answer.") from error
-            yield raw
+                except TimeoutError:
+                    if self._finished:
+                        return
+                    raise UpstreamStalled(f"The upstream was silent for {idle_s:g} seconds.") from None
+                except (httpx2.HTTPError, OSError) as error:
+                    if self._finished:
+                        return
+                    raise UpstreamGarbled("The upstream broke off its answer.") from error
+                yield raw
 
     async def _whole(self) -> Chunk:
         """The answer of a server that does not stream, as one chunk."""
@@ -263,31 +283,15 @@ def _error_in_stream(raw: msgspec.Raw) -> UpstreamError:
     return UpstreamError(message, code=code)
 
 
-@contextmanager
-def _translated(upstream: Upstream) -> Iterator[None]:
-    """The SDK's errors → ours."""
-    try:
-        yield
-    except openai.APIError as error:
-        raise _translate(error, upstream) from error
-
-
-def _translate(error: openai.APIError, upstream: Upstream) -> ApiError:
-    if isinstance(error, openai.APITimeoutError):
-        cause = error.__cause__
-        if isinstance(cause, httpx2.ReadTimeout):
-            return UpstreamStalled("The upstream did not answer in time.")
-        return UpstreamUnavailable(f"Upstream '{upstream.name}' can't be reached.")
-    if not isinstance(error, openai.APIStatusError):
-        return UpstreamUnavailable(f"Upstream '{upstream.name}' can't be reached.")
-    status = error.status_code
-    said = _said(error)
+def _refusal(response: httpx2.Response, raw: bytes, upstream: Upstream) -> ApiError:
+    """An answer that is none → our error."""
+    status, said = response.status_code, _said(raw)
     if status in {401, 403} and not upstream.passes_caller:
-        return UpstreamUnavailable(f"Upstream '{upstream.name}' does not accept this server's key.")
+        return _KeyRefused(f"Upstream '{upstream.name}' does not accept this server's key.")
     if status == 401:
         return AuthenticationFailed(said.message or "The upstream does not accept the key.")
     if status == 429:
-        after = error.response.headers.get("retry-after")
+        after = response.headers.get("retry-after")
         return UpstreamBusy(said.message or "The upstream is busy.", headers={"Retry-After": after} if after else None)
     if status >= 500:
         return UpstreamUnavailable(f"The upstream failed with status {status}: {said.message or 'it gave no reason'}")
@@ -303,9 +307,12 @@ def _translate(error: openai.APIError, upstream: Upstream) -> ApiError:
     )
 
 
-def _said(error: openai.APIStatusError) -> ChatError:
+def _said(raw: bytes) -> ChatError:
     """The error object of the upstream's answer; some servers send it bare, some a text."""
-    body = error.body
+    try:
+        body = msgspec.json.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        body = raw.decode(errors="replace").strip()
     if not isinstance(body, dict):
         return ChatError(message=body[:500] if isinstance(body, str) else None)
     inner = body.get("error", body)

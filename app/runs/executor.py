@@ -195,7 +195,9 @@ class Executor:
 
     async def _insert(self, run: Run, response: Response, owner: Owner | None) -> None:
         items = [(item.id, encode_item(item)) for item in run.work.context.input]
-        async with self._database.begin() as tx:
+        # One statement needs no transaction; with approvals there are two.
+        scope = self._database.begin if run.work.context.decisions else self._database.autocommit
+        async with scope() as tx:
             await responses.insert_response(tx, run.tenant_id, response, items, parent=run.work.parent, run=owner)
             await self._answer(tx, run)
 

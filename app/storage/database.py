@@ -93,14 +93,16 @@ class Database:
     async def autocommit(self) -> AsyncIterator[Tx]:
         """A connection without a transaction: each statement commits by itself. Raises DatabaseUnavailable."""
         try:
-            async with self.engine.connect() as connection:
-                driver: Any = (await connection.get_raw_connection()).driver_connection
-                try:
-                    yield Tx(driver)
-                except (asyncio.CancelledError, *_LOST):
-                    # Broken off in mid-statement, it may still be in a transaction, whose locks it would keep in the pool.
-                    driver.terminate()
-                    raise
+            pooled = await self.engine.raw_connection()
+            driver: Any = pooled.driver_connection
+            try:
+                yield Tx(driver)
+            except (asyncio.CancelledError, *_LOST):
+                # Broken off in mid-statement, it may still be in a transaction, whose locks it would keep in the pool.
+                driver.terminate()
+                raise
+            finally:
+                pooled.close()  # only goes back to the pool, which does not reset it: nothing to wait for
         except _LOST as error:
             raise DatabaseUnavailable("The database is unavailable; please try again.") from error
 
@@ -141,6 +143,7 @@ def _engine(settings: Settings) -> AsyncEngine:
         max_overflow=0,
         pool_timeout=settings.database_timeout_s,
         pool_reset_on_return=None,
+        pool_use_lifo=True,  # the same few connections: what they have prepared is at hand
         connect_args={
             "timeout": settings.database_timeout_s,
             "command_timeout": settings.database_timeout_s,

@@ -2,7 +2,9 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextlib import closing
 
+from app.patience import Patience
 from app.wire.events import Entry
 
 
@@ -11,7 +13,7 @@ class MemoryLog:
 
     def __init__(self) -> None:
         self._entries: list[Entry] = []
-        self._grown = asyncio.Event()
+        self._waiting: list[asyncio.Future[None]] = []
         self.ended = False
 
     def append(self, entries: Sequence[Entry]) -> None:
@@ -27,8 +29,10 @@ class MemoryLog:
         self._wake()
 
     def _wake(self) -> None:
-        grown, self._grown = self._grown, asyncio.Event()
-        grown.set()
+        waiting, self._waiting = self._waiting, []
+        for reader in waiting:
+            if not reader.done():
+                reader.set_result(None)
 
     async def read(self, after: int = -1, *, silence_s: float | None = None) -> AsyncIterator[list[Entry]]:
         """Entries with a greater sequence number, in the batches that have gathered; ends with the log.
@@ -36,17 +40,19 @@ class MemoryLog:
         After so much silence comes an empty batch, so that the reader can show that it is alive.
         """
         at = after + 1  # entry number n has the sequence number n
-        while True:
-            grown = self._grown
-            batch = self._entries[at:]
-            if batch:
-                at += len(batch)
-                yield batch
-            elif self.ended:
-                return
-            else:
-                try:
-                    async with asyncio.timeout(silence_s):
-                        await grown.wait()
-                except TimeoutError:
-                    yield []
+        with closing(Patience(silence_s)) as patience:
+            while True:
+                batch = self._entries[at:]
+                if batch:
+                    at += len(batch)
+                    yield batch
+                elif self.ended:
+                    return
+                else:
+                    grown: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                    self._waiting.append(grown)
+                    try:
+                        with patience:
+                            await grown
+                    except TimeoutError:
+                        yield []

@@ -1,0 +1,34 @@
+"""What the handlers turn to."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from litestar import Request
+from msgspec import Struct
+
+from app.api.auth import Auth
+from app.outbound.catalog import Catalog
+from app.outbound.upstream import Upstream
+from app.runs.background import Background
+from app.runs.executor import Caller, Executor
+from app.runs.worker import Worker
+from app.settings import Settings
+from app.storage.database import Database
+
+
+class Parts(Struct, frozen=True):
+    """One dependency for all of them: Litestar starts a task for each that can be provided beside another."""
+
+    settings: Settings
+    database: Database
+    catalog: Catalog
+    upstreams: Mapping[str, Upstream]
+    executor: Executor
+    background: Background
+    worker: Worker
+    auth: Auth
+
+
+async def provide_caller(request: Request[Any, Any, Any], parts: Parts) -> Caller:
+    """The dependency of every handler below /v1."""
+    return await parts.auth.caller(request.headers.get("authorization"))

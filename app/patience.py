@@ -1,0 +1,55 @@
+"""Waiting, but not for ever: `asyncio.timeout` for a task that waits again and again."""
+
+import asyncio
+from types import TracebackType
+
+
+class Patience:
+    """Entered around each wait; raises TimeoutError out of one that takes too long, and is closed after the last.
+
+    A timer for every wait would cost more than most of what is waited for. So the timer of one wait stays for those behind
+    it, and when it rings it looks how long the present one has taken.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        """`seconds` is the limit of one wait; None: there is none."""
+        self._seconds = seconds
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[object] | None = None
+        self._expired = False
+
+    def __enter__(self) -> None:
+        self._task = asyncio.current_task()
+        assert self._task is not None
+        self._cancelling = self._task.cancelling()
+        self._begun = self._loop.time()
+        if self._timer is None and self._seconds is not None:
+            self._timer = self._loop.call_later(self._seconds, self._ring, self._seconds)
+
+    def __exit__(
+        self, type_: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        task, self._task = self._task, None
+        if self._expired:
+            self._expired = False
+            assert task is not None
+            # If somebody else cancels the task as well, that is what counts.
+            if task.uncancel() <= self._cancelling and isinstance(error, asyncio.CancelledError):
+                raise TimeoutError from error
+
+    def _ring(self, seconds: float) -> None:
+        self._timer = None
+        if self._task is None:
+            return  # the next wait sets it again
+        left_s = self._begun + seconds - self._loop.time()
+        if left_s > 0:
+            self._timer = self._loop.call_later(left_s, self._ring, seconds)
+        else:
+            self._expired = True
+            self._task.cancel()
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        if self._timer:
+            self._timer.cancel()
