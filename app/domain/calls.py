@@ -11,7 +11,17 @@ import msgspec
 from msgspec import Raw, Struct
 from msgspec.structs import replace
 
-from app.domain.hosted import SEEN, Asked, HostedRoute, Kind, arguments_of, owner_of, queries_of, results_of
+from app.domain.hosted import (
+    SEEN,
+    Asked,
+    HostedRoute,
+    Kind,
+    arguments_of,
+    owner_of,
+    queries_of,
+    results_of,
+    shell_outputs,
+)
 from app.domain.toolbox import ByHost
 from app.ids import NewId
 from app.wire.decoding import Json
@@ -21,6 +31,10 @@ from app.wire.events import (
     CodeDone,
     CodeInProgress,
     CodeInterpreting,
+    CommandAdded,
+    CommandDelta,
+    CommandDone,
+    CommandOutputDone,
     Event,
     FileSearchCompleted,
     FileSearchInProgress,
@@ -48,14 +62,15 @@ from app.wire.items import (
     CodeInterpreterCall,
     FileSearchCall,
     ImageGenerationCall,
-    Item,
     ItemStatus,
     McpApprovalRequest,
     McpApprovalResponse,
     McpCall,
     McpListTools,
+    OpaqueItem,
     ServerCall,
     WebSearchCall,
+    encode_item,
 )
 from app.wire.tools import ListedTool
 
@@ -63,6 +78,10 @@ INVALID_PARAMS = -32602
 """JSON-RPC's code for arguments that are none."""
 
 INTERNAL_ERROR = -32603
+
+
+OwnItem = ServerCall | OpaqueItem
+"""The item of a server-run call; a shell call is carried, as clients' are."""
 
 
 class Answer(Struct, frozen=True):
@@ -98,7 +117,7 @@ class PendingCall:
     """A server-run call of the model: from its arguments to its end."""
 
     def __init__(
-        self, item: ServerCall, arguments: str, by: ByHost | None = None, route: HostedRoute | None = None
+        self, item: OwnItem, arguments: str, by: ByHost | None = None, route: HostedRoute | None = None
     ) -> None:
         """`by` and `route` are those of a hosted tool."""
         self.item = item
@@ -138,15 +157,55 @@ class PendingCall:
                 return [ItemAdded(output_index=output_index, item=replace(item, code="", outputs=[])), *said]
             case ImageGenerationCall() as item:
                 said = [ImageInProgress(**at), ImageGenerating(**at)]
+            case OpaqueItem() as item:
+                return [ItemAdded(output_index=output_index, item=item.fields), *_commands(item, output_index)]
         return [ItemAdded(output_index=output_index, item=item), *said]
 
-    def close(self, answer: Answer) -> list[Event]:
-        """What is said when the call has come back."""
+    def close(self, answer: Answer, new_id: NewId, output_index: int) -> list[Event]:
+        """What is said when the call has come back; a shell's output is an item of its own, at `output_index`."""
+        if isinstance(self.item, OpaqueItem):
+            return _close_shell(self.item, self.output_index, answer, self.route, new_id("sho"), output_index)
         return close_call(self.item, self.output_index, answer, self.route)
 
     def cut_off(self) -> list[Event]:
         """What is said of a call that nobody waits for any more, or that was never sent."""
-        return [_done(self.output_index, replace(self.item, status="incomplete"))]
+        return [_done(self.output_index, incomplete(self.item))]
+
+
+def incomplete(item: OwnItem) -> OwnItem:
+    """A call that has no end."""
+    if isinstance(item, OpaqueItem):
+        return OpaqueItem(item.id, item.type, {**item.fields, "status": "incomplete"})
+    return replace(item, status="incomplete")
+
+
+def _commands(item: OpaqueItem, output_index: int) -> list[Event]:
+    said: list[Event] = []
+    for index, command in enumerate(item.fields["action"]["commands"]):
+        at: dict[str, Any] = {"output_index": output_index, "command_index": index}
+        said += [CommandAdded(**at, command=""), CommandDelta(**at, delta=command), CommandDone(**at, command=command)]
+    return said
+
+
+def _close_shell(
+    item: OpaqueItem, at: int, answer: Answer, route: HostedRoute | None, output_id: str, output_index: int
+) -> list[Event]:
+    if answer.error is not None or route is None:
+        outputs = [{"stdout": "", "stderr": f"Error: {_message(answer)}", "outcome": {"type": "exit", "exit_code": 1}}]
+    else:
+        outputs = shell_outputs(route, answer.structured, answer.text)
+    fields = {"type": "shell_call_output", "id": output_id, "call_id": item.fields["call_id"], "output": outputs}
+    begun = OpaqueItem(output_id, "shell_call_output", {**fields, "output": [], "status": "in_progress"})
+    done = OpaqueItem(output_id, "shell_call_output", {**fields, "status": "completed"})
+    return [
+        _done(at, OpaqueItem(item.id, item.type, {**item.fields, "status": "completed"})),
+        ItemAdded(output_index=output_index, item=begun.fields),
+        *(
+            CommandOutputDone(item_id=output_id, output_index=output_index, command_index=index, output=[output])
+            for index, output in enumerate(outputs)
+        ),
+        _done(output_index, done),
+    ]
 
 
 def close_call(item: ServerCall, output_index: int, answer: Answer, route: HostedRoute | None = None) -> list[Event]:
@@ -155,7 +214,7 @@ def close_call(item: ServerCall, output_index: int, answer: Answer, route: Hoste
     failed = answer.error is not None
     status: ItemStatus = "failed" if failed else "completed"
     said: list[Event] = []
-    done: Item
+    done: ServerCall
     match item:
         case McpCall():
             said = [McpCallFailed(**at) if failed else McpCallCompleted(**at)]
@@ -233,7 +292,7 @@ def mcp_call(new_id: NewId, label: str, name: str, arguments: str, *, approval: 
 def hosted_call(new_id: NewId, by: ByHost, route: HostedRoute, arguments: str, container: str) -> PendingCall:
     """A call of a hosted tool."""
     given = given_of(arguments) or {}
-    item: ServerCall
+    item: OwnItem
     match by.kind:
         case "web_search":
             query = str(given.get("query", ""))
@@ -248,7 +307,24 @@ def hosted_call(new_id: NewId, by: ByHost, route: HostedRoute, arguments: str, c
             item = ImageGenerationCall(
                 id=new_id("ig"), status="in_progress", revised_prompt=str(given.get("prompt", ""))
             )
+        case "shell":
+            item = _shell_call(new_id, given, container)
     return PendingCall(item, arguments, by, route)
+
+
+def _shell_call(new_id: NewId, given: Json, container: str) -> OpaqueItem:
+    """Shell calls are the client's as a rule, and are carried; ours look the same."""
+    commands = given.get("commands")
+    id = new_id("sh")
+    fields = {
+        "type": "shell_call",
+        "id": id,
+        "call_id": new_id("call"),
+        "action": {"commands": [str(command) for command in commands] if isinstance(commands, list) else []},
+        "environment": {"type": "container_reference", "container_id": container},
+        "status": "in_progress",
+    }
+    return OpaqueItem(id, "shell_call", fields)
 
 
 def arguments_for(call: PendingCall, *, tenant: str, container: str) -> Json | None:
@@ -286,12 +362,12 @@ def close_list(
     return done, [said, _done(output_index, done)]
 
 
-SERVER_RUN = frozenset(str(item.__struct_config__.tag) for item in ServerCall.__args__)
-"""Types of the items of server-run calls."""
+SERVER_RUN = frozenset((*(str(item.__struct_config__.tag) for item in ServerCall.__args__), "shell_call"))
+"""Types of the items of calls that the server runs."""
 
 
-def _done(output_index: int, item: Item) -> ItemDone:
-    return ItemDone(output_index=output_index, item=Raw(msgspec.json.encode(item)))
+def _done(output_index: int, item: AnyItem) -> ItemDone:
+    return ItemDone(output_index=output_index, item=Raw(encode_item(item)))
 
 
 # -- What the model is told --------------------------------------------------------------------------------------------------

@@ -93,6 +93,8 @@ class _Item:
     def __init__(self, fields: Mapping[str, Any]) -> None:
         self.fields: dict[str, Any] = dict(fields)
         self.is_done = False
+        self.commands: list[str] = []
+        self.said_outputs: list[Any] = []
         self._texts: dict[tuple[str, int | None], _Text] = {}
         self._parts: dict[str, list[Any]] = {"content": [], "summary": []}
 
@@ -103,8 +105,13 @@ class _Item:
         if kind == "output_item.done":
             self._end(event["item"])
             return
+        if of == "shell_call_command":
+            self._take_command(what, event)
+            return
         assert event["item_id"] == self.fields["id"], f"another item's: {event}"
-        if kind in _PROGRESS:
+        if kind == "shell_call_output_content.done":
+            self.said_outputs += event["output"]
+        elif kind in _PROGRESS:
             assert kind.startswith(self.fields["type"]), f"another type's: {event}"
         elif kind == "output_text.annotation.added":
             self._take_annotation(event)
@@ -128,6 +135,16 @@ class _Item:
         assert (part["type"], said) == (text.type, text.said), f"differs from its deltas: {event}"
         assert part.get("annotations", []) == text.annotations, f"differs from its annotations: {event}"
         self._parts[key].append(part)
+
+    def _take_command(self, what: str, event: Mapping[str, Any]) -> None:
+        index = event["command_index"]
+        if what == "added":
+            assert index == len(self.commands), f"out of order: {event}"
+            self.commands.append("")
+        elif what == "delta":
+            self.commands[index] += event["delta"]
+        else:
+            assert event["command"] == self.commands[index], f"differs from its deltas: {event}"
 
     def _take_annotation(self, event: Mapping[str, Any]) -> None:
         text = self._texts.get(("content", event["content_index"]))
@@ -159,6 +176,10 @@ class _Item:
             text = self._texts.get((key, None))
             assert text is None or text.is_whole, f"{key} is not done: {done}"
             assert done.get(key) == (text.said if text else begun.get(key)), f"{key} differs: {done}"
+        if done["type"] == "shell_call":
+            assert done["action"]["commands"] == self.commands, f"commands differ: {done}"
+        if done["type"] == "shell_call_output":
+            assert done["output"] == self.said_outputs, f"outputs differ: {done}"
         self.fields, self.is_done = dict(done), True
 
 

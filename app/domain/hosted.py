@@ -11,9 +11,9 @@ import msgspec
 from msgspec import Struct
 
 from app.wire.decoding import Json
-from app.wire.tools import FunctionTool
+from app.wire.tools import FunctionTool, HostedTool
 
-Kind = Literal["web_search", "file_search", "code_interpreter", "image_generation"]
+Kind = Literal["web_search", "file_search", "code_interpreter", "image_generation", "shell"]
 
 KINDS: Mapping[str, Kind] = {
     "web_search": "web_search",
@@ -23,8 +23,28 @@ KINDS: Mapping[str, Kind] = {
     "file_search": "file_search",
     "code_interpreter": "code_interpreter",
     "image_generation": "image_generation",
+    "shell": "shell",
 }
 """Declared type → kind: one tool has several names."""
+
+
+def kind_of(tool: HostedTool) -> Kind | None:
+    """What a declared tool is; None for what only the client can run, as a shell is unless it asks for a container."""
+    kind = KINDS.get(tool.type)
+    return None if kind == "shell" and not container_asked(tool.fields) else kind
+
+
+def container_asked(declaration: Json) -> bool:
+    """Whether a shell is to run in a container."""
+    environment = declaration.get("environment")
+    return isinstance(environment, dict) and str(environment.get("type")).startswith("container")
+
+
+def container_named(declaration: Json) -> str:
+    """The container that a declaration names; empty for a new one."""
+    environment = declaration.get("environment")
+    named = environment.get("container_id") if isinstance(environment, dict) else declaration.get("container")
+    return named if isinstance(named, str) else ""
 
 
 def _function(name: str, description: str, **parameters: Json) -> FunctionTool:
@@ -57,6 +77,11 @@ SEEN: Mapping[Kind, FunctionTool] = {
         "Make an image from a description.",
         prompt={"type": "string", "description": "What the image shows."},
     ),
+    "shell": _function(
+        "shell",
+        "Run shell commands in a container and get what they print.",
+        commands={"type": "array", "items": {"type": "string"}, "description": "The commands, one after the other."},
+    ),
 }
 """The function that the model sees."""
 
@@ -70,7 +95,7 @@ class HostedRoute(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """`[hosted.KIND]` of the catalog: the tool behind a hosted type, and how what goes in and comes out is mapped.
 
     A string in `arguments` that begins with `$` stands for a value: what the model gave (`$query`, `$queries`, `$code`,
-    `$prompt`), `$tenant`, `$container`, or any key of the tool's declaration (`$vector_store_ids`, `$max_num_results`, ...);
+    `$prompt`, `$commands`), `$tenant`, `$container`, or any key of the tool's declaration (`$vector_store_ids`, `$max_num_results`, ...);
     an argument whose value is absent is left out. `results` is where the list of results lies in the structured answer
     (`web.results`), `fields` names their keys (`url = "link"`).
     """
@@ -138,6 +163,24 @@ def results_of(kind: Kind, route: HostedRoute, structured: Any, text: str) -> li
         return [{"text": text}] if text else []
     names = _FIELDS[kind]
     return [_renamed(result, names, route.fields) for result in found]
+
+
+def shell_outputs(route: HostedRoute, structured: Any, text: str) -> list[Json]:
+    """What a shell tool says of each command: its structured answer, or a list of them; else the text is what was printed."""
+    found = structured if structured is not None else _json(text)
+    for name in route.results.split(".") if route.results else ():
+        found = found.get(name) if isinstance(found, dict) else None
+    ran = [one for one in (found if isinstance(found, list) else [found]) if isinstance(one, dict)]
+    return [_shell_output(one, route.fields) for one in ran] or [_shell_output({"stdout": text}, {})]
+
+
+def _shell_output(ran: Json, fields: Mapping[str, str]) -> Json:
+    timed_out, exit_code = ran.get(fields.get("timed_out", "timed_out")), ran.get(fields.get("exit_code", "exit_code"))
+    return {
+        "stdout": str(ran.get(fields.get("stdout", "stdout")) or ""),
+        "stderr": str(ran.get(fields.get("stderr", "stderr")) or ""),
+        "outcome": {"type": "timeout"} if timed_out else {"type": "exit", "exit_code": int(exit_code or 0)},
+    }
 
 
 def _json(text: str) -> Any:

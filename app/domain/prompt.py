@@ -299,9 +299,14 @@ def _call(item: AnyItem, toolbox: Toolbox, dialect: Dialect) -> dict[str, Any] |
     return _function_call(item.id, toolbox.model_name(asked.name, asked.of, qualified=False), asked.arguments)
 
 
+_NO_ARGUMENTS = frozenset({"id", "type", "call_id", "status", "environment", "created_by"})
+
+
 def _foreign_call(item: OpaqueItem) -> dict[str, Any]:
-    """A client-run call of a hosted kind (a shell command, a patch): its own fields are the arguments."""
-    arguments = {key: value for key, value in item.fields.items() if key not in {"id", "type", "call_id", "status"}}
+    """A call of a hosted kind that is carried (a shell command, a patch): its own fields are the arguments."""
+    arguments = {key: value for key, value in item.fields.items() if key not in _NO_ARGUMENTS}
+    if item.type == "shell_call":
+        arguments = arguments.get("action") or {}
     name = item.type.removesuffix("_call")
     return _function_call(str(item.fields["call_id"]), name, msgspec.json.encode(arguments).decode())
 

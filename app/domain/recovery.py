@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from msgspec import Raw, Struct
 
-from app.domain.calls import SERVER_RUN, close_call, unknown_outcome
+from app.domain.calls import SERVER_RUN, close_call, incomplete, unknown_outcome
 from app.wire.events import (
     ArgumentsDone,
     CustomInputDone,
@@ -26,7 +26,7 @@ from app.wire.events import (
     SummaryPartDone,
     TextDone,
 )
-from app.wire.items import ServerCall, decode_item
+from app.wire.items import OpaqueItem, ServerCall, decode_item, encode_item
 
 
 class Recovered(Struct, frozen=True):
@@ -167,6 +167,8 @@ class _OpenItem:
     def _close_call(self) -> list[Event]:
         said = {"mcp_call": {"arguments": self._text}, "code_interpreter_call": {"code": self._text}}
         item = decode_item(msgspec.json.encode({**self._item, **said.get(self._item["type"], {})}))
+        if isinstance(item, OpaqueItem):
+            return [ItemDone(output_index=self._at["output_index"], item=Raw(encode_item(incomplete(item))))]
         assert isinstance(item, ServerCall)
         return close_call(item, self._at["output_index"], unknown_outcome())
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from msgspec import UNSET, Struct
 
-from app.domain.hosted import KINDS, SEEN, Kind, owner_of
+from app.domain.hosted import KINDS, SEEN, Kind, kind_of, owner_of
 from app.errors import InvalidParameter, UnsupportedParameter
 from app.wire.decoding import Json
 from app.wire.tools import (
@@ -190,7 +190,7 @@ def _offers(
     for index, tool in enumerate(tools):
         match tool:
             case HostedTool():
-                kind = KINDS.get(tool.type)
+                kind = kind_of(tool)
                 if kind in hosted:
                     found.append((SEEN[kind], ByHost(kind, tool.fields)))
                 elif kind or tool.type == "tool_search":

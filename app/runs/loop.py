@@ -34,7 +34,7 @@ from app.outbound.upstream import CONTEXT_TOO_LONG, ChunkStream, Upstream
 from app.runs.recorder import Recorder
 from app.runs.task import Task
 from app.runs.tools import Tools, unavailable
-from app.wire.events import Event
+from app.wire.events import Event, ItemAdded
 from app.wire.items import AnyItem, FunctionCall, FunctionCallOutput, ItemStatus, McpCall, ServerCall, decode_item
 from app.wire.resources import Usage
 from app.wire.tools import McpTool
@@ -234,8 +234,10 @@ class Loop:
         waiting = list(calls)
         try:
             for answer in answers:
-                ended = await answer
-                await self._recorder.record(waiting.pop(0).close(ended))
+                ended = waiting[0].close(await answer, new_id, self._output_index)
+                del waiting[0]
+                self._output_index += sum(isinstance(event, ItemAdded) for event in ended)
+                await self._recorder.record(ended)
         except BaseException:
             await self._recorder.record([event for call in waiting for event in call.cut_off()])
             raise

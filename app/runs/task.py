@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from app.domain.context import Context, Unseal, answered_requests, check_parent, references, resolve, restore
 from app.domain.groups import Manner
-from app.domain.hosted import KINDS, HostedRoute, Kind
+from app.domain.hosted import HostedRoute, Kind, kind_of
 from app.domain.sealed import Seal
 from app.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
 from app.ids import new_id
@@ -140,7 +140,7 @@ class Tasks:
     def _refuse_missing(self, request: CreateResponse) -> None:
         """Where the catalog says so, a hosted tool that nothing stands behind is an error."""
         for index, tool in enumerate(request.tools if self._catalog.refuse_missing_tools else ()):
-            if isinstance(tool, HostedTool) and KINDS.get(tool.type) not in self._catalog.hosted:
+            if isinstance(tool, HostedTool) and kind_of(tool) not in self._catalog.hosted:
                 raise UnsupportedParameter(
                     f"No server is configured for tools of type '{tool.type}'.", param=f"tools[{index}].type"
                 )

@@ -11,6 +11,7 @@ import structlog
 from msgspec import UNSET
 
 from app.domain.calls import Answer, PendingCall, arguments_for, failure, hosted_call, mcp_call, not_json
+from app.domain.hosted import container_named
 from app.domain.toolbox import ByHost, Run
 from app.ids import new_id
 from app.outbound.guard import Guard
@@ -18,7 +19,7 @@ from app.outbound.mcp import Listed, ToolFailure, ToolServer, ToolSessions
 from app.runs.task import Task
 from app.settings import Settings
 from app.wire.items import CallError, CodeInterpreterCall, McpCall
-from app.wire.tools import ListedTool
+from app.wire.tools import HostedTool, ListedTool
 
 log = structlog.get_logger()
 
@@ -78,7 +79,7 @@ class Tools:
             return self._task.servers[call.item.server_label], call.item.name, call.given
         route = call.route
         assert route is not None
-        arguments = arguments_for(call, tenant=self._task.tenant_id, container=_private(self._task, call))
+        arguments = arguments_for(call, tenant=self._task.tenant_id, container=_private(self._task, self._container))
         return self._task.tool_servers[route.server], route.tool, arguments
 
 
@@ -99,15 +100,12 @@ def _listed(tool: Listed) -> ListedTool:
 def _container(task: Task) -> str:
     """Where code runs: the container that the request names, the one that the context has used last, or a new one."""
     for tool in task.request.tools:
-        named = getattr(tool, "fields", {}).get("container")
-        if isinstance(named, str) and named:
+        if isinstance(tool, HostedTool) and (named := container_named(tool.fields)):
             return named
     used = [item.container_id for item in task.context.items if isinstance(item, CodeInterpreterCall)]
     return used[-1] if used and used[-1] else new_id("cntr")
 
 
-def _private(task: Task, call: PendingCall) -> str:
+def _private(task: Task, container: str) -> str:
     """A container's name for its tool server: no tenant can name another's."""
-    if not isinstance(call.item, CodeInterpreterCall):
-        return ""
-    return hashlib.sha256(f"{task.tenant_id}\0{call.item.container_id}".encode()).hexdigest()[:32]
+    return hashlib.sha256(f"{task.tenant_id}\0{container}".encode()).hexdigest()[:32]

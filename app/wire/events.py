@@ -234,6 +234,29 @@ class ImageCompleted(OfItem, tag="response.image_generation_call.completed"):
     pass
 
 
+class OfCommand(ItemEvent, kw_only=True):
+    """About one command of a shell call; these events name no item."""
+
+    command_index: int
+
+
+class CommandAdded(OfCommand, tag="response.shell_call_command.added"):
+    command: str
+
+
+class CommandDelta(OfCommand, tag="response.shell_call_command.delta"):
+    delta: str
+
+
+class CommandDone(OfCommand, tag="response.shell_call_command.done"):
+    command: str
+
+
+class CommandOutputDone(OfItem, tag="response.shell_call_output_content.done"):
+    command_index: int
+    output: list[Any]
+
+
 class CustomInputDelta(OfItem, tag="response.custom_tool_call_input.delta"):
     delta: str
 

@@ -16,6 +16,7 @@ PAGES = {
         {"link": "https://fjords.example/b", "name": "More fjords", "snippet": "Deeper."},
     ]
 }
+RAN = {"ran": [{"stdout": "a b", "exit_code": 0}, {"stderr": "no such file", "exit_code": 2}]}
 FILES = {"results": [{"file_id": "file_1", "filename": "plan.md", "score": 0.9, "text": "Ship it."}]}
 
 
@@ -47,6 +48,11 @@ arguments = {{ program = "$code", container = "$container" }}
 [hosted.image_generation]
 server = "box"
 tool = "image"
+[hosted.shell]
+server = "box"
+tool = "raw"
+arguments = {{ result = {{ structuredContent = {json_toml(RAN)} }}, commands = "$commands", container = "$container" }}
+results = "ran"
 """)
     env = {name: value for name, value in base_env.items() if name != "OPENAI_BASE_URL"}
     with Served({**env, "DATABASE_URL": new_database(), "REPRISE_CATALOG": str(catalog)}) as running:
@@ -258,6 +264,28 @@ def test_an_image_is_made(hosting):
         "output_item.done",
     ]
     assert made["output"][0]["result"] and made["output"][0]["revised_prompt"] == "a pixel"
+
+
+def test_a_shell_runs_in_a_container(hosting, upstream, toolserver):
+    given = script(calling("shell", {"commands": ["ls", "cat c"]}), answer("Two files."))
+    tools = [{"type": "shell", "environment": {"type": "container_auto"}}]
+    _, made = streamed(hosting, input=given, tools=tools)
+    ran, output = made["output"][:2]
+    assert (ran["type"], ran["status"], ran["action"]) == ("shell_call", "completed", {"commands": ["ls", "cat c"]})
+    assert ran["environment"]["type"] == "container_reference"
+    assert (output["type"], output["call_id"]) == ("shell_call_output", ran["call_id"])
+    assert output["output"] == [
+        {"stdout": "a b", "stderr": "", "outcome": {"type": "exit", "exit_code": 0}},
+        {"stdout": "", "stderr": "no such file", "outcome": {"type": "exit", "exit_code": 2}},
+    ]
+    assert toolserver.calls("hosting", "raw")[-1].arguments["commands"] == ["ls", "cat c"]
+    told = upstream.asked(given)[1].body["messages"]
+    assert json.loads(told[1]["tool_calls"][0]["function"]["arguments"]) == {"commands": ["ls", "cat c"]}
+    assert json.loads(told[2]["content"]) == output["output"]
+    then = httpx.post(
+        f"{hosting.url}/responses", json={"model": "m", "input": "More?", "previous_response_id": made["id"]}
+    )
+    assert then.status_code == 200
 
 
 # -- Where nothing stands behind a type -------------------------------------------------------------------------------------

@@ -393,7 +393,7 @@ def test_a_shell_call_is_a_call_of_its_kind():
     shell = {"type": "shell_call", "id": "sh_1", "call_id": "c1", "status": "completed", "action": {"commands": ["ls"]}}
     answer = {"type": "shell_call_output", "call_id": "c1", "output": [{"stdout": "x"}]}
     assert said(shell, answer) == [
-        turn(tool_call("c1", "shell", '{"action":{"commands":["ls"]}}')),
+        turn(tool_call("c1", "shell", '{"commands":["ls"]}')),
         tool("c1", '[{"stdout":"x"}]'),
     ]
 

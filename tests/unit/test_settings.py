@@ -25,6 +25,7 @@ GOOD: dict[str, tuple[str, Any]] = {
     "on_disconnect": ("finish", "finish"),
     "log_level": ("debug", "debug"),
     "workers_in_api": ("false", False),
+    "keepalive_events": ("true", True),
     "redis_prefix": ("mine", "mine"),
     "outbound_allow": ("tools.internal,10.1.0.0/16", "tools.internal,10.1.0.0/16"),
 }
