@@ -88,13 +88,23 @@ def main() -> None:
     """Do what the order says and report."""
     order: Order = json.loads(sys.argv[1])
     try:
-        for descriptor in (*order["files_in"], order["files_out"], order["report"]):
-            os.set_inheritable(descriptor, False)  # they are not for the program
+        keep_to_ourselves(*order["files_in"], order["files_out"], order["report"])
         report = enter(order) if order["namespaces"] else confine(order, order["home"], None)
     except Exception as error:  # noqa: BLE001 the caller says it, in its own words
         report = {"failure": f"{type(error).__name__}: {error}"}
     if report is not None:
         tell(order, report)
+
+
+def keep_to_ourselves(*ours: int) -> None:
+    """The program gets no descriptors beyond stdin, stdout and stderr; nor do we, beyond our own."""
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 names are what is wanted
+        descriptor = int(name)
+        if descriptor in ours:
+            os.set_inheritable(descriptor, False)
+        elif descriptor > 2:
+            with contextlib.suppress(OSError):  # that of the list itself is closed already
+                os.close(descriptor)
 
 
 def tell(order: Order, report: Report) -> None:

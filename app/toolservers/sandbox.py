@@ -494,7 +494,9 @@ MIB = 1024**2
 @click.command()
 @http_option
 @click.option("--python", default=sys.executable, show_default=True, help="The interpreter that runs the code.")
-@click.option("--directory", type=click.Path(path_type=Path), help="Where containers are kept; must be private.")
+@click.option(
+    "--directory", type=click.Path(path_type=Path, readable=False), help="Where containers are kept; must be private."
+)
 @click.option("--idle", default=1200.0, show_default=True, help="Seconds that an unused container is kept.")
 @click.option("--runs", default=os.cpu_count() or 1, show_default=True, help="Runs at once; others wait.")
 @click.option("--wall", default=Limits.wall_s, show_default=True, help="Seconds that a run may last.")

@@ -41,7 +41,7 @@ def serve(server: MCPServer[Any], address: str | None) -> None:
         raise click.ClickException(f"can't listen on {address}: {error.strerror}.") from error
     shown = f"[{host}]" if ":" in host else host
     click.echo(f"{server.name} listens on http://{shown}:{listener.getsockname()[1]}/mcp")
-    config = uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(app, loop="asyncio", log_level="warning", ws="none", timeout_graceful_shutdown=1)
     uvicorn.Server(config).run(sockets=[listener])
 
 
