@@ -267,13 +267,10 @@ ODD = [
 ]
 
 
-@pytest.mark.parametrize("query", ODD, ids=range(len(ODD)))
-async def test_odd_queries_are_answered(put: Any, server: OverHttp, database: str, query: str) -> None:
-    put({"a.txt": "pelican"}, store="vs_odd")
-    arguments = {"queries": [query, "pelican"], "stores": ["vs_odd"], "tenant": "acme"}
-    result = await call(server.url, arguments)
-    assert result.structured_content is not None, result.content
-    assert names(result.structured_content["results"]) == ["a.txt"]
+async def test_odd_queries_are_answered(put: Any, search: Any) -> None:
+    put({"a.txt": "pelican"})
+    for query in ODD:
+        assert names(await search(query, "pelican")) == ["a.txt"], query
 
 
 async def test_operators_mean_what_they_say(put: Any, search: Any) -> None:
@@ -315,25 +312,25 @@ async def test_filters_on_attributes(put: Any, search: Any) -> None:
         assert sorted(names(await search("pelican", filters=filters))) == expected, filters
 
 
-@pytest.mark.parametrize(
-    "filters",
-    [
-        {},
-        {"type": "eq"},
-        {"type": "like", "key": "a", "value": "b"},
-        {"type": "eq", "key": "a", "value": None},
-        {"type": "eq", "key": "a", "value": ["b"]},
-        {"type": "in", "key": "a", "value": "b"},
-        {"type": "and", "filters": []},
-        {"type": "and", "filters": ["a"]},
-        {"type": "eq", "key": "\0", "value": "b"},
-        {"type": ["eq"], "key": "a", "value": "b"},
-    ],
-)
-async def test_filters_that_make_no_sense_are_refused(server: OverHttp, filters: dict[str, Any]) -> None:
-    result = await call(server.url, {"queries": ["a"], "stores": ["s"], "tenant": "acme", "filters": filters})
-    assert result.is_error
-    assert "filter" in text(result) or "value" in text(result) or "comparison" in text(result)
+NO_FILTERS: list[dict[str, Any]] = [
+    {},
+    {"type": "eq"},
+    {"type": "like", "key": "a", "value": "b"},
+    {"type": "eq", "key": "a", "value": None},
+    {"type": "eq", "key": "a", "value": ["b"]},
+    {"type": "in", "key": "a", "value": "b"},
+    {"type": "and", "filters": []},
+    {"type": "and", "filters": ["a"]},
+    {"type": "eq", "key": "\0", "value": "b"},
+    {"type": ["eq"], "key": "a", "value": "b"},
+]
+
+
+async def test_filters_that_make_no_sense_are_refused(server: OverHttp) -> None:
+    for filters in NO_FILTERS:
+        result = await call(server.url, {"queries": ["a"], "stores": ["s"], "tenant": "acme", "filters": filters})
+        assert result.is_error, filters
+        assert any(word in text(result) for word in ("filter", "value", "comparison")), filters
 
 
 async def test_a_filter_without_end_is_refused(server: OverHttp) -> None:

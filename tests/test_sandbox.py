@@ -29,6 +29,14 @@ PNG = base64.b64decode(
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can take a right away from the server")
 
 
+# It may read whatever there is, so that it can start wherever this Python is; what it starts in namespaces may not.
+UNPRIVILEGED = (
+    *("setpriv", "--reuid", "12345", "--regid", "12345", "--clear-groups"),
+    *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
+)
+SYSTEM_PYTHON = "/usr/bin/python3"
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the shared server keeps its containers."""
@@ -322,8 +330,7 @@ print(b"sk-secret" in b"".join(path.read_bytes() for path in pathlib.Path("/proc
     assert devices == f"{names} {['0', '1', '2', '3']}"  # 3 is what lists the directory
 
 
-async def test_privileges_can_not_be_gained(sandbox: OverHttp) -> None:
-    code = """
+PRIVILEGES = """
 import ctypes, os
 libc = ctypes.CDLL(None, use_errno=True)
 for flags in (0x10000000, 0x20000, 0x40000000):  # user, mount and network namespaces
@@ -331,7 +338,10 @@ for flags in (0x10000000, 0x20000, 0x40000000):  # user, mount and network names
 print(libc.mount(b"tmpfs", b"/tmp", b"tmpfs", 0, None), libc.ptrace(16, 1, 0, 0), libc.kill(1, 9), end=" ")
 print(os.getuid() != 0, [line for line in open("/proc/self/status") if line.startswith(("CapEff", "NoNewPrivs"))])
 """
-    ran = await run(sandbox, code)
+
+
+async def test_privileges_can_not_be_gained(sandbox: OverHttp) -> None:
+    ran = await run(sandbox, PRIVILEGES)
     capabilities = ["CapEff:\t0000000000000000\n", "NoNewPrivs:\t1\n"]
     # A signal to the first process is accepted, and ignored: the answer above would not have come otherwise.
     assert ran["stdout"].split(maxsplit=6)[:5] == ["-1"] * 5
@@ -511,10 +521,7 @@ def test_without_isolation_it_does_not_start(directory: Path) -> None:
 async def test_limits_alone_only_on_request(tmp_path: Path, new_home: Callable[[], Path]) -> None:
     """An unprivileged server whose interpreter its namespaces can't show."""
     home = new_home()
-    user = (
-        "setpriv --reuid 12345 --regid 12345 --clear-groups --inh-caps=+dac_read_search --ambient-caps=+dac_read_search"
-    )
-    command = [*user.split(), *program("sandbox", *LIMITS, "--directory", str(home))]
+    command = [*UNPRIVILEGED, *program("sandbox", *LIMITS, "--directory", str(home))]
     assert "code can't be isolated here" in refusal(*command)
     with OverHttp([*command, "--allow-network"]) as sandbox:
         assert "nothing but resource limits holds the code" in "".join(sandbox.printed)
@@ -530,6 +537,25 @@ async def test_limits_alone_only_on_request(tmp_path: Path, new_home: Callable[[
         assert (await bounded(sandbox, "while True: pass", within_s=WALL_S))["timed_out"]
         assert (await bounded(sandbox, "import time; time.sleep(1000)"))["timed_out"]
     assert {path.suffix for path in home.iterdir()} == {".lock", ".tar"}
+
+
+@needs_root
+@pytest.mark.skipif(not Path(SYSTEM_PYTHON).exists(), reason="there is no Python that another user may read")
+async def test_an_unprivileged_server_isolates_as_well(new_home: Callable[[], Path]) -> None:
+    """With a user namespace, where root needs none; the system's Python is one that this user may read."""
+    command = [*UNPRIVILEGED, *program("sandbox", *LIMITS, "--directory", str(new_home()), "--python", SYSTEM_PYTHON)]
+    with OverHttp(command) as sandbox, socket.create_server(("127.0.0.1", 0)) as listener:
+        container = new_container()
+        code = "import os; print(os.getuid(), sorted(os.listdir('/proc/self/fd')), os.path.exists('/root'))\nopen('f', 'w').close()"
+        ran = await run(sandbox, code, container=container)
+        assert (ran["stdout"], ran["stderr"]) == ("12345 ['0', '1', '2', '3'] False\n", "")
+        assert (await run(sandbox, "import os; print(os.listdir())", container=container))["stdout"] == "['f']\n"
+        assert (await run(sandbox, CONNECT.replace("PORT", str(listener.getsockname()[1]))))["stdout"].startswith(
+            "refused"
+        )
+        assert (await run(sandbox, PRIVILEGES))["stdout"].startswith("-1 -1 -1 -1 -1 ")
+        ran = await bounded(sandbox, "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass")
+        assert ran["timed_out"]
 
 
 @pytest.fixture
