@@ -1,0 +1,78 @@
+"""How a tool server is reached: over stdio as somebody's subprocess, or over Streamable HTTP."""
+
+import hmac
+import ipaddress
+import os
+import socket
+from typing import Any
+
+import click
+import uvicorn
+from mcp.server import MCPServer
+from starlette.datastructures import Headers
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+TOKEN_VARIABLE = "TOOLSERVER_TOKEN"  # noqa: S105 the name of one, no token
+BODY_BYTES_MAX = 64 * 1024 * 1024
+
+http_option = click.option(
+    "--http", "address", metavar="HOST:PORT", help=f"Serve Streamable HTTP; ${TOKEN_VARIABLE}, if set, is demanded."
+)
+
+
+def serve(server: MCPServer[Any], address: str | None) -> None:
+    """Serve until stdin ends, or over HTTP until a signal. Raises click.ClickException for an address that can't be."""
+    if address is None:
+        server.run("stdio")
+        return
+    host, port = parsed(address)
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    if not token and not is_loopback(host):
+        raise click.ClickException(
+            f"{host} can be reached from outside: set {TOKEN_VARIABLE}, which clients then send."
+        )
+    app: ASGIApp = server.streamable_http_app(host=host, max_request_body_size=BODY_BYTES_MAX)
+    if token:
+        app = TokenDemanded(app, token)
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise click.ClickException(f"can't listen on {address}: {error.strerror}.") from error
+    shown = f"[{host}]" if ":" in host else host
+    click.echo(f"{server.name} listens on http://{shown}:{listener.getsockname()[1]}/mcp")
+    config = uvicorn.Config(app, loop="asyncio", log_level="warning", ws="none", timeout_graceful_shutdown=1)
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def parsed(address: str) -> tuple[str, int]:
+    """Host and port. Raises click.BadParameter."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise click.BadParameter("expected HOST:PORT, as in 127.0.0.1:8100.", param_hint="--http")
+    return host.strip("[]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class TokenDemanded:
+    """ASGI: lets those in who bear the token."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app = app
+        self._expected = f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 401, or let the app answer."""
+        if scope["type"] == "http":
+            given = Headers(scope=scope).get("authorization", "").encode()
+            if not hmac.compare_digest(given, self._expected):
+                await PlainTextResponse("A valid bearer token is needed.", 401)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)

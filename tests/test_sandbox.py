@@ -1,0 +1,594 @@
+"""The tool server behind code_interpreter: what code can do in it, and what it can't."""
+
+import asyncio
+import base64
+import os
+import signal
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mcp import Client
+from mcp.client.streamable_http import create_mcp_http_client, streamable_http_client
+from mcp_types import CallToolResult, ImageContent, TextContent
+
+from tests.looking import until
+from tests.servers import ROOT, START_TIMEOUT_S
+from tests.toolservers import OverHttp, over_stdio, program
+
+WALL_S = 6
+LIMITS = f"--wall {WALL_S} --cpu 2 --memory 300 --disk 16 --processes 24 --runs 2".split()
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can take a right away from the server")
+
+
+# It may read whatever there is, so that it can start wherever this Python is; what it starts in namespaces may not.
+UNPRIVILEGED = (
+    *("setpriv", "--reuid", "12345", "--regid", "12345", "--clear-groups"),
+    *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
+)
+SYSTEM_PYTHON = "/usr/bin/python3"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the shared server keeps its containers."""
+    made = tmp_path_factory.mktemp("containers")
+    made.chmod(0o700)
+    return made
+
+
+@pytest.fixture(scope="module")
+def sandbox(directory: Path) -> Iterator[OverHttp]:
+    """The server that most tests share, with small limits and a secret in its environment."""
+    command = program("sandbox", *LIMITS, "--directory", str(directory))
+    with OverHttp(command, env={"OPENAI_API_KEY": "sk-secret"}) as running:
+        yield running
+
+
+def new_container() -> str:
+    return f"cntr_{uuid.uuid4().hex}"
+
+
+async def call(server: Any, code: str, **arguments: Any) -> CallToolResult:
+    async with Client(server) as client:
+        result = await client.call_tool("run_python", {"code": code, **arguments})
+        assert isinstance(result, CallToolResult)
+        return result
+
+
+async def run(sandbox: OverHttp, code: str, **arguments: Any) -> dict[str, Any]:
+    """The structured result of a run that could be started."""
+    result = await call(sandbox.url, code, **arguments)
+    assert not result.is_error, result.content
+    assert result.structured_content is not None
+    return result.structured_content
+
+
+def text(result: CallToolResult) -> str:
+    assert isinstance(result.content[0], TextContent)
+    return result.content[0].text
+
+
+def processes(marker: str) -> list[str]:
+    """The command lines on this machine that contain a marker."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if marker in line:
+            found.append(line)
+    return found
+
+
+# -- what code can do -------------------------------------------------------------------------------------------------------
+
+
+async def test_it_works_over_stdio_and_http(sandbox: OverHttp, directory: Path) -> None:
+    for server in (sandbox.url, over_stdio("sandbox", *LIMITS, "--directory", str(directory))):
+        async with Client(server) as client:
+            (tool,) = (await client.list_tools()).tools
+            assert tool.name == "run_python"
+            assert tool.input_schema["required"] == ["code"]
+            assert tool.output_schema is not None
+            assert {*tool.output_schema["required"]} == {"stdout", "stderr", "exit_code", "timed_out", "files"}
+            result = await client.call_tool("run_python", {"code": "print('é')\nx = 20\nx + 1"})
+            assert result.structured_content == {
+                "stdout": "é\n21\n",
+                "stderr": "",
+                "exit_code": 0,
+                "timed_out": False,
+                "files": [],
+            }
+            assert text(result) == "é\n21"
+
+
+async def test_errors_are_shown_as_in_a_notebook(sandbox: OverHttp) -> None:
+    raised = await run(sandbox, "def f():\n    return 1 / 0\nprint('before')\nf()")
+    assert (raised["exit_code"], raised["stdout"]) == (1, "before\n")
+    assert raised["stderr"].startswith(
+        'Traceback (most recent call last):\n  File "<cell>", line 4, in <module>\n    f()'
+    )
+    assert raised["stderr"].endswith("ZeroDivisionError: division by zero\n")
+    wrong = await run(sandbox, "x = (")
+    assert wrong["exit_code"] == 1
+    assert wrong["stderr"].startswith('  File "<cell>", line 1')
+    assert (await run(sandbox, "import sys; sys.exit(3)"))["exit_code"] == 3
+    assert "EOFError" in (await run(sandbox, "input()"))["stderr"]
+    assert "null bytes" in (await run(sandbox, "\0"))["stderr"]
+    died = await run(sandbox, "import os; os.kill(os.getpid(), 11)")
+    assert (died["exit_code"], died["timed_out"]) == (-11, False)
+
+
+async def test_code_can_use_processes_pickles_and_modules(sandbox: OverHttp) -> None:
+    """What a jail breaks easily: subprocesses, semaphores in shared memory, functions of the cell in other processes."""
+    code = """
+import multiprocessing, subprocess, tempfile
+import own
+def double(x): return 2 * x
+with multiprocessing.Pool(2) as pool: print(pool.map(double, [1, 2]))
+print(subprocess.run(["echo", "hi"], capture_output=True, text=True).stdout, tempfile.mkstemp()[1][:5], own.value)
+"""
+    ran = await run(sandbox, code, files=[{"name": "own.py", "text": "value = 7"}])
+    assert (ran["stdout"], ran["stderr"]) == ("[2, 4]\nhi\n /tmp/ 7\n", "")
+
+
+async def test_files_go_in_and_come_out(sandbox: OverHttp) -> None:
+    given = [
+        {"name": "in/numbers.csv", "text": "1,2"},
+        {"name": "same.txt", "text": "same"},
+        {"name": "blob", "data": base64.b64encode(b"\0\1").decode()},
+    ]
+    code = f"""
+from pathlib import Path
+Path("out").mkdir()
+Path("out/sum.txt").write_text(str(sum(map(int, Path("in/numbers.csv").read_text().split(",")))))
+Path("in/numbers.csv").write_text("3,4")
+Path("plot.png").write_bytes({PNG!r})
+Path("large.txt").write_text("x" * 100_000)
+Path("blob.bin").write_bytes(Path("blob").read_bytes() * 2)
+Path("link").symlink_to("/etc/passwd")
+"""
+    result = await call(sandbox.url, code, files=given)
+    assert result.structured_content is not None
+    made = {file.pop("name"): file for file in result.structured_content["files"]}
+    assert made == {
+        "in/numbers.csv": {"size": 3, "mime_type": "text/csv", "text": "3,4"},
+        "out/sum.txt": {"size": 1, "mime_type": "text/plain", "text": "3"},
+        "plot.png": {"size": len(PNG), "mime_type": "image/png", "text": None},
+        "large.txt": {"size": 100_000, "mime_type": "text/plain", "text": None},
+        "blob.bin": {"size": 4, "mime_type": "application/octet-stream", "text": None},
+    }
+    (image,) = result.content[1:]
+    assert isinstance(image, ImageContent)
+    assert (image.mime_type, base64.b64decode(image.data)) == ("image/png", PNG)
+    assert "file out/sum.txt (text/plain, 1 bytes):\n3" in text(result)
+
+
+async def test_open_figures_are_saved(sandbox: OverHttp) -> None:
+    """With a pyplot of our own, as matplotlib is not installed here: what is called is what is tested."""
+    pyplot = f"""
+class Figure:
+    def savefig(self, name): open(name, "wb").write({PNG!r})
+def get_fignums(): return [1, 2]
+def figure(number): return Figure()
+"""
+    files = [{"name": "matplotlib/__init__.py", "text": ""}, {"name": "matplotlib/pyplot.py", "text": pyplot}]
+    result = await call(sandbox.url, "import matplotlib.pyplot as plt", files=files)
+    assert [one.type for one in result.content] == ["text", "image", "image"]
+
+
+async def test_a_container_keeps_its_files_and_nobody_elses(sandbox: OverHttp, directory: Path) -> None:
+    container = new_container()
+    await run(sandbox, "open('mine', 'w').write('1')\nx = 1", container=container)
+    again = await run(sandbox, "print(open('mine').read(), 'x' in globals())", container=container)
+    assert (again["stdout"], again["files"]) == ("1 False\n", [])
+    listing = "import os; print(sorted(os.listdir()))"
+    assert (await run(sandbox, listing, container=new_container()))["stdout"] == "[]\n"
+    assert (await run(sandbox, "open('gone', 'w').write('1')"))["files"][0]["name"] == "gone"
+    assert (await run(sandbox, listing))["stdout"] == "[]\n"
+    # Another process that serves the same directory has the same containers, as stdio servers come and go.
+    other = over_stdio("sandbox", *LIMITS, "--directory", str(directory))
+    result = await call(other, "import os; os.remove('mine'); open('new', 'w').close()", container=container)
+    assert not result.is_error
+    assert (await run(sandbox, listing, container=container))["stdout"] == "['new']\n"
+
+
+async def test_calls_of_one_container_take_turns(sandbox: OverHttp) -> None:
+    container = new_container()
+    code = """
+import pathlib, time
+count = pathlib.Path("count")
+seen = int(count.read_text()) if count.exists() else 0
+time.sleep(0.3)
+count.write_text(str(seen + 1))
+"""
+    await asyncio.gather(*(run(sandbox, code, container=container) for _ in range(4)))
+    assert (await run(sandbox, "print(open('count').read())", container=container))["stdout"] == "4\n"
+
+
+async def test_unused_containers_are_removed(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    server = over_stdio("sandbox", *LIMITS, "--directory", str(tmp_path), "--idle", "100")
+    old, young = new_container(), new_container()
+    for container in (old, young):
+        await call(server, "open('f', 'w').close()", container=container)
+    long_ago = time.time() - 101
+    os.utime(tmp_path / f"{old}.lock", (long_ago, long_ago))
+    async with Client(server):
+        await asyncio.to_thread(until, lambda: not (tmp_path / f"{old}.lock").exists())
+    assert {path.name for path in tmp_path.iterdir()} == {f"{young}.lock", f"{young}.tar"}
+
+
+@pytest.mark.parametrize(
+    "container", ["short", "../../../../etc/passwd", "cntr_0123456789/abcdef", "a" * 129, "cntr_0123456789é"]
+)
+async def test_a_container_is_no_path(sandbox: OverHttp, directory: Path, container: str) -> None:
+    before = {*directory.iterdir()}
+    result = await call(sandbox.url, "1", container=container)
+    assert result.is_error
+    assert "container must have 16 to 128 letters" in text(result)
+    assert {*directory.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["", "/etc/passwd", "../up", "a/../../up", "a//b", "./a", "a/", "nul\0", "x" * 256])
+async def test_a_given_file_stays_inside(sandbox: OverHttp, name: str) -> None:
+    result = await call(sandbox.url, "1", files=[{"name": name, "text": "x"}])
+    assert result.is_error
+    assert "is not a relative path" in text(result)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ([{"name": "a"}], "needs either text or data"),
+        ([{"name": "a", "text": "x", "data": "eA=="}], "needs either text or data"),
+        ([{"name": "a", "data": "not base64!"}], "can't be read"),
+        ([{"name": "a", "text": "x"}, {"name": "a/b", "text": "x"}], "could not be run"),
+        ([{"name": "a", "text": "x" * 17 * 1024 * 1024}], "could not be run"),
+    ],
+)
+async def test_bad_files_are_refused_and_the_container_keeps_its_own(
+    sandbox: OverHttp, files: list[dict[str, str]], said: str
+) -> None:
+    container = new_container()
+    await run(sandbox, "open('mine', 'w').close()", container=container)
+    result = await call(sandbox.url, "print(1)", files=files, container=container)
+    assert result.is_error
+    assert said in text(result)
+    assert (await run(sandbox, "import os; print(os.listdir())", container=container))["stdout"] == "['mine']\n"
+
+
+# -- what code can't do -----------------------------------------------------------------------------------------------------
+
+CONNECT = """
+import socket
+try:
+    with socket.create_connection(("127.0.0.1", PORT), timeout=2): print("connected")
+except OSError as error:
+    print("refused", error)
+"""
+
+
+async def test_there_is_no_network(sandbox: OverHttp) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket(socket.AF_UNIX) as abstract:
+        port = listener.getsockname()[1]
+        socket.create_connection(("127.0.0.1", port)).close()  # from here it can be reached
+        assert (await run(sandbox, CONNECT.replace("PORT", str(port))))["stdout"].startswith("refused")
+        abstract.bind(f"\0{uuid.uuid4()}")
+        abstract.listen()
+        name = abstract.getsockname()
+        ran = await run(sandbox, f"import socket; socket.socket(socket.AF_UNIX).connect({name!r})")
+        assert "ConnectionRefusedError" in ran["stderr"]
+    ran = await run(sandbox, "import socket\nsocket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('192.0.2.1', 53))")
+    assert "Network is unreachable" in ran["stderr"]
+
+
+async def test_the_network_is_there_only_if_allowed(directory: Path) -> None:
+    command = program("sandbox", *LIMITS, "--allow-network", "--directory", str(directory))
+    with socket.create_server(("127.0.0.1", 0)) as listener, OverHttp(command) as sandbox:
+        ran = await run(sandbox, CONNECT.replace("PORT", str(listener.getsockname()[1])))
+        assert ran["stdout"] == "connected\n"
+        seen = await run(
+            sandbox, f"import os; print(os.path.exists({str(ROOT / 'app')!r}), len(os.listdir('/proc/1')) > 0)"
+        )
+        assert seen["stdout"] == "False True\n"  # the rest of the isolation is there
+
+
+async def test_secrets_files_and_processes_of_the_host_are_out_of_sight(sandbox: OverHttp, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    secret.chmod(0o644)
+    code = f"""
+import os, pathlib
+print(sorted(os.environ))
+print([path for path in ({str(secret)!r}, {str(ROOT / "app")!r}, "/etc/shadow", "/home", "/var", "/sys") if os.path.exists(path)])
+print(sorted(name for name in os.listdir("/proc") if name.isdigit()))
+for path in ("/proc/1/environ", "/proc/1/fd", "/proc/1/mem", "/dev/mem", "/usr/new"):
+    try:
+        os.listdir(path) if path.endswith("fd") else open(path, "wb" if path == "/usr/new" else "rb").read(1)
+        print("opened", path)
+    except OSError:
+        pass
+print(sorted(os.listdir("/dev/")), sorted(os.listdir("/proc/self/fd")))
+print(b"sk-secret" in b"".join(path.read_bytes() for path in pathlib.Path("/proc").glob("[0-9]*/cmdline")))
+"""
+    ran = await run(sandbox, code)
+    env, paths, pids, devices, leaked = ran["stdout"].splitlines()
+    assert env == str(["HOME", "LANG", "OMP_NUM_THREADS", "PATH", "PWD"])
+    assert (paths, pids, leaked) == ("[]", "['1', '2']", "False")
+    names = ["fd", "full", "null", "random", "shm", "stderr", "stdin", "stdout", "urandom", "zero"]
+    assert devices == f"{names} {['0', '1', '2', '3']}"  # 3 is what lists the directory
+
+
+PRIVILEGES = """
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+for flags in (0x10000000, 0x20000, 0x40000000):  # user, mount and network namespaces
+    print(libc.unshare(flags), end=" ")
+print(libc.mount(b"tmpfs", b"/tmp", b"tmpfs", 0, None), libc.ptrace(16, 1, 0, 0), libc.kill(1, 9), end=" ")
+print(os.getuid() != 0, [line for line in open("/proc/self/status") if line.startswith(("CapEff", "NoNewPrivs"))])
+"""
+
+
+async def test_privileges_can_not_be_gained(sandbox: OverHttp) -> None:
+    ran = await run(sandbox, PRIVILEGES)
+    capabilities = ["CapEff:\t0000000000000000\n", "NoNewPrivs:\t1\n"]
+    # A signal to the first process is accepted, and ignored: the answer above would not have come otherwise.
+    assert ran["stdout"].split(maxsplit=6)[:5] == ["-1"] * 5
+    assert ran["stdout"].endswith(f"True {capabilities}\n")
+
+
+async def bounded(sandbox: OverHttp, code: str, *, within_s: float = WALL_S + 4, **arguments: Any) -> dict[str, Any]:
+    """The result of code that would not come to an end, or not soon."""
+    began = time.monotonic()
+    ran = await run(sandbox, code, **arguments)
+    assert time.monotonic() - began < within_s
+    return ran
+
+
+async def test_wall_time_is_bounded(sandbox: OverHttp) -> None:
+    ran = await bounded(sandbox, "print('begun')\nimport time; time.sleep(1000)")
+    assert (ran["stdout"], ran["timed_out"], ran["exit_code"]) == ("begun\n", True, -9)
+    assert ran["stderr"] == f"[sandbox: stopped after {WALL_S} s]\n"
+
+
+async def test_a_stopped_run_keeps_its_files(sandbox: OverHttp) -> None:
+    container = new_container()
+    code = "with open('kept', 'w') as file: file.write('1')\nwhile True: pass"
+    ran = await bounded(sandbox, code, container=container)
+    assert ran["timed_out"]
+    assert (await run(sandbox, "print(open('kept').read())", container=container))["stdout"] == "1\n"
+
+
+async def test_cpu_time_is_bounded(sandbox: OverHttp) -> None:
+    ran = await bounded(sandbox, "while True: pass", within_s=WALL_S)
+    assert (ran["timed_out"], ran["exit_code"]) == (True, -signal.SIGXCPU)
+    assert "more than 2 s of CPU time" in ran["stderr"]
+    stubborn = "import signal; signal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass"
+    assert (await bounded(sandbox, stubborn, within_s=WALL_S))["exit_code"] == -9
+
+
+async def test_memory_is_bounded(sandbox: OverHttp) -> None:
+    assert "MemoryError" in (await bounded(sandbox, "x = bytearray(10**10)"))["stderr"]
+    shared = """
+import os, time
+for _ in range(8):
+    if not os.fork():
+        x = bytearray(b"x") * (100 * 2**20)
+        time.sleep(1000)
+time.sleep(1000)
+"""
+    ran = await bounded(sandbox, shared, within_s=WALL_S)
+    assert ran["stderr"] == "[sandbox: stopped: more than 300 MiB of memory]\n"
+    assert not ran["timed_out"]
+
+
+async def test_a_fork_bomb_is_bounded(sandbox: OverHttp) -> None:
+    marker = uuid.uuid4().hex
+    code = f"""
+import subprocess, sys
+made = 0
+try:
+    for _ in range(100):
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)", "{marker}"])
+        made += 1
+except BlockingIOError as error:
+    print(made, error)
+"""
+    ran = await bounded(sandbox, code)
+    made, said = ran["stdout"].split(maxsplit=1)
+    assert said == "[Errno 11] Resource temporarily unavailable\n"
+    assert int(made) in (22, 23)  # the cell is one too, and the jail unless it belongs to root
+    assert not processes(marker)
+    await bounded(sandbox, f"import os  # {marker}\nwhile True:\n    try: os.fork()\n    except OSError: pass")
+    assert not processes(marker)
+    assert (await run(sandbox, "1"))["exit_code"] == 0
+
+
+async def test_output_is_bounded(sandbox: OverHttp) -> None:
+    ran = await bounded(sandbox, "print('begin')\nfor n in range(10**6): print('x' * 50)\nprint('end')")
+    assert len(ran["stdout"]) < 70_000
+    assert ran["stdout"].startswith("begin\nxxx")
+    assert ran["stdout"].endswith("xxx\nend\n") or ran["timed_out"]
+    assert "bytes are left out …]" in ran["stdout"]
+    endless = await bounded(sandbox, "import os\nwhile True: os.write(1, b'y' * 65536); os.write(2, b'z' * 65536)")
+    assert endless["timed_out"]
+    assert len(endless["stdout"]) + len(endless["stderr"]) < 140_000
+
+
+async def test_files_are_bounded(sandbox: OverHttp) -> None:
+    container = new_container()
+    full = (
+        "try:\n    while True: open(f'{n}', 'wb').write(bytes(2**20)); n += 1\nexcept OSError as error: print(n, error)"
+    )
+    ran = await bounded(sandbox, "n = 0\n" + full, container=container)
+    assert "No space left on device" in ran["stdout"]
+    assert int(ran["stdout"].split()[0]) < 16
+    many = "import errno\ntry:\n    for n in range(10**5): open(f'e{n}', 'w').close()\nexcept OSError as error: print(n, error)"
+    assert "No space left on device" in (await run(sandbox, many))["stdout"]
+    sparse = await run(sandbox, "for n in range(100):\n    with open(f's{n}', 'wb') as file: file.truncate(10 * 2**20)")
+    assert [file["size"] for file in sparse["files"]] == [10 * 2**20]  # more would not fit into a container
+    assert "99 files are not kept" in sparse["stderr"]
+    assert "File too large" in (await run(sandbox, "open('f', 'wb').truncate(65 * 2**20)"))["stderr"]
+    assert "Too many open files" in (await run(sandbox, "x = [open('/dev/null') for _ in range(300)]"))["stderr"]
+
+
+async def test_odd_files_do_no_harm(sandbox: OverHttp) -> None:
+    """Neither links, pipes, endless names nor directories without end reach the host or break the next call."""
+    container = new_container()
+    code = r"""
+import os
+os.symlink("/", "root"); os.mkfifo("pipe")
+open(b"\xff\xfe", "w").close()
+open("new\nline ünï", "w").write("1")
+os.chmod("new\nline ünï", 0)
+for _ in range(400): os.mkdir("deep" * 5); os.chdir("deep" * 5)
+open("bottom", "w").close()
+"""
+    ran = await run(sandbox, code, container=container)
+    assert (ran["exit_code"], [file["name"] for file in ran["files"]]) == (0, ["new\nline ünï"])
+    assert "1 files are not kept" in ran["stderr"]
+    again = await run(sandbox, "import os; print(os.listdir(), open('new\\nline ünï').read())", container=container)
+    assert again["stdout"] == "['new\\nline ünï'] 1\n"
+
+
+async def test_nothing_is_left_running(sandbox: OverHttp) -> None:
+    marker = uuid.uuid4().hex
+    sleepers = f"['sh', '-c', 'setsid sleep 1000 & sleep 1000; : {marker}'], start_new_session=True"
+    ran = await run(sandbox, f"import subprocess\nprocess = subprocess.Popen({sleepers})\nprint(process.poll())")
+    assert (ran["stdout"], ran["exit_code"]) == ("None\n", 0)
+    assert not processes(marker)
+
+
+@pytest.mark.parametrize("how", ["the client leaves", "the server is killed"])
+async def test_nothing_outlives_a_broken_call(directory: Path, how: str) -> None:
+    marker = uuid.uuid4().hex
+    code = f"import subprocess; subprocess.run(['sh', '-c', 'sleep 1000; : {marker}'])"
+    with OverHttp(program("sandbox", "--wall", "1000", "--directory", str(directory))) as sandbox:
+        calling = asyncio.create_task(call(sandbox.url, code))
+        await asyncio.to_thread(until, lambda: len(processes(f"sh -c sleep 1000; : {marker}")) == 1)
+        if how == "the client leaves":
+            calling.cancel()
+        else:
+            sandbox.process.kill()
+        await asyncio.to_thread(until, lambda: not processes(marker))
+        calling.cancel()
+        await asyncio.gather(calling, return_exceptions=True)
+
+
+# -- how it starts ----------------------------------------------------------------------------------------------------------
+
+
+def refusal(*command: str, **env: str) -> str:
+    """What a server says that does not start."""
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=START_TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode != 0
+    return done.stderr
+
+
+@needs_root
+def test_without_isolation_it_does_not_start(directory: Path) -> None:
+    powerless = [
+        "setpriv",
+        "--bounding-set=-all",
+        "--inh-caps=-all",
+        *program("sandbox", "--directory", str(directory)),
+    ]
+    assert "code can't be isolated here" in refusal(*powerless)
+    # As root the code would be root too: not even on request.
+    assert "code can't be isolated here" in refusal(*powerless, "--allow-network")
+
+
+@needs_root
+async def test_limits_alone_only_on_request(tmp_path: Path, new_home: Callable[[], Path]) -> None:
+    """An unprivileged server whose interpreter its namespaces can't show."""
+    home = new_home()
+    command = [*UNPRIVILEGED, *program("sandbox", *LIMITS, "--directory", str(home))]
+    assert "code can't be isolated here" in refusal(*command)
+    with OverHttp([*command, "--allow-network"]) as sandbox:
+        assert "nothing but resource limits holds the code" in "".join(sandbox.printed)
+        marker = uuid.uuid4().hex
+        container = new_container()
+        code = f"import os, subprocess; subprocess.Popen(['sh', '-c', 'setsid sleep 1000; : {marker}'], start_new_session=True)"
+        code += "; open('f', 'w').write('1'); print(sorted(os.environ))"
+        ran = await run(sandbox, code, container=container)
+        assert (ran["stdout"], ran["exit_code"]) == ("['HOME', 'LANG', 'OMP_NUM_THREADS', 'PATH', 'PWD']\n", 0)
+        assert [file["name"] for file in ran["files"]] == ["f"]
+        assert not processes(marker)
+        assert (await run(sandbox, "print(open('f').read())", container=container))["stdout"] == "1\n"
+        assert (await bounded(sandbox, "while True: pass", within_s=WALL_S))["timed_out"]
+        assert (await bounded(sandbox, "import time; time.sleep(1000)"))["timed_out"]
+    assert {path.suffix for path in home.iterdir()} == {".lock", ".tar"}
+
+
+@needs_root
+@pytest.mark.skipif(not Path(SYSTEM_PYTHON).exists(), reason="there is no Python that another user may read")
+async def test_an_unprivileged_server_isolates_as_well(new_home: Callable[[], Path]) -> None:
+    """With a user namespace, where root needs none; the system's Python is one that this user may read."""
+    command = [*UNPRIVILEGED, *program("sandbox", *LIMITS, "--directory", str(new_home()), "--python", SYSTEM_PYTHON)]
+    with OverHttp(command) as sandbox, socket.create_server(("127.0.0.1", 0)) as listener:
+        container = new_container()
+        code = "import os; print(os.getuid(), sorted(os.listdir('/proc/self/fd')), os.path.exists('/root'))\nopen('f', 'w').close()"
+        ran = await run(sandbox, code, container=container)
+        assert (ran["stdout"], ran["stderr"]) == ("12345 ['0', '1', '2', '3'] False\n", "")
+        assert (await run(sandbox, "import os; print(os.listdir())", container=container))["stdout"] == "['f']\n"
+        assert (await run(sandbox, CONNECT.replace("PORT", str(listener.getsockname()[1]))))["stdout"].startswith(
+            "refused"
+        )
+        assert (await run(sandbox, PRIVILEGES))["stdout"].startswith("-1 -1 -1 -1 -1 ")
+        ran = await bounded(sandbox, "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass")
+        assert ran["timed_out"]
+
+
+@pytest.fixture
+def new_home(tmp_path: Path) -> Callable[[], Path]:
+    """Makes a directory that belongs to the unprivileged user."""
+
+    def make() -> Path:
+        home = tmp_path / "home"
+        home.mkdir(mode=0o700)
+        os.chown(home, 12345, 12345)
+        return home
+
+    return make
+
+
+def test_a_directory_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    assert "must belong to this user alone" in refusal(*program("sandbox", "--directory", str(tmp_path)))
+
+
+async def test_http_beyond_loopback_needs_a_token(directory: Path) -> None:
+    command = program("sandbox", "--directory", str(directory))
+    assert "set TOOLSERVER_TOKEN" in refusal(*command, "--http", "0.0.0.0:0")
+    assert "expected HOST:PORT" in refusal(*command, "--http", "8000")
+    with OverHttp(command, env={"TOOLSERVER_TOKEN": "opensesame"}) as sandbox:
+        for headers, allowed in (
+            ({}, False),
+            ({"authorization": "Bearer x"}, False),
+            ({"authorization": "Bearer opensesame"}, True),
+        ):
+            async with create_mcp_http_client(headers=headers) as http:
+                answer = await http.post(sandbox.url, json={})
+                assert (answer.status_code != 401) is allowed
+                if allowed:
+                    result = await call(streamable_http_client(sandbox.url, http_client=http), "1 + 1")
+                    assert text(result) == "2"

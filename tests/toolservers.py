@@ -1,0 +1,63 @@
+"""The reference tool servers as an operator runs them: programs, reached over HTTP or stdio with the official client."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+from mcp.client.stdio import StdioServerParameters
+
+from tests.servers import ROOT, START_TIMEOUT_S
+
+
+def program(name: str, *arguments: str) -> list[str]:
+    """The command line of a tool server."""
+    return [sys.executable, "-m", f"app.toolservers.{name}", *arguments]
+
+
+def over_stdio(name: str, *arguments: str, **env: str) -> StdioServerParameters:
+    """A tool server that a client starts for itself."""
+    command, *rest = program(name, *arguments)
+    return StdioServerParameters(command=command, args=rest, cwd=ROOT, env=env or None)
+
+
+class OverHttp:
+    """A tool server on a free port of loopback; a context manager. `url` is where it listens."""
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+        self.process = subprocess.Popen(
+            [*command, "--http", "127.0.0.1:0"],
+            cwd=ROOT,
+            env={**os.environ, **(env or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.printed: list[str] = []
+        self.url = ""
+        self._said = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        if not self._said.wait(START_TIMEOUT_S) or not self.url:
+            self.__exit__()
+            raise RuntimeError("the tool server did not start:\n" + "".join(self.printed))
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout:
+            for line in self.process.stdout:
+                self.printed.append(line)
+                if " listens on " in line:
+                    self.url = line.split(" listens on ")[1].strip()
+                    self._said.set()
+        self._said.set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait(START_TIMEOUT_S)
+        self._reader.join(START_TIMEOUT_S)
