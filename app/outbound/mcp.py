@@ -19,7 +19,6 @@ schema.
 
 import asyncio
 import base64
-import binascii
 import contextlib
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
@@ -46,7 +45,10 @@ IDEMPOTENCY_KEY = "reprise/idempotencyKey"
 """Where in a call's `_meta` its id stands, so that a careful server can tell a repetition from a new call."""
 
 CLOSE_S = 10.0
-"""How long a session may take to say goodbye; longer than the SDK's own steps for a program that does not end."""
+"""How long a session may take to end; longer than the SDK's own steps for a program that does not."""
+
+GOODBYE_S = 2.0
+"""How long a server may take to answer that it has heard of the end of a session."""
 
 MESSAGE_CHARS_MAX = 1000
 """A server's own words in a failure; longer ones are cut."""
@@ -71,6 +73,12 @@ class ToolServer(Struct, frozen=True):
     headers: Mapping[str, str] = {}
     authorization: str = ""  # a bearer token, unless it names a scheme
     trusted: bool = False  # the operator's own: no guard
+
+    def __repr__(self) -> str:
+        return f"ToolServer({self.label!r})"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [("label", self.label)]
 
     @property
     def key(self) -> bytes:
@@ -138,6 +146,7 @@ class ToolSessions:
         self._settings = settings
         self._current: dict[bytes, _Session] = {}
         self._all: list[_Session] = []
+        self._closed = False
 
     async def list_tools(self, server: ToolServer) -> list[Listed]:
         """All tools of a server; of two with the same name the first. Raises ToolFailure."""
@@ -180,7 +189,8 @@ class ToolSessions:
         return _read_result(result, self._settings.tool_output_bytes_max)
 
     async def close(self) -> None:
-        """End all sessions, whatever they are doing."""
+        """End all sessions, whatever they are doing; later calls fail."""
+        self._closed = True
         sessions, self._all, self._current = self._all, [], {}
         tasks = [session.leave() for session in sessions]
         try:
@@ -201,6 +211,8 @@ class ToolSessions:
 
     async def _session(self, server: ToolServer) -> "_Session":
         """The open session of a server; a new one where there is none, or where the old one has ended."""
+        if self._closed:
+            raise _closed(server)
         session = self._current.get(server.key)
         if session is None or session.over:
             session = self._current[server.key] = _Session(server, self._guard, self._settings)
@@ -218,10 +230,17 @@ class _Session:
         self._dispatcher: _Dispatcher | None = None
         self._failure: ToolFailure | None = None
         self._opened = asyncio.Event()
-        self._leaving = asyncio.Event()
+        self._leaving = False
         self._requests = 0
-        self.over = False
+        self.forgotten = False
+        """The server no longer knows it."""
         self._task = asyncio.create_task(self._run(), name=f"tool server {server.label}")
+
+    @property
+    def over(self) -> bool:
+        """No use for another request."""
+        ended = self._dispatcher is not None and self._dispatcher.ended.is_set()
+        return self.forgotten or ended or self._leaving or self._task.done()
 
     async def until_open(self) -> None:
         """Wait until requests can be sent. Raises ToolFailure."""
@@ -230,11 +249,11 @@ class _Session:
             async with asyncio.timeout(timeout_s):
                 await self._opened.wait()
         except TimeoutError:
-            self.over = True
+            self._leaving = True
             self._task.cancel()
             raise _too_slow(self._server, "its greeting", timeout_s) from None
         if self._dispatcher is None:
-            raise self._failure or _failure(MCPError(mcp_types.CONNECTION_CLOSED, "Connection closed"), self._server)
+            raise self._failure or _closed(self._server)
 
     async def request(self, method: str, parameters: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
         """Send a request, once, and wait for its result. Raises ToolFailure."""
@@ -251,8 +270,11 @@ class _Session:
 
     def leave(self) -> asyncio.Task[None]:
         """Say goodbye; gives the task that does."""
-        self.over = True
-        self._leaving.set()
+        self._leaving = True
+        if self._dispatcher is None:
+            self._task.cancel()
+        else:
+            self._dispatcher.ended.set()
         return self._task
 
     async def _run(self) -> None:
@@ -264,7 +286,6 @@ class _Session:
         except Exception as error:  # noqa: BLE001 - whatever it is, callers hear of it
             self._failure = _failure(error, self._server)
         finally:
-            self.over = True
             self._opened.set()
 
     async def _hold_http(self) -> None:
@@ -288,17 +309,14 @@ class _Session:
 
     async def _hold(self, transport: AbstractAsyncContextManager[Any]) -> None:
         """Open a session over a transport and keep it until somebody leaves."""
-        self._leaving = asyncio.Event()  # The transport that was tried before has set its own.
-        if self.over:
-            return
         async with transport as (incoming, outgoing):
-            dispatcher = self._wire.dispatcher = _Dispatcher(incoming, outgoing, self._leaving)
+            dispatcher = self._wire.dispatcher = _Dispatcher(incoming, outgoing)
             client = mcp_types.Implementation(name="reprise", version="1")
             async with ClientSession(dispatcher=dispatcher, client_info=client) as session:
                 await session.initialize()
                 self._dispatcher = dispatcher
                 self._opened.set()
-                await self._leaving.wait()
+                await dispatcher.ended.wait()
 
     @contextlib.asynccontextmanager
     async def _streamable(self) -> AsyncIterator[Any]:
@@ -328,17 +346,15 @@ class _Session:
 
 
 class _Dispatcher(JSONRPCDispatcher):
-    """The SDK's, which also says when its connection has ended."""
+    """The SDK's, which also says that its connection has ended, before those who wait for answers hear of it."""
 
-    def __init__(self, incoming: Any, outgoing: Any, ended: asyncio.Event) -> None:
+    def __init__(self, incoming: Any, outgoing: Any) -> None:
         super().__init__(incoming, outgoing)
-        self._ended = ended
+        self.ended = asyncio.Event()
 
-    async def run(self, *args: Any, **options: Any) -> None:
-        try:
-            await super().run(*args, **options)
-        finally:
-            self._ended.set()
+    def _fan_out_closed(self) -> None:
+        self.ended.set()
+        super()._fan_out_closed()
 
     def abandon(self, request_id: str | int) -> None:
         """Wake who waits for a request that will not be answered."""
@@ -373,11 +389,14 @@ class _Wire(httpx2.AsyncBaseTransport):
         """By request id; that of the first request under "initialize"."""
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        message = msgspec.json.decode(request.content, type=_Message) if request.method == "POST" else _Message()
+        message = _Message()
+        if request.method == "POST":
+            message = msgspec.json.decode(await request.aread(), type=_Message)
         waited_for = message.id is not None and message.method and not self.two_streams
         if request.method != "GET" and not waited_for:
             # Nothing of worth comes as an answer, and what is sent next must not wait for it for long.
-            request.extensions["timeout"] = {**request.extensions.get("timeout", {}), "read": self._quick_s}
+            quick_s = GOODBYE_S if request.method == "DELETE" else self._quick_s
+            request.extensions["timeout"] = {**request.extensions.get("timeout", {}), "read": quick_s}
         try:
             response = await self._inner.handle_async_request(request)
         except (httpx2.TransportError, OutboundRefused) as error:
@@ -413,7 +432,7 @@ class _Wire(httpx2.AsyncBaseTransport):
         elif message.id is not None and message.method:
             self.failures[message.id] = failure
             # A server that has forgotten the session: later calls need another one.
-            self._session.over = self._session.over or failure.code == 404
+            self._session.forgotten = self._session.forgotten or failure.code == 404
 
     def broken(self, message: _Message, error: Exception) -> httpx2.StreamError:
         """Note that an answer did not come to its end; gives what the SDK's transports survive."""
@@ -468,6 +487,8 @@ def _failure(error: BaseException, server: ToolServer) -> ToolFailure:
     match error:
         case ToolFailure():
             return error
+        case MCPError() if error.code == mcp_types.CONNECTION_CLOSED:
+            return _closed(server)
         case MCPError():
             return ToolFailure("mcp_protocol_error", error.code, server.masked(error.message))
         case OutboundRefused():
@@ -491,6 +512,12 @@ def _unreachable(error: Exception, server: ToolServer) -> ToolFailure:
         case httpx2.ConnectError() | httpx2.UnsupportedProtocol() | httpx2.InvalidURL():
             return ToolFailure("http_error", 502, f"{who} can't be reached.")
     return ToolFailure("http_error", 502, f"{who} broke off the connection.")
+
+
+def _closed(server: ToolServer) -> ToolFailure:
+    return ToolFailure(
+        "mcp_protocol_error", mcp_types.CONNECTION_CLOSED, f"The session with the tool server '{server.label}' is over."
+    )
 
 
 def _refused(status: int, server: ToolServer) -> ToolFailure:
@@ -571,7 +598,7 @@ def _binary(what: str, media_type: object, data: str) -> tuple[str, tuple[str, s
     media = media_type if isinstance(media_type, str) and media_type else "application/octet-stream"
     try:
         size = len(base64.b64decode(data, validate=True))
-    except binascii.Error:
+    except ValueError:
         return f"[{what}{media}, not readable]", None
     return f"[{what}{media}, {size} bytes]", (media, data) if media.startswith("image/") else None
 

@@ -105,6 +105,7 @@ class Toolserver:
         self.script = Script(record)
         self.requests: list[Request] = []
         self.connections = 0
+        self._quiet = threading.Event()
         self._open: dict[str, Session] = {}
         self._streams: dict[str, asyncio.Queue[dict[str, Any] | None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -141,6 +142,10 @@ class Toolserver:
     async def until_reached(self, gate: str, timeout_s: float = 5.0) -> None:
         """The same for a coroutine."""
         await asyncio.to_thread(self.wait_reached, gate, timeout_s)
+
+    async def until_quiet(self, timeout_s: float = 5.0) -> bool:
+        """Wait in a coroutine until all connections that there were have ended; False if one has not."""
+        return await asyncio.to_thread(self._quiet.wait, timeout_s)
 
     def start(self) -> Self:
         """Listen, on the same port as before if it ran before."""
@@ -189,6 +194,7 @@ class Toolserver:
 
     async def _converse(self, connection: Connection) -> None:
         self.connections += 1
+        self._quiet.clear()
         try:
             while (request := await connection.read()) is not None:
                 self.requests.append(request)
@@ -206,8 +212,10 @@ class Toolserver:
         except (Cut, ConnectionError):
             pass  # That is what was asked for, or what the peer did.
         finally:
-            self.connections -= 1
             connection.writer.transport.abort()
+            self.connections -= 1
+            if not self.connections:
+                self._quiet.set()
 
     async def _answer(self, connection: Connection, request: Request) -> None:
         match request.method, request.path:
