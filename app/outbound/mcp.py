@@ -20,6 +20,7 @@ schema.
 import asyncio
 import base64
 import contextlib
+import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal, Self
@@ -59,8 +60,16 @@ SECRET_CHARS_MIN = 4
 STILL_NO_MCP = frozenset({401, 403, 407, 408, 429})
 """Refusals of the first POST that are meant for us, and do not say that the server speaks the older transport."""
 
-OURS = frozenset("accept accept-encoding connection content-length content-type host transfer-encoding".split())
+OURS = frozenset(
+    "accept accept-encoding connection content-length content-type expect host keep-alive last-event-id "
+    "mcp-protocol-version mcp-session-id te trailer transfer-encoding upgrade".split()
+)
 """Headers that are the transport's business, whatever a tool's `headers` say."""
+
+
+NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+VALUE = re.compile(r"[\t\x20-\x7e]*")
+"""What a header may be made of."""
 
 
 class ToolServer(Struct, frozen=True):
@@ -89,10 +98,10 @@ class ToolServer(Struct, frozen=True):
     def request_headers(self) -> dict[str, str]:
         """The headers of every request."""
         headers = {name: value for name, value in self.headers.items() if name.lower() not in OURS}
-        if self.authorization:
+        given = self.authorization.strip()
+        if given:
             headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
-            bare = " " not in self.authorization.strip()
-            headers["Authorization"] = f"Bearer {self.authorization.strip()}" if bare else self.authorization
+            headers["Authorization"] = given if " " in given else f"Bearer {given}"
         return {**headers, "Accept-Encoding": "identity"}
 
     def masked(self, text: str) -> str:
@@ -251,7 +260,7 @@ class _Session:
         except TimeoutError:
             self._leaving = True
             self._task.cancel()
-            raise _too_slow(self._server, "its greeting", timeout_s) from None
+            self._failure = self._failure or _too_slow(self._server, "its greeting", timeout_s)
         if self._dispatcher is None:
             raise self._failure or _closed(self._server)
 
@@ -335,7 +344,7 @@ class _Session:
         """An HTTP client; how long an answer may take is said by each request's deadline."""
         timeout_s = self._settings.tool_connect_timeout_s
         headers = self._server.request_headers
-        if not all(value.isascii() and value.isprintable() for value in headers.values()):
+        if not all(NAME.fullmatch(name) and VALUE.fullmatch(value) for name, value in headers.items()):
             raise ToolFailure("http_error", 400, f"A header for '{self._server.label}' can't be sent as it stands.")
         return httpx2.AsyncClient(
             transport=self._wire,
