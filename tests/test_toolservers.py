@@ -530,6 +530,18 @@ async def test_a_refusal_is_reported_after_the_older_transport_was_tried(
     assert "GET" in {request.method for request in toolserver.asked(name)}
 
 
+@pytest.mark.parametrize("transport", ["mcp", "json", "stdio"])
+async def test_a_server_without_handshakes_is_asked_what_it_speaks(
+    run: ToolSessions, at: At, toolserver: Toolserver, name: str, transport: str
+):
+    server = at(transport, modern=1)
+    assert [tool.name for tool in await run.list_tools(server)] == list(TOOLS)
+    assert (await run.call(server, "add", {"a": 1, "b": 2}, call_id="mcp_1")).text == "3"
+    if transport != "stdio":
+        assert toolserver.calls(name)[0].meta[IDEMPOTENCY_KEY] == "mcp_1"
+        assert {request.method for request in toolserver.asked(name)} == {"POST"}
+
+
 @pytest.mark.parametrize("status", [500, 502, 503])
 async def test_a_broken_server_is_its_status(run: ToolSessions, at: At, toolserver: Toolserver, name: str, status: int):
     failure = await fails(run.list_tools(at(status=status)))

@@ -34,6 +34,12 @@ from mcp.client.sse import sse_client
 from mcp.client.stdio import StdioServerParameters, stdio_client
 from mcp.client.streamable_http import streamable_http_client
 from mcp.shared.exceptions import MCPError
+from mcp.shared.inbound import (
+    MCP_METHOD_HEADER,
+    MCP_NAME_HEADER,
+    MCP_PROTOCOL_VERSION_HEADER,
+    encode_header_value,
+)
 from mcp.shared.jsonrpc_dispatcher import JSONRPCDispatcher
 from msgspec import Struct
 
@@ -41,6 +47,8 @@ from app.outbound.guard import Guard, OutboundRefused
 from app.settings import Settings
 
 log = structlog.get_logger()
+
+CLIENT = mcp_types.Implementation(name="reprise", version="1")
 
 IDEMPOTENCY_KEY = "reprise/idempotencyKey"
 """Where in a call's `_meta` its id stands, so that a careful server can tell a repetition from a new call."""
@@ -58,7 +66,7 @@ SECRET_CHARS_MIN = 4
 """Shorter header values are no secrets, and masking them would garble messages."""
 
 STILL_NO_MCP = frozenset({401, 403, 407, 408, 429})
-"""Refusals of the first POST that are meant for us, and do not say that the server speaks the older transport."""
+"""Refusals of the first POST that are meant for us, and do not say that the server speaks another protocol."""
 
 OURS = frozenset(
     "accept accept-encoding connection content-length content-type expect host keep-alive last-event-id "
@@ -241,6 +249,8 @@ class _Session:
         self._opened = asyncio.Event()
         self._leaving = False
         self._requests = 0
+        self._version = ""
+        """The protocol's, where every request must say it."""
         self.forgotten = False
         """The server no longer knows it."""
         self._task = asyncio.create_task(self._run(), name=f"tool server {server.label}")
@@ -271,11 +281,33 @@ class _Session:
         request_id = f"r{self._requests}"  # The SDK's own are numbers.
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._dispatcher.send_raw_request(method, parameters, {"request_id": request_id})
+                return await self._dispatcher.send_raw_request(
+                    method,
+                    self._stamped(parameters),
+                    {"request_id": request_id, "headers": self._routing(method, parameters)},
+                )
         except TimeoutError:
             raise _too_slow(self._server, method, timeout_s) from None
         except MCPError as error:
             raise self._wire.failures.pop(request_id, None) or _failure(error, self._server) from None
+
+    def _stamped(self, parameters: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Parameters with what a protocol without handshakes wants to have in each request."""
+        if not self._version:
+            return parameters
+        stamp = {
+            mcp_types.PROTOCOL_VERSION_META_KEY: self._version,
+            mcp_types.CLIENT_INFO_META_KEY: CLIENT.model_dump(by_alias=True, exclude_none=True),
+            mcp_types.CLIENT_CAPABILITIES_META_KEY: {},
+        }
+        return {**parameters, "_meta": {**parameters.get("_meta", {}), **stamp}}
+
+    def _routing(self, method: str, parameters: Mapping[str, Any]) -> dict[str, str]:
+        """The same for headers."""
+        if not self._version:
+            return {}
+        named = {MCP_NAME_HEADER: encode_header_value(parameters["name"])} if "name" in parameters else {}
+        return {MCP_PROTOCOL_VERSION_HEADER: self._version, MCP_METHOD_HEADER: method, **named}
 
     def leave(self) -> asyncio.Task[None]:
         """Say goodbye; gives the task that does."""
@@ -305,7 +337,7 @@ class _Session:
             refused = self._wire.failures.get("initialize")
             if refused is None:
                 raise
-            if refused.kind != "http_error" or not 400 <= refused.code < 500 or refused.code in STILL_NO_MCP:
+            if not _may_be_another_time(refused):
                 raise refused from None
             self._wire.failures.clear()
             self._wire.two_streams = True
@@ -320,12 +352,25 @@ class _Session:
         """Open a session over a transport and keep it until somebody leaves."""
         async with transport as (incoming, outgoing):
             dispatcher = self._wire.dispatcher = _Dispatcher(incoming, outgoing)
-            client = mcp_types.Implementation(name="reprise", version="1")
-            async with ClientSession(dispatcher=dispatcher, client_info=client) as session:
-                await session.initialize()
+            async with ClientSession(dispatcher=dispatcher, client_info=CLIENT) as session:
+                await self._greet(session)
                 self._dispatcher = dispatcher
                 self._opened.set()
                 await dispatcher.ended.wait()
+
+    async def _greet(self, session: ClientSession) -> None:
+        """Shake hands. A server that knows no handshake is asked what it speaks: from 2026-07-28 on each request says all."""
+        try:
+            await session.initialize()
+        except MCPError as refused:
+            noted = self._wire.failures.get("initialize")
+            if noted is not None and not _may_be_another_time(noted):
+                raise
+            try:
+                await session.discover()
+            except (MCPError, RuntimeError, ValueError):
+                raise refused from None
+            self._version = session.protocol_version or ""
 
     @contextlib.asynccontextmanager
     async def _streamable(self) -> AsyncIterator[Any]:
@@ -487,6 +532,11 @@ async def _program(server: ToolServer) -> AsyncIterator[Any]:
     parameters = StdioServerParameters(command=program, args=arguments, env=dict(server.environment))
     async with stdio_client(parameters) as streams:
         yield streams
+
+
+def _may_be_another_time(refused: ToolFailure) -> bool:
+    """Whether a refused greeting may come from a server that speaks an older or a newer protocol."""
+    return refused.kind == "http_error" and 400 <= refused.code < 500 and refused.code not in STILL_NO_MCP
 
 
 def _failure(error: BaseException, server: ToolServer) -> ToolFailure:

@@ -253,17 +253,16 @@ class Toolserver:
 
     async def _exchange(self, connection: Connection, request: Request) -> None:
         """Streamable HTTP: a message, and its answer on the same request."""
-        message, streamed = request.body, request.path == "mcp"
-        headers = {}
-        if message.get("method") == "initialize":
+        message = request.body
+        greeting = message.get("method") == "initialize"
+        if greeting or "modern" in request.options:
             session = self._new_session(request)
-            headers["mcp-session-id"] = session.id
-        else:
-            found = self._open.get(request.headers.get("mcp-session-id", ""))
-            if found is None:
-                await connection.whole(request, 404, {"error": "unknown session"})
-                return
+        elif (found := self._open.get(request.headers.get("mcp-session-id", ""))) is not None:
             session = found
+        else:
+            await connection.whole(request, 404, {"error": "unknown session"})
+            return
+        headers = {"mcp-session-id": session.id} if greeting and "modern" not in request.options else {}
 
         async def send(beside: dict[str, Any]) -> None:
             await connection.event(request, json.dumps(beside), **headers)
@@ -278,15 +277,22 @@ class Toolserver:
         except Endless:
             await self._go_on(connection, request)
         else:
-            if answer is None:
-                await connection.whole(request, 202)
-            elif streamed:
-                await connection.event(request, json.dumps(answer), **headers)
-                await connection.end()
-            elif "packed" in request.options and message["method"] == "tools/call":
-                await connection.whole(request, 200, answer, content_encoding="gzip")
-            else:
-                await connection.whole(request, 200, answer, **headers)
+            await self._reply(connection, request, answer, headers)
+
+    async def _reply(
+        self, connection: Connection, request: Request, answer: dict[str, Any] | None, headers: dict[str, str]
+    ) -> None:
+        if answer is None:
+            await connection.whole(request, 202)
+        elif "modern" in request.options and "error" in answer:
+            await connection.whole(request, 400, answer)
+        elif request.path == "mcp":
+            await connection.event(request, json.dumps(answer), **headers)
+            await connection.end()
+        elif "packed" in request.options and request.body["method"] == "tools/call":
+            await connection.whole(request, 200, answer, content_encoding="gzip")
+        else:
+            await connection.whole(request, 200, answer, **headers)
 
     async def _go_on(self, connection: Connection, request: Request) -> None:
         """Notifications, or white space before an answer, for ever."""
