@@ -230,6 +230,13 @@ async def test_structured_content_is_the_text_where_there_is_none(run: ToolSessi
     assert json.loads(result.text) == result.structured
 
 
+async def test_odd_values_are_kept(run: ToolSessions, at: At):
+    odd = {"n": 2**70, "deep": [[[[[[]]]]]], "": None}
+    result = await run.call(at("json"), "say", {"more": {"structuredContent": odd}}, call_id="1")
+    assert result.structured == odd
+    assert result.text == '{"n":1180591620717411303424,"deep":[[[[[[]]]]]],"":null}'
+
+
 @pytest.mark.parametrize(
     "result", [{}, {"content": None}, {"content": "text"}, {"content": {}}, {"isError": "yes", "content": []}]
 )
@@ -501,6 +508,7 @@ async def test_headers_are_sent_with_every_request(run: ToolSessions, at: At, to
         assert request.headers["x-team"] == "research"
         assert request.headers["authorization"] == "Basic abc"
         assert request.headers["accept"] != "nothing"
+        assert request.headers["accept-encoding"] == "identity"
 
 
 @pytest.mark.parametrize(
