@@ -15,6 +15,7 @@ The second word is a name of the test's choice, under which calls, requests and 
     status=N            this status for every POST                 loop=1          its list never ends
     redirect=URL        307 to another place                       growing=1       every listing has one tool more
     silent=1            never answers the greeting                 packed=1        answers are compressed, unasked
+    modern=1            knows no handshakes, nor sessions: 2026-07-28 and nothing else
 
 `python -m tests.toolserver --port N [--record FILE]` serves other processes; there `GET /calls` lists the calls as JSON,
 `GET /sessions` counts sessions, and `POST /gates/<name>` opens a gate. FILE gets a line of JSON for each call as it arrives,

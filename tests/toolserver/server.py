@@ -105,6 +105,7 @@ class Toolserver:
         self.script = Script(record)
         self.requests: list[Request] = []
         self.connections = 0
+        self._quiet = threading.Event()
         self._open: dict[str, Session] = {}
         self._streams: dict[str, asyncio.Queue[dict[str, Any] | None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -141,6 +142,10 @@ class Toolserver:
     async def until_reached(self, gate: str, timeout_s: float = 5.0) -> None:
         """The same for a coroutine."""
         await asyncio.to_thread(self.wait_reached, gate, timeout_s)
+
+    async def until_quiet(self, timeout_s: float = 5.0) -> bool:
+        """Wait in a coroutine until all connections that there were have ended; False if one has not."""
+        return await asyncio.to_thread(self._quiet.wait, timeout_s)
 
     def start(self) -> Self:
         """Listen, on the same port as before if it ran before."""
@@ -189,6 +194,7 @@ class Toolserver:
 
     async def _converse(self, connection: Connection) -> None:
         self.connections += 1
+        self._quiet.clear()
         try:
             while (request := await connection.read()) is not None:
                 self.requests.append(request)
@@ -206,8 +212,10 @@ class Toolserver:
         except (Cut, ConnectionError):
             pass  # That is what was asked for, or what the peer did.
         finally:
-            self.connections -= 1
             connection.writer.transport.abort()
+            self.connections -= 1
+            if not self.connections:
+                self._quiet.set()
 
     async def _answer(self, connection: Connection, request: Request) -> None:
         match request.method, request.path:
@@ -245,17 +253,16 @@ class Toolserver:
 
     async def _exchange(self, connection: Connection, request: Request) -> None:
         """Streamable HTTP: a message, and its answer on the same request."""
-        message, streamed = request.body, request.path == "mcp"
-        headers = {}
-        if message.get("method") == "initialize":
+        message = request.body
+        greeting = message.get("method") == "initialize"
+        if greeting or "modern" in request.options:
             session = self._new_session(request)
-            headers["mcp-session-id"] = session.id
-        else:
-            found = self._open.get(request.headers.get("mcp-session-id", ""))
-            if found is None:
-                await connection.whole(request, 404, {"error": "unknown session"})
-                return
+        elif (found := self._open.get(request.headers.get("mcp-session-id", ""))) is not None:
             session = found
+        else:
+            await connection.whole(request, 404, {"error": "unknown session"})
+            return
+        headers = {"mcp-session-id": session.id} if greeting and "modern" not in request.options else {}
 
         async def send(beside: dict[str, Any]) -> None:
             await connection.event(request, json.dumps(beside), **headers)
@@ -270,15 +277,22 @@ class Toolserver:
         except Endless:
             await self._go_on(connection, request)
         else:
-            if answer is None:
-                await connection.whole(request, 202)
-            elif streamed:
-                await connection.event(request, json.dumps(answer), **headers)
-                await connection.end()
-            elif "packed" in request.options and message["method"] == "tools/call":
-                await connection.whole(request, 200, answer, content_encoding="gzip")
-            else:
-                await connection.whole(request, 200, answer, **headers)
+            await self._reply(connection, request, answer, headers)
+
+    async def _reply(
+        self, connection: Connection, request: Request, answer: dict[str, Any] | None, headers: dict[str, str]
+    ) -> None:
+        if answer is None:
+            await connection.whole(request, 202)
+        elif "modern" in request.options and "error" in answer:
+            await connection.whole(request, 400, answer)
+        elif request.path == "mcp":
+            await connection.event(request, json.dumps(answer), **headers)
+            await connection.end()
+        elif "packed" in request.options and request.body["method"] == "tools/call":
+            await connection.whole(request, 200, answer, content_encoding="gzip")
+        else:
+            await connection.whole(request, 200, answer, **headers)
 
     async def _go_on(self, connection: Connection, request: Request) -> None:
         """Notifications, or white space before an answer, for ever."""

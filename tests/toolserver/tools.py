@@ -13,6 +13,9 @@ from typing import Any
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 """Puts a message on the way to the client, beside the answer."""
 
+MODERN = "2026-07-28"
+"""The first protocol version without handshakes and sessions."""
+
 PIXEL = base64.b64encode(b"\x89PNG\r\n\x1a\n a pixel").decode()
 NUMBERS = {"type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}}, "required": ["a", "b"]}
 ANYTHING = {"type": "object"}
@@ -139,6 +142,10 @@ class Script:
         self, session: Session, method: str, parameters: dict[str, Any], headers: dict[str, str], send: Send
     ) -> dict[str, Any]:
         match method:
+            case _ if session.options.get("modern") and not self._is_modern(method, parameters, headers):
+                raise RpcError(-32022, "no handshakes here")
+            case "server/discover" if session.options.get("modern"):
+                return {"supportedVersions": [MODERN], "capabilities": {"tools": {}}, "resultType": "complete"}
             case "initialize":
                 if session.options.get("silent"):
                     await asyncio.Event().wait()
@@ -155,6 +162,19 @@ class Script:
                 return await self._call(session, parameters, headers, send)
             case _:
                 raise RpcError(-32601, f"Method not found: {method}")
+
+    def _is_modern(self, method: str, parameters: dict[str, Any], headers: dict[str, str]) -> bool:
+        """Whether a request says all that there is to know, in its `_meta`, and over HTTP in its headers again."""
+        meta = parameters.get("_meta", {})
+        expected = {"mcp-protocol-version": MODERN, "mcp-method": method}
+        if method == "tools/call":
+            expected["mcp-name"] = parameters["name"]
+        over_http = "host" in headers
+        return (
+            meta.get("io.modelcontextprotocol/protocolVersion") == MODERN
+            and isinstance(meta.get("io.modelcontextprotocol/clientCapabilities"), dict)
+            and (not over_http or expected.items() <= headers.items())
+        )
 
     def _page(self, options: Mapping[str, str], cursor: str | None) -> dict[str, Any]:
         listed = list(TOOLS) if "tools" not in options else options["tools"].split(",")

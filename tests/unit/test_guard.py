@@ -220,6 +220,14 @@ async def test_every_redirect_is_looked_at(toolserver: Toolserver):
     assert len(toolserver.asked("redirecting")) == 2
 
 
+@pytest.mark.parametrize("form", ["http://user:secret@127.0.0.1:{}/calls/form", "http://127.0.0.1:0/calls/form"])
+async def test_a_transport_looks_at_the_url_too(toolserver: Toolserver, form: str):
+    async with httpx2.AsyncClient(transport=guard("127.0.0.1").transport(), trust_env=False) as client:
+        with pytest.raises(OutboundRefused):
+            await client.get(form.format(toolserver.port))
+    assert toolserver.asked("form") == []
+
+
 async def test_proxies_of_the_environment_are_not_asked(toolserver: Toolserver, monkeypatch: pytest.MonkeyPatch):
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")

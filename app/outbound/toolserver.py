@@ -1,0 +1,154 @@
+"""Tool servers: where one is, what it wants to hear, and the ways in which it fails."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import httpx2
+import mcp_types
+import msgspec
+import structlog
+from mcp.shared.exceptions import MCPError
+from msgspec import Struct
+
+from app.outbound.guard import OutboundRefused
+
+log = structlog.get_logger()
+
+MESSAGE_CHARS_MAX = 1000
+"""A server's own words in a failure; longer ones are cut."""
+
+SECRET_CHARS_MIN = 4
+"""Shorter header values are no secrets, and masking them would garble messages."""
+
+OURS = frozenset(
+    "accept accept-encoding connection content-length content-type expect host keep-alive last-event-id "
+    "mcp-protocol-version mcp-session-id te trailer transfer-encoding upgrade".split()
+)
+"""Headers that are the transport's business, whatever a tool's `headers` say."""
+
+
+NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+VALUE = re.compile(r"[\t\x20-\x7e]*")
+"""What a header may be made of."""
+
+
+class ToolServer(Struct, frozen=True):
+    """Where a tool server is, and what it wants to hear."""
+
+    label: str
+    url: str = ""  # http(s), or
+    command: tuple[str, ...] = ()  # a program, from the operator's catalog only, with
+    environment: Mapping[str, str] = {}
+    headers: Mapping[str, str] = {}
+    authorization: str = ""  # a bearer token, unless it names a scheme
+    trusted: bool = False  # the operator's own: no guard
+
+    def __repr__(self) -> str:
+        return f"ToolServer({self.label!r})"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [("label", self.label)]
+
+    @property
+    def key(self) -> bytes:
+        """Equal for equal servers."""
+        return msgspec.json.encode(self, order="sorted")
+
+    @property
+    def request_headers(self) -> dict[str, str]:
+        """The headers of every request. Raises ToolFailure for what can't be a header."""
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in OURS}
+        given = self.authorization.strip()
+        if given:
+            headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
+            headers["Authorization"] = given if " " in given else f"Bearer {given}"
+        if not all(NAME.fullmatch(name) and VALUE.fullmatch(value) for name, value in headers.items()):
+            raise ToolFailure("http_error", 400, f"A header for '{self.label}' can't be sent as it stands.")
+        return {**headers, "Accept-Encoding": "identity"}
+
+    def masked(self, text: str) -> str:
+        """A server's words without anything that we told it in confidence, and of bearable length."""
+        url = httpx2.URL(self.url)
+        secrets = [*self.headers.values(), *self.environment.values(), self.authorization, *self.authorization.split()]
+        secrets += [url.userinfo.decode(), url.query.decode(), *(value for _, value in url.params.multi_items())]
+        for secret in sorted(set(secrets), key=len, reverse=True):
+            if len(secret) >= SECRET_CHARS_MIN:
+                text = text.replace(secret, "***")
+        return text if len(text) <= MESSAGE_CHARS_MAX else f"{text[:MESSAGE_CHARS_MAX]}…"
+
+
+class ToolFailure(Exception):
+    """A tool server could not be listed or called; the message may be shown, it carries no secrets.
+
+    `http_error` has an HTTP status as its code: the server's, or 403 where the guard refuses, 502 where the server can't be
+    reached or breaks off, 504 where it is too slow. `mcp_protocol_error` has a JSON-RPC code.
+    """
+
+    def __init__(self, kind: Literal["http_error", "mcp_protocol_error"], code: int, message: str) -> None:
+        super().__init__(message)
+        self.kind: Literal["http_error", "mcp_protocol_error"] = kind
+        self.code = code
+        self.message = message
+
+
+def failure_of(error: BaseException, server: ToolServer) -> ToolFailure:
+    """What a client may hear of an error; its own words only where they are a server's or the guard's."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    match error:
+        case ToolFailure():
+            return error
+        case MCPError() if error.code == mcp_types.CONNECTION_CLOSED:
+            return closed(server)
+        case MCPError():
+            return ToolFailure("mcp_protocol_error", error.code, server.masked(error.message))
+        case OutboundRefused():
+            return ToolFailure("http_error", 403, str(error))
+        case httpx2.HTTPStatusError():
+            return refused(error.response.status_code, server)
+        case httpx2.HTTPError() | httpx2.InvalidURL():
+            return _unreachable(error, server)
+        case OSError() if server.command:
+            why = f"The program of the tool server '{server.label}' can't be started."
+            return ToolFailure("mcp_protocol_error", mcp_types.CONNECTION_CLOSED, why)
+    log.warning("a tool server is not understood", action="tool_server_garbled", error=type(error).__name__)
+    return garbled(server, "it does not speak MCP as we know it")
+
+
+def _unreachable(error: Exception, server: ToolServer) -> ToolFailure:
+    who = f"The tool server '{server.label}'"
+    match error:
+        case httpx2.TimeoutException():
+            return ToolFailure("http_error", 504, f"{who} did not answer in time.")
+        case httpx2.ConnectError() | httpx2.UnsupportedProtocol() | httpx2.InvalidURL():
+            return ToolFailure("http_error", 502, f"{who} can't be reached.")
+    return ToolFailure("http_error", 502, f"{who} broke off the connection.")
+
+
+def closed(server: ToolServer) -> ToolFailure:
+    """Its session has ended."""
+    return ToolFailure(
+        "mcp_protocol_error", mcp_types.CONNECTION_CLOSED, f"The session with the tool server '{server.label}' is over."
+    )
+
+
+def refused(status: int, server: ToolServer) -> ToolFailure:
+    """It answered with an HTTP error."""
+    return ToolFailure("http_error", status, f"The tool server '{server.label}' answered with HTTP status {status}.")
+
+
+def garbled(server: ToolServer, why: str) -> ToolFailure:
+    """It said what is not MCP."""
+    return ToolFailure(
+        "mcp_protocol_error", mcp_types.PARSE_ERROR, f"The tool server '{server.label}' is not understood: {why}."
+    )
+
+
+def too_slow(server: ToolServer, what: str, timeout_s: float) -> ToolFailure:
+    """It met a deadline."""
+    return ToolFailure(
+        "mcp_protocol_error",
+        mcp_types.REQUEST_TIMEOUT,
+        f"The tool server '{server.label}' did not answer within {timeout_s:g} s ({what}).",
+    )
