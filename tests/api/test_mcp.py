@@ -2,38 +2,11 @@
 
 import json
 
-import httpx
 import openai
 import pytest
 
-from app.domain.fold import replay
-from tests.api.streams import events_of, types_of
+from tests.api.streams import told, types_of
 from tests.upstream import answer, call, calling, finish, script, text, usage
-
-TIME = {"type": "function", "name": "get_time"}
-
-
-@pytest.fixture
-def name(request):
-    """A server name that is this test's own."""
-    return "".join(filter(str.isalnum, request.node.name))
-
-
-@pytest.fixture
-def mcp(toolserver, name):
-    """Declares the scripted MCP server as a tool; nothing needs approval unless it is said."""
-
-    def declare(label="box", transport="mcp", of=None, options=None, **fields):
-        url = toolserver.url(transport, of or name, **(options or {}))
-        return {"type": "mcp", "server_label": label, "server_url": url, "require_approval": "never", **fields}
-
-    return declare
-
-
-def streamed(server, **body):
-    """A streamed response: its events, and the response that they fold into, as the oracle has checked."""
-    events = events_of(httpx.post(f"{server.url}/responses", json={"model": "m", "stream": True, **body}, timeout=30))
-    return events, replay(events)
 
 
 def test_tools_are_listed_called_and_their_results_read(client, upstream, toolserver, name, mcp):
@@ -83,7 +56,7 @@ def test_tools_are_listed_called_and_their_results_read(client, upstream, toolse
 
 def test_the_events_of_a_call_are_those_of_the_hosted_api(server, mcp):
     given = script([text("Let me see."), call("echo", {"x": 1}, id="c"), finish("tool_calls")], answer("Done."))
-    events, made = streamed(server, input=given, tools=[mcp(allowed_tools=["echo"])])
+    events, made = told(server, input=given, tools=[mcp(allowed_tools=["echo"])])
     assert types_of(events) == [
         "created",
         "in_progress",
