@@ -250,9 +250,11 @@ class _Session:
             raise self._wire.failures.pop(request_id, None) or _failure(error, self._server) from None
 
     def leave(self) -> asyncio.Task[None]:
-        """Say goodbye; gives the task that does."""
+        """Say goodbye, or give up where nobody has answered our greeting; gives the task that does."""
         self.over = True
         self._leaving.set()
+        if not self._opened.is_set():
+            self._task.cancel()
         return self._task
 
     async def _run(self) -> None:
