@@ -18,6 +18,7 @@
         UpstreamUnavailable       it can't be reached, or answers 5xx
         UpstreamStalled 504       it was silent for longer than the idle limit
         UpstreamGarbled           it broke off, or sent what is no chunk
+      ToolsUnavailable 424        `tool_choice` asks for tools of an MCP server that can't be listed
       RunTooLong                  a run met REPRISE_RUN_DURATION_MAX_S or REPRISE_RUN_OUTPUT_BYTES_MAX
     Fenced                        internal: somebody else owns this response; stop quietly
 
@@ -25,7 +26,7 @@
 first event an error is an HTTP status, after it an event; never both.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 
 class ApiError(Exception):
@@ -181,6 +182,17 @@ class UpstreamStalled(UpstreamError):
 
 class UpstreamGarbled(UpstreamError):
     """The upstream broke off, or sent what is no chunk."""
+
+
+class ToolsUnavailable(ApiError):
+    """`tool_choice` asks for a call, and there is no tool: the MCP servers can't be listed, or offer none."""
+
+    status = 424
+    type = "external_connector_error"
+
+    def __init__(self, unlisted: Sequence[str]) -> None:
+        why = f"; servers that can't be listed: {', '.join(unlisted)}" if unlisted else ""
+        super().__init__(f"'tool_choice' asks for a call, but there is no tool to call{why}.", param="tool_choice")
 
 
 class RunTooLong(ServerError):

@@ -4,6 +4,7 @@ The time comes first, so new rows land at the right edge of every index and ids 
 id unguessable; even so it is no capability: every lookup also takes the tenant.
 """
 
+import itertools
 import secrets
 import time
 from collections.abc import Callable
@@ -15,3 +16,22 @@ NewId = Callable[[str], str]
 def new_id(prefix: str) -> str:
     """A new id such as `resp_0192…` (prefix, `_`, 36 hex digits)."""
     return f"{prefix}_{time.time_ns() // 1_000_000:012x}{secrets.token_hex(12)}"
+
+
+NUMBER_DIGITS = 4
+
+
+def siblings() -> NewId:
+    """Gives ids to things that are made at once: but for their prefixes and last digits they are the same."""
+    stem = new_id("")[:-NUMBER_DIGITS]
+    numbers = itertools.count()
+    return lambda prefix: f"{prefix}{stem}{next(numbers):0{NUMBER_DIGITS}x}"
+
+
+def are_siblings(one: str, other: str) -> bool:
+    """Whether two things were made at once, as far as their ids tell."""
+    return _stem(one) == _stem(other)
+
+
+def _stem(id: str) -> str:
+    return id.partition("_")[2][:-NUMBER_DIGITS]

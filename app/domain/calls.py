@@ -79,6 +79,8 @@ INVALID_PARAMS = -32602
 
 INTERNAL_ERROR = -32603
 
+BROKEN_OFF = "This call was broken off before its result was known: it may have been carried out."
+
 
 OwnItem = ServerCall | OpaqueItem
 """The item of a server-run call; a shell call is carried, as clients' are."""
@@ -100,12 +102,8 @@ def not_json() -> Answer:
 
 
 def unknown_outcome() -> Answer:
-    """For a call that may or may not have been carried out when its server died: it is not sent again."""
-    return failure(
-        "mcp_protocol_error",
-        INTERNAL_ERROR,
-        "The server that made this call died before its result was known: it may have been carried out.",
-    )
+    """For a call that may or may not have been carried out when its run broke off: it is not sent again."""
+    return failure("mcp_protocol_error", INTERNAL_ERROR, BROKEN_OFF)
 
 
 def failure(type: str, code: int, message: str) -> Answer:
@@ -354,12 +352,12 @@ def open_list(new_id: NewId, label: str, output_index: int) -> tuple[McpListTool
 
 def close_list(
     item: McpListTools, output_index: int, tools: Sequence[ListedTool], error: str | None = None
-) -> tuple[McpListTools, list[Event]]:
+) -> list[Event]:
     """The listing has come back, or failed."""
     at: dict[str, Any] = {"item_id": item.id, "output_index": output_index}
     done = replace(item, tools=list(tools), error=error if error is not None else msgspec.UNSET)
     said: Event = McpListFailed(**at) if error is not None else McpListCompleted(**at)
-    return done, [said, _done(output_index, done)]
+    return [said, _done(output_index, done)]
 
 
 SERVER_RUN = frozenset((*(str(item.__struct_config__.tag) for item in ServerCall.__args__), "shell_call"))
@@ -406,6 +404,8 @@ def answer_for_model(item: AnyItem) -> str:
     match item:
         case McpCall():
             return (item.output or "") if item.error is None else f"Error: {error_text(item.error)}"
+        case McpApprovalResponse(approve=True):
+            return f"Error: {BROKEN_OFF}"
         case McpApprovalResponse():
             reason = f" The reason: {item.reason}" if item.reason else ""
             return f"Error: the user did not approve this call. It was not made.{reason}"

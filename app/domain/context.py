@@ -33,6 +33,7 @@ from app.wire.items import (
 )
 from app.wire.requests import CreateResponse
 from app.wire.resources import Status
+from app.wire.tools import McpTool
 
 PREFIXES = {
     "message": "msg",
@@ -117,7 +118,9 @@ def resolve(
     _refuse_duplicates(chain, given)
     fresh = tuple(normalise(item, new_id) for item in given)
     every = (*chain, *fresh)
-    return _context(request, every, fresh, _decided(every, fresh, requests or {}), hosted)
+    decided = _decided(every, fresh, requests or {})
+    _refuse_undeclared(request, decided)
+    return _context(request, every, fresh, decided, hosted)
 
 
 def restore(
@@ -179,11 +182,25 @@ def _decided(
             raise InvalidRequest(f"Approval request '{id}' is answered twice.", param=param)
         stored, copy = requests.get(id), asked.get(id)
         if stored is None or copy is None:
-            raise InvalidRequest(f"Approval request with id '{id}' not found.", param=param)
+            raise InvalidRequest(
+                f"Approval request with id '{id}' not found. Requests are not persisted when `store` is set to false.",
+                param=param,
+            )
         if not _same_call(stored, copy):
             raise InvalidRequest(f"Approval request '{id}' is not what was asked for.", param=param)
         decided[id] = stored if item.approve else None
     return decided
+
+
+def _refuse_undeclared(request: CreateResponse, decided: Mapping[str, McpApprovalRequest | None]) -> None:
+    """An approval is used up by its call, which can't be made without its server."""
+    declared = {tool.server_label for tool in request.tools if isinstance(tool, McpTool)}
+    for asked in decided.values():
+        if asked and asked.server_label not in declared:
+            raise InvalidRequest(
+                f"Approval request '{asked.id}' is for the server '{asked.server_label}', which is not in 'tools'.",
+                param="tools",
+            )
 
 
 def _same_call(one: McpApprovalRequest, other: McpApprovalRequest) -> bool:
@@ -256,8 +273,8 @@ def _normal_message(message: Message) -> Message:
 
 def pair(items: Sequence[AnyItem]) -> dict[int, AnyItem]:
     """Position of each call → its output. Ids may come again in a long context, so an output answers the earliest call
-    before it that is still open. A request for approval is answered by its call, or by its denial. Raises InvalidRequest for
-    a call or an output that is left alone."""
+    before it that is still open. A request for approval is answered by its call; by what the client has said where there is
+    none. Raises InvalidRequest for a call or an output that is left alone."""
     open_calls: dict[str, list[int]] = {}
     answers: dict[int, AnyItem] = {}
     requests: dict[str | None, int] = {}
@@ -265,7 +282,7 @@ def pair(items: Sequence[AnyItem]) -> dict[int, AnyItem]:
         if isinstance(item, McpApprovalRequest):
             requests[item.id] = position
         elif isinstance(item, McpApprovalResponse | McpCall):
-            if item.approval_request_id in requests and not (isinstance(item, McpApprovalResponse) and item.approve):
+            if item.approval_request_id in requests:
                 answers[requests[item.approval_request_id]] = item
         elif call_id := _called(item):
             open_calls.setdefault(call_id, []).append(position)

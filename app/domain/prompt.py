@@ -10,10 +10,11 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-from app.domain.calls import answer_for_model, asked_of_model
+from app.domain.calls import answer_for_model, asked_of_model, given_of
 from app.domain.context import Context, Unseal
 from app.domain.toolbox import Offer, Toolbox
 from app.errors import UnsupportedParameter
+from app.ids import are_siblings
 from app.wire.chat import ChatMessage
 from app.wire.items import (
     AnyItem,
@@ -78,6 +79,9 @@ HOSTED = Dialect(
 
 WRAPPED_INPUT = "input"
 """The one argument of a custom tool that is wrapped as a function."""
+
+NO_JSON = "not_json"
+"""The one argument of a call whose own were no JSON object: upstreams refuse a history that holds anything else."""
 
 
 def chat_request(
@@ -146,6 +150,7 @@ class _AssistantTurn:
     def __init__(self, dialect: Dialect, unseal: Unseal, context: Context) -> None:
         self._dialect, self._unseal, self._context = dialect, unseal, context
         self._asked: set[str | None] = set()
+        """Ids of the approval requests so far."""
         self._reset()
 
     def _reset(self) -> None:
@@ -155,11 +160,13 @@ class _AssistantTurn:
         self._content: list[Content] | None = None
         self._calls: list[dict[str, Any]] = []
         self._outputs: list[tuple[str, AnyItem]] = []
+        self._run_by_us = ""
+        """Id of the turn's last call that a server has run."""
 
     def take(self, position: int, item: AnyItem) -> list[ChatMessage]:
         """Add one item; gives the messages of the turn before if this item begins another."""
         spoken = self._content is not None or bool(self._calls)
-        begins = self.answered or (spoken and isinstance(item, Message | Reasoning))
+        begins = self.answered or (spoken and isinstance(item, Message | Reasoning)) or self._comes_later(item)
         ended = self.end() if begins else []
         match item:
             case Reasoning():
@@ -169,6 +176,13 @@ class _AssistantTurn:
             case _:
                 self._take_call(position, item)
         return ended
+
+    def _comes_later(self, item: AnyItem) -> bool:
+        """Whether a call is of a later turn than the server-run ones here: in its turn it would stand before them, or have
+        been made at once with them."""
+        if not self._run_by_us or (isinstance(item, McpCall) and item.approval_request_id in self._asked):
+            return False
+        return not (isinstance(item, ServerCall) and are_siblings(item.id, self._run_by_us))
 
     def _take_call(self, position: int, item: AnyItem) -> None:
         answer = self._context.answers.get(position)
@@ -183,6 +197,7 @@ class _AssistantTurn:
             answer = answer or item
         elif isinstance(item, ServerCall):
             answer = item
+            self._run_by_us = item.id
         if answer is not None:
             self._calls.append(call)
             self._outputs.append((call["id"], answer))
@@ -312,6 +327,8 @@ def _foreign_call(item: OpaqueItem) -> dict[str, Any]:
 
 
 def _function_call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
+    if given_of(arguments) is None:
+        arguments = msgspec.json.encode({NO_JSON: arguments}).decode()
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments or "{}"}}
 
 

@@ -148,7 +148,7 @@ class _OpenItem:
         for where, part in self._parts.items():
             if where not in self._done:
                 events += self._close_part(where, part)
-        item = {**self._item, "status": "incomplete"}
+        item = {**self._item, **({"status": "incomplete"} if "status" in self._item else {})}
         for name in ("content", "summary"):
             parts = [part for (kind, _), part in sorted(self._parts.items()) if kind == name]
             if parts or name in item:
@@ -161,6 +161,7 @@ class _OpenItem:
                 item["input"] = self._text
                 events.append(CustomInputDone(**self._at, input=self._text))
             case "mcp_list_tools":
+                item["error"] = "The run broke off before the server had answered."
                 events.append(McpListFailed(**self._at))
         return [*events, ItemDone(output_index=self._at["output_index"], item=Raw(msgspec.json.encode(item)))]
 

@@ -103,7 +103,7 @@ class Toolbox(Struct, frozen=True):
     left_out: tuple[str, ...]
     """Hosted tools that nobody here runs: the model does not see them."""
     unlisted: tuple[str, ...] = ()
-    """Labels of declared MCP servers whose tools are not known yet."""
+    """Labels of declared MCP servers whose tools, or some of them, are not known yet."""
 
     def verdict(self, model_name: str) -> Verdict:
         """What becomes of a call."""
@@ -147,7 +147,9 @@ def open_toolbox(
     tools = (*declared, *added)
     every, left_out = _offers(tools, listed or {}, hosted)
     labels = [tool.server_label for tool in tools if isinstance(tool, McpTool)]
-    unlisted = tuple(label for label in labels if label not in (listed or {}))
+    unlisted = tuple(
+        tool.server_label for tool in tools if isinstance(tool, McpTool) and not _knows(tool, listed or {})
+    )
     if isinstance(choice, str):
         if choice == "required" and not every and not unlisted:
             raise InvalidParameter(
@@ -162,7 +164,9 @@ def open_toolbox(
     chosen = _chosen(every, choice, "tool_choice", left_out, labels, unlisted)
     if choice.type == "mcp" and not choice.name:
         return Toolbox(chosen, "required", None, left_out, unlisted)
-    return Toolbox(every, "required", next(iter(chosen.values()), None), left_out, unlisted)
+    if not chosen:
+        return Toolbox({}, "required", None, left_out, unlisted)
+    return Toolbox(every, "required", next(iter(chosen.values())), left_out, unlisted)
 
 
 def _refuse_twice(declared: Sequence[AnyTool]) -> None:
@@ -225,6 +229,14 @@ def allowed(server: McpTool, listed: Sequence[ListedTool]) -> list[ListedTool]:
         return list(listed)
     filter = McpFilter(tool_names=wanted) if isinstance(wanted, list) else wanted
     return [tool for tool in listed if _matches(filter, tool)]
+
+
+def _knows(server: McpTool, listed: Mapping[str, Sequence[ListedTool]]) -> bool:
+    """Whether the list of a server tells of every tool that is allowed by name: it may have been made when fewer were."""
+    wanted = server.allowed_tools
+    names = wanted.tool_names if isinstance(wanted, McpFilter) else wanted
+    found = listed.get(server.server_label)
+    return found is not None and set(names or ()) <= {tool.name for tool in found}
 
 
 def _matches(filter: McpFilter, tool: ListedTool) -> bool:

@@ -6,6 +6,7 @@ calls for the client, or in calls that wait for approval, ends the run; so does 
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import structlog
 from msgspec.structs import replace
@@ -24,12 +25,13 @@ from app.errors import (
     Fenced,
     RunTooLong,
     ServerError,
+    ToolsUnavailable,
     UpstreamBusy,
     UpstreamError,
     UpstreamRefused,
     UpstreamUnavailable,
 )
-from app.ids import new_id
+from app.ids import new_id, siblings
 from app.outbound.upstream import CONTEXT_TOO_LONG, ChunkStream, Upstream
 from app.runs.recorder import Recorder
 from app.runs.task import Task
@@ -37,12 +39,15 @@ from app.runs.tools import Tools, unavailable
 from app.wire.events import Event, ItemAdded
 from app.wire.items import AnyItem, FunctionCall, FunctionCallOutput, ItemStatus, McpCall, ServerCall, decode_item
 from app.wire.resources import Usage
-from app.wire.tools import McpTool
+from app.wire.tools import ListedTool, McpTool
 
 log = structlog.get_logger()
 
 TRUNCATIONS_MAX = 20
 """Halvings of a context before giving up; more than any context can take."""
+
+NO_NAME = "unnamed"
+"""Upstreams refuse a history with a call that names no tool."""
 
 
 class Loop:
@@ -67,6 +72,8 @@ class Loop:
         self._task, self._recorder, self._tools = task, recorder, tools
         self._context: Context = task.context
         self._calls_made = sum(isinstance(item, ServerCall) for item in self._made(0))
+        if self._calls_made:
+            self._context = replace(self._context, toolbox=_at_will(self._context.toolbox))
         self._route = 0
 
     async def open(self, *, behind: int = -1, failed: ApiError | None = None) -> ChunkStream:
@@ -149,12 +156,14 @@ class Loop:
             outcome = outcome_of(turn.finish_reason)
             if outcome.status != "completed" or not turn.own_calls:
                 return outcome
+            said = self._made(made)
             refused = await self._run_calls(turn.own_calls)
             if turn.handed_over or any(isinstance(call.verdict, Ask) for call in turn.own_calls):
                 return outcome
             if self._tokens_left is not None and self._tokens_left <= 0:
                 return Outcome("incomplete", reason="max_output_tokens")
-            self._proceed([*self._made(made), *refused])
+            calls = self._made(made + len(said))
+            self._proceed([*said, *(call for call, _ in refused), *calls, *(output for _, output in refused)])
             if left:
                 stream = await self.open()
         raise RunTooLong("The run took more turns than REPRISE_TURNS_MAX allows.")
@@ -177,6 +186,9 @@ class Loop:
             self._context = replace(
                 proceed(self._context, self._task.request, self._made(made)), approved=self._context.approved
             )
+            toolbox = self._context.toolbox
+            if toolbox.mode == "required" and not toolbox.offers:
+                raise ToolsUnavailable(toolbox.unlisted)
         made = len(self._recorder.response.output)
         approved = self._context.approved
         calls = [mcp_call(new_id, one.server_label, one.name, one.arguments, approval=one.id) for one in approved]
@@ -186,38 +198,42 @@ class Loop:
 
     async def _list(self, labels: Sequence[str]) -> None:
         declared = {tool.server_label: tool for tool in self._task.request.tools if isinstance(tool, McpTool)}
-        async with asyncio.TaskGroup() as group:
-            listings = [group.create_task(self._tools.list(label)) for label in labels]
+        listings = [asyncio.create_task(self._tools.list(label)) for label in labels]
+        try:
             for label, listing in zip(labels, listings, strict=True):
                 item, begun = open_list(new_id, label, self._output_index)
                 await self._recorder.record(begun)
-                tools, error = await listing
-                _, done = close_list(item, self._output_index, allowed(declared[label], tools), error)
-                await self._recorder.record(done)
-                self._output_index += 1
+                tools: list[ListedTool] = []
+                error: str | None = "The run ended before the server had answered."
+                try:
+                    tools, error = await listing
+                finally:
+                    listed = allowed(declared[label], tools)
+                    await self._recorder.record(close_list(item, self._output_index, listed, error))
+                    self._output_index += 1
+        finally:
+            await _drop(listings)
 
-    async def _run_calls(self, own_calls: Sequence[OwnCall]) -> list[AnyItem]:
-        """Ask for approvals, make calls; gives what the model is told of the calls that were refused."""
+    async def _run_calls(self, own_calls: Sequence[OwnCall]) -> list[tuple[FunctionCall, FunctionCallOutput]]:
+        """Ask for approvals, make calls; gives the calls that were refused, with what the model is told of each."""
         events: list[Event] = []
         calls: list[PendingCall] = []
-        refused: list[tuple[OwnCall, str]] = []
+        refused: list[tuple[FunctionCall, FunctionCallOutput]] = []
         most = self._task.request.body.max_tool_calls
+        ids = siblings()
         for own in own_calls:
             match own.verdict:
                 case Refuse(reason):
-                    refused.append((own, reason))
+                    refused.append(_refused(own, reason))
                 case Ask(name, label):
                     events += approval_request(new_id, label, name, own.arguments, self._output_index)
                     self._output_index += 1
                 case Run() as run if most is None or self._calls_made + len(calls) < most:
-                    calls.append(self._tools.pending(run, own.arguments))
+                    calls.append(self._tools.pending(run, own.arguments, ids))
                 case Run():
-                    refused.append((own, "The limit of tool calls is reached. Answer without another call."))
+                    refused.append(_refused(own, "The limit of tool calls is reached. Answer without another call."))
         await self._answer(calls, events)
-        return [
-            *(FunctionCall(call_id=own.call_id, name=own.name, arguments=own.arguments) for own, _ in refused),
-            *(FunctionCallOutput(call_id=own.call_id, output=f"Error: {reason}") for own, reason in refused),
-        ]
+        return refused
 
     async def _answer(self, calls: Sequence[PendingCall], events: list[Event]) -> None:
         """Make calls, at once, and say what came of them. That they are made is recorded before any is sent: whoever goes on
@@ -242,9 +258,7 @@ class Loop:
             await self._recorder.record([event for call in waiting for event in call.cut_off()])
             raise
         finally:
-            for answer in answers:
-                answer.cancel()
-            await asyncio.gather(*answers, return_exceptions=True)
+            await _drop(answers)
 
     async def _answer_of(self, call: PendingCall) -> Answer:
         item = call.item
@@ -290,9 +304,21 @@ class Loop:
         return turn
 
 
+def _refused(own: OwnCall, reason: str) -> tuple[FunctionCall, FunctionCallOutput]:
+    call = FunctionCall(call_id=own.call_id, name=own.name or NO_NAME, arguments=own.arguments)
+    return call, FunctionCallOutput(call_id=own.call_id, output=f"Error: {reason}")
+
+
 def _at_will(toolbox: Toolbox) -> Toolbox:
     """A call that was demanded has been made: from now on the model may answer."""
     return replace(toolbox, mode="auto" if toolbox.mode == "required" else toolbox.mode, only=None)
+
+
+async def _drop(tasks: "Sequence[asyncio.Task[Any]]") -> None:
+    """Nobody waits for these any more."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def break_off(opening: "asyncio.Task[ChunkStream]") -> None:

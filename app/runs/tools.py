@@ -13,7 +13,7 @@ from msgspec import UNSET
 from app.domain.calls import Answer, PendingCall, arguments_for, failure, hosted_call, mcp_call, not_json
 from app.domain.hosted import container_named
 from app.domain.toolbox import ByHost, Run
-from app.ids import new_id
+from app.ids import NewId, new_id
 from app.outbound.guard import Guard
 from app.outbound.mcp import Listed, ToolFailure, ToolServer, ToolSessions
 from app.runs.task import Task
@@ -48,11 +48,11 @@ class Tools:
             log.warning("A tool server can't be listed.", action="tools_unlisted", label=label, reason=error.message)
             return [], error.message
 
-    def pending(self, run: Run, arguments: str) -> PendingCall:
+    def pending(self, run: Run, arguments: str, ids: NewId) -> PendingCall:
         """A call of the model, before it is sent."""
         if isinstance(run.by, ByHost):
-            return hosted_call(new_id, run.by, self._task.hosted[run.by.kind], arguments, self._container)
-        return mcp_call(new_id, run.by.label, run.name, arguments)
+            return hosted_call(ids, run.by, self._task.hosted[run.by.kind], arguments, self._container)
+        return mcp_call(ids, run.by.label, run.name, arguments)
 
     async def answer(self, call: PendingCall) -> Answer:
         """Make a call, once."""

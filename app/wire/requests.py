@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from app.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
 from app.wire.decoding import Json, decode
@@ -213,10 +213,11 @@ def decode_create(raw: bytes, passed_on: Collection[str]) -> CreateResponse:
 
 
 class ToolSecrets(Struct, omit_defaults=True):
-    """What a declared MCP server is told in confidence."""
+    """What a declared MCP server is told in confidence; its URL, too, may hold a key."""
 
     authorization: str | None = None
     headers: dict[str, str] | None = None
+    server_url: str | None = None
 
 
 _TOOLS = msgspec.json.Decoder(list[dict[str, Raw]])
@@ -225,9 +226,9 @@ _TOOLS = msgspec.json.Decoder(list[dict[str, Raw]])
 def without_secrets(raw: bytes, request: CreateResponse) -> tuple[bytes, dict[str, ToolSecrets]]:
     """The body of a create request as it may be stored, and apart from it the secrets of its MCP servers, by label."""
     secrets = {
-        tool.server_label: ToolSecrets(tool.authorization, tool.headers)
+        tool.server_label: ToolSecrets(tool.authorization, tool.headers, tool.server_url)
         for tool in request.tools
-        if isinstance(tool, McpTool) and (tool.authorization or tool.headers)
+        if isinstance(tool, McpTool) and (tool.authorization or tool.headers or tool.server_url)
     }
     if not secrets:
         return raw, {}
@@ -235,8 +236,8 @@ def without_secrets(raw: bytes, request: CreateResponse) -> tuple[bytes, dict[st
     tools = _TOOLS.decode(keys["tools"])
     for tool, fields in zip(request.tools, tools, strict=True):
         if isinstance(tool, McpTool):
-            fields.pop("authorization", None)
-            fields.pop("headers", None)
+            for name in ToolSecrets.__struct_fields__:
+                fields.pop(name, None)
     return msgspec.json.encode({**keys, "tools": tools}), secrets
 
 
@@ -245,7 +246,7 @@ def with_secrets(request: CreateResponse, secrets: Mapping[str, ToolSecrets]) ->
     tools: list[AnyTool] = []
     for tool in request.tools:
         if isinstance(tool, McpTool) and (held := secrets.get(tool.server_label)):
-            tools.append(replace(tool, authorization=held.authorization, headers=held.headers))
+            tools.append(replace(tool, **asdict(held)))
         else:
             tools.append(tool)
     return replace(request, tools=tools)

@@ -7,9 +7,11 @@ import httpx
 import pytest
 
 from tests.servers import Served
+from tests.toolserver import Toolserver
 from tests.upstream import Upstream
 
 Heard = Callable[[], dict[str, Any]]
+Declare = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +36,23 @@ def heard(upstream: Upstream, said: str) -> Heard:
         return record.body
 
     return body
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> str:
+    """A tool server's name that is this test's own."""
+    return "".join(filter(str.isalnum, request.node.name))
+
+
+@pytest.fixture
+def mcp(toolserver: Toolserver, name: str) -> Declare:
+    """Declares the scripted MCP server as a tool; nothing needs approval unless it is said. `of` is the name under which the
+    server finds its calls again, `options` are those of its URL."""
+
+    def declare(
+        label: str = "box", transport: str = "mcp", of: str = "", options: dict[str, Any] | None = None, **fields: Any
+    ) -> dict[str, Any]:
+        url = toolserver.url(transport, of or name, **(options or {}))
+        return {"type": "mcp", "server_label": label, "server_url": url, "require_approval": "never", **fields}
+
+    return declare

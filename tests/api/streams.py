@@ -5,6 +5,10 @@ from typing import Any
 
 import httpx
 import msgspec
+import openai
+
+from app.domain.fold import replay
+from tests.servers import Served
 
 
 def events_of(answer: httpx.Response) -> list[dict[str, Any]]:
@@ -31,3 +35,30 @@ def types_of(events: Iterable[dict[str, Any]]) -> list[str]:
         if not (name.endswith(".delta") and types and types[-1] == name):
             types.append(name)
     return types
+
+
+def told(server: Served, **body: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """A streamed response: its events, and the response that they fold into, for our oracle and for the official client alike."""
+    answer = httpx.post(f"{server.url}/responses", json={"model": "m", "stream": True, **body}, timeout=30)
+    events = events_of(answer)
+    made = replay(events)
+    if made["status"] == "completed":  # for its accumulator there is no other end
+        assert accumulated(answer.content) == [_plain(item) for item in made["output"]]
+    return events, made
+
+
+def accumulated(stream: bytes) -> list[dict[str, Any]]:
+    """The output items that the official client puts together from a stream."""
+    head = {"content-type": "text/event-stream"}
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, headers=head, content=stream))
+    with (
+        openai.OpenAI(api_key="none", http_client=httpx.Client(transport=transport)) as client,
+        client.responses.stream(model="m", input="") as events,
+    ):
+        return [_plain(item.to_dict()) for item in events.get_final_response().output]
+
+
+def _plain(item: dict[str, Any]) -> dict[str, Any]:
+    """Without what the client's parsing adds."""
+    content = [{**part, "parsed": None} for part in item.get("content") or ()]
+    return {**item, "content": content, "parsed_arguments": None}
