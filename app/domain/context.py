@@ -135,7 +135,7 @@ def restore(
     """The context of a run that goes on elsewhere: `stored` are all its items, `own` its own input among them, `said` what
     earlier owners have made."""
     every = (*stored, *said)
-    return _context(request, every, (), _decided(every, own, requests), hosted)
+    return _context(request, every, (), _decided(every, own, requests, said), hosted)
 
 
 def proceed(context: Context, request: CreateResponse, more: Sequence[AnyItem]) -> Context:
@@ -167,12 +167,15 @@ def _context(
 
 
 def _decided(
-    every: Sequence[AnyItem], fresh: Sequence[AnyItem], requests: Mapping[str, McpApprovalRequest]
+    every: Sequence[AnyItem],
+    fresh: Sequence[AnyItem],
+    requests: Mapping[str, McpApprovalRequest],
+    said: Sequence[AnyItem] = (),
 ) -> dict[str, McpApprovalRequest | None]:
     """The approval requests that the fresh items answer: as they were stored, or None for one that is denied. Those whose
-    call was made already, as a resent history tells, are not among them."""
+    call is among the fresh items, since a whole history was sent again, or was made by an earlier owner, are not among them."""
     asked = {item.id: item for item in every if isinstance(item, McpApprovalRequest)}
-    made = {item.approval_request_id for item in every if isinstance(item, McpCall)}
+    made = {item.approval_request_id for item in (*fresh, *said) if isinstance(item, McpCall)}
     decided: dict[str, McpApprovalRequest | None] = {}
     for index, item in enumerate(fresh):
         if not isinstance(item, McpApprovalResponse) or item.approval_request_id in made:

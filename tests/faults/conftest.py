@@ -11,6 +11,7 @@ from tests.faults.client import decoded, frames_of, get
 from tests.faults.cluster import Cluster, Servers
 from tests.faults.told import text_of, told
 from tests.servers import Served
+from tests.toolserver import Toolprocess
 
 Found = Callable[[Served], list[dict[str, Any]]]
 
@@ -26,7 +27,11 @@ def own_servers(tmp_path_factory):
 @pytest.fixture(scope="session")
 def fault_env(upstream, tmp_path_factory):
     """Settings of every process but its servers."""
-    return {"OPENAI_BASE_URL": upstream.base_url, "REPRISE_DATA_DIR": str(tmp_path_factory.mktemp("faults-data"))}
+    return {
+        "OPENAI_BASE_URL": upstream.base_url,
+        "REPRISE_DATA_DIR": str(tmp_path_factory.mktemp("faults-data")),
+        "REPRISE_OUTBOUND_ALLOW": "127.0.0.1/32",
+    }
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +40,21 @@ def standing(own_servers, fault_env):
     cluster = Cluster(own_servers, fault_env)
     yield cluster
     cluster.close()
+
+
+@pytest.fixture(scope="session")
+def standing_toolserver(tmp_path_factory):
+    """A scripted MCP server that may be killed."""
+    with Toolprocess(tmp_path_factory.mktemp("faults-tools") / "calls") as running:
+        yield running
+
+
+@pytest.fixture
+def box(standing_toolserver):
+    """The same, alive."""
+    if standing_toolserver.process.poll() is not None:
+        standing_toolserver.start()
+    return standing_toolserver
 
 
 @pytest.fixture

@@ -16,13 +16,15 @@ The second word is a name of the test's choice, under which calls, requests and 
     redirect=URL        307 to another place                       growing=1       every listing has one tool more
     silent=1            never answers the greeting                 packed=1        answers are compressed, unasked
     modern=1            knows no handshakes, nor sessions: 2026-07-28 and nothing else
+    greeting=GATE       the greeting waits at this gate            listing=GATE    so does a list
 
-`python -m tests.toolserver --port N [--record FILE]` serves other processes; there `GET /calls` lists the calls as JSON,
-`GET /sessions` counts sessions, and `POST /gates/<name>` opens a gate. FILE gets a line of JSON for each call as it arrives,
-over standard input and output too.
+`python -m tests.toolserver --port N [--record FILE]` serves other processes (`Toolprocess` starts it); there `GET /calls` lists
+the calls as JSON, `GET /sessions` the sessions, `GET /gates/<name>` says whether somebody has come to a gate, and
+`POST /gates/<name>` opens it. FILE gets a line of JSON for each call as it arrives, over standard input and output too.
 """
 
+from tests.toolserver.process import Toolprocess
 from tests.toolserver.server import Toolserver
 from tests.toolserver.tools import Call, Session
 
-__all__ = ["Call", "Session", "Toolserver"]
+__all__ = ["Call", "Session", "Toolprocess", "Toolserver"]

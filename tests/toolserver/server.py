@@ -226,6 +226,8 @@ class Toolserver:
                     {"server": one.server, "id": one.id, "closed": one.closed.is_set()} for one in self.script.sessions
                 ]
                 await connection.whole(request, 200, found)
+            case "GET", "gates":
+                await connection.whole(request, 200, {"reached": self.script.gate(request.server).reached.is_set()})
             case "POST", "gates":
                 self.script.gate(request.server).opened.set()
                 await connection.whole(request, 200, {"opened": request.server})

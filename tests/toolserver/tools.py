@@ -149,6 +149,7 @@ class Script:
             case "initialize":
                 if session.options.get("silent"):
                     await asyncio.Event().wait()
+                await self._wait_at(session.options.get("greeting"))
                 return {
                     "protocolVersion": parameters["protocolVersion"],
                     "capabilities": {"tools": {"listChanged": True}},
@@ -157,6 +158,7 @@ class Script:
             case "ping":
                 return {}
             case "tools/list":
+                await self._wait_at(session.options.get("listing"))
                 return self._page(session.options, parameters.get("cursor"))
             case "tools/call":
                 return await self._call(session, parameters, headers, send)
@@ -175,6 +177,10 @@ class Script:
             and isinstance(meta.get("io.modelcontextprotocol/clientCapabilities"), dict)
             and (not over_http or expected.items() <= headers.items())
         )
+
+    async def _wait_at(self, gate: str | None) -> None:
+        if gate:
+            await self.gate(gate).go_through()
 
     def _page(self, options: Mapping[str, str], cursor: str | None) -> dict[str, Any]:
         listed = list(TOOLS) if "tools" not in options else options["tools"].split(",")
