@@ -57,6 +57,11 @@ class Served:
         self._listening.set()
 
     @property
+    def env(self) -> Mapping[str, str]:
+        """Its settings, for another process of the same deployment."""
+        return self._env
+
+    @property
     def database_url(self) -> str:
         """Where its data is, for tests that look at the rows."""
         return self._env["DATABASE_URL"]
