@@ -102,6 +102,7 @@ class Background:
         self._settings, self._database, self._tasks = settings, database, tasks
         self._catalog, self._seal, self._logs = catalog, seal, logs
         self._looks: dict[str, asyncio.Future[Kept]] = {}
+        self._released = False
 
     # -- Beginning --------------------------------------------------------------------------------------------------------
 
@@ -157,6 +158,8 @@ class Background:
                     yield fresh
                 if ended or (fresh and fresh[-1].is_terminal):
                     return
+                if self._released:
+                    raise ServerError("The server is shutting down.")
                 came = await self._next(reader)
                 fresh, gap = _contiguous(came, cursor)
                 if fresh or (came and not gap):
@@ -173,6 +176,10 @@ class Background:
                 if silent_s >= silence_s:
                     silent_s = 0.0
                     yield []
+
+    def release(self) -> None:
+        """Followers shall go elsewhere: their streams break off, and they resume."""
+        self._released = True
 
     async def _next(self, reader: Reader) -> list[Batch]:
         try:
