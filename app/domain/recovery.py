@@ -1,9 +1,11 @@
 """What a run has said so far → how another owner goes on with it.
 
 The item that was being said is closed as `incomplete` and left out of the response's output: that is the one shape of a
-recovered stream that the official client's accumulator takes. Items that were done stay, and the model goes on from there.
+recovered stream that the official client's accumulator takes. Items that were done stay, and the model goes on from there; but
+for reasoning behind which nothing was done: the turn that it belongs to is made anew, and brings its own.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,8 +39,15 @@ class Recovered(Struct, frozen=True):
     call_ids: set[str]
     """Of every call, also of those that were left out."""
 
+    @property
+    def base(self) -> list[Raw]:
+        """The items that the model goes on from."""
+        reasoning = itertools.takewhile(lambda item: _ITEM.decode(item).type == "reasoning", reversed(self.output))
+        return self.output[: len(self.output) - len(list(reasoning))]
+
 
 class _Item(Struct):
+    type: str = "message"
     call_id: str | None = None
 
 

@@ -243,7 +243,9 @@ class Background:
             anew = found.lost and found.life is None
             work.log = RunLog(self._logs, claim.response_id, claim.lease, found.said, life=found.life, anew=anew)
         recorder = work.recorder = Recorder(
-            replace(found.response, status="in_progress", output=recovered.output),
+            replace(
+                found.response, status="in_progress", output=recovered.output if self._end(claim) else recovered.base
+            ),
             work.log,
             bytes_max=self._settings.run_output_bytes_max,
             next_number=max(number, claim.number_ceiling) if found.lost else number,
@@ -292,15 +294,21 @@ class Background:
             await recorder.record([InProgress(response=snapshot)], keep=True)
         else:
             await recorder.record(recovered.closing)
-        if claim.state == "cancelled":
-            return Outcome("cancelled")
-        if claim.lease - claim.handed_over > self._settings.run_attempts_max:
-            return Outcome("failed", error=ServerError("The response could not be made: every attempt broke off."))
+        if end := self._end(claim):
+            return end
         async with self._database.autocommit() as tx:
             if not await responses.begin_response(tx, claim.tenant_id, claim.response_id, claim.lease, found.life):
                 raise Fenced
         if not found.lost:
             await recorder.record([InProgress(response=snapshot)])
+        return None
+
+    def _end(self, claim: Claim) -> Outcome | None:
+        """How a run ends that is not made any further."""
+        if claim.state == "cancelled":
+            return Outcome("cancelled")
+        if claim.lease - claim.handed_over > self._settings.run_attempts_max:
+            return Outcome("failed", error=ServerError("The response could not be made: every attempt broke off."))
         return None
 
     async def _outcome(
@@ -310,7 +318,7 @@ class Background:
         assert claim.request is not None
         request = decode_create(claim.request.encode(), self._catalog.passed_on)
         key = self._seal.open(claim.caller_key) if claim.caller_key else None
-        made: list[AnyItem] = [decode_item(bytes(raw)) for raw in recovered.output]
+        made: list[AnyItem] = [decode_item(bytes(raw)) for raw in recovered.base]
         try:
             task = await self._tasks.restore(claim.tenant_id, claim.response_id, key, request, made)
         except DatabaseUnavailable:
