@@ -41,6 +41,9 @@ log = structlog.get_logger()
 GAP_PAUSE_S = 0.05
 """Before a reader looks again for events that are missing everywhere: their writer is sending them once more."""
 
+PAGE_EVENTS = 500
+"""Events that are written to a client at once."""
+
 CANCEL_WAIT_S = 2.0
 """How long a cancel waits for the response to end elsewhere, when it lost the race."""
 
@@ -155,7 +158,8 @@ class Background:
             while True:
                 if fresh:
                     cursor, silent_s = fresh[-1].sequence_number, 0.0
-                    yield fresh
+                    for at in range(0, len(fresh), PAGE_EVENTS):  # a slow client takes a long replay page by page
+                        yield fresh[at : at + PAGE_EVENTS]
                 if ended or (fresh and fresh[-1].is_terminal):
                     return
                 if self._released:
@@ -248,6 +252,7 @@ class Background:
             ),
             work.log,
             bytes_max=self._settings.run_output_bytes_max,
+            events_max=self._settings.run_events_max,
             next_number=max(number, claim.number_ceiling) if found.lost else number,
             said=found.said,
             unkept=found.unkept,

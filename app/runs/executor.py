@@ -134,7 +134,12 @@ class Executor:
 
     async def _run(self, run: Run) -> None:
         with structlog.contextvars.bound_contextvars(response_id=run.response.id, tenant_id=run.tenant_id):
-            recorder = Recorder(run.response, run.log, bytes_max=self._settings.run_output_bytes_max)
+            recorder = Recorder(
+                run.response,
+                run.log,
+                bytes_max=self._settings.run_output_bytes_max,
+                events_max=self._settings.run_events_max,
+            )
             loop = Loop(run.work, recorder, turns_max=self._settings.turns_max)
             try:
                 opening = await self._open(run, loop)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import random
+import shutil
 import signal
 import time
 import uuid
@@ -96,6 +97,10 @@ class Servers:
             self.kill_valkey()
             yield
         self.wait_valkey()
+
+    def forget_valkey(self) -> None:
+        """Remove its data, while it is gone."""
+        shutil.rmtree(self._home / "valkey" / "appendonlydir")
 
     @property
     def _supervisor(self) -> int:

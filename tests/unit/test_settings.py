@@ -25,11 +25,12 @@ GOOD: dict[str, tuple[str, Any]] = {
     "on_disconnect": ("finish", "finish"),
     "log_level": ("debug", "debug"),
     "workers_in_api": ("false", False),
+    "keepalive_events": ("true", True),
     "redis_prefix": ("mine", "mine"),
 }
 """A value of each setting that is no plain limit: as it is written, as it is meant."""
 
-UNITS = frozenset("bytes items runs turns s attempts connections chars size".split())
+UNITS = frozenset("bytes events items runs turns s attempts connections chars size".split())
 UNITLESS = {"port": "a number, not an amount", "durable": "a switch"}
 
 
