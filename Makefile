@@ -1,7 +1,7 @@
 # All that a fresh machine needs is make and Python 3.11 to 3.14: `make run`, `make test`, `make check`, `make bench`.
 # Packages go to .venv, and uv to .tools unless it is installed. `make clean` removes both and keeps .data.
 
-.PHONY: run test check bench bench-quick lock clean
+.PHONY: run test faults check bench bench-quick lock clean
 .DELETE_ON_ERROR:
 
 # Whatever environment happens to be active, or is half gone, has no say here; and uv uses the Python that is there.
@@ -27,6 +27,11 @@ run: .venv/synced
 
 test: .venv/synced
 	.venv/bin/python -m pytest
+
+# The fault suite and random faults in turns, with other timing each time: make faults SECONDS=3600
+SECONDS ?= 600
+faults: .venv/synced
+	.venv/bin/python -m tests.faults.repeat --seconds $(SECONDS)
 
 check: .venv/synced
 	.venv/bin/ruff check

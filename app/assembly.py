@@ -2,7 +2,7 @@
 
 import os
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -69,10 +69,11 @@ class Assembly(Struct, frozen=True):
 
     settings: Settings
     catalog: Catalog
-    executor: Executor
     app: ASGIApp
     drain: Callable[[], None]
     """Take on nothing more: the end is near."""
+    break_off: Callable[[], Awaitable[None]]
+    """Responses that are still made here end, and readers of others go elsewhere."""
 
 
 class Core(Struct, frozen=True):
@@ -152,7 +153,12 @@ async def assembled(settings: Settings) -> AsyncIterator[Assembly]:
             worker=worker,
             lifespan=lifespan,
         )
-        yield Assembly(settings, catalog, executor, app, worker.drain)
+
+        async def break_off() -> None:
+            made.background.release()
+            await executor.close()
+
+        yield Assembly(settings, catalog, app, worker.drain, break_off)
 
 
 async def _check_openness(settings: Settings, database: Database) -> None:

@@ -18,7 +18,6 @@ from app.doctor import examine
 from app.embedded import EmbeddedError
 from app.errors import ApiError
 from app.outbound.catalog import Catalog
-from app.runs.executor import Executor
 from app.settings import Settings, SettingsError, load
 from app.storage import tenants
 from app.storage.database import Database
@@ -98,7 +97,7 @@ async def _serve(settings: Settings, *, own: bool) -> None:
         def listening() -> None:
             click.echo(_welcome(settings, built.catalog, listener.getsockname()[1], own=own))
 
-        server = _Server(config, built.executor, listening, built.drain, grace_s=settings.shutdown_grace_s)
+        server = _Server(config, listening, built.drain, built.break_off, grace_s=settings.shutdown_grace_s)
         await server.serve(sockets=[listener])
 
 
@@ -113,14 +112,14 @@ class _Server(uvicorn.Server):
     def __init__(
         self,
         config: uvicorn.Config,
-        executor: Executor,
         listening: Callable[[], None],
         stopping: Callable[[], None],
+        break_off: Callable[[], Awaitable[None]],
         *,
         grace_s: float,
     ) -> None:
         super().__init__(config)
-        self._executor, self._listening, self._stopping, self._grace_s = executor, listening, stopping, grace_s
+        self._listening, self._stopping, self._break_off, self._grace_s = listening, stopping, break_off, grace_s
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -137,7 +136,7 @@ class _Server(uvicorn.Server):
 
     async def _end_responses(self) -> None:
         await asyncio.sleep(self._grace_s)
-        await self._executor.close()
+        await self._break_off()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)

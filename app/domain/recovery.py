@@ -1,10 +1,12 @@
 """What a run has said so far → how another owner goes on with it.
 
 The item that was being said is closed as `incomplete` and left out of the response's output: that is the one shape of a
-recovered stream that the official client's accumulator takes. Items that were done stay, and the model goes on from there.
-A call of ours that had begun and has no end may have been made: it is not made again, but ends as failed, and stays.
+recovered stream that the official client's accumulator takes. Items that were done stay, and the model goes on from there; but
+for reasoning behind which nothing was done: the turn that it belongs to is made anew, and brings its own. A call of ours that
+had begun and has no end may have been made: it is not made again, but ends as failed, and stays.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,12 +41,13 @@ class Recovered(Struct, frozen=True):
     closing: list[Event]
     """What closes the items that were not."""
     output: list[Raw]
-    """What the next attempt goes on from: the items that were done, and the calls that ended now."""
+    """What the next attempt goes on from: items that were done, and the calls that end now."""
     call_ids: set[str]
     """Of every call, also of those that were left out."""
 
 
 class _Item(Struct):
+    type: str = "message"
     call_id: str | None = None
 
 
@@ -103,9 +106,15 @@ def recover(entries: Sequence[Entry]) -> Recovered:
         next_output_index=output_index + 1,
         done=done,
         closing=[event for _, events in closing for event in events],
-        output=[*done, *ended],
+        output=_behind_which_something_was_done([*done, *ended]),
         call_ids=call_ids,
     )
+
+
+def _behind_which_something_was_done(items: list[Raw]) -> list[Raw]:
+    """Without the reasoning at the end."""
+    reasoning = itertools.takewhile(lambda item: _ITEM.decode(item).type == "reasoning", reversed(items))
+    return items[: len(items) - len(list(reasoning))]
 
 
 class _OpenItem:

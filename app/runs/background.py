@@ -45,6 +45,9 @@ log = structlog.get_logger()
 GAP_PAUSE_S = 0.05
 """Before a reader looks again for events that are missing everywhere: their writer is sending them once more."""
 
+PAGE_EVENTS = 500
+"""Events that are written to a client at once."""
+
 CANCEL_WAIT_S = 2.0
 """How long a cancel waits for the response to end elsewhere, when it lost the race."""
 
@@ -130,6 +133,7 @@ class Background:
         self._settings, self._database, self._tasks, self._guard = settings, database, tasks, guard
         self._catalog, self._seal, self._logs = catalog, seal, logs
         self._looks: dict[str, asyncio.Future[Kept]] = {}
+        self._released = False
 
     # -- Beginning --------------------------------------------------------------------------------------------------------
 
@@ -196,9 +200,12 @@ class Background:
             while True:
                 if fresh:
                     cursor, silent_s = fresh[-1].sequence_number, 0.0
-                    yield fresh
+                    for at in range(0, len(fresh), PAGE_EVENTS):  # a slow client takes a long replay page by page
+                        yield fresh[at : at + PAGE_EVENTS]
                 if ended or (fresh and fresh[-1].is_terminal):
                     return
+                if self._released:
+                    raise ServerError("The server is shutting down.")
                 came = await self._next(reader)
                 fresh, gap = _contiguous(came, cursor)
                 if fresh or (came and not gap):
@@ -215,6 +222,10 @@ class Background:
                 if silent_s >= silence_s:
                     silent_s = 0.0
                     yield []
+
+    def release(self) -> None:
+        """Followers shall go elsewhere: their streams break off, and they resume."""
+        self._released = True
 
     async def _next(self, reader: Reader) -> list[Batch]:
         try:
@@ -281,6 +292,7 @@ class Background:
             replace(found.response, status="in_progress", output=recovered.done),
             work.log,
             bytes_max=self._settings.run_output_bytes_max,
+            events_max=self._settings.run_events_max,
             next_number=max(number, claim.number_ceiling) if found.lost else number,
             said=found.said,
             unkept=found.unkept,
@@ -321,21 +333,28 @@ class Background:
     async def _resume(self, work: Work, recorder: Recorder, recovered: Recovered, found: Found) -> Outcome | None:
         """Say what lies between the former owner's last word and ours; the outcome, if the run ends with that."""
         claim = work.claim
-        snapshot = replace(recorder.response, output=recovered.output)
+        end = self._end(claim)
+        snapshot = replace(recorder.response, output=recovered.done if end else recovered.output)
         if found.lost:
             # Kept, so that no later owner goes back to the numbers that are given up here.
             await recorder.record([InProgress(response=snapshot)], keep=True)
         else:
             await recorder.record(recovered.closing)
-        if claim.state == "cancelled":
-            return Outcome("cancelled")
-        if claim.lease - claim.handed_over > self._settings.run_attempts_max:
-            return Outcome("failed", error=ServerError("The response could not be made: every attempt broke off."))
+        if end:
+            return end
         async with self._database.autocommit() as tx:
             if not await responses.begin_response(tx, claim.tenant_id, claim.response_id, claim.lease, found.life):
                 raise Fenced
         if not found.lost:
             await recorder.record([InProgress(response=snapshot)])
+        return None
+
+    def _end(self, claim: Claim) -> Outcome | None:
+        """How a run ends that is not made any further."""
+        if claim.state == "cancelled":
+            return Outcome("cancelled")
+        if claim.lease - claim.handed_over > self._settings.run_attempts_max:
+            return Outcome("failed", error=ServerError("The response could not be made: every attempt broke off."))
         return None
 
     async def _outcome(

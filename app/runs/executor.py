@@ -137,7 +137,12 @@ class Executor:
 
     async def _run(self, run: Run) -> None:
         with structlog.contextvars.bound_contextvars(response_id=run.response.id, tenant_id=run.tenant_id):
-            recorder = Recorder(run.response, run.log, bytes_max=self._settings.run_output_bytes_max)
+            recorder = Recorder(
+                run.response,
+                run.log,
+                bytes_max=self._settings.run_output_bytes_max,
+                events_max=self._settings.run_events_max,
+            )
             tools = Tools(run.work, self._guard, self._settings)
             loop = Loop(run.work, recorder, tools, turns_max=self._settings.turns_max)
             try:

@@ -33,6 +33,7 @@ class Recorder:
         log: Log | None,
         *,
         bytes_max: int,
+        events_max: int,
         next_number: int = 0,
         said: Sequence[Entry] = (),
         unkept: Sequence[Entry] = (),
@@ -47,7 +48,8 @@ class Recorder:
         self._unkept: list[Entry] = list(unkept)
         self._held: list[Entry] = []
         self._stopped = False
-        self._bytes_left = bytes_max
+        self._bytes_left = bytes_max - sum(len(entry.frame) for entry in said)
+        self._events_left = events_max - len(said)
 
     async def begin(self) -> None:
         """The first events of a foreground run: created, in_progress."""
@@ -59,7 +61,7 @@ class Recorder:
 
         A turn is `ending` with these: the ends of its open items then wait for what comes next, as a rule the end of the run.
         So whoever goes on after a crash finds the turn either unfinished, and makes it anew, or followed by something.
-        Raises RunTooLong once the run's events have more bytes than it may make, Fenced if somebody else owns the response.
+        Raises RunTooLong once the run has made more events, or more bytes of them, than it may make, Fenced if somebody else owns the response.
         """
         if self._stopped:
             raise Fenced
@@ -83,6 +85,8 @@ class Recorder:
         self._send(batch)
         if self._bytes_left < 0:
             raise RunTooLong("The run made more output than REPRISE_RUN_OUTPUT_BYTES_MAX allows.")
+        if self._events_left < 0:
+            raise RunTooLong("The run made more events than REPRISE_RUN_EVENTS_MAX allows.")
 
     def stop(self) -> None:
         """Record nothing any more: somebody else goes on."""
@@ -94,6 +98,7 @@ class Recorder:
         self.next_number += 1
         entry = encode_event(event)
         self._bytes_left -= len(entry.frame)
+        self._events_left -= 1
         return entry
 
     def _send(self, batch: list[Entry]) -> None:

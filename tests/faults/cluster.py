@@ -3,9 +3,13 @@
 import asyncio
 import contextlib
 import os
+import random
+import shutil
 import signal
+import time
 import uuid
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,19 @@ POLL_S = 0.2
 
 INSIDE = {"PYTHONPATH": str(Path(__file__).parent / "inside")}
 """Settings of a process that is to be looked into, or lied to."""
+
+
+HESITATES_S = 0.3
+"""With FAULTS_SEED in the environment every fault comes up to so much later than its test asks for."""
+
+_SEED = os.environ.get("FAULTS_SEED")
+_CHANCE = random.Random(_SEED)
+
+
+def hesitate() -> None:
+    """Let the next fault come at another moment than in the last round."""
+    if _SEED is not None:
+        time.sleep(_CHANCE.uniform(0, HESITATES_S))
 
 
 class Servers:
@@ -56,10 +73,12 @@ class Servers:
 
     def kill_postgres(self) -> None:
         """Kill -9 of the postmaster; its supervisor starts another."""
+        hesitate()
         os.kill(self.postgres()[0], signal.SIGKILL)
 
     def kill_valkey(self) -> None:
         """Kill -9; its supervisor starts it again, with its append-only file."""
+        hesitate()
         (pid,) = self.valkey()
         os.kill(pid, signal.SIGKILL)
 
@@ -78,6 +97,10 @@ class Servers:
             self.kill_valkey()
             yield
         self.wait_valkey()
+
+    def forget_valkey(self) -> None:
+        """Remove its data, while it is gone."""
+        shutil.rmtree(self._home / "valkey" / "appendonlydir")
 
     @property
     def _supervisor(self) -> int:
@@ -115,6 +138,7 @@ def _children(pid: int) -> list[int]:
 @contextlib.contextmanager
 def frozen(pids: list[int]) -> Iterator[None]:
     """SIGSTOP for the duration of the block."""
+    hesitate()
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     try:
@@ -184,12 +208,15 @@ class Cluster:
     def ensure(self, *, replicas: int = 2, workers: int = 1) -> None:
         """Let so many of each live, with the cluster's own settings."""
         self.replicas = [replica for replica in self.replicas if replica.process.poll() is None]
-        while len(self.replicas) < replicas:
-            self.replicas.append(Served({**self._env, "REPRISE_WORKERS_IN_API": "false"}))
-        for odd in [worker for worker in self.workers if worker.url in self._odd] + self.workers[workers:]:
+        for odd in [worker for worker in self.workers if worker.url in self._odd]:
             self.kill(odd)
-        while len(self.workers) < workers:
-            self.start_worker()
+        for superfluous in self.workers[workers:]:
+            self.kill(superfluous)
+        with ThreadPoolExecutor() as pool:  # a start takes a second, mostly of imports
+            served = [pool.submit(self._start_replica) for _ in range(replicas - len(self.replicas))]
+            for _ in range(workers - len(self.workers)):
+                pool.submit(self.start_worker)
+        self.replicas += [one.result() for one in served]
 
     @property
     def workers(self) -> list[Served]:
@@ -206,12 +233,16 @@ class Cluster:
 
     def start_replica(self, **env: str) -> Served:
         """A replica with settings of its own; the caller ends it."""
-        replica = Served({**self._env, "REPRISE_WORKERS_IN_API": "false", **env})
+        replica = self._start_replica(**env)
         self._dead.append(replica)
         return replica
 
+    def _start_replica(self, **env: str) -> Served:
+        return Served({**self._env, "REPRISE_WORKERS_IN_API": "false", **env})
+
     def kill(self, process: Served) -> None:
         """Kill -9."""
+        hesitate()
         process.kill()
         self._dead.append(process)
 

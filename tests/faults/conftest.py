@@ -1,5 +1,8 @@
 """Fixtures of the fault suite: servers of its own, and one cluster that is repaired before each test."""
 
+import os
+import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +15,22 @@ from tests.faults.cluster import Cluster, Servers
 from tests.faults.told import text_of, told
 from tests.servers import Served
 from tests.toolserver import Toolprocess
+
+SEED, ENDS = os.environ.get("FAULTS_SEED"), os.environ.get("FAULTS_END")
+"""Set by `make faults`: the order of the tests, with other timing (cluster.py); the monotonic time of the last test's begin."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With a seed the modules come in another order, and so do the tests of each."""
+    if SEED is not None:
+        items.sort(key=lambda item: [random.Random(SEED + at).random() for at in (item.location[0], item.nodeid)])
+
+
+def pytest_runtest_logfinish(nodeid: str, location: object) -> None:
+    """No more tests once the time is over."""
+    if ENDS is not None and time.monotonic() > float(ENDS):
+        pytest.exit("the time is over", returncode=0)
+
 
 Found = Callable[[Served], list[dict[str, Any]]]
 

@@ -2,6 +2,8 @@
 
 import time
 
+import pytest
+
 from tests.faults.client import Follower, begin, cancel, until
 from tests.faults.cluster import frozen
 from tests.faults.told import rounds_of, text_of
@@ -38,11 +40,12 @@ def test_a_run_that_takes_too_long_fails(cluster, upstream, check):
     assert asked.closed.wait(5)
 
 
-def test_a_run_that_says_too_much_fails(cluster, check):
+@pytest.mark.parametrize(("limit", "most"), [("REPRISE_RUN_OUTPUT_BYTES_MAX", 20_000), ("REPRISE_RUN_EVENTS_MAX", 60)])
+def test_a_run_that_says_too_much_fails(cluster, check, limit, most):
     cluster.kill_workers()
-    cluster.start_worker(REPRISE_RUN_OUTPUT_BYTES_MAX="20000")
+    cluster.start_worker(**{limit: str(most)})
     response = check(Follower(cluster.urls, begin(cluster.urls[0], script([forever(text("w{i} "))]))), status="failed")
-    assert "REPRISE_RUN_OUTPUT_BYTES_MAX" in response["error"]["message"]
+    assert limit in response["error"]["message"]
     rounds = rounds_of(text_of(response))
     assert rounds == list(range(len(rounds)))
 

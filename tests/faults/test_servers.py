@@ -118,6 +118,15 @@ def test_redis_killed_and_restarted_with_its_data(cluster, upstream, check):
     assert closed_as(follower.seen) == ["completed"]
 
 
+def test_redis_killed_and_restarted_without_its_data(cluster, upstream, check):
+    _, follower = started(cluster, "bare")
+    with cluster.servers.without_valkey():
+        cluster.servers.forget_valkey()
+    upstream.open("bare")
+    whole(check(follower))
+    assert closed_as(follower.seen) == ["completed"]
+
+
 def test_redis_emptied_while_the_worker_lives(cluster, upstream, check):
     _, follower = started(cluster, "emptied")
     cluster.servers.redis.flushall()

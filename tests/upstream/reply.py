@@ -321,7 +321,7 @@ def _delta_of(step: Step, round: str) -> dict[str, Any]:
     """The delta of a step that says something."""
     match step:
         case {"text": str(content)}:
-            return {"content": content.replace("{i}", round) if round else content}
+            return {"content": _filled(content, round)}
         case {"size": int(count)}:
             return {"content": "x" * count}
         case {"call": dict(given)}:
@@ -330,5 +330,11 @@ def _delta_of(step: Step, round: str) -> dict[str, Any]:
             return {"tool_calls": [beside | ({"function": function} if function else {})]}
     for key in ("reasoning_content", "reasoning", "refusal"):
         if key in step:
-            return {key: step[key].replace("{i}", round) if round else step[key]}
+            return {key: _filled(step[key], round)}
     raise AssertionError(f"a step with wrong values: {step}")
+
+
+def _filled(content: str, round: str) -> str:
+    if round:
+        content = content.replace("{i}", round)
+    return content.replace("{t}", f"{time.monotonic():.6f}") if "{t}" in content else content
