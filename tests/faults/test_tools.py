@@ -1,6 +1,5 @@
 """Runs that call tools, and whatever dies under them: a call is sent once at most, and its outcome is told to everybody alike."""
 
-import itertools
 import signal
 from collections.abc import Iterator
 
@@ -8,7 +7,7 @@ import pytest
 
 from tests.faults.client import Follower, begin, call, cancel, until
 from tests.faults.cluster import frozen
-from tests.faults.told import closed_as, text_of
+from tests.faults.told import text_of
 from tests.upstream import answer, calling, cut, finish, gate, note, script, text
 from tests.upstream import call as tool_call
 

@@ -8,6 +8,7 @@ from app.wire.events import ItemAdded, ItemDone, encode_event
 
 REASONING = Raw(b'{"type":"reasoning","id":"rs_1","summary":[],"status":"completed"}')
 MESSAGE = Raw(b'{"type":"message","id":"msg_1","role":"assistant","status":"completed","content":[]}')
+ADDED = {"type": "message", "id": "msg_2", "role": "assistant", "content": []}
 BARE = Raw(b'{"id":"msg_2","role":"assistant","status":"completed","content":[]}')
 
 
@@ -40,7 +41,7 @@ def test_reasoning_at_the_end_is_made_anew_with_its_turn(items, kept):
 
 
 def test_an_open_item_is_closed_as_incomplete_and_its_index_is_not_used_again():
-    recovered = recover(said(REASONING, last={"type": "message", "id": "msg_2", "role": "assistant", "content": []}))
+    recovered = recover(said(REASONING, last={**ADDED, "status": "in_progress"}))
     (done,) = recovered.closing
     assert isinstance(done, ItemDone)
     assert b'"status":"incomplete"' in bytes(done.item)
