@@ -99,7 +99,7 @@ def failure_of(error: BaseException, server: ToolServer) -> ToolFailure:
     match error:
         case ToolFailure():
             return error
-        case MCPError() if error.code == mcp_types.CONNECTION_CLOSED:
+        case MCPError(code=mcp_types.CONNECTION_CLOSED, message="Connection closed"):  # the SDK's own word
             return closed(server)
         case MCPError():
             return ToolFailure("mcp_protocol_error", error.code, server.masked(error.message))

@@ -175,7 +175,7 @@ FAILURES = [
 
 
 LOST_ON_ONE_STREAM = {
-    "cut": ("mcp_protocol_error", -32000, "Connection closed"),
+    "cut": ("mcp_protocol_error", -32000, "is over"),
     "endless": ("mcp_protocol_error", -32001, "did not answer within"),
 }
 """Over HTTP+SSE all answers come on one stream: what breaks it breaks every call."""

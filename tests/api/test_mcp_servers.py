@@ -406,8 +406,8 @@ def test_a_redirect_to_a_private_address_is_not_followed(base_env, new_server, t
     # A name that is allowed redirects to an address that is not.
     server = new_server(REPRISE_OUTBOUND_ALLOW="localhost")
     declared = mcp(options={"redirect": toolserver.url("mcp", f"{name}behind")})
-    tools = [{**declared, "server_url": declared["server_url"].replace("127.0.0.1", "localhost")}]
+    tools = [{**declared, "server_url": declared["server_url"].replace("127.0.0.1", "localhost", 1)}]
     made = httpx.post(f"{server.url}/responses", json={"model": "m", "input": "x", "tools": tools}).json()
     assert made["output"][0]["error"]
-    assert len(toolserver.asked(name)) == 1
+    assert toolserver.asked(name)
     assert toolserver.asked(f"{name}behind") == []
