@@ -113,10 +113,12 @@ def test_secrets_are_nowhere(secretive, base_env, toolserver, name, tools, mode)
     stored = dumped(secretive.database_url)
     assert "A box." in stored  # the declaration is among it
     hidden(stored)
-    assert made["id"] in (printed := "".join(secretive.printed))
+    printed = "".join(secretive.printed)
+    assert made["id"] in printed
     hidden(printed)
     if mode == "background stream":
-        assert "A box." in (held := remembered(base_env["REDIS_URL"], "secretive"))
+        held = remembered(base_env["REDIS_URL"], "secretive")
+        assert "A box." in held
         hidden(held)
     until(lambda: not fetch(secretive.database_url, "select from runs"))
 
