@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from tests.looking import fetch, until
 from tests.servers import ROOT, Served
+from tests.upstream import answer, calling, note, script
 
 KEY_CACHE_S = 0.5
 UNKNOWN = "resp_0123456789abcdef"
@@ -305,3 +306,16 @@ def test_callers_keys_are_not_passed_on_where_they_are_keys_of_this_server(house
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("reprise: REPRISE_UPSTREAM_AUTH=caller")
+
+
+def test_another_tenant_s_approval_request_is_not_found(a, b, toolserver, name, mcp):
+    given = script([note(name), *calling("echo", {"x": 1})], answer("Then."))
+    body = {"tools": [mcp(require_approval="always")], "input": given}
+    first = create(a, **body)
+    approval = {"type": "mcp_approval_response", "approval_request_id": first["output"][-1]["id"], "approve": True}
+    asking = [{"role": "user", "content": given}, *first["output"], approval]
+    reply = b.post("/responses", json={"model": "m", **body, "input": asking})
+    assert (reply.status_code, "not found" in reply.json()["error"]["message"]) == (400, True)
+    assert toolserver.calls(name) == []
+    create(a, **{**body, "input": asking})
+    assert len(toolserver.calls(name)) == 1

@@ -2,7 +2,7 @@
 
 import time
 
-from app.ids import new_id
+from app.ids import are_siblings, new_id, siblings
 
 TIME_DIGITS, DICE_DIGITS = 12, 24
 
@@ -27,3 +27,12 @@ def test_ids_of_the_same_millisecond_have_nothing_else_in_common():
     dice = [new_id("msg")[-DICE_DIGITS:] for _ in range(10_000)]
     assert len(set(dice)) == len(dice)
     assert all(len({one[place] for one in dice}) == 16 for place in range(DICE_DIGITS))
+
+
+def test_siblings_are_told_from_others():
+    ids, others = siblings(), siblings()
+    made = [ids(prefix) for prefix in ("mcp", "ws", "mcp")]
+    assert len(set(made)) == len(made)
+    assert {len(one.partition("_")[2]) for one in made} == {TIME_DIGITS + DICE_DIGITS}
+    assert all(are_siblings(made[0], one) for one in made)
+    assert not any(are_siblings(made[0], one) for one in (others("mcp"), new_id("mcp")))
