@@ -159,10 +159,10 @@ class PendingCall:
                 return [ItemAdded(output_index=output_index, item=item.fields), *_commands(item, output_index)]
         return [ItemAdded(output_index=output_index, item=item), *said]
 
-    def close(self, answer: Answer, new_id: NewId, output_index: int) -> list[Event]:
-        """What is said when the call has come back; a shell's output is an item of its own, at `output_index`."""
+    def close(self, answer: Answer, next_index: int) -> list[Event]:
+        """What is said when the call has come back; a shell's output is an item of its own, at `next_index`."""
         if isinstance(self.item, OpaqueItem):
-            return _close_shell(self.item, self.output_index, answer, self.route, new_id("sho"), output_index)
+            return _close_shell(self.item, self.output_index, answer, self.route, next_index)
         return close_call(self.item, self.output_index, answer, self.route)
 
     def cut_off(self) -> list[Event]:
@@ -186,8 +186,9 @@ def _commands(item: OpaqueItem, output_index: int) -> list[Event]:
 
 
 def _close_shell(
-    item: OpaqueItem, at: int, answer: Answer, route: HostedRoute | None, output_id: str, output_index: int
+    item: OpaqueItem, at: int, answer: Answer, route: HostedRoute | None, output_index: int
 ) -> list[Event]:
+    output_id = f"{item.id}_output"
     if answer.error is not None or route is None:
         outputs = [{"stdout": "", "stderr": f"Error: {_message(answer)}", "outcome": {"type": "exit", "exit_code": 1}}]
     else:

@@ -250,7 +250,7 @@ class Loop:
         waiting = list(calls)
         try:
             for answer in answers:
-                ended = waiting[0].close(await answer, new_id, self._output_index)
+                ended = waiting[0].close(await answer, self._output_index)
                 del waiting[0]
                 self._output_index += sum(isinstance(event, ItemAdded) for event in ended)
                 await self._recorder.record(ended)
