@@ -85,12 +85,19 @@ def _with_venv(env: dict[str, str]) -> dict[str, str]:
 
 
 def test_the_catalog_is_a_valid_one(catalog_file):
-    (toml,) = snippets("toml")
+    toml, tools = snippets("toml")
     settings = load({"REPRISE_CATALOG": catalog_file(toml)})
     catalog = load_catalog(settings, {"SPARE_KEY": "k"})
     assert [route.model for route in catalog.routes("qwen3-32b")] == ["qwen3-32b", "qwen3-8b"]
     assert catalog.routes("spare@llama-3")[0].upstream == "spare"
     assert catalog.upstreams["local"].speaks == Dialect(reasoning="reasoning_content", lacks=frozenset({"json_object"}))
+    served = load_catalog(load({"REPRISE_CATALOG": catalog_file(tools)}), {})
+    assert {kind: route.server for kind, route in served.hosted.items()} == {
+        "web_search": "search",
+        "code_interpreter": "sandbox",
+        "file_search": "files",
+    }
+    assert set(served.tool_servers) == {"search", "sandbox", "files"}
 
 
 def test_the_settings_table_is_that_of_the_code():
