@@ -20,7 +20,7 @@ from app.runs.background import Background
 from app.runs.executor import Executor
 from app.runs.task import Tasks
 from app.runs.worker import Worker
-from app.settings import Settings, SettingsError, parse_allowed
+from app.settings import Settings, SettingsError
 from app.storage import tenants
 from app.storage.database import Database
 from app.storage.redislog import RedisLogs
@@ -94,7 +94,7 @@ async def core(settings: Settings, catalog: Catalog) -> AsyncIterator[tuple[Core
     upstreams = {name: Upstream(name, entry, settings) for name, entry in catalog.upstreams.items()}
     logs = RedisLogs(settings)
     tasks = Tasks(settings, database, catalog, upstreams, seal)
-    guard = Guard(parse_allowed(settings.outbound_allow))
+    guard = Guard.from_settings(settings)
     background = Background(settings, database, tasks, catalog, seal, guard, logs)
     try:
         yield Core(database, tasks, background, guard, Worker(settings, database, background, logs)), upstreams

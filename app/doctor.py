@@ -11,7 +11,10 @@ from redis.exceptions import RedisError
 from app import assembly, echo, migrate
 from app.embedded import EmbeddedError
 from app.errors import ApiError
-from app.outbound.catalog import load_catalog
+from app.outbound.catalog import Catalog, load_catalog
+from app.outbound.guard import Guard
+from app.outbound.mcp import ToolSessions
+from app.outbound.toolserver import ToolFailure
 from app.outbound.upstream import Upstream
 from app.settings import Settings, SettingsError, load
 from app.storage import tenants
@@ -83,11 +86,31 @@ async def _upstreams(settings: Settings) -> list[Finding]:
                 findings.append(Finding(f"upstream {name}", False, f"{entry.base_url}: {error.message}"))
             finally:
                 await upstream.close()
+        findings += await _tool_servers(settings, catalog)
     except SettingsError as error:
         findings.append(Finding("catalog", False, str(error)))
     finally:
         if demo:
             await demo.close()
+    return findings
+
+
+async def _tool_servers(settings: Settings, catalog: Catalog) -> list[Finding]:
+    """Each of the operator's tool servers, and whether it has the tools that hosted types need."""
+    findings = []
+    async with ToolSessions(Guard.from_settings(settings), settings) as sessions:
+        for name in catalog.tool_servers:
+            server = catalog.tool_server(name)
+            assert server is not None
+            try:
+                listed = {tool.name for tool in await sessions.list_tools(server)}
+            except ToolFailure as error:
+                findings.append(Finding(f"tool server {name}", False, error.message))
+                continue
+            findings.append(Finding(f"tool server {name}", True, f"lists {len(listed)} tools"))
+            for kind, route in catalog.hosted.items():
+                if route.server == name and route.tool not in listed:
+                    findings.append(Finding(f"hosted {kind}", False, f"{name} has no tool '{route.tool}'"))
     return findings
 
 

@@ -219,6 +219,25 @@ def test_doctor_says_what_is_wrong(base_env, new_database, env, bad):
         assert said in found[part][1]
 
 
+def test_doctor_asks_the_tool_servers(base_env, new_database, catalog_file, upstream, toolserver):
+    catalog = catalog_file(f"""
+[upstreams.up]
+base_url = "{upstream.base_url}"
+[tool_servers]
+good = {{ url = "{toolserver.url("mcp", "doctored", tools="echo")}" }}
+bad = {{ command = ["no-such-program"] }}
+[hosted]
+web_search = {{ server = "good", tool = "search" }}
+file_search = {{ server = "good", tool = "echo" }}
+""")
+    env = {name: value for name, value in base_env.items() if name != "OPENAI_BASE_URL"}
+    found = findings({**env, "DATABASE_URL": new_database(), "REPRISE_CATALOG": catalog})
+    assert found["tool server good"] == (True, "lists 1 tools")
+    assert found["hosted web_search"] == (False, "good has no tool 'search'")
+    assert "hosted file_search" not in found
+    assert not found["tool server bad"][0] and "can't be started" in found["tool server bad"][1]
+
+
 def test_doctor_sees_a_schema_of_another_version(base_env, empty_database):
     found = findings({**base_env, "DATABASE_URL": empty_database})
     assert found["schema"] == (False, "not that of this version: run `reprise migrate`")
