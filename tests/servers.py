@@ -1,5 +1,6 @@
 """The server under test, as users run it: `python -m app serve` in a process of its own, on a port and a data set of its own."""
 
+import json
 import os
 import signal
 import subprocess
@@ -15,13 +16,62 @@ ROOT = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 30.0
 
 
+WAIT = """
+import json, os, sys
+from app import cli
+given = json.loads(sys.stdin.readline() or sys.exit())
+os.environ.clear()
+os.environ.update(given["env"])
+sys.argv = ["reprise", given["command"]]
+cli.main()
+"""
+"""A process that has imported the server, which takes a second, and waits to hear what it is. It ends with whom it waits for."""
+
+
+class Spares:
+    """Such processes, for tests that start dozens."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._waiting: list[subprocess.Popen[str]] = []
+
+    def take(self, env: Mapping[str, str], command: str) -> subprocess.Popen[str]:
+        """One of them becomes this; another takes its place."""
+        while len(self._waiting) <= self._count:
+            self._waiting.append(_started(["-c", WAIT], os.environ, stdin=subprocess.PIPE))
+        process = self._waiting.pop(0)
+        assert process.stdin
+        with process.stdin as told:
+            told.write(json.dumps({"env": dict(env), "command": command}) + "\n")
+        return process
+
+    def close(self) -> None:
+        """End those that wait."""
+        for process in self._waiting:
+            process.kill()
+            process.communicate()
+        self._waiting = []
+
+
+def _started(arguments: list[str], env: Mapping[str, str], stdin: int | None = None) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=env,
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
 class Served:
     """One server process; a context manager. `env` are its settings."""
 
-    def __init__(self, env: Mapping[str, str], *, command: str = "serve") -> None:
+    def __init__(self, env: Mapping[str, str], *, command: str = "serve", spares: Spares | None = None) -> None:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("REPRISE_", "OPENAI_"))}
         self._env = {**inherited, "REPRISE_PORT": "0", **env}
-        self._command = command
+        self._command, self._spares = command, spares
         self.printed: list[str] = []
         self.start()
 
@@ -29,14 +79,10 @@ class Served:
         """Start it, or start it again, and wait until it listens."""
         self._listening = threading.Event()
         self.url = ""
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "app", self._command],
-            cwd=ROOT,
-            env=self._env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        if self._spares:
+            self.process = self._spares.take(self._env, self._command)
+        else:
+            self.process = _started(["-m", "app", self._command], self._env)
         self._reader = threading.Thread(target=self._read, args=(self.process,), daemon=True)
         self._reader.start()
         if not self._listening.wait(START_TIMEOUT_S) or not self.url:

@@ -31,7 +31,7 @@ def test_an_upstream_that_stalls_fails_the_response(cluster, upstream, check):
 def test_a_run_that_takes_too_long_fails(cluster, upstream, check):
     cluster.kill_workers()
     cluster.start_worker(REPRISE_RUN_DURATION_MAX_S="0.5")
-    said = script([forever(text("w{i} "))])
+    said = script([note("too long"), forever(text("w{i} "))])
     response = check(Follower(cluster.urls, begin(cluster.urls[0], said)), status="failed")
     assert "REPRISE_RUN_DURATION_MAX_S" in response["error"]["message"]
     rounds = rounds_of(text_of(response))
@@ -44,7 +44,8 @@ def test_a_run_that_takes_too_long_fails(cluster, upstream, check):
 def test_a_run_that_says_too_much_fails(cluster, check, limit, most):
     cluster.kill_workers()
     cluster.start_worker(**{limit: str(most)})
-    response = check(Follower(cluster.urls, begin(cluster.urls[0], script([forever(text("w{i} "))]))), status="failed")
+    said = script([note(limit), forever(text("w{i} "))])
+    response = check(Follower(cluster.urls, begin(cluster.urls[0], said)), status="failed")
     assert limit in response["error"]["message"]
     rounds = rounds_of(text_of(response))
     assert rounds == list(range(len(rounds)))
