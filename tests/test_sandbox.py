@@ -98,6 +98,7 @@ async def test_it_works_over_stdio_and_http(sandbox: OverHttp, directory: Path) 
         async with Client(server) as client:
             (tool,) = (await client.list_tools()).tools
             assert tool.name == "run_python"
+            assert "There is no network." in (tool.description or "")
             assert tool.input_schema["required"] == ["code"]
             assert tool.output_schema is not None
             assert {*tool.output_schema["required"]} == {"stdout", "stderr", "exit_code", "timed_out", "files"}

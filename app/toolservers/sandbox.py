@@ -126,7 +126,7 @@ class Sandbox:
     ) -> None:
         """`python` is an interpreter, with whatever packages the code may use."""
         self._directory, self._python, self._limits = directory, python, limits
-        self._network, self._idle_s = allow_network, idle_s
+        self.network, self._idle_s = allow_network, idle_s
         self._turns = asyncio.Semaphore(runs_max)
         self._visible: list[str] = []
         self.isolated = True
@@ -145,14 +145,14 @@ class Sandbox:
         try:
             await self._try_out()
         except JailFailed:
-            if not self._network or os.getuid() == 0:  # as root it would be confined by nothing
+            if not self.network or os.getuid() == 0:  # as root it would be confined by nothing
                 raise
             self.isolated = False
             await self._try_out()
 
     async def _try_out(self) -> None:
         seen, _ = await self.run("import socket\nprint(*(name for _, name in socket.if_nameindex()))")
-        if seen.exit_code or (seen.stdout.split() != ["lo"] and not self._network):
+        if seen.exit_code or (seen.stdout.split() != ["lo"] and not self.network):
             raise JailFailed(f"a trial run went wrong: {seen.stderr or seen.stdout}".strip())
 
     async def run(
@@ -227,7 +227,7 @@ class Sandbox:
             },
             "visible": self._visible,
             "namespaces": self.isolated,
-            "network": self._network,
+            "network": self.network,
             "home": home,
             "files_in": files_in,
             "files_out": files_out,
@@ -460,7 +460,14 @@ def tool_server(sandbox: Sandbox) -> MCPServer[Any]:
 
     server: MCPServer[Any] = MCPServer("sandbox", lifespan=swept, log_level="WARNING")
 
-    @server.tool(annotations=ToolAnnotations(read_only_hint=False, destructive_hint=False, open_world_hint=False))
+    description = (
+        "Run Python code and give what it printed and the files it made. "
+        f"There is {'a' if sandbox.network else 'no'} network. Variables are gone with the end of the call; "
+        "files in the working directory stay for the next call of the same container."
+    )
+    hints = ToolAnnotations(read_only_hint=False, destructive_hint=False, open_world_hint=sandbox.network)
+
+    @server.tool(description=description, annotations=hints)
     async def run_python(
         code: Annotated[str, Field(description="Python code. The value of a last expression is printed.")],
         container: Annotated[
@@ -468,11 +475,6 @@ def tool_server(sandbox: Sandbox) -> MCPServer[Any]:
         ] = "",
         files: Annotated[list[GivenFile], Field(description="Files to put into the working directory first.")] = [],  # noqa: B006 a schema's default
     ) -> Annotated[CallToolResult, Run]:
-        """Run Python code and give what it printed and the files it made.
-
-        There is no network. Variables are gone with the end of the call; files in the working directory stay for the next call
-        of the same container.
-        """
         if len(code.encode(errors="replace")) > CODE_BYTES_MAX:
             raise ToolError(f"code is longer than {CODE_BYTES_MAX} bytes.")
         try:
