@@ -39,6 +39,7 @@ from msgspec import Struct
 
 from app.outbound.guard import Guard, OutboundRefused
 from app.settings import Settings
+from app.wire.requests import mend_surrogates
 
 log = structlog.get_logger()
 
@@ -386,7 +387,9 @@ class _Wire(httpx2.AsyncBaseTransport):
             if request.method != "POST":
                 raise
             return self._failed(request, message, _failure(error, self._server))
+        assert isinstance(response.stream, httpx2.AsyncByteStream)
         if request.method != "POST":
+            response.stream = _Mended(response.stream, self._bytes_max)
             return response
         if response.status_code >= 400:
             await response.aclose()
@@ -395,8 +398,7 @@ class _Wire(httpx2.AsyncBaseTransport):
             await response.aclose()
             failure = _garbled(self._server, "its answer is compressed, which was not asked for")
             return self._failed(request, message, failure)
-        assert isinstance(response.stream, httpx2.AsyncByteStream)
-        response.stream = _Limited(response.stream, self, message, self._bytes_max)
+        response.stream = _Mended(_Limited(response.stream, self, message, self._bytes_max), self._bytes_max)
         return response
 
     def _failed(self, request: httpx2.Request, message: _Message, failure: ToolFailure) -> httpx2.Response:
@@ -452,6 +454,31 @@ class _Limited(httpx2.AsyncByteStream):
         await self._body.aclose()
 
 
+class _Mended(httpx2.AsyncByteStream):
+    """A body without escapes of half a surrogate pair, as outputs cut in the middle hold them: the SDK can't read those. It is
+    passed on in whole lines, since an escape has no line break in it."""
+
+    def __init__(self, body: httpx2.AsyncByteStream, line_bytes_max: int) -> None:
+        self._body, self._line_bytes_max = body, line_bytes_max
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        held: list[bytes] = []
+        count = 0
+        async for part in self._body:
+            end = max(part.rfind(b"\n"), part.rfind(b"\r")) + 1
+            if end:
+                yield mend_surrogates(b"".join([*held, part[:end]]))
+                held, count = [], 0
+            held.append(part[end:])
+            count += len(held[-1])
+            if count > self._line_bytes_max:
+                raise httpx2.StreamError("a line is too long")
+        yield mend_surrogates(b"".join(held))
+
+    async def aclose(self) -> None:
+        await self._body.aclose()
+
+
 @contextlib.asynccontextmanager
 async def _program(server: ToolServer) -> AsyncIterator[Any]:
     """The streams of a program that is started for this session."""
@@ -470,6 +497,8 @@ def _failure(error: BaseException, server: ToolServer) -> ToolFailure:
     match error:
         case ToolFailure():
             return error
+        case MCPError(code=mcp_types.PARSE_ERROR):
+            return _garbled(server, "what it sends is not JSON-RPC")
         case MCPError():
             return ToolFailure("mcp_protocol_error", error.code, server.masked(error.message))
         case OutboundRefused():
