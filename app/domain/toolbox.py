@@ -95,8 +95,10 @@ Verdict = HandOver | Run | Ask | Refuse
 
 
 class Toolbox(Struct, frozen=True):
-    """`offers` is what the model may call; `mode` how it should; `only` a single tool that it must call."""
+    """`offers` is what the model may call, of `every` tool that there is; `mode` how it should; `only` a single tool that it
+    must call."""
 
+    every: dict[str, Offer]
     offers: dict[str, Offer]
     mode: ToolMode
     only: Offer | None
@@ -122,14 +124,14 @@ class Toolbox(Struct, frozen=True):
     def model_name(self, name: str, of: str | None, *, qualified: bool = True) -> str:
         """How the model knows a tool of this namespace or server; calls in old context may name tools that are no longer
         offered: then with its owner's name, if `qualified`."""
-        for offer in self.offers.values():
+        for offer in self.every.values():
             if offer.tool.name == name and _of(offer) == of:
                 return offer.model_name
         return _model_name(name, of if qualified else None)
 
     def runs(self, label: str, name: str) -> bool:
-        """Whether a server's tool may be called, with the client's approval at least."""
-        return any(offer.tool.name == name and _of(offer) == label for offer in self.offers.values())
+        """Whether a server's tool may be called once the client has approved: what the model should call is another matter."""
+        return any(offer.tool.name == name and _of(offer) == label for offer in self.every.values())
 
 
 def open_toolbox(
@@ -155,18 +157,16 @@ def open_toolbox(
             raise InvalidParameter(
                 "Tool choice 'required' must be specified with 'tools' parameter.", param="tool_choice"
             )
-        return Toolbox(every, choice, None, left_out, unlisted)
+        return Toolbox(every, every, choice, None, left_out, unlisted)
     if isinstance(choice, AllowedTools):
         allowed = {}
         for index, named in enumerate(choice.tools):
             allowed.update(_chosen(every, named, f"tool_choice.tools[{index}]", left_out, labels, unlisted))
-        return Toolbox(allowed, choice.mode, None, left_out, unlisted)
+        return Toolbox(every, allowed, choice.mode, None, left_out, unlisted)
     chosen = _chosen(every, choice, "tool_choice", left_out, labels, unlisted)
-    if choice.type == "mcp" and not choice.name:
-        return Toolbox(chosen, "required", None, left_out, unlisted)
-    if not chosen:
-        return Toolbox({}, "required", None, left_out, unlisted)
-    return Toolbox(every, "required", next(iter(chosen.values())), left_out, unlisted)
+    if not chosen or (choice.type == "mcp" and not choice.name):
+        return Toolbox(every, chosen, "required", None, left_out, unlisted)
+    return Toolbox(every, every, "required", next(iter(chosen.values())), left_out, unlisted)
 
 
 def _refuse_twice(declared: Sequence[AnyTool]) -> None:

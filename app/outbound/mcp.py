@@ -43,6 +43,7 @@ from app.outbound.answers import CallResult, Listed, read_result, read_tools
 from app.outbound.guard import Guard, OutboundRefused
 from app.outbound.toolserver import ToolFailure, ToolServer, closed, failure_of, garbled, refused, too_slow
 from app.settings import Settings
+from app.wire.requests import mend_surrogates
 
 __all__ = ["IDEMPOTENCY_KEY", "CallResult", "Listed", "ToolFailure", "ToolServer", "ToolSessions"]
 
@@ -360,7 +361,9 @@ class _Wire(httpx2.AsyncBaseTransport):
             if request.method != "POST":
                 raise
             return self._failed(request, message, failure_of(error, self._server))
+        assert isinstance(response.stream, httpx2.AsyncByteStream)
         if request.method != "POST":
+            response.stream = _Mended(response.stream, self._bytes_max)
             return response
         if response.status_code >= 400:
             await response.aclose()
@@ -369,8 +372,7 @@ class _Wire(httpx2.AsyncBaseTransport):
             await response.aclose()
             failure = garbled(self._server, "its answer is compressed, which was not asked for")
             return self._failed(request, message, failure)
-        assert isinstance(response.stream, httpx2.AsyncByteStream)
-        response.stream = _Limited(response.stream, self, message, self._bytes_max)
+        response.stream = _Mended(_Limited(response.stream, self, message, self._bytes_max), self._bytes_max)
         return response
 
     def _failed(self, request: httpx2.Request, message: _Message, failure: ToolFailure) -> httpx2.Response:
@@ -421,6 +423,31 @@ class _Limited(httpx2.AsyncByteStream):
                 yield part
         except httpx2.TransportError as error:
             raise self._wire.broken(self._message, error) from error
+
+    async def aclose(self) -> None:
+        await self._body.aclose()
+
+
+class _Mended(httpx2.AsyncByteStream):
+    """A body without escapes of half a surrogate pair, as outputs cut in the middle hold them: the SDK can't read those. It is
+    passed on in whole lines, since an escape has no line break in it."""
+
+    def __init__(self, body: httpx2.AsyncByteStream, line_bytes_max: int) -> None:
+        self._body, self._line_bytes_max = body, line_bytes_max
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        held: list[bytes] = []
+        count = 0
+        async for part in self._body:
+            end = max(part.rfind(b"\n"), part.rfind(b"\r")) + 1
+            if end:
+                yield mend_surrogates(b"".join([*held, part[:end]]))
+                held, count = [], 0
+            held.append(part[end:])
+            count += len(held[-1])
+            if count > self._line_bytes_max:
+                raise httpx2.StreamError("a line is too long")
+        yield mend_surrogates(b"".join(held))
 
     async def aclose(self) -> None:
         await self._body.aclose()

@@ -99,6 +99,8 @@ def failure_of(error: BaseException, server: ToolServer) -> ToolFailure:
     match error:
         case ToolFailure():
             return error
+        case MCPError(code=mcp_types.PARSE_ERROR):
+            return garbled(server, "what it sends is not JSON-RPC")
         case MCPError(code=mcp_types.CONNECTION_CLOSED, message="Connection closed"):  # the SDK's own word
             return closed(server)
         case MCPError():

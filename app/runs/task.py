@@ -1,6 +1,7 @@
 """Request → task: everything that making one response takes, looked up and resolved."""
 
 from collections.abc import Mapping, Sequence
+from urllib.parse import urlsplit
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -129,7 +130,7 @@ class Tasks:
                     code="missing_required_parameter",
                 )
             server = known
-        elif not tool.server_url.lower().startswith(("http://", "https://")):
+        elif not _is_http(tool.server_url):
             raise InvalidParameter(f"'{at}.server_url' must be an http or https URL.", param=f"{at}.server_url")
         return replace(
             server,
@@ -183,6 +184,14 @@ async def _requests(tx: Tx, tenant_id: str, ids: Sequence[str]) -> dict[str, Mcp
     found = await approvals.find_requests(tx, tenant_id, ids)
     items = [decode_item(body.encode()) for body in found]
     return {item.id: item for item in items if isinstance(item, McpApprovalRequest)}
+
+
+def _is_http(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return url.isprintable() and parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def _refuse_untaken(request: CreateResponse, upstreams: Sequence[Upstream]) -> None:

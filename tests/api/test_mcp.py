@@ -149,6 +149,7 @@ def called(response):
             "[resource link file:///a, a]",
         ),
         ("raw", {"result": {"content": "nonsense"}}, ""),
+        ("half", {}, "half a pair: \ufffd"),
         ("echo", "", "{}"),
         ("echo", {"text": "a\0b"}, '{"text": "a\\u0000b"}'),
     ],
@@ -168,6 +169,7 @@ FAILURES = [
     ("status", {"status": 503}, "http_error", 503, "503"),
     ("cut", {}, "http_error", 502, "broke off"),
     ("endless", {}, "mcp_protocol_error", -32700, "longer than"),
+    ("long", {"chars": 200_000}, "mcp_protocol_error", -32700, "longer than"),
     ("slow", {"ms": 5000}, "mcp_protocol_error", -32001, "did not answer within"),
     ("echo", "not json", "mcp_protocol_error", -32602, "not a JSON object"),
     ("echo", "[1]", "mcp_protocol_error", -32602, "not a JSON object"),
@@ -177,6 +179,7 @@ FAILURES = [
 LOST_ON_ONE_STREAM = {
     "cut": ("mcp_protocol_error", -32000, "is over"),
     "endless": ("mcp_protocol_error", -32001, "did not answer within"),
+    "long": ("mcp_protocol_error", -32000, "Connection closed"),
 }
 """Over HTTP+SSE all answers come on one stream: what breaks it breaks every call."""
 

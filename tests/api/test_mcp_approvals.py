@@ -355,6 +355,29 @@ def test_an_approval_that_is_not_stored_counts_all_the_same(client, server, tool
     assert [row["approve"] for row in rows] == [True]
 
 
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "none",
+        "required",
+        {"type": "mcp", "server_label": "box", "name": "add"},
+        {"type": "mcp", "server_label": "other"},
+        {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "mcp", "server_label": "other"}]},
+    ],
+)
+def test_an_approved_call_is_made_whatever_the_model_may_call(client, upstream, name, tools, mcp, ask, choice):
+    tools = [*tools, mcp("other", options={"tools": "echo"})]
+    first, [request], given = ask(("box__echo", {"x": 1}), tools=tools)
+    second = client.responses.create(
+        model="m", input=[approval(request)], tools=tools, tool_choice=choice, previous_response_id=first.id
+    )
+    assert (second.output[0].output, second.output_text) == ('{"x": 1}', "Then.")
+    asked = upstream.asked(given)[1].body
+    assert asked.get("tool_choice") == ("none" if choice == "none" else None)
+    [said] = asked["messages"][1]["tool_calls"]
+    assert said["function"]["name"] == "box__echo"
+
+
 def test_a_refused_request_uses_up_nothing(client, toolserver, name, tools, ask):
     first, [request], _ = ask(("echo", {"x": 1}))
     body = {"input": [approval(request)], "tools": tools, "previous_response_id": first.id}

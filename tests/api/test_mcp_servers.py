@@ -9,6 +9,7 @@ import pytest
 
 from tests.api.streams import told, types_of
 from tests.servers import Served
+from tests.toolserver.tools import TOOLS
 from tests.upstream import answer, call, calling, finish, note, script, text
 
 
@@ -33,6 +34,10 @@ def lists(response):
         ([{"server_label": "nobody"}], "tools[0].server_url"),
         ([{"server_label": "a", "server_url": "ftp://example.com"}], "tools[0].server_url"),
         ([{"server_label": "a", "server_url": "file:///etc/passwd"}], "tools[0].server_url"),
+        ([{"server_label": "a", "server_url": "http://[bad"}], "tools[0].server_url"),
+        ([{"server_label": "a", "server_url": "http:///path"}], "tools[0].server_url"),
+        ([{"server_label": "a", "server_url": "http://host:99999/"}], "tools[0].server_url"),
+        ([{"server_label": "a", "server_url": "http://a\0b/"}], "tools[0].server_url"),
         ([{"server_label": "a", "server_url": "http://x"}, {"server_label": "a", "server_url": "http://y"}], "tools"),
         ([{"server_label": "a", "connector_id": "connector_gmail"}], "tools[0].connector_id"),
         ([{"server_label": "a", "tunnel_id": "t"}], "tools[0].tunnel_id"),
@@ -179,7 +184,7 @@ def impatient(base_env, new_database):
         "DATABASE_URL": new_database(),
         "REPRISE_TOOL_CONNECT_TIMEOUT_S": "0.5",
         "REPRISE_TOOL_LIST_TIMEOUT_S": "0.5",
-        "REPRISE_TOOLS_LISTED_MAX": "18",
+        "REPRISE_TOOLS_LISTED_MAX": str(len(TOOLS)),
     }
     with Served(env) as running:
         yield running

@@ -266,6 +266,14 @@ def texts(*found: str) -> dict[str, Any]:
     return {"content": [{"type": "text", "text": text} for text in found]}
 
 
+FIXED = {
+    "structured": {"content": [], "structuredContent": {"sum": 3, "of": [1, 2]}},
+    "image": {"content": [{"type": "image", "data": PIXEL, "mimeType": "image/png"}]},
+    "half": {**texts("half a pair: \ud83d"), "structuredContent": {"half": "\ud83d"}},
+}
+"""Results that are always the same."""
+
+
 def answer_of(tool: str, given: dict[str, Any]) -> dict[str, Any]:
     """The results that need nothing but the arguments. Raises RpcError for an unknown tool."""
     match tool:
@@ -278,10 +286,8 @@ def answer_of(tool: str, given: dict[str, Any]) -> dict[str, Any]:
             return {**texts(given.get("text", "it failed")), "isError": True}
         case "say":
             return {"content": given.get("content", []), **given.get("more", {})}
-        case "structured":
-            return {"content": [], "structuredContent": {"sum": 3, "of": [1, 2]}}
-        case "image":
-            return {"content": [{"type": "image", "data": PIXEL, "mimeType": "image/png"}]}
+        case "structured" | "image" | "half":
+            return FIXED[tool]
         case "long":
             return texts("é" * given["chars"])
         case "raw":
@@ -322,6 +328,7 @@ def _tools() -> Iterator[tuple[str, dict[str, Any]]]:
     )
     yield "image", {"description": "A picture.", "inputSchema": ANYTHING}
     yield "long", {"description": "As many two-byte characters as `chars`.", "inputSchema": ANYTHING}
+    yield "half", {"description": "Text that ends in the middle of a surrogate pair.", "inputSchema": ANYTHING}
     yield "raw", {"description": "Answers with `result` as it stands.", "inputSchema": ANYTHING}
 
 

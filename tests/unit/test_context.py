@@ -1,12 +1,13 @@
 """Request + chain → context: calls and outputs are paired, duplicates refused, references resolved, items normalised."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from app.domain.context import check_parent, pair, references
+from app.domain.context import Context, check_parent, pair, references, resolve, restore
 from app.errors import InvalidRequest
-from tests.unit.build import assistant, call, context, function, item, output, plain_item, request, user
+from tests.unit.build import assistant, call, context, counting, function, item, output, plain_item, request, user
 
 
 def refused(*items: dict[str, Any], **options: Any) -> InvalidRequest:
@@ -205,3 +206,135 @@ def test_a_parent_in_the_making_can_t_be_continued(status: str):
 @pytest.mark.parametrize("status", ["completed", "incomplete", "failed", "cancelled"])
 def test_a_parent_that_has_ended_can_be_continued(status: str):
     assert check_parent("resp_1", status) is None
+
+
+# -- MCP servers and approvals ----------------------------------------------------------------------------------------------
+
+MCP = {"type": "mcp", "server_label": "box", "server_url": "http://x"}
+
+
+def asked(id: str = "mcpr_1", **more: Any) -> dict[str, Any]:
+    """An approval request."""
+    fields = {"server_label": "box", "name": "echo", "arguments": '{"x":1}', **more}
+    return {"type": "mcp_approval_request", "id": id, **fields}
+
+
+def answered(id: str = "mcpr_1", *, approve: bool = True) -> dict[str, Any]:
+    """Its answer."""
+    return {"type": "mcp_approval_response", "approval_request_id": id, "approve": approve}
+
+
+def run(id: str = "mcpr_1", **more: Any) -> dict[str, Any]:
+    """Its call."""
+    fields = {
+        "server_label": "box",
+        "name": "echo",
+        "arguments": '{"x":1}',
+        "output": "1",
+        "status": "completed",
+        **more,
+    }
+    return {"type": "mcp_call", "id": "mcp_1", "approval_request_id": id, **fields}
+
+
+def decided(*given: dict[str, Any], stored: Sequence[dict[str, Any]] = (asked(),), **options: Any) -> Context:
+    """The context of a request whose input answers these stored approval requests."""
+    chain = [item(one) for one in options.pop("chain", ())]
+    requests = {one["id"]: item(one) for one in stored}
+    return resolve(request(input=list(given), tools=[MCP]), chain, {}, counting(), requests=requests)
+
+
+def test_what_is_approved_is_the_stored_request():
+    copy = asked(arguments='{ "x" : 1.0 }')
+    made = decided(copy, answered())
+    assert [plain_item(one) for one in made.approved] == [asked()]
+    assert made.decisions == (("mcpr_1", True),)
+
+
+def test_a_denial_answers_its_request():
+    made = decided(answered(approve=False), chain=[asked()])
+    assert (made.approved, made.decisions) == ((), (("mcpr_1", False),))
+    assert plain_item(made.answers[0])["approve"] is False
+
+
+def test_what_was_made_already_is_not_decided_again():
+    for one in (run(), run(status="incomplete"), run(output=None, error="no", status="failed")):
+        made = decided(asked(), answered(), one, user("and?"))
+        assert (made.approved, made.decisions) == ((), ())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([asked(), answered("mcpr_2")], "not found"),
+        ([answered()], "not found"),
+        ([asked("mcpr_2"), answered("mcpr_2")], "not found"),
+        ([asked(), answered(), answered(approve=False)], "answered twice"),
+        ([asked(name="add"), answered()], "not what was asked"),
+        ([asked(server_label="other"), answered()], "not what was asked"),
+        ([asked(arguments='{"x":2}'), answered()], "not what was asked"),
+        ([asked(arguments="{"), answered()], "not what was asked"),
+    ],
+)
+def test_an_answer_to_what_was_not_asked_is_refused(given: list[dict[str, Any]], message: str):
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        decided(*given)
+    assert caught.value.param == f"input[{len(given) - 1}].approval_request_id"
+
+
+def test_an_approval_needs_its_server_and_a_denial_does_not():
+    elsewhere = asked(server_label="other")
+    with pytest.raises(InvalidRequest, match="not in 'tools'"):
+        decided(elsewhere, answered(), stored=[elsewhere])
+    assert decided(elsewhere, answered(approve=False), stored=[elsewhere]).decisions == (("mcpr_1", False),)
+
+
+def test_a_request_is_answered_by_its_call_or_else_by_what_the_client_said():
+    for given, type_ in (
+        ([asked(), answered(), run()], "mcp_call"),
+        ([asked(), answered(), run(status="incomplete")], "mcp_approval_response"),
+        ([asked(), answered(approve=False)], "mcp_approval_response"),
+    ):
+        assert [plain_item(one)["type"] for one in pair_of(*given).values()] == [type_]
+    assert pair_of(asked()) == {}
+
+
+def pair_of(*given: dict[str, Any]) -> dict[int, Any]:
+    """The answers of a context that is there already."""
+    return dict(
+        restore(request(tools=[MCP]), [item(one) for one in given], [], [], requests={}, hosted=frozenset()).answers
+    )
+
+
+def test_a_restored_run_makes_what_was_approved_and_not_made():
+    stored = [item(one) for one in (asked(), answered())]
+    requests: Any = {"mcpr_1": item(asked())}
+
+    def approved(*said: dict[str, Any]) -> int:
+        made = restore(
+            request(tools=[MCP]),
+            stored,
+            stored[1:],
+            [item(one) for one in said],
+            requests=requests,
+            hosted=frozenset(),
+        )
+        return len(made.approved)
+
+    assert (approved(), approved(run(output=None, error="unknown", status="failed"))) == (1, 0)
+
+
+def test_a_list_counts_until_a_later_one_and_not_if_it_failed():
+    def listed(*tools: str, **more: Any) -> dict[str, Any]:
+        fields = {"tools": [{"name": name, "input_schema": {}} for name in tools], **more}
+        return {"type": "mcp_list_tools", "server_label": "box", **fields}
+
+    def offered(*given: dict[str, Any]) -> tuple[list[str], tuple[str, ...]]:
+        toolbox = context(*given, user("x"), tools=[MCP]).toolbox
+        return list(toolbox.offers), toolbox.unlisted
+
+    assert offered() == ([], ("box",))
+    assert offered(listed("a", "b")) == (["a", "b"], ())
+    assert offered(listed("a"), listed("b")) == (["b"], ())
+    assert offered(listed(error="no")) == ([], ("box",))
+    assert offered(listed("a"), listed(error="no")) == (["a"], ())

@@ -565,3 +565,72 @@ def test_a_function_is_declared_with_what_it_has():
     assert asked(tools=[function("f", strict=None)])["tools"] == [{"type": "function", "function": bare}]
     loose = asked(tools=[function("f", strict=True)], dialect=Dialect(lacks=frozenset({"strict"})))
     assert loose["tools"] == [{"type": "function", "function": bare}]
+
+
+# -- Calls that a server has run --------------------------------------------------------------------------------------------
+
+
+def mcp_call(id: str, arguments: str = "{}", **more: Any) -> dict[str, Any]:
+    """A server-run call."""
+    fields = {"server_label": "box", "name": "f", "output": f"of {id}", "status": "completed", **more}
+    return {"type": "mcp_call", "id": id, "arguments": arguments, **fields}
+
+
+FIRST, TOGETHER, LATER = (f"mcp_{stem * 32}000{number}" for stem, number in (("a", 0), ("a", 1), ("b", 0)))
+
+
+def test_calls_that_were_made_at_once_are_one_turn_and_others_are_not():
+    made = said(user("x"), mcp_call(FIRST), mcp_call(TOGETHER), mcp_call(LATER))
+    assert made[1:] == [
+        turn(tool_call(FIRST), tool_call(TOGETHER)),
+        tool(FIRST, f"of {FIRST}"),
+        tool(TOGETHER, f"of {TOGETHER}"),
+        turn(tool_call(LATER)),
+        tool(LATER, f"of {LATER}"),
+    ]
+
+
+def test_the_client_s_calls_stand_before_those_of_their_turn():
+    made = said(user("x"), mcp_call(FIRST), call("c"), mcp_call(LATER), output("c"))
+    assert made[1:] == [
+        turn(tool_call(FIRST)),
+        tool(FIRST, f"of {FIRST}"),
+        turn(tool_call("c"), tool_call(LATER)),
+        tool("c"),
+        tool(LATER, f"of {LATER}"),
+    ]
+
+
+def test_an_approved_call_stands_where_it_was_asked_for():
+    asked_for = {"type": "mcp_approval_request", "id": "mcpr_1", "server_label": "box", "name": "f", "arguments": "{}"}
+    answer = {"type": "mcp_approval_response", "approval_request_id": "mcpr_1", "approve": True}
+    made = said(
+        user("x"),
+        asked_for,
+        mcp_call(FIRST),
+        chain=[],
+    )
+    assert made[1] == turn(tool_call("mcpr_1"), tool_call(FIRST))
+    made = said(
+        user("y"),
+        chain=[
+            user("x") | {"id": "msg_1"},
+            asked_for,
+            mcp_call(FIRST),
+            answer,
+            mcp_call(LATER, approval_request_id="mcpr_1"),
+        ],
+    )
+    assert made[1:] == [
+        turn(tool_call("mcpr_1"), tool_call(FIRST)),
+        tool("mcpr_1", f"of {LATER}"),
+        tool(FIRST, f"of {FIRST}"),
+        user("y"),
+    ]
+
+
+@pytest.mark.parametrize("arguments", ['{"x": ', "[1]", "text"])
+def test_arguments_that_are_no_json_object_are_told_in_one(arguments: str):
+    for made in (said(user("x"), mcp_call(FIRST, arguments)), said(call("c", arguments=arguments), output("c"))):
+        [one] = next(message["tool_calls"] for message in made if message.get("tool_calls"))
+        assert msgspec.json.decode(one["function"]["arguments"]) == {"not_json": arguments}

@@ -1,12 +1,14 @@
 """The toolbox: what the model sees, who runs a call, which calls are refused."""
 
+import re
 from typing import Any
 
+import msgspec
 import pytest
 
-from app.domain.toolbox import MODEL_NAME_CHARS_MAX, HandOver, Refuse, open_toolbox
+from app.domain.toolbox import MODEL_NAME_CHARS_MAX, Ask, ByServer, HandOver, Refuse, Run, Toolbox, open_toolbox
 from app.errors import InvalidRequest
-from app.wire.tools import CustomTool, FunctionTool, NamespaceTool
+from app.wire.tools import CustomTool, FunctionTool, ListedTool, NamespaceTool, decode_tool_choice, decode_tools
 from tests.unit.build import function, toolbox
 
 CUSTOM = {"type": "custom", "name": "run"}
@@ -119,3 +121,99 @@ def test_a_tool_that_is_no_longer_offered_keeps_its_name_in_old_context():
 def test_custom_tools_of_a_namespace_are_offered():
     tools = open_toolbox([NamespaceTool("n", [CustomTool("run")])], [], "auto")
     assert tools.verdict("n__run") == HandOver("custom", "run", "n")
+
+
+# -- MCP servers ------------------------------------------------------------------------------------------------------------
+
+
+def mcp(label: str = "box", **more: Any) -> dict[str, Any]:
+    """An MCP server's declaration."""
+    return {"type": "mcp", "server_label": label, "server_url": "http://x", "require_approval": "never", **more}
+
+
+ECHO, ADD = ListedTool("echo"), ListedTool("add", annotations={"readOnlyHint": True})
+
+
+def served(*tools: dict[str, Any], choice: Any = "auto", **listed: list[ListedTool]) -> Toolbox:
+    """The toolbox of these declarations, with the lists of MCP servers that are known."""
+    declared = decode_tools([msgspec.Raw(msgspec.json.encode(tool)) for tool in tools])
+    return open_toolbox(declared, [], decode_tool_choice(msgspec.Raw(msgspec.json.encode(choice))), listed=listed)
+
+
+def test_a_server_s_tools_have_their_plain_names_unless_they_clash():
+    tools = served(mcp("a"), function("add"), mcp("b"), a=[ECHO, ADD], b=[ADD])
+    assert list(tools.offers) == ["echo", "a__add", "add", "b__add"]
+    assert tools.verdict("add") == HandOver("function", "add", None)
+    assert tools.verdict("b__add") == Run("add", ByServer("b", ask=False))
+    assert isinstance(tools.verdict("a__echo"), Refuse)
+    assert (tools.model_name("add", "a"), tools.model_name("gone", "a", qualified=False)) == ("a__add", "gone")
+
+
+@pytest.mark.parametrize("name", ["get weather", "a/b.c:d", "é", "x" * 65, "x" * 200])
+def test_odd_and_long_names_are_made_fit_and_mapped_back(name: str):
+    tools = served(mcp("a"), mcp("b"), a=[ListedTool(name), ListedTool(f"{name}!")], b=[ListedTool(name)])
+    assert len(tools.offers) == 3
+    for model_name, offer in tools.offers.items():
+        assert re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", model_name)
+        assert tools.verdict(model_name) == Run(offer.tool.name, offer.by)
+    assert sorted(offer.tool.name for offer in tools.offers.values()) == sorted([name, name, f"{name}!"])
+
+
+def test_a_name_that_another_server_s_prefix_makes_is_numbered():
+    tools = served(mcp("a"), mcp("b"), function("a__add"), a=[ADD], b=[ADD])
+    assert list(tools.offers) == ["a__add", "b__add", "a__add_2"]
+    assert tools.verdict("a__add_2") == HandOver("function", "a__add", None)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "asks"),
+    [
+        (None, {"echo", "add"}),
+        ("always", {"echo", "add"}),
+        ("never", set()),
+        ({}, {"echo", "add"}),
+        ({"never": {}}, set()),
+        ({"always": {}}, {"echo", "add"}),
+        ({"never": {"read_only": True}}, {"echo"}),
+        ({"never": {"read_only": True, "tool_names": ["echo"]}}, {"echo", "add"}),
+    ],
+)
+def test_which_calls_wait_for_approval(wanted: Any, asks: set[str]):
+    tools = served(mcp(require_approval=wanted), box=[ECHO, ADD])
+    assert {name for name in tools.offers if isinstance(tools.verdict(name), Ask)} == asks
+
+
+def test_a_list_that_lacks_an_allowed_tool_is_not_known():
+    assert served(mcp()).unlisted == ("box",)
+    assert served(mcp(), box=[]).unlisted == ()
+    assert served(mcp(allowed_tools=["add"]), box=[ADD, ECHO]).unlisted == ()
+    assert served(mcp(allowed_tools={"tool_names": ["add", "echo"]}), box=[ADD]).unlisted == ("box",)
+    assert served(mcp(allowed_tools={"read_only": True}), box=[ADD]).unlisted == ()
+
+
+@pytest.mark.parametrize(
+    ("choice", "offers", "only"),
+    [
+        ({"type": "mcp", "server_label": "a"}, ["echo", "a__add"], None),
+        ({"type": "mcp", "server_label": "a", "name": "add"}, ["echo", "a__add", "b__add", "f"], "a__add"),
+        ({"type": "allowed_tools", "tools": [{"type": "mcp", "server_label": "b"}]}, ["b__add"], None),
+        # Of a server that is not listed yet nothing is known: what the choice leaves is nothing.
+        ({"type": "mcp", "server_label": "c"}, [], None),
+        ({"type": "mcp", "server_label": "c", "name": "x"}, [], None),
+        ({"type": "allowed_tools", "tools": [{"type": "mcp", "server_label": "c"}]}, [], None),
+    ],
+)
+def test_choices_of_servers(choice: Any, offers: list[str], only: str | None):
+    tools = served(mcp("a"), mcp("b"), mcp("c"), function("f"), choice=choice, a=[ECHO, ADD], b=[ADD])
+    assert (list(tools.offers), tools.only and tools.only.model_name) == (offers, only)
+    assert tools.mode == ("auto" if choice["type"] == "allowed_tools" else "required")
+    assert {name for name in ("echo", "a__add", "b__add", "f") if not isinstance(tools.verdict(name), Refuse)} == set(
+        [only] if only else offers
+    )
+
+
+@pytest.mark.parametrize("named", [{"server_label": "other"}, {"server_label": "box", "name": "other"}])
+def test_a_choice_of_nothing_that_is_there_is_refused(named: dict[str, Any]):
+    with pytest.raises(InvalidRequest) as caught:
+        served(mcp(), choice={"type": "mcp", **named}, box=[ECHO])
+    assert caught.value.param == "tool_choice"
