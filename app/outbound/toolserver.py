@@ -99,12 +99,8 @@ def failure_of(error: BaseException, server: ToolServer) -> ToolFailure:
     match error:
         case ToolFailure():
             return error
-        case MCPError(code=mcp_types.PARSE_ERROR):
-            return garbled(server, "what it sends is not JSON-RPC")
-        case MCPError(code=mcp_types.CONNECTION_CLOSED, message="Connection closed"):  # the SDK's own word
-            return closed(server)
         case MCPError():
-            return ToolFailure("mcp_protocol_error", error.code, server.masked(error.message))
+            return _said(error, server)
         case OutboundRefused():
             return ToolFailure("http_error", 403, str(error))
         case httpx2.HTTPStatusError():
@@ -116,6 +112,16 @@ def failure_of(error: BaseException, server: ToolServer) -> ToolFailure:
             return ToolFailure("mcp_protocol_error", mcp_types.CONNECTION_CLOSED, why)
     log.warning("a tool server is not understood", action="tool_server_garbled", error=type(error).__name__)
     return garbled(server, "it does not speak MCP as we know it")
+
+
+def _said(error: MCPError, server: ToolServer) -> ToolFailure:
+    """A JSON-RPC error: the server's, or the SDK's in its place."""
+    match error.code, error.message:
+        case mcp_types.PARSE_ERROR, _:
+            return garbled(server, "what it sends is not JSON-RPC")
+        case mcp_types.CONNECTION_CLOSED, "Connection closed":  # the SDK's own words
+            return closed(server)
+    return ToolFailure("mcp_protocol_error", error.code, server.masked(error.message))
 
 
 def _unreachable(error: Exception, server: ToolServer) -> ToolFailure:
