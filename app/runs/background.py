@@ -312,12 +312,12 @@ class Background:
     async def _resume(self, work: Work, recorder: Recorder, recovered: Recovered, found: Found) -> Outcome | None:
         """Say what lies between the former owner's last word and ours; the outcome, if the run ends with that."""
         claim = work.claim
-        snapshot = replace(recorder.response, output=recovered.output)
         if found.lost:
-            # Kept, so that no later owner goes back to the numbers that are given up here.
-            await recorder.record([InProgress(response=snapshot)], keep=True)
+            # Kept, so that no later owner goes back to the numbers that are given up here. Nobody may have heard of items that
+            # were open, but for calls: they are kept from their beginning, and so are ended.
+            await recorder.record([InProgress(response=recorder.response), *recovered.ending], keep=True)
         else:
-            await recorder.record(recovered.closing)
+            await recorder.record(recovered.closing, keep=True)
         if claim.state == "cancelled":
             return Outcome("cancelled")
         if claim.lease > self._settings.run_attempts_max:
@@ -326,7 +326,7 @@ class Background:
             if not await responses.begin_response(tx, claim.tenant_id, claim.response_id, claim.lease, found.life):
                 raise Fenced
         if not found.lost:
-            await recorder.record([InProgress(response=snapshot)])
+            await recorder.record([InProgress(response=replace(recorder.response, output=recovered.output))])
         return None
 
     async def _outcome(

@@ -193,7 +193,7 @@ class Loop:
                 await self._recorder.record(begun)
                 tools, error = await listing
                 _, done = close_list(item, self._output_index, allowed(declared[label], tools), error)
-                await self._recorder.record(done)
+                await self._recorder.record(done, keep=True)
                 self._output_index += 1
 
     async def _run_calls(self, own_calls: Sequence[OwnCall]) -> list[AnyItem]:
@@ -235,7 +235,7 @@ class Loop:
         try:
             for answer in answers:
                 ended = await answer
-                await self._recorder.record(waiting.pop(0).close(ended))
+                await self._recorder.record(waiting.pop(0).close(ended), keep=True)  # not half of it
         except BaseException:
             await self._recorder.record([event for call in waiting for event in call.cut_off()])
             raise

@@ -427,12 +427,12 @@ def test_a_worker_frozen_for_longer_than_its_lease_in_mid_call(cluster, perform)
 
 @pytest.mark.parametrize("grace_s", [0.1, 20], ids=["too-short", "long-enough"])
 def test_a_sigterm_in_mid_call(cluster, perform, grace_s):
-    cluster.kill_workers()
+    (second,) = cluster.workers
     first = cluster.start_worker(REPRISE_SHUTDOWN_GRACE_S=str(grace_s), REPRISE_LEASE_S="60")
     name = f"term{grace_s:g}"
-    run = perform(name, calling("gate", {"name": name}), answer("Done."))
-    run.wait_calls()
-    cluster.start_worker()
+    with frozen([second.process.pid]):  # the run shall be the first one's
+        run = perform(name, calling("gate", {"name": name}), answer("Done."))
+        run.wait_calls()
     first.process.send_signal(signal.SIGTERM)
     if grace_s < 1:
         run.follower.wait_for("response.mcp_call.failed")
