@@ -117,7 +117,10 @@ class Story:
     def _check_told(self, response: Response, seen: list[dict[str, Any]], *, background: bool) -> None:
         """Everybody is told the same. Raises Violation or AssertionError."""
         assert told(seen) == seen[-1]["response"] == self._client.responses.retrieve(response.id).to_dict(mode="json")
-        must(response.status == "completed", "the response is completed; its events are gapless and fold into what GET gives")
+        must(
+            response.status == "completed",
+            "the response is completed; its events are gapless and fold into what GET gives",
+        )
         if background:
             assert [decoded(frame) for frame in frames_of(self._cluster.urls[1], response.id)] == seen
             with self._client.responses.stream(response_id=response.id) as accumulated:
@@ -127,7 +130,10 @@ class Story:
     def _check_calls(self, name: str, calls: list[Any], *, unknown: bool) -> None:
         for item, server in zip(calls, (self._north, self._south), strict=True):
             sent = server.calls(name)
-            must([one["meta"]["reprise/idempotencyKey"] for one in sent] == [item.id], f"{item.server_label} was called once")
+            must(
+                [one["meta"]["reprise/idempotencyKey"] for one in sent] == [item.id],
+                f"{item.server_label} was called once",
+            )
             if unknown:
                 must(item.status == "failed" and item.output is None, "nobody knows the result: the call has failed")
             else:

@@ -24,7 +24,9 @@ def agent(async_client, toolserver, name):
 
     def make(decide=None, tools=(), **config):
         given = {"type": "mcp", "server_label": "box", "server_url": toolserver.url("mcp", name, tools="echo,add")}
-        hosted = HostedMCPTool(tool_config={**given, "require_approval": "always", **config}, on_approval_request=decide)
+        hosted = HostedMCPTool(
+            tool_config={**given, "require_approval": "always", **config}, on_approval_request=decide
+        )
         model = OpenAIResponsesModel(model="m", openai_client=async_client)
         return Agent(name="Reckoner", instructions="Reckon.", tools=[hosted, *tools], model=model)
 

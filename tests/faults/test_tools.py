@@ -1,6 +1,5 @@
 """Runs that call tools, and whatever dies under them: a call is sent once at most, and its outcome is told to everybody alike."""
 
-import itertools
 import signal
 from collections.abc import Iterator
 
@@ -8,7 +7,7 @@ import pytest
 
 from tests.faults.client import Follower, begin, call, cancel, until
 from tests.faults.cluster import frozen
-from tests.faults.told import closed_as, text_of
+from tests.faults.told import text_of
 from tests.upstream import answer, calling, cut, finish, gate, note, script, text
 from tests.upstream import call as tool_call
 
@@ -147,7 +146,11 @@ def in_mid_call(perform) -> Iterator[None]:
 
 
 def with_one_of_two_calls_done(perform) -> Iterator[None]:
-    both = [tool_call("echo", {"x": 1}, id="a"), tool_call("gate", {"name": "two"}, index=1, id="b"), finish("tool_calls")]
+    both = [
+        tool_call("echo", {"x": 1}, id="a"),
+        tool_call("gate", {"name": "two"}, index=1, id="b"),
+        finish("tool_calls"),
+    ]
     run = perform("two", both, answer("One of two."))
     run.wait_calls(2)
     run.follower.wait_for("response.mcp_call.completed")
@@ -163,7 +166,11 @@ def with_one_of_two_calls_done(perform) -> Iterator[None]:
 
 def with_results_that_nobody_was_told(perform) -> Iterator[None]:
     """The later of two calls is back, but results are told in the order of the calls: so it is as unknown as the other."""
-    both = [tool_call("gate", {"name": "late"}, id="a"), tool_call("echo", {"x": 1}, index=1, id="b"), finish("tool_calls")]
+    both = [
+        tool_call("gate", {"name": "late"}, id="a"),
+        tool_call("echo", {"x": 1}, index=1, id="b"),
+        finish("tool_calls"),
+    ]
     run = perform("late", both, answer("Neither."))
     until(lambda: run.box.outcomes("late")[-1:] == ["answered"], "the later call is back")
     yield
@@ -341,7 +348,9 @@ def assert_nowhere(run, *secrets):
     cluster = run.cluster
     found = [cluster.printed, *(frame.decode() for frame in run.follower.frames)]
     for row in cluster.query("select table_name from information_schema.tables where table_schema = 'public'"):
-        found += [line["line"] for line in cluster.query(f"select row_to_json(t)::text as line from {row['table_name']} t")]
+        found += [
+            line["line"] for line in cluster.query(f"select row_to_json(t)::text as line from {row['table_name']} t")
+        ]
     for key in cluster.servers.redis.scan_iter(f"{cluster.prefix}:events:*"):
         found += [str(cluster.servers.redis.xrange(key))]
     for secret in secrets:
