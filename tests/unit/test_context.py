@@ -1,12 +1,15 @@
 """Request + chain → context: calls and outputs are paired, duplicates refused, references resolved, items normalised."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import pytest
 
-from app.domain.context import check_parent, pair, references
+from app.domain.context import check_parent, pair, references, resolve
 from app.errors import InvalidRequest
-from tests.unit.build import assistant, call, context, function, item, output, plain_item, request, user
+from app.wire.items import McpApprovalRequest
+from tests.unit.build import assistant, call, context, counting, function, item, output, plain_item, request, user
 
 
 def refused(*items: dict[str, Any], **options: Any) -> InvalidRequest:
@@ -205,3 +208,41 @@ def test_a_parent_in_the_making_can_t_be_continued(status: str):
 @pytest.mark.parametrize("status", ["completed", "incomplete", "failed", "cancelled"])
 def test_a_parent_that_has_ended_can_be_continued(status: str):
     assert check_parent("resp_1", status) is None
+
+
+# -- Approvals --------------------------------------------------------------------------------------------------------------
+
+
+ASKED = {"type": "mcp_approval_request", "id": "mcpr_1", "server_label": "box", "name": "echo", "arguments": "{}"}
+APPROVED = {"type": "mcp_approval_response", "approval_request_id": "mcpr_1", "approve": True}
+MADE = {
+    "type": "mcp_call",
+    "id": "mcp_1",
+    "server_label": "box",
+    "name": "echo",
+    "arguments": "{}",
+    "status": "completed",
+}
+
+
+def decided(*given: dict[str, Any], chain: Sequence[dict[str, Any]] = ()) -> tuple[int, tuple[tuple[str, bool], ...]]:
+    """How many calls are to be made, and what is stored of answers, when the request was ours."""
+    ours = {"mcpr_1": msgspec.json.decode(msgspec.json.encode(ASKED), type=McpApprovalRequest)}
+    made = resolve(request(input=list(given)), [item(one) for one in chain], {}, counting(), requests=ours)
+    return len(made.approved), made.decisions
+
+
+def test_an_approval_is_a_call_to_be_made():
+    assert decided(APPROVED, chain=[ASKED]) == (1, (("mcpr_1", True),))
+    assert decided(APPROVED | {"approve": False}, chain=[ASKED]) == (0, (("mcpr_1", False),))
+
+
+def test_a_call_that_a_resent_history_tells_of_is_not_made_again():
+    made = MADE | {"approval_request_id": "mcpr_1"}
+    assert decided(ASKED, APPROVED, made, user("x")) == (0, ())
+
+
+def test_an_approval_that_the_chain_has_used_is_no_history():
+    """It is an answer like the first one, and refused where answers are stored."""
+    chain = [ASKED, APPROVED | {"id": "mcpa_1"}, MADE | {"approval_request_id": "mcpr_1"}]
+    assert decided(APPROVED, chain=chain) == (1, (("mcpr_1", True),))
