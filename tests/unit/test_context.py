@@ -213,6 +213,7 @@ def test_a_parent_that_has_ended_can_be_continued(status: str):
 # -- Approvals --------------------------------------------------------------------------------------------------------------
 
 
+BOX = {"type": "mcp", "server_label": "box", "server_url": "http://box"}
 ASKED = {"type": "mcp_approval_request", "id": "mcpr_1", "server_label": "box", "name": "echo", "arguments": "{}"}
 APPROVED = {"type": "mcp_approval_response", "approval_request_id": "mcpr_1", "approve": True}
 MADE = {
@@ -228,7 +229,8 @@ MADE = {
 def decided(*given: dict[str, Any], chain: Sequence[dict[str, Any]] = ()) -> tuple[int, tuple[tuple[str, bool], ...]]:
     """How many calls are to be made, and what is stored of answers, when the request was ours."""
     ours = {"mcpr_1": msgspec.json.decode(msgspec.json.encode(ASKED), type=McpApprovalRequest)}
-    made = resolve(request(input=list(given)), [item(one) for one in chain], {}, counting(), requests=ours)
+    body = request(input=list(given), tools=[BOX])
+    made = resolve(body, [item(one) for one in chain], {}, counting(), requests=ours)
     return len(made.approved), made.decisions
 
 
