@@ -48,14 +48,8 @@ def _left_out(items: Mapping[int, Any], before: set[int], event: Event, *, at_ju
     for index in lacking:
         item = items[index]
         assert at_jump or item is not None, f"an open item before {event}"
-        assert item is None or _is_broken_off(item), f"a whole item was taken back: {item}"
+        assert item is None or item["status"] == "incomplete", f"a whole item was taken back: {item}"
     return lacking
-
-
-def _is_broken_off(item: Mapping[str, Any]) -> bool:
-    return (
-        item["status"] == "incomplete" if "status" in item else item["type"] == "mcp_list_tools" and not item["tools"]
-    )
 
 
 def _renumbered(seen: Sequence[Event]) -> list[Event]:
