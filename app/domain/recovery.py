@@ -40,6 +40,8 @@ class Recovered(Struct, frozen=True):
     """The items that were done."""
     closing: list[Event]
     """What closes the items that were not."""
+    ending: list[Event]
+    """Those of them that end calls."""
     output: list[Raw]
     """What the next attempt goes on from: items that were done, and the calls that end now."""
     call_ids: set[str]
@@ -100,13 +102,16 @@ def recover(entries: Sequence[Entry]) -> Recovered:
         elif said.output_index in open_items:
             open_items[said.output_index].take(said)
     closing = [(item, item.close()) for _, item in sorted(open_items.items())]
-    ended = [event.item for item, events in closing if item.is_call for event in events if isinstance(event, ItemDone)]
+    ending = [event for item, events in closing if item.is_call for event in events]
     return Recovered(
         next_number=number + 1,
         next_output_index=output_index + 1,
         done=done,
         closing=[event for _, events in closing for event in events],
-        output=_behind_which_something_was_done([*done, *ended]),
+        ending=ending,
+        output=_behind_which_something_was_done(
+            [*done, *(event.item for event in ending if isinstance(event, ItemDone))]
+        ),
         call_ids=call_ids,
     )
 

@@ -209,7 +209,8 @@ class Loop:
                     tools, error = await listing
                 finally:
                     listed = allowed(declared[label], tools)
-                    await self._recorder.record(close_list(item, self._output_index, listed, error))
+                    ended = close_list(item, self._output_index, listed, error)
+                    await self._recorder.record(ended, keep=True)
                     self._output_index += 1
         finally:
             await _drop(listings)
@@ -253,7 +254,7 @@ class Loop:
                 ended = waiting[0].close(await answer, self._output_index)
                 del waiting[0]
                 self._output_index += sum(isinstance(event, ItemAdded) for event in ended)
-                await self._recorder.record(ended)
+                await self._recorder.record(ended, keep=True)  # not half of it
         except BaseException:
             await self._recorder.record([event for call in waiting for event in call.cut_off()])
             raise

@@ -35,6 +35,7 @@ _LOST = (
     asyncpg.InternalClientError,
     asyncpg.DeadlockDetectedError,
     DBAPIError,
+    dialect.AsyncAdapt_asyncpg_dbapi.Error,  # what opening a raw connection raises
     PoolTimeout,
 )
 

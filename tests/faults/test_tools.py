@@ -5,15 +5,20 @@ from collections.abc import Iterator
 
 import pytest
 
+from app.domain.calls import error_text, unknown_outcome
 from tests.faults.client import Follower, begin, call, cancel, until
-from tests.faults.cluster import frozen
+from tests.faults.cluster import frozen, locked
 from tests.faults.told import text_of
 from tests.upstream import answer, calling, cut, finish, gate, note, script, text
 from tests.upstream import call as tool_call
 
 KEY = "reprise/idempotencyKey"
-UNKNOWN = "The server that made this call died before its result was known: it may have been carried out."
+UNKNOWN = error_text(unknown_outcome().error)
 GET_TIME = {"type": "function", "name": "get_time", "parameters": {"type": "object"}}
+
+WAITING = """
+select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock' and query like '%event_journal%'
+"""
 
 
 @pytest.fixture
@@ -71,11 +76,15 @@ class Performance:
         stored = {one["meta"][KEY] for one in sent} & ids
         for item in calls_of(response):
             assert item["id"] in stored or item["status"] == "failed", f"a result of nothing: {item}"
-        if self.follower:
-            failed = [event["item_id"] for event in self.follower.seen if event["type"] == "response.mcp_call.failed"]
-            if "jumps" not in options:
-                assert failed == [item["id"] for item in calls_of(response) if item["status"] == "failed"]
+        for item in calls_of(response) if self.follower else ():
+            assert self.ends_of(item) == [item["status"]], f"its end was not told once: {item}"
         return response
+
+    def ends_of(self, item):
+        """How the client was told that a call ended."""
+        ends = [event for event in self.follower.seen if event.get("item_id") == item["id"]]
+        ends = [event["type"].removeprefix("response.mcp_call.") for event in ends]
+        return [end for end in ends if end in {"completed", "failed"}]
 
     @property
     def read(self):
@@ -120,7 +129,7 @@ def while_listing(perform) -> Iterator[None]:
     run.box.open("listing")
     response = run.ended()
     assert types_of(response) == ["mcp_list_tools", "mcp_call", "message"]
-    assert closed_as_of(run, "mcp_list_tools") == ["incomplete", None]
+    assert len(closed_as_of(run, "mcp_list_tools")) == 2
     assert echoed(*calls_of(response))
     assert len(run.box.calls("listing")) == 1
     run.assert_sessions_left(1)
@@ -434,14 +443,28 @@ def test_a_worker_frozen_for_longer_than_its_lease_in_mid_call(cluster, perform)
     run.assert_sessions_left(0)
 
 
+def test_a_result_that_is_not_kept_is_told_to_nobody(cluster, perform):
+    """Not even half of it: the next owner does not know it."""
+    cluster.ensure(workers=2)
+    run = perform("unkept", calling("gate", {"name": "unkept"}), answer("I can't tell."))
+    run.wait_calls()
+    with locked(cluster.database_url, "event_journal"):
+        run.box.open("unkept")
+        until(lambda: cluster.query(WAITING), "its worker wants to keep it")
+        cluster.kill_owner(run.id)
+    assert is_unknown(*calls_of(run.ended()))
+    assert len(run.box.calls("unkept")) == 1
+    run.assert_sessions_left(1)
+
+
 @pytest.mark.parametrize("grace_s", [0.1, 20], ids=["too-short", "long-enough"])
 def test_a_sigterm_in_mid_call(cluster, perform, grace_s):
-    cluster.kill_workers()
+    (second,) = cluster.workers
     first = cluster.start_worker(REPRISE_SHUTDOWN_GRACE_S=str(grace_s), REPRISE_LEASE_S="60")
     name = f"term{grace_s:g}"
-    run = perform(name, calling("gate", {"name": name}), answer("Done."))
-    run.wait_calls()
-    cluster.start_worker()
+    with frozen([second.process.pid]):  # the run shall be the first one's
+        run = perform(name, calling("gate", {"name": name}), answer("Done."))
+        run.wait_calls()
     first.process.send_signal(signal.SIGTERM)
     if grace_s < 1:
         run.follower.wait_for("response.mcp_call.failed")

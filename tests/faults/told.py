@@ -31,6 +31,7 @@ def told(seen: Sequence[Event], *, jumps: int = 0) -> dict[str, Any]:
             items[event["output_index"]] = None
         elif event["type"] == "response.output_item.done":
             items[event["output_index"]] = event["item"]
+            left_out.discard(event["output_index"])  # a call that was open at a jump
         elif event["type"] == "response.in_progress":
             left_out |= _left_out(items, left_out, event, at_jump=at_jump)
             at_jump = False

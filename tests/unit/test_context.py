@@ -338,3 +338,8 @@ def test_a_list_counts_until_a_later_one_and_not_if_it_failed():
     assert offered(listed("a"), listed("b")) == (["b"], ())
     assert offered(listed(error="no")) == ([], ("box",))
     assert offered(listed("a"), listed(error="no")) == (["a"], ())
+
+
+def test_an_approval_that_the_chain_has_used_is_no_history():
+    """It is an answer like the first one, and refused where answers are stored."""
+    assert decided(answered(), chain=[asked(), answered(), run()]).decisions == (("mcpr_1", True),)

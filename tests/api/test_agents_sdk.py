@@ -1,0 +1,125 @@
+"""The OpenAI Agents SDK runs agents with hosted MCP tools against this server: approvals by callback and by its run state."""
+
+import agents
+import pytest
+from agents import Agent, HostedMCPTool, OpenAIResponsesModel, RunConfig, Runner, RunState, function_tool
+
+from tests.upstream import answer, call, calling, finish, note, script
+
+CONFIG = RunConfig(tracing_disabled=True)
+HISTORY = pytest.mark.parametrize("chained", [False, True], ids=["whole-history", "previous-response"])
+STREAMED = pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+
+
+@pytest.fixture
+def name(request):
+    """A server name that is this test's own."""
+    return "".join(filter(str.isalnum, request.node.name))
+
+
+@pytest.fixture
+def agent(async_client, toolserver, name):
+    """Makes an agent whose one MCP server is the scripted one."""
+    agents.set_tracing_disabled(True)
+
+    def make(decide=None, tools=(), **config):
+        given = {"type": "mcp", "server_label": "box", "server_url": toolserver.url("mcp", name, tools="echo,add")}
+        hosted = HostedMCPTool(
+            tool_config={**given, "require_approval": "always", **config}, on_approval_request=decide
+        )
+        model = OpenAIResponsesModel(model="m", openai_client=async_client)
+        return Agent(name="Reckoner", instructions="Reckon.", tools=[hosted, *tools], model=model)
+
+    return make
+
+
+@pytest.fixture
+def run(streamed, chained):
+    """Runs an agent, streamed or not; what the SDK sends each time is the whole history, or only what is new."""
+
+    async def run(agent, input):
+        options = {"run_config": CONFIG, "auto_previous_response_id": chained}
+        if not streamed:
+            return await Runner.run(agent, input, **options)
+        result = Runner.run_streamed(agent, input, **options)
+        types = [event.data.type async for event in result.stream_events() if event.type == "raw_response_event"]
+        assert types[-1] == "response.completed"
+        return result
+
+    return run
+
+
+@STREAMED
+@HISTORY
+async def test_a_callback_approves_calls_one_after_the_other(agent, run, toolserver, name):
+    asked = []
+
+    def decide(request):
+        asked.append((request.data.server_label, request.data.name, request.data.arguments))
+        return {"approve": True}
+
+    first, second = calling("add", {"a": 1, "b": 2}), calling("echo", {"x": 1}, id="call_2")
+    result = await run(agent(decide), script([note(name), *first], second, answer("It is 3.")))
+    assert result.final_output == "It is 3."
+    assert asked == [("box", "add", '{"a":1,"b":2}'), ("box", "echo", '{"x":1}')]
+    assert [one.arguments for one in toolserver.calls(name)] == [{"a": 1, "b": 2}, {"x": 1}]
+    assert all(session.closed.is_set() for session in toolserver.sessions(name))
+
+
+@STREAMED
+@HISTORY
+async def test_a_callback_refuses_and_the_model_reads_why(agent, run, upstream, toolserver, name):
+    def decide(request):
+        return {"approve": False, "reason": "too dear"}
+
+    said = script([note(name), *calling("add", {"a": 1, "b": 2})], answer("As you like."))
+    result = await run(agent(decide), said)
+    assert result.final_output == "As you like."
+    assert toolserver.calls(name) == []
+    read = [one["content"] for one in upstream.asked(said)[-1].body["messages"] if one["role"] == "tool"]
+    assert len(read) == 1
+    assert "too dear" in read[0]
+
+
+@STREAMED
+@HISTORY
+async def test_a_run_is_interrupted_and_goes_on_from_its_stored_state(agent, run, toolserver, name):
+    both = [call("add", {"a": 1, "b": 2}, id="a"), call("echo", {"x": 1}, index=1, id="b"), finish("tool_calls")]
+    made = agent()
+    result = await run(made, script([note(name), *both], answer("Done.")))
+    assert [item.raw_item.name for item in result.interruptions] == ["add", "echo"]
+    assert toolserver.calls(name) == []
+    state = await RunState.from_json(made, result.to_state().to_json())
+    add, echo = state.get_interruptions()
+    state.approve(add)
+    state.reject(echo)
+    result = await run(made, state)
+    assert result.final_output == "Done."
+    assert [one.tool for one in toolserver.calls(name)] == ["add"]
+
+
+@STREAMED
+@HISTORY
+async def test_a_function_of_the_client_in_the_same_turn(agent, run, upstream, toolserver, name):
+    @function_tool
+    def get_time() -> str:
+        """What time it is."""
+        return "noon"
+
+    both = [call("add", {"a": 1, "b": 2}, id="a"), call("get_time", {}, index=1, id="b"), finish("tool_calls")]
+    said = script([note(name), *both], answer("It is 3, at noon."))
+    result = await run(agent(lambda request: {"approve": True}, tools=[get_time]), said)
+    assert result.final_output == "It is 3, at noon."
+    assert len(toolserver.calls(name)) == 1
+    read = [one["content"] for one in upstream.asked(said)[-1].body["messages"] if one["role"] == "tool"]
+    assert sorted(read) == ["3", "noon"]
+
+
+@STREAMED
+@HISTORY
+async def test_without_approvals_one_response_does_it_all(agent, run, toolserver, name):
+    said = script([note(name), *calling("add", {"a": 1, "b": 2})], answer("It is 3."))
+    result = await run(agent(require_approval="never"), said)
+    assert result.final_output == "It is 3."
+    assert len(result.raw_responses) == 1
+    assert len(toolserver.calls(name)) == 1
