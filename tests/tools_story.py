@@ -166,6 +166,13 @@ def _line(item: Any) -> str:
     return str(item.type)
 
 
+def end(servers: Servers) -> None:
+    """Stop Postgres and Valkey, and wait: their files must not go before them."""
+    pids = [servers.postgres()[0], *servers.valkey()]
+    servers.close()
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "Postgres and Valkey have stopped")
+
+
 @contextlib.contextmanager
 def cast(home: Path) -> Iterator[Story]:
     """Start everything; end it in the end."""
@@ -173,7 +180,7 @@ def cast(home: Path) -> Iterator[Story]:
         upstream = ending.enter_context(Upstream())
         north, south = (ending.enter_context(Toolprocess(home / name)) for name in ("north", "south"))
         servers = Servers(home / "servers")
-        ending.callback(servers.close)
+        ending.callback(end, servers)
         env = {
             "OPENAI_BASE_URL": upstream.base_url,
             "REPRISE_DATA_DIR": str(home / "data"),
