@@ -47,7 +47,7 @@ class Recorder:
         self._log, self._keep = log, keep
         self._unkept: list[Entry] = list(unkept)
         self._held: list[Entry] = []
-        self._stopped = False
+        self._stopped: Exception | None = None
         self._bytes_left = bytes_max - sum(len(entry.frame) for entry in said)
         self._events_left = events_max - len(said)
 
@@ -64,7 +64,7 @@ class Recorder:
         Raises RunTooLong once the run has made more events, or more bytes of them, than it may make, Fenced if somebody else owns the response.
         """
         if self._stopped:
-            raise Fenced
+            raise self._stopped
         batch, self._held = self._held, []
         if batch and not keep:
             await self._commit(batch)
@@ -88,9 +88,9 @@ class Recorder:
         if self._events_left < 0:
             raise RunTooLong("The run made more events than REPRISE_RUN_EVENTS_MAX allows.")
 
-    def stop(self) -> None:
-        """Record nothing any more: somebody else goes on."""
-        self._stopped = True
+    def stop(self, why: Exception | None = None) -> None:
+        """Record nothing any more: somebody else goes on. Whoever tries all the same meets `why`, as a rule Fenced."""
+        self._stopped = self._stopped or why or Fenced()
 
     def stamp(self, event: Event) -> Entry:
         """Give the event its number, and encode it."""
@@ -115,8 +115,9 @@ class Recorder:
         assert self._keep
         try:
             await self._keep([*self._unkept, *entries])
-        except BaseException:
-            self.stop()  # their numbers are given, and they may be committed: nothing else may follow from here
+        except BaseException as error:
+            # Their numbers are given, and they may be committed: nothing else may follow from here.
+            self.stop(error if isinstance(error, Exception) else None)
             raise
         self._send(entries)
         self._unkept = []
@@ -127,7 +128,7 @@ class Recorder:
         """End the response. `commit` stores it with all entries, the last one included, and gives what is stored in truth;
         only then the last event is sent. Raises Fenced if somebody else goes on."""
         if self._stopped:
-            raise Fenced
+            raise self._stopped
         number = self.next_number
         entry = self._last(closed, number)
         stored = await commit(closed, [*self._entries, *self._held, entry])

@@ -48,7 +48,7 @@ def _left_out(items: Mapping[int, Any], before: set[int], event: Event, *, at_ju
     for index in lacking:
         item = items[index]
         assert at_jump or item is not None, f"an open item before {event}"
-        taken_back = item is not None and item["status"] != "incomplete" and item["type"] != "reasoning"
+        taken_back = item and item.get("status", "incomplete") != "incomplete" and item["type"] != "reasoning"
         assert not taken_back, f"a whole item was taken back: {item}"
     return lacking
 
