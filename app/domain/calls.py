@@ -402,6 +402,8 @@ def _said(kind: Kind, given: Json) -> Said:
 
 def answer_for_model(item: AnyItem) -> str:
     """What came of a server-run call, or of a request for approval, as the model reads it."""
+    if isinstance(item, ServerCall) and item.status in {"incomplete", "in_progress"}:
+        return f"Error: {BROKEN_OFF}"
     match item:
         case McpCall():
             return (item.output or "") if item.error is None else f"Error: {error_text(item.error)}"

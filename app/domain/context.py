@@ -27,7 +27,6 @@ from app.wire.items import (
     OpaqueItem,
     OutputText,
     Reasoning,
-    ServerCall,
     type_of,
     with_id,
 )
@@ -150,7 +149,7 @@ def _context(
     decided: Mapping[str, McpApprovalRequest | None],
     hosted: frozenset[Kind],
 ) -> Context:
-    # A call that was cut off is no call: nobody can answer it.
+    # A call for the client that was cut off is no call: nobody can answer it.
     items = tuple(item for item in every if not _cut_off(item))
     added = [tool for item in items if isinstance(item, AdditionalTools) for tool in item.tools]
     listed = {item.server_label: item.tools for item in items if isinstance(item, McpListTools) and not item.error}
@@ -243,7 +242,7 @@ def _refuse_duplicates(chain: Sequence[AnyItem], given: Sequence[AnyItem]) -> No
 
 
 def _cut_off(item: AnyItem) -> bool:
-    return isinstance(item, Call | ServerCall) and item.status in {"incomplete", "in_progress"}
+    return isinstance(item, Call) and item.status in {"incomplete", "in_progress"}
 
 
 def normalise(item: AnyItem, new_id: NewId) -> AnyItem:

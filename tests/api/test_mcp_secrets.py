@@ -143,12 +143,12 @@ def test_secrets_of_a_refused_request_are_not_repeated(secretive, mcp, field):
     hidden("".join(secretive.printed))
 
 
-def test_secrets_of_a_background_run_are_sealed_and_survive_its_worker(new_server, toolserver, name, tools):
+def test_secrets_of_a_background_run_are_sealed_and_survive_its_worker(new_server, upstream, toolserver, name, tools):
     env = {"REPRISE_LEASE_S": "1.5", "REPRISE_POLL_S": "0.2"}
     server = new_server(**env, REPRISE_WORKERS_IN_API="false")
     given = script([note(name), *calling("gate", {"name": name})], calling("echo", {"x": 1}), answer("Done."))
     with server.client() as client:
-        queued = client.responses.create(model="m", input=given, tools=tools, background=True)
+        queued = client.responses.create(model="m", input=given, tools=tools, tool_choice="required", background=True)
         [row] = fetch(server.database_url, "select secrets, request::text from runs")
         assert row["secrets"] and "server_label" in row["request"]
         hidden(dumped(server.database_url))
@@ -165,6 +165,8 @@ def test_secrets_of_a_background_run_are_sealed_and_survive_its_worker(new_serve
     ]
     assert [one.tool for one in toolserver.calls(name)] == ["gate", "echo"]
     assert heard(toolserver, name) == {(f"Bearer {TOKEN}", KEY)}
+    # The call that was demanded has been made, whoever made it.
+    assert [record.body.get("tool_choice") for record in upstream.asked(given)] == ["required", None, None]
     assert fetch(server.database_url, "select from runs where secrets is not null") == []
     hidden(dumped(server.database_url))
     hidden("".join([*server.printed, *first.printed, *second.printed]))

@@ -87,6 +87,7 @@ def test_a_call_that_is_cut_off_is_incomplete():
     call = mcp_call(counting(), "box", "add", "{}")
     cut = made([*call.open(0), *call.cut_off()])
     assert (cut["status"], cut["output"], cut["error"]) == ("incomplete", None, None)
+    assert "may have been carried out" in answer_for_model(item(cut))
 
 
 @pytest.mark.parametrize(

@@ -292,7 +292,8 @@ def test_an_approval_needs_its_server_and_a_denial_does_not():
 def test_a_request_is_answered_by_its_call_or_else_by_what_the_client_said():
     for given, type_ in (
         ([asked(), answered(), run()], "mcp_call"),
-        ([asked(), answered(), run(status="incomplete")], "mcp_approval_response"),
+        ([asked(), answered(), run(status="incomplete")], "mcp_call"),
+        ([asked(), answered()], "mcp_approval_response"),
         ([asked(), answered(approve=False)], "mcp_approval_response"),
     ):
         assert [plain_item(one)["type"] for one in pair_of(*given).values()] == [type_]

@@ -7,7 +7,8 @@ import msgspec
 from app.domain.calls import Answer, approval_request, mcp_call, open_list
 from app.domain.fold import replay
 from app.domain.recovery import Recovered, recover
-from app.wire.events import Event, split_frames
+from app.wire.events import AnnotationAdded, Event, ItemAdded, PartAdded, TextDelta, split_frames
+from app.wire.items import Message, OutputText
 from tests.unit.build import counting, heard, plain
 
 
@@ -70,3 +71,20 @@ def test_a_request_for_approval_that_broke_off_is_left_out():
     found = recovered(said)
     [closed] = continued(said, found)
     assert (found.output, "status" in closed) == ([], False)
+
+
+def test_a_message_with_citations_that_broke_off_keeps_them():
+    where: dict[str, Any] = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
+    cited = {"type": "url_citation", "url": "http://a", "title": "A", "start_index": 0, "end_index": 8}
+    said = told(
+        [
+            ItemAdded(output_index=0, item=Message(id="msg_1", role="assistant", content=[], status="in_progress")),
+            PartAdded(**where, part=OutputText(text="")),
+            TextDelta(**where, delta="http://a"),
+            AnnotationAdded(**where, annotation_index=0, annotation=cited),
+        ]
+    )
+    found = recovered(said)
+    [closed] = continued(said, found)
+    assert (found.output, closed["status"]) == ([], "incomplete")
+    assert (closed["content"][0]["text"], closed["content"][0]["annotations"]) == ("http://a", [cited])
