@@ -48,9 +48,18 @@ def _left_out(items: Mapping[int, Any], before: set[int], event: Event, *, at_ju
     for index in lacking:
         item = items[index]
         assert at_jump or item is not None, f"an open item before {event}"
-        taken_back = item and item.get("status", "incomplete") != "incomplete" and item["type"] != "reasoning"
-        assert not taken_back, f"a whole item was taken back: {item}"
+        assert item is None or _is_broken_off(item), f"a whole item was taken back: {item}"
     return lacking
+
+
+def _is_broken_off(item: Event) -> bool:
+    """Whether a recovery may leave this item out. Lists and requests for approval have no status."""
+    match item["type"]:
+        case "reasoning" | "mcp_approval_request":
+            return True
+        case "mcp_list_tools":
+            return bool(item.get("error"))
+    return bool(item["status"] == "incomplete")
 
 
 def _renumbered(seen: Sequence[Event]) -> list[Event]:
