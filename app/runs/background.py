@@ -48,6 +48,8 @@ GAP_PAUSE_S = 0.05
 PAGE_EVENTS = 500
 """Events that are written to a client at once."""
 
+FENCED = "Somebody else has taken this response over."
+
 CANCEL_WAIT_S = 2.0
 """How long a cancel waits for the response to end elsewhere, when it lost the race."""
 
@@ -276,7 +278,7 @@ class Background:
                 else:
                     await self._make(work)
             except Fenced:
-                log.info("Somebody else has taken this response over.", action="run_fenced", lease=claim.lease)
+                log.info(FENCED, action="run_fenced", lease=claim.lease)
 
     async def _make(self, work: Work) -> None:
         claim = work.claim

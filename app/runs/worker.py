@@ -8,7 +8,7 @@ import structlog
 
 from app.errors import DatabaseUnavailable
 from app.ids import new_id
-from app.runs.background import Background, Work
+from app.runs.background import FENCED, Background, Work
 from app.settings import Settings
 from app.storage import queue
 from app.storage.database import Database
@@ -131,6 +131,7 @@ class Worker:
         except asyncio.CancelledError:
             if self._handing_over:
                 raise  # it stays ours until it is handed over
+            log.info(FENCED, action="run_fenced", lease=work.claim.lease, response_id=work.claim.response_id)
         except DatabaseUnavailable:
             log.warning("The database is unavailable; a run is given up until its lease ends.", action="run_given_up")
         except Exception:

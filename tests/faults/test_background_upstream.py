@@ -58,12 +58,12 @@ def test_nothing_personal_is_kept_of_an_ended_run(cluster, upstream, check):
     upstream.wait_reached("secrets", 20)
     row = cluster.run_of(response_id)
     assert "secrets" in row["request"]
-    assert row["caller_key"] is not None
-    assert "sk-of-the-caller" not in row["caller_key"]
+    assert row["secrets"] is not None
+    assert "sk-of-the-caller" not in row["secrets"]
     with frozen(cluster.servers.valkey()):  # the last event can't go out: the row stays, sealed
         upstream.open("secrets")
         row = until(lambda: sealed(cluster, response_id), "the row is sealed")
-    assert (row["request"], row["caller_key"]) == (None, None)
+    assert (row["request"], row["secrets"]) == (None, None)
     check(Follower(cluster.urls, response_id))
     until(lambda: cluster.run_of(response_id) is None, "the row goes")
 
