@@ -26,7 +26,7 @@ run: .venv/synced
 	@.venv/bin/python -m app serve
 
 test: .venv/synced
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 3 --dist loadfile
 
 # The fault suite and random faults in turns, with other timing each time: make faults SECONDS=3600
 SECONDS ?= 600

@@ -105,6 +105,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     tool_connect_timeout_s: Annotated[float, _about("connecting to a tool server, and its greeting", gt=0)] = 10.0
     tool_list_timeout_s: Annotated[float, _about("a tool server's whole list", gt=0)] = 30.0
     tool_call_timeout_s: Annotated[float, _about("one call of a tool", gt=0)] = 120.0
+    tool_servers_max: Annotated[int, _about("MCP servers that one request may declare", ge=1)] = 32
     tool_calls_at_once_max: Annotated[int, _about("calls of one run at once; more wait", ge=1)] = 8
     tool_answer_bytes_max: Annotated[
         int, _about("a tool server's answer as it travels, images included; longer: the call fails", ge=1024)

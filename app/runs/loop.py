@@ -157,16 +157,18 @@ class Loop:
             outcome = outcome_of(turn.finish_reason)
             if outcome.status != "completed" or not turn.own_calls:
                 return outcome
+            ends = turn.handed_over or any(isinstance(call.verdict, Ask) for call in turn.own_calls)
+            if not (left or ends):
+                break  # nobody would read what comes of the calls
             said = self._made(made)
             refused = await self._run_calls(turn.own_calls)
-            if turn.handed_over or any(isinstance(call.verdict, Ask) for call in turn.own_calls):
+            if ends:
                 return outcome
             if self._tokens_left is not None and self._tokens_left <= 0:
                 return Outcome("incomplete", reason="max_output_tokens")
             calls = self._made(made + len(said))
             self._proceed([*said, *(call for call, _ in refused), *calls, *(output for _, output in refused)])
-            if left:
-                stream = await self.open()
+            stream = await self.open()
         raise RunTooLong("The run took more turns than REPRISE_TURNS_MAX allows.")
 
     def _proceed(self, more: Sequence[AnyItem]) -> None:

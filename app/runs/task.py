@@ -113,10 +113,14 @@ class Tasks:
 
     def _servers(self, request: CreateResponse) -> dict[str, ToolServer]:
         """Where the declared MCP servers are. Raises InvalidParameter for one that has no URL and no name that we know."""
-        servers = {}
+        servers: dict[str, ToolServer] = {}
         for index, tool in enumerate(request.tools):
             if isinstance(tool, McpTool):
                 servers[tool.server_label] = self._server(tool, f"tools[{index}]")
+        if len(servers) > self._settings.tool_servers_max:
+            raise InvalidParameter(
+                f"'tools' declares more than {self._settings.tool_servers_max} MCP servers.", param="tools"
+            )
         return servers
 
     def _server(self, tool: McpTool, at: str) -> ToolServer:

@@ -411,6 +411,7 @@ def test_turns_are_limited(impatient, upstream, toolserver, name, mcp):
     _, made = told(impatient, input=given, tools=[mcp()], tool_choice="required")
     assert (made["status"], "REPRISE_TURNS_MAX" in made["error"]["message"]) == ("failed", True)
     assert len(upstream.asked(given)) == 4
+    assert len(toolserver.calls(name)) == 3, "nobody would read what comes of the last turn's call"
     assert made["usage"]["total_tokens"] == 8
     assert all(session.closed.wait(5) for session in toolserver.sessions(name))
 

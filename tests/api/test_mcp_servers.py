@@ -79,6 +79,15 @@ def test_the_echo_of_a_declaration_holds_no_secrets(client, mcp):
         assert "s3cret" not in shown.to_json()
 
 
+def test_only_so_many_servers_are_called(client):
+    tools = [
+        {"type": "mcp", "server_label": f"box{number}", "server_url": "http://127.0.0.1:1"} for number in range(33)
+    ]
+    with pytest.raises(openai.BadRequestError, match="more than 32 MCP servers") as refused:
+        client.responses.create(model="m", input="x", tools=tools)
+    assert refused.value.param == "tools"
+
+
 @pytest.mark.parametrize("transport", ["mcp", "json", "sse"])
 def test_every_http_transport_lists_and_calls(client, toolserver, name, mcp, transport):
     given = script(calling("echo", {"x": 1}), calling("add", {"a": 1, "b": 2}), answer("Done."))
