@@ -25,6 +25,7 @@ COMPILE = $(UV) pip compile --quiet --universal --generate-hashes --no-header \
 run: .venv/synced
 	@.venv/bin/python -m app serve
 
+# Most tests wait for something, so three files run at a time, each group on servers of its own.
 test: .venv/synced
 	.venv/bin/python -m pytest -n 3 --dist loadfile
 
