@@ -397,6 +397,7 @@ def test_whoever_continues_at_the_completed_event_always_finds_the_parent(client
 
 def test_a_chain_of_three_hundred_turns_costs_no_more_statements_than_a_short_one(new_server, servers, upstream, said):
     server = new_server(REPRISE_LEASE_S="3600")  # no heartbeat among the statements that are counted
+    log_statements(server)
     log = servers.data_dir / "embedded" / "log"
 
     with server.client() as client:
@@ -415,7 +416,6 @@ def test_a_chain_of_three_hundred_turns_costs_no_more_statements_than_a_short_on
                 return re.findall(rb"LOG:  (?:execute [^:]+|statement):\s+(\w+)", opened.read())
 
         ids = [turn(0, None)]
-        log_statements(server.database_url)
         for number in range(1, 3):
             ids.append(turn(number, ids[-1]))
         short = statements(ids[1], "branch of a short one"), statements(ids[-1], "short, not stored", store=False)
@@ -430,12 +430,9 @@ def test_a_chain_of_three_hundred_turns_costs_no_more_statements_than_a_short_on
         assert asked(upstream, f"{said} end") == [*expected, user(f"{said} end")]
 
 
-def log_statements(database_url):
-    """Postgres writes every statement of this database's new connections into its log, and the old ones are ended."""
-    name = fetch(database_url, "select current_database()")[0][0]
-    fetch(database_url, f"alter database \"{name}\" set log_statement = 'all'")
-    fetch(
-        database_url,
-        "select pg_terminate_backend(pid) from pg_stat_activity where datname = $1 and pid <> pg_backend_pid()",
-        name,
-    )
+def log_statements(server):
+    """From now on Postgres writes every statement of this server into its log."""
+    name = fetch(server.database_url, "select current_database()")[0][0]
+    fetch(server.database_url, f"alter database \"{name}\" set log_statement = 'all'")
+    server.stop()
+    server.start()  # it counts for new connections only
