@@ -61,6 +61,7 @@ class Work:
         self.claim = claim
         self.recorder: Recorder | None = None
         self.log: RunLog | None = None
+        self.tools: Tools | None = None
         self.task: asyncio.Task[None] | None = None
         self.stopped = False
 
@@ -279,6 +280,9 @@ class Background:
                     await self._make(work)
             except Fenced:
                 log.info(FENCED, action="run_fenced", lease=claim.lease)
+            finally:
+                if work.tools:
+                    await work.tools.close()
 
     async def _make(self, work: Work) -> None:
         claim = work.claim
@@ -379,9 +383,14 @@ class Background:
             return Outcome("failed", error=error), NO_USAGE
         # An index that a lost event may have used is not used again.
         index = recovered.next_output_index + (1 if skip else 0)
-        tools = Tools(task, self._guard, self._settings)
+        work.tools = Tools(task, self._guard, self._settings)
         loop = Loop(
-            task, recorder, tools, turns_max=self._settings.turns_max, output_index=index, call_ids=recovered.call_ids
+            task,
+            recorder,
+            work.tools,
+            turns_max=self._settings.turns_max,
+            output_index=index,
+            call_ids=recovered.call_ids,
         )
         outcome = await loop.outcome(None, self._settings.run_duration_max_s)
         return outcome, loop.usage

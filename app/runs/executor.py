@@ -60,6 +60,7 @@ class Run:
         self.ending = False
         """Whether its outcome is decided: then it can't be broken off any more."""
         self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.task: asyncio.Task[None] | None = None
         self.late: asyncio.Task[None] | None = None
         """Stores its end, if that could not be done in time."""
@@ -105,8 +106,7 @@ class Executor:
 
     async def finished(self, run: Run) -> Response:
         """Wait until the response is ended and stored. Raises the ApiError that a failed one ended with."""
-        assert run.task is not None
-        await asyncio.shield(run.task)
+        await asyncio.shield(run.finished)
         if run.error is not None:
             raise run.error
         return run.response
@@ -136,33 +136,45 @@ class Executor:
     # -- Running ----------------------------------------------------------------------------------------------------------
 
     async def _run(self, run: Run) -> None:
+        """Make the response, and then take leave of its tool servers: nobody waits for that."""
+        tools = Tools(run.work, self._guard, self._settings)
         with structlog.contextvars.bound_contextvars(response_id=run.response.id, tenant_id=run.tenant_id):
-            recorder = Recorder(
-                run.response,
-                run.log,
-                bytes_max=self._settings.run_output_bytes_max,
-                events_max=self._settings.run_events_max,
-            )
-            tools = Tools(run.work, self._guard, self._settings)
-            loop = Loop(run.work, recorder, tools, turns_max=self._settings.turns_max)
             try:
-                opening = await self._open(run, loop)
-            except ApiError as error:
-                _refuse(run, error)
-                return
+                await self._make(run, tools)
+                run.finished.set_result(None)
             except BaseException as error:
-                _refuse(run, ServerError("The run broke off before it began."))
-                if not isinstance(error, asyncio.CancelledError):
-                    log.exception("A run could not begin.", action="run_refused")
-                return
-            await recorder.begin()
-            run.opened.set_result(None)
-            outcome = await self._outcome(loop, opening)
-            run.ending = True
-            closed = close_response(recorder.response, outcome, usage=loop.usage, now=int(time.time()))
-            run.error = outcome.error
-            run.response = await recorder.finish(closed, lambda response, _: self._commit(run, response))
-            log.info("A response has ended.", action="run_ended", status=run.response.status)
+                run.finished.set_exception(error)
+                run.finished.exception()  # as a rule nobody is there to look
+                raise
+            finally:
+                await tools.close()
+
+    async def _make(self, run: Run, tools: Tools) -> None:
+        recorder = Recorder(
+            run.response,
+            run.log,
+            bytes_max=self._settings.run_output_bytes_max,
+            events_max=self._settings.run_events_max,
+        )
+        loop = Loop(run.work, recorder, tools, turns_max=self._settings.turns_max)
+        try:
+            opening = await self._open(run, loop)
+        except ApiError as error:
+            _refuse(run, error)
+            return
+        except BaseException as error:
+            _refuse(run, ServerError("The run broke off before it began."))
+            if not isinstance(error, asyncio.CancelledError):
+                log.exception("A run could not begin.", action="run_refused")
+            return
+        await recorder.begin()
+        run.opened.set_result(None)
+        outcome = await self._outcome(loop, opening)
+        run.ending = True
+        closed = close_response(recorder.response, outcome, usage=loop.usage, now=int(time.time()))
+        run.error = outcome.error
+        run.response = await recorder.finish(closed, lambda response, _: self._commit(run, response))
+        log.info("A response has ended.", action="run_ended", status=run.response.status)
 
     async def _open(self, run: Run, loop: Loop) -> "asyncio.Task[ChunkStream] | None":
         """Reach the upstream and store the row. A stream's head waits only so long for the upstream's answer."""

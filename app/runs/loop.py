@@ -141,8 +141,6 @@ class Loop:
         finally:
             if opening:
                 await break_off(opening)
-            # Whoever cancels a second time, as a heartbeat does that finds the lease lost, does not break off the goodbye.
-            await asyncio.shield(self._tools.close())
 
     async def _make(self, opening: "asyncio.Task[ChunkStream] | None") -> Outcome:
         """Turn after turn. Raises ApiError; what was said until then is recorded."""

@@ -36,8 +36,9 @@ class Tools:
         self._container = _container(task)
 
     async def close(self) -> None:
-        """Close every session."""
-        await self._sessions.close()
+        """Close every session. Servers may take their time, so this is for the end, when everything is said. Whoever cancels
+        meanwhile, as a heartbeat does that finds the lease lost, does not break it off."""
+        await asyncio.shield(self._sessions.close())
 
     async def list(self, label: str) -> tuple[list[ListedTool], str | None]:
         """The tools of a declared server; or none, and why."""

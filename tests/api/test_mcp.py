@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -507,3 +508,20 @@ def test_a_background_response_is_cancelled_in_mid_call(client, toolserver, name
     assert all(session.closed.wait(5) for session in toolserver.sessions(name))
     more = client.responses.create(model="m", input="more", previous_response_id=id, tools=[mcp()])
     assert more.output_text == "ok: more"
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_nobody_waits_for_a_goodbye(client, toolserver, name, mcp, background):
+    given = script(calling("echo", {"x": 1}), [note(name), *answer("Done.")])
+    begun = time.monotonic()
+    made = client.responses.create(
+        model="m", input=given, tools=[mcp(options={"goodbye": name})], background=background
+    )
+    while made.status in {"queued", "in_progress"}:
+        made = client.responses.retrieve(made.id)
+    assert (made.status, made.output_text) == ("completed", "Done.")
+    toolserver.wait_reached(name)
+    (session,) = [session for session in toolserver.sessions(name) if session.greeted]
+    assert not session.closed.is_set(), f"after {time.monotonic() - begun:.1f} s"
+    toolserver.open(name)
+    assert session.closed.wait(5)

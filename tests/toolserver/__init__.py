@@ -17,6 +17,7 @@ The second word is a name of the test's choice, under which calls, requests and 
     silent=1            never answers the greeting                 packed=1        answers are compressed, unasked
     modern=1            knows no handshakes, nor sessions: 2026-07-28 and nothing else
     greeting=GATE       the greeting waits at this gate            listing=GATE    so does a list
+    goodbye=GATE        the end of a session waits, too
 
 `python -m tests.toolserver --port N [--record FILE]` serves other processes (`Toolprocess` starts it); there `GET /calls` lists
 the calls as JSON, `GET /sessions` the sessions, `GET /gates/<name>` says whether somebody has come to a gate, and

@@ -313,6 +313,7 @@ class Toolserver:
         if session is None:
             await connection.whole(request, 404, {"error": "unknown session"})
         elif request.method == "DELETE":
+            await self.script.wait_at(request.options.get("goodbye"))
             del self._open[session.id]
             session.close()
             await connection.whole(request, 200)

@@ -149,7 +149,7 @@ class Script:
             case "initialize":
                 if session.options.get("silent"):
                     await asyncio.Event().wait()
-                await self._wait_at(session.options.get("greeting"))
+                await self.wait_at(session.options.get("greeting"))
                 return {
                     "protocolVersion": parameters["protocolVersion"],
                     "capabilities": {"tools": {"listChanged": True}},
@@ -158,7 +158,7 @@ class Script:
             case "ping":
                 return {}
             case "tools/list":
-                await self._wait_at(session.options.get("listing"))
+                await self.wait_at(session.options.get("listing"))
                 return self._page(session.options, parameters.get("cursor"))
             case "tools/call":
                 return await self._call(session, parameters, headers, send)
@@ -178,7 +178,8 @@ class Script:
             and (not over_http or expected.items() <= headers.items())
         )
 
-    async def _wait_at(self, gate: str | None) -> None:
+    async def wait_at(self, gate: str | None) -> None:
+        """Wait at the gate of that name, if there is a name."""
         if gate:
             await self.gate(gate).go_through()
 
