@@ -23,7 +23,9 @@ def start_logging(level: str) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     renderer: list[structlog.typing.Processor] = (
-        [structlog.dev.ConsoleRenderer()]
+        [
+            structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+        ]  # others print local variables
         if readable
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     )

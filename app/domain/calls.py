@@ -17,6 +17,7 @@ from app.domain.hosted import (
     HostedRoute,
     Kind,
     arguments_of,
+    container_named,
     owner_of,
     queries_of,
     results_of,
@@ -159,11 +160,23 @@ class PendingCall:
                 return [ItemAdded(output_index=output_index, item=item.fields), *_commands(item, output_index)]
         return [ItemAdded(output_index=output_index, item=item), *said]
 
-    def close(self, answer: Answer, next_index: int) -> list[Event]:
-        """What is said when the call has come back; a shell's output is an item of its own, at `next_index`."""
+    @property
+    def container(self) -> str:
+        """Where it runs; empty for a call that needs no container."""
+        return container_of(self.item) or ""
+
+    def close(self, answer: Answer) -> list[Event]:
+        """What is said when the call has come back."""
         if isinstance(self.item, OpaqueItem):
-            return _close_shell(self.item, self.output_index, answer, self.route, next_index)
+            done = OpaqueItem(self.item.id, self.item.type, {**self.item.fields, "status": "completed"})
+            return [_done(self.output_index, done)]
         return close_call(self.item, self.output_index, answer, self.route)
+
+    def output(self, answer: Answer, output_index: int) -> list[Event]:
+        """A shell's output is an item of its own, behind all calls of its turn; other calls have none."""
+        return (
+            _shell_output_item(self.item, answer, self.route, output_index) if isinstance(self.item, OpaqueItem) else []
+        )
 
     def cut_off(self) -> list[Event]:
         """What is said of a call that nobody waits for any more, or that was never sent."""
@@ -185,9 +198,17 @@ def _commands(item: OpaqueItem, output_index: int) -> list[Event]:
     return said
 
 
-def _close_shell(
-    item: OpaqueItem, at: int, answer: Answer, route: HostedRoute | None, output_index: int
-) -> list[Event]:
+def container_of(item: AnyItem) -> str | None:
+    """The container that a call ran in."""
+    match item:
+        case CodeInterpreterCall():
+            return item.container_id
+        case OpaqueItem(type="shell_call"):
+            return container_named(item.fields)
+    return None
+
+
+def _shell_output_item(item: OpaqueItem, answer: Answer, route: HostedRoute | None, output_index: int) -> list[Event]:
     output_id = f"{item.id}_output"
     if answer.error is not None or route is None:
         outputs = [{"stdout": "", "stderr": f"Error: {_message(answer)}", "outcome": {"type": "exit", "exit_code": 1}}]
@@ -197,7 +218,6 @@ def _close_shell(
     begun = OpaqueItem(output_id, "shell_call_output", {**fields, "output": [], "status": "in_progress"})
     done = OpaqueItem(output_id, "shell_call_output", {**fields, "status": "completed"})
     return [
-        _done(at, OpaqueItem(item.id, item.type, {**item.fields, "status": "completed"})),
         ItemAdded(output_index=output_index, item=begun.fields),
         *(
             CommandOutputDone(item_id=output_id, output_index=output_index, command_index=index, output=[output])

@@ -29,8 +29,8 @@ class Sources(Struct, frozen=True):
     def _spans(self, text: str) -> Iterable[tuple[int, int, str]]:
         names = sorted((*self.urls, *self.files), key=len, reverse=True)
         known = "|".join(re.escape(name) for name in names)
-        # A link is cited as a whole; behind a bare address may follow what is not part of a longer one.
-        pattern = rf"\[[^\]\n]*\]\((?P<link>{known})\)|(?P<bare>{known})(?![\w/])"
+        # A link is cited as a whole, and has no bracket inside, or this would be quadratic; behind a bare address may follow what is not part of a longer one.
+        pattern = rf"\[[^\[\]\n]*\]\((?P<link>{known})\)|(?P<bare>{known})(?![\w/])"
         for match in re.finditer(pattern, text):
             yield match.start(), match.end(), match["link"] or match["bare"]
 

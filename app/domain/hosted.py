@@ -106,6 +106,16 @@ class HostedRoute(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     results: str = ""
     fields: dict[str, str] = {}
 
+    def drops(self, declaration: Json) -> str | None:
+        """A key of a declaration that restricts what may be found, and that the tool would never hear of."""
+        return next(
+            (key for key in RESTRICTING if declaration.get(key) and f"${key}" not in self.arguments.values()), None
+        )
+
+
+RESTRICTING = ("filters",)
+"""Keys of a declaration that a client may rely on to keep things out of the results."""
+
 
 class Asked(Struct, frozen=True):
     """What a hosted call is made from."""
@@ -119,12 +129,15 @@ class Asked(Struct, frozen=True):
 
 def arguments_of(kind: Kind, route: HostedRoute, asked: Asked) -> Json:
     """The arguments of the tool behind a hosted type."""
-    values = {**asked.declaration, "tenant": asked.tenant, "container": asked.container, **asked.given}
+    # The model may say what it is asked for, and nothing else: neither whose files are searched nor where code runs.
+    parameters = (SEEN[kind].parameters or {})["properties"]
+    said = {name: value for name, value in asked.given.items() if name in parameters}
     if kind == "file_search":
-        values.setdefault("query", " ".join(queries_of(asked.given)))
+        said |= {"query": " ".join(queries_of(asked.given)), "queries": queries_of(asked.given)}
     if kind == "web_search":
-        values.setdefault("queries", [asked.given.get("query")])
-    template = route.arguments or {name: f"${name}" for name in (SEEN[kind].parameters or {})["properties"]}
+        said["queries"] = [asked.given.get("query")]
+    values = {**said, **asked.declaration, "tenant": asked.tenant, "container": asked.container}
+    template = route.arguments or {name: f"${name}" for name in parameters}
     made = {}
     for name, given in template.items():
         value = values.get(given[1:]) if isinstance(given, str) and given.startswith("$") else given
@@ -175,11 +188,16 @@ def shell_outputs(route: HostedRoute, structured: Any, text: str) -> list[Json]:
 
 
 def _shell_output(ran: Json, fields: Mapping[str, str]) -> Json:
-    timed_out, exit_code = ran.get(fields.get("timed_out", "timed_out")), ran.get(fields.get("exit_code", "exit_code"))
+    timed_out, exit_code = (
+        ran.get(fields.get("timed_out", "timed_out")),
+        ran.get(fields.get("exit_code", "exit_code"), 0),
+    )
     return {
         "stdout": str(ran.get(fields.get("stdout", "stdout")) or ""),
         "stderr": str(ran.get(fields.get("stderr", "stderr")) or ""),
-        "outcome": {"type": "timeout"} if timed_out else {"type": "exit", "exit_code": int(exit_code or 0)},
+        "outcome": {"type": "timeout"}
+        if timed_out
+        else {"type": "exit", "exit_code": exit_code if isinstance(exit_code, int) else 1},
     }
 
 

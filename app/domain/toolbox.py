@@ -240,6 +240,8 @@ def _knows(server: McpTool, listed: Mapping[str, Sequence[ListedTool]]) -> bool:
 
 
 def _matches(filter: McpFilter, tool: ListedTool) -> bool:
+    if filter.tool_names is None and filter.read_only is None:
+        return False  # whoever names nothing has mistyped something
     named = filter.tool_names is None or tool.name in filter.tool_names
     return named and (filter.read_only is None or filter.read_only == tool.read_only)
 

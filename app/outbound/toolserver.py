@@ -71,6 +71,7 @@ class ToolServer(Struct, frozen=True):
         """A server's words without anything that we told it in confidence, and of bearable length."""
         url = httpx2.URL(self.url)
         secrets = [*self.headers.values(), *self.environment.values(), self.authorization, *self.authorization.split()]
+        secrets += url.path.split("/")  # keys are put there, too
         secrets += [url.userinfo.decode(), url.query.decode(), *(value for _, value in url.params.multi_items())]
         for secret in sorted(set(secrets), key=len, reverse=True):
             if len(secret) >= SECRET_CHARS_MIN:

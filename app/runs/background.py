@@ -25,7 +25,7 @@ from app.outbound.guard import Guard
 from app.runs.executor import Caller
 from app.runs.loop import Loop
 from app.runs.recorder import Recorder
-from app.runs.task import Tasks
+from app.runs.task import Task, Tasks
 from app.runs.tools import Tools
 from app.settings import Settings
 from app.storage import approvals, journal, queue, responses
@@ -155,17 +155,26 @@ class Background:
             streamed=request.stream,
             frames=b"".join(entry.frame for entry in entries),
         )
-        items = [(item.id, encode_item(item)) for item in work.context.input]
-        async with self._database.begin() as tx:
-            settings = self._settings
-            if await queue.is_full(
-                tx, caller.tenant_id, tenant_max=settings.queued_runs_tenant_max, all_max=settings.queued_runs_max
-            ):
-                raise TooManyRequests("The queue of background responses is full.", headers={"Retry-After": "5"})
-            await responses.insert_response(tx, caller.tenant_id, response, items, parent=work.parent, run=queued)
-            await approvals.answer_requests(tx, caller.tenant_id, response.id, work.context.decisions)
+        if work.context.decisions:
+            # An approval must not be used up for nothing, so this is tried again where a commit's answer was lost.
+            async for attempt in self._database.retrying():
+                with attempt:
+                    await self._store(caller.tenant_id, work, response, queued)
+        else:
+            await self._store(caller.tenant_id, work, response, queued)
         self._logs.tell("wake")
         return Enqueued(response, entries, work.context.toolbox.left_out)
+
+    async def _store(self, tenant_id: str, work: Task, response: Response, queued: Queued) -> None:
+        items = [(item.id, encode_item(item)) for item in work.context.input]
+        settings = self._settings
+        async with self._database.begin() as tx:
+            if await queue.is_full(
+                tx, tenant_id, tenant_max=settings.queued_runs_tenant_max, all_max=settings.queued_runs_max
+            ):
+                raise TooManyRequests("The queue of background responses is full.", headers={"Retry-After": "5"})
+            await responses.insert_response(tx, tenant_id, response, items, parent=work.parent, run=queued)
+            await approvals.answer_requests(tx, tenant_id, response.id, work.context.decisions)
 
     def _sealed(self, secrets: Secrets) -> str | None:
         return self._seal.close(msgspec.json.encode(secrets).decode()) if secrets.key or secrets.tools else None

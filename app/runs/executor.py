@@ -12,7 +12,7 @@ import msgspec
 import structlog
 from msgspec import Struct
 
-from app.domain.lifecycle import Outcome, close_response, open_response
+from app.domain.lifecycle import NO_USAGE, Outcome, close_response, open_response
 from app.errors import ApiError, DatabaseUnavailable, ServerError, TooManyRequests
 from app.ids import new_id
 from app.outbound.guard import Guard
@@ -192,8 +192,14 @@ class Executor:
                 await self._insert(run, run.response, self._owner)
                 run.stored = True
             elif run.work.context.decisions:
-                async with self._database.begin() as tx:
-                    await self._answer(tx, run)
+                await self._insert(run, None, None)
+        except DatabaseUnavailable as error:
+            # Nobody knows whether the row is there: if it is, it must not stay in progress.
+            failed = close_response(run.response, Outcome("failed", error=error), usage=NO_USAGE, now=int(time.time()))
+            run.late = asyncio.create_task(self._store_late(run, failed))
+            if opening:
+                await break_off(opening)
+            raise
         except BaseException:
             if opening:
                 await break_off(opening)
@@ -210,17 +216,24 @@ class Executor:
 
     # -- Storing ----------------------------------------------------------------------------------------------------------
 
-    async def _insert(self, run: Run, response: Response, owner: Owner | None) -> None:
-        items = [(item.id, encode_item(item)) for item in run.work.context.input]
-        # One statement needs no transaction; with approvals there are two.
-        scope = self._database.begin if run.work.context.decisions else self._database.autocommit
-        async with scope() as tx:
-            await responses.insert_response(tx, run.tenant_id, response, items, parent=run.work.parent, run=owner)
-            await self._answer(tx, run)
+    async def _insert(self, run: Run, response: Response | None, owner: Owner | None) -> None:
+        """Store a response, and which approvals it uses up; without a response only these. An approval must not be used up
+        for nothing, so this is tried again where a commit's answer was lost."""
+        decisions = run.work.context.decisions
+        if not decisions:
+            async with self._database.autocommit() as tx:
+                await self._insert_response(tx, run, response, owner)
+            return
+        async for attempt in self._database.retrying():
+            with attempt:
+                async with self._database.begin() as tx:
+                    await self._insert_response(tx, run, response, owner)
+                    await approvals.answer_requests(tx, run.tenant_id, run.response.id, decisions)
 
-    async def _answer(self, tx: Tx, run: Run) -> None:
-        """Approvals are used up before their calls are made."""
-        await approvals.answer_requests(tx, run.tenant_id, run.response.id, run.work.context.decisions)
+    async def _insert_response(self, tx: Tx, run: Run, response: Response | None, owner: Owner | None) -> None:
+        if response:
+            items = [(item.id, encode_item(item)) for item in run.work.context.input]
+            await responses.insert_response(tx, run.tenant_id, response, items, parent=run.work.parent, run=owner)
 
     async def _commit(self, run: Run, closed: Response) -> Response:
         """Store the end of a response; gives what is stored in truth, which is not ours if the lease was lost."""

@@ -11,7 +11,7 @@ from typing import Any
 import structlog
 from msgspec.structs import replace
 
-from app.domain.calls import Answer, PendingCall, approval_request, close_list, mcp_call, open_list
+from app.domain.calls import SERVER_RUN, Answer, PendingCall, approval_request, close_list, mcp_call, open_list
 from app.domain.citations import NO_SOURCES, sources_of
 from app.domain.context import Context, proceed
 from app.domain.lifecycle import NO_USAGE, Outcome, add_usage, outcome_of
@@ -36,8 +36,8 @@ from app.outbound.upstream import CONTEXT_TOO_LONG, ChunkStream, Upstream
 from app.runs.recorder import Recorder
 from app.runs.task import Task
 from app.runs.tools import Tools, unavailable
-from app.wire.events import Event, ItemAdded
-from app.wire.items import AnyItem, FunctionCall, FunctionCallOutput, ItemStatus, McpCall, ServerCall, decode_item
+from app.wire.events import Event
+from app.wire.items import AnyItem, FunctionCall, FunctionCallOutput, ItemStatus, McpCall, decode_item, type_of
 from app.wire.resources import Usage
 from app.wire.tools import ListedTool, McpTool
 
@@ -71,7 +71,7 @@ class Loop:
         self._call_ids = set(call_ids)
         self._task, self._recorder, self._tools = task, recorder, tools
         self._context: Context = task.context
-        self._calls_made = sum(isinstance(item, ServerCall) for item in self._made(0))
+        self._calls_made = sum(type_of(item) in SERVER_RUN for item in self._made(0))
         if self._calls_made:
             self._context = replace(self._context, toolbox=_at_will(self._context.toolbox))
         self._route = 0
@@ -187,15 +187,15 @@ class Loop:
             self._context = replace(
                 proceed(self._context, self._task.request, self._made(made)), approved=self._context.approved
             )
-            toolbox = self._context.toolbox
-            if toolbox.mode == "required" and not toolbox.offers:
-                raise ToolsUnavailable(toolbox.unlisted)
         made = len(self._recorder.response.output)
         approved = self._context.approved
         calls = [mcp_call(new_id, one.server_label, one.name, one.arguments, approval=one.id) for one in approved]
+        toolbox = self._context.toolbox
         if calls:
             await self._answer(calls, [])
             self._proceed(self._made(made))
+        if toolbox.mode == "required" and not toolbox.offers:
+            raise ToolsUnavailable(toolbox.unlisted)
 
     async def _list(self, labels: Sequence[str]) -> None:
         declared = {tool.server_label: tool for tool in self._task.request.tools if isinstance(tool, McpTool)}
@@ -244,18 +244,18 @@ class Loop:
         for call in calls:
             events += call.open(self._output_index)
             self._output_index += 1
-        if not calls:
-            await self._recorder.record(events, ending=True)
-            return
         await self._recorder.record(events, keep=True)
         answers = [asyncio.create_task(self._answer_of(call)) for call in calls]
         waiting = list(calls)
         try:
             for answer in answers:
-                ended = waiting[0].close(await answer, self._output_index)
+                ended = waiting[0].close(await answer)
                 del waiting[0]
-                self._output_index += sum(isinstance(event, ItemAdded) for event in ended)
                 await self._recorder.record(ended, keep=True)  # not half of it
+            for call, answer in zip(calls, answers, strict=True):
+                if output := call.output(answer.result(), self._output_index):
+                    self._output_index += 1
+                    await self._recorder.record(output, keep=True)
         except BaseException:
             await self._recorder.record([event for call in waiting for event in call.cut_off()])
             raise

@@ -69,7 +69,7 @@ class Tasks:
         routes = self._routes(request)
         _refuse_untaken(request, [upstream for upstream, _ in routes])
         servers = self._servers(request)
-        self._refuse_missing(request)
+        self._refuse_hosted(request)
         previous, wanted, answered = (
             request.body.previous_response_id,
             references(request),
@@ -126,8 +126,9 @@ class Tasks:
     def _server(self, tool: McpTool, at: str) -> ToolServer:
         server = ToolServer(label=tool.server_label, url=tool.server_url or "")
         if not tool.server_url:
-            known = self._catalog.tool_server(tool.server_label)
-            if known is None:
+            known = self._tool_servers.get(tool.server_label)
+            # What stands behind a hosted tool believes what it is told of the tenant, and is called by us alone.
+            if known is None or any(route.server == tool.server_label for route in self._catalog.hosted.values()):
                 raise InvalidParameter(
                     f"'{at}.server_url' is missing, and this server has no tool server '{tool.server_label}'.",
                     param=f"{at}.server_url",
@@ -138,16 +139,25 @@ class Tasks:
             raise InvalidParameter(f"'{at}.server_url' must be an http or https URL.", param=f"{at}.server_url")
         return replace(
             server,
-            headers={**server.headers, **(tool.headers or {})},
-            authorization=tool.authorization or server.authorization,
+            headers={**_others(tool.headers or {}, server.headers), **server.headers},
+            authorization=server.authorization or tool.authorization or "",
         )
 
-    def _refuse_missing(self, request: CreateResponse) -> None:
-        """Where the catalog says so, a hosted tool that nothing stands behind is an error."""
-        for index, tool in enumerate(request.tools if self._catalog.refuse_missing_tools else ()):
-            if isinstance(tool, HostedTool) and kind_of(tool) not in self._catalog.hosted:
+    def _refuse_hosted(self, request: CreateResponse) -> None:
+        """A hosted tool must hear of what restricts it; and where the catalog says so, something must stand behind it."""
+        for index, tool in enumerate(request.tools):
+            if not isinstance(tool, HostedTool):
+                continue
+            kind = kind_of(tool)
+            route = self._catalog.hosted.get(kind) if kind else None
+            if route is None and self._catalog.refuse_missing_tools:
                 raise UnsupportedParameter(
                     f"No server is configured for tools of type '{tool.type}'.", param=f"tools[{index}].type"
+                )
+            if route and (key := route.drops(tool.fields)):
+                raise UnsupportedParameter(
+                    f"'{key}' of tools of type '{tool.type}' is not supported by this server.",
+                    param=f"tools[{index}].{key}",
                 )
 
     def _routes(self, request: CreateResponse) -> list[tuple[Upstream, Route]]:
@@ -181,6 +191,12 @@ class Tasks:
             hosted=self._catalog.hosted,
             tool_servers=self._tool_servers,
         )
+
+
+def _others(headers: Mapping[str, str], fixed: Mapping[str, str]) -> dict[str, str]:
+    """Those headers that are not fixed by the operator, however they are spelt."""
+    names = {name.lower() for name in fixed}
+    return {name: value for name, value in headers.items() if name.lower() not in names}
 
 
 async def _requests(tx: Tx, tenant_id: str, ids: Sequence[str]) -> dict[str, McpApprovalRequest]:

@@ -10,7 +10,16 @@ import hashlib
 import structlog
 from msgspec import UNSET
 
-from app.domain.calls import Answer, PendingCall, arguments_for, failure, hosted_call, mcp_call, not_json
+from app.domain.calls import (
+    Answer,
+    PendingCall,
+    arguments_for,
+    container_of,
+    failure,
+    hosted_call,
+    mcp_call,
+    not_json,
+)
 from app.domain.hosted import container_named
 from app.domain.toolbox import ByHost, Run
 from app.ids import NewId, new_id
@@ -18,8 +27,8 @@ from app.outbound.guard import Guard
 from app.outbound.mcp import Listed, ToolFailure, ToolServer, ToolSessions
 from app.runs.task import Task
 from app.settings import Settings
-from app.wire.items import CallError, CodeInterpreterCall, McpCall
-from app.wire.tools import HostedTool, ListedTool
+from app.wire.items import CallError, McpCall
+from app.wire.tools import ListedTool
 
 log = structlog.get_logger()
 
@@ -33,7 +42,9 @@ class Tools:
     def __init__(self, task: Task, guard: Guard, settings: Settings) -> None:
         self._task, self._sessions = task, ToolSessions(guard, settings)
         self._places = asyncio.Semaphore(settings.tool_calls_at_once_max)
-        self._container = _container(task)
+        used = [container for item in task.context.items if (container := container_of(item))]
+        self._container = used[-1] if used else new_id("cntr")
+        """Where code runs, unless its tool's declaration names another: where it ran last, or somewhere new."""
 
     async def close(self) -> None:
         """Close every session. Servers may take their time, so this is for the end, when everything is said. Whoever cancels
@@ -52,7 +63,8 @@ class Tools:
     def pending(self, run: Run, arguments: str, ids: NewId) -> PendingCall:
         """A call of the model, before it is sent."""
         if isinstance(run.by, ByHost):
-            return hosted_call(ids, run.by, self._task.hosted[run.by.kind], arguments, self._container)
+            container = container_named(run.by.declaration) or self._container
+            return hosted_call(ids, run.by, self._task.hosted[run.by.kind], arguments, container)
         return mcp_call(ids, run.by.label, run.name, arguments)
 
     async def answer(self, call: PendingCall) -> Answer:
@@ -80,7 +92,7 @@ class Tools:
             return self._task.servers[call.item.server_label], call.item.name, call.given
         route = call.route
         assert route is not None
-        arguments = arguments_for(call, tenant=self._task.tenant_id, container=_private(self._task, self._container))
+        arguments = arguments_for(call, tenant=self._task.tenant_id, container=_private(self._task, call.container))
         return self._task.tool_servers[route.server], route.tool, arguments
 
 
@@ -98,15 +110,6 @@ def _listed(tool: Listed) -> ListedTool:
     )
 
 
-def _container(task: Task) -> str:
-    """Where code runs: the container that the request names, the one that the context has used last, or a new one."""
-    for tool in task.request.tools:
-        if isinstance(tool, HostedTool) and (named := container_named(tool.fields)):
-            return named
-    used = [item.container_id for item in task.context.items if isinstance(item, CodeInterpreterCall)]
-    return used[-1] if used and used[-1] else new_id("cntr")
-
-
 def _private(task: Task, container: str) -> str:
-    """A container's name for its tool server: no tenant can name another's."""
-    return hashlib.sha256(f"{task.tenant_id}\0{container}".encode()).hexdigest()[:32]
+    """A container's name for its tool server: no tenant can name another's. Empty for a call that needs none."""
+    return container and hashlib.sha256(f"{task.tenant_id}\0{container}".encode()).hexdigest()[:32]

@@ -46,12 +46,9 @@ async def answer_requests(tx: Tx, tenant_id: str, response_id: str, answers: Seq
     """
     if not answers:
         return
-    rows = await tx.all(
-        _ANSWER,
-        tenant_id=tenant_id,
-        response_id=response_id,
-        ids=[id for id, _ in answers],
-        approve=[approve for _, approve in answers],
-    )
+    given = {"ids": [id for id, _ in answers], "approve": [approve for _, approve in answers]}
+    rows = await tx.all(_ANSWER, tenant_id=tenant_id, response_id=response_id, **given)
+    if rows:  # perhaps by an attempt of ours whose commit the first look could not see yet
+        rows = await tx.all(_ANSWER, tenant_id=tenant_id, response_id=response_id, **given)
     if rows:
         raise InvalidRequest(f"Approval request '{rows[0]['request_id']}' has been answered already.", param="input")

@@ -46,14 +46,14 @@ class NamespaceTool(Struct, tag_field="type", tag="namespace"):
     description: str | None = None
 
 
-class McpFilter(Struct, omit_defaults=True):
-    """Tools of one MCP server: by name, by being read-only, or both."""
+class McpFilter(Struct, omit_defaults=True, forbid_unknown_fields=True):
+    """Tools of one MCP server: by name, by being read-only, or both; without either, none."""
 
     tool_names: list[str] | None = None
     read_only: bool | None = None
 
 
-class McpApproval(Struct, omit_defaults=True):
+class McpApproval(Struct, omit_defaults=True, forbid_unknown_fields=True):
     """Which tools need approval; those that neither names do, and so do those that both name."""
 
     always: McpFilter | None = None

@@ -8,7 +8,7 @@ import pytest
 
 from app.domain.fold import replay
 from tests.api.streams import events_of, types_of
-from tests.upstream import answer, calling, script
+from tests.upstream import answer, call, calling, finish, script
 
 PAGES = {
     "items": [
@@ -286,6 +286,43 @@ def test_a_shell_runs_in_a_container(hosting, upstream, toolserver):
         f"{hosting.url}/responses", json={"model": "m", "input": "More?", "previous_response_id": made["id"]}
     )
     assert then.status_code == 200
+
+
+def test_calls_of_one_turn_end_before_the_shell_s_output_is_said(hosting, upstream):
+    given = script(
+        [
+            call("shell", {"commands": ["ls", "cat c"]}, id="a"),
+            call("web_search", {"query": "beside a shell"}, id="b", index=1),
+            finish("tool_calls"),
+        ],
+        answer("Both."),
+    )
+    tools = [{"type": "shell", "environment": {"type": "container_auto"}}, {"type": "web_search"}]
+    _, made = streamed(hosting, input=given, tools=tools, background=True)
+    assert [item["type"] for item in made["output"]] == [
+        "shell_call",
+        "web_search_call",
+        "shell_call_output",
+        "message",
+    ]
+    told = upstream.asked(given)[1].body["messages"]
+    assert [message["role"] for message in told] == ["user", "assistant", "tool", "tool"]
+
+
+def test_a_filter_that_the_tool_would_not_hear_of_is_refused(hosted_client):
+    tools = [{"type": "file_search", "vector_store_ids": ["vs_1"], "filters": {"type": "eq", "key": "a", "value": 1}}]
+    with pytest.raises(openai.BadRequestError) as refused:
+        hosted_client.responses.create(model="m", input="x", tools=tools)
+    assert refused.value.param == "tools[0].filters"
+
+
+def test_what_stands_behind_a_hosted_tool_is_called_by_us_alone(hosted_client):
+    """It believes what it is told of the tenant."""
+    with pytest.raises(openai.BadRequestError) as refused:
+        hosted_client.responses.create(
+            model="m", input="x", tools=[{"type": "mcp", "server_label": "box", "require_approval": "never"}]
+        )
+    assert refused.value.param == "tools[0].server_url"
 
 
 # -- Where nothing stands behind a type -------------------------------------------------------------------------------------

@@ -384,3 +384,29 @@ def test_a_refused_request_uses_up_nothing(client, toolserver, name, tools, ask)
     refused(client, "temperature", **body, temperature=9)
     client.responses.create(model="m", **body)
     assert len(toolserver.calls(name)) == 1
+
+
+def test_a_prewarm_uses_up_no_approval(client, toolserver, name, tools, ask):
+    first, (request,), _ = ask(("echo", {"x": 1}))
+    body = {"model": "m", "previous_response_id": first.id, "tools": tools, "input": [approval(request)]}
+    warmed = client.responses.create(**body, extra_body={"prompt_cache_options": {"prewarm": True}})
+    assert (warmed.status, warmed.output, toolserver.calls(name)) == ("completed", [], [])
+    assert [item.type for item in client.responses.create(**body).output] == ["mcp_call", "message"]
+    assert len(toolserver.calls(name)) == 1
+
+
+def test_what_is_approved_is_called_whatever_becomes_of_other_servers(client, toolserver, name, tools, ask):
+    first, (request,), _ = ask(("echo", {"x": 1}))
+    gone = {"type": "mcp", "server_label": "gone", "server_url": "http://127.0.0.1:1"}
+    body = {"model": "m", "previous_response_id": first.id, "input": [approval(request)]}
+    with pytest.raises(openai.APIStatusError) as failed:
+        client.responses.create(
+            **body, tools=[*tools, gone], tool_choice={"type": "mcp", "server_label": "gone", "name": "x"}
+        )
+    assert failed.value.status_code == 424
+    assert len(toolserver.calls(name)) == 1
+
+
+@pytest.mark.parametrize("wanted", [{"never": {"tool_name": ["echo"]}}, {"nevr": {"tool_names": ["echo"]}}])
+def test_a_mistyped_filter_is_refused(client, mcp, wanted):
+    assert refused(client, "unknown field", input="x", tools=[mcp(require_approval=wanted)]).startswith("tools[0]")

@@ -117,7 +117,12 @@ environment = {{ TEAM = "blue" }}
         answer("Done."),
     )
     declared = [
-        {"type": "mcp", "server_label": label, "require_approval": "never", "headers": {"x-mine": "1"}}
+        {
+            "type": "mcp",
+            "server_label": label,
+            "require_approval": "never",
+            "headers": {"x-mine": "1", "X-Team": "payroll"},
+        }
         for label in ("local", "program")
     ]
     with server.client() as client:

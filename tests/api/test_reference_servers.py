@@ -28,7 +28,7 @@ arguments = {{ code = "$code", container = "$container" }}
 [hosted.file_search]
 server = "files"
 tool = "search_files"
-arguments = {{ queries = "$queries", stores = "$vector_store_ids", tenant = "$tenant", max_results = "$max_num_results" }}
+arguments = {{ queries = "$queries", stores = "$vector_store_ids", tenant = "$tenant", max_results = "$max_num_results", filters = "$filters" }}
 """
 
 

@@ -53,9 +53,9 @@ def _left_out(items: Mapping[int, Any], before: set[int], event: Event, *, at_ju
 
 
 def _is_broken_off(item: Event) -> bool:
-    """Whether a recovery may leave this item out. Lists and requests for approval have no status."""
+    """Whether a recovery may leave this item out. Lists have no status."""
     match item["type"]:
-        case "reasoning" | "mcp_approval_request":
+        case "reasoning":
             return True
         case "mcp_list_tools":
             return bool(item.get("error"))

@@ -40,7 +40,7 @@ def made(events: list[Any]) -> dict[str, Any]:
 def mcp(answer: Answer, arguments: str = '{"a":1}', **more: Any) -> dict[str, Any]:
     """An MCP call's item, with its answer."""
     call = mcp_call(counting(), "box", "add", arguments, **more)
-    return made([*call.open(0), *call.close(answer, 1)])
+    return made([*call.open(0), *call.close(answer)])
 
 
 def test_a_call_of_an_mcp_server():
@@ -157,11 +157,11 @@ def test_hosted_calls_end_completed_or_failed(kind: Any, arguments: str, answer:
         return hosted_call(counting(), ByHost(kind, {}), ROUTE, arguments, "cntr_1")
 
     one = call()
-    done = made([*one.open(0), *one.close(answer, 1)])
+    done = made([*one.open(0), *one.close(answer)])
     assert done["status"] == "completed"
     assert {key: done[key] for key in shown} == shown
     one = call()
-    failed = made([*one.open(0), *one.close(failure("http_error", 500, "broken"), 1)])
+    failed = made([*one.open(0), *one.close(failure("http_error", 500, "broken"))])
     assert failed["status"] == "failed"
     assert "Error" in answer_for_model(item(failed))
     one = call()
@@ -171,7 +171,7 @@ def test_hosted_calls_end_completed_or_failed(kind: Any, arguments: str, answer:
 @pytest.mark.parametrize(("kind", "arguments", "answer", "shown"), HOSTED)
 def test_the_model_reads_its_own_hosted_call_again(kind: Any, arguments: str, answer: Answer, shown: dict[str, Any]):
     one = hosted_call(counting(), ByHost(kind, {}), ROUTE, arguments, "cntr_1")
-    said = asked_of_model(item(made([*one.open(0), *one.close(answer, 1)])))
+    said = asked_of_model(item(made([*one.open(0), *one.close(answer)])))
     assert said is not None and msgspec.json.decode(said.arguments) == msgspec.json.decode(arguments)
 
 

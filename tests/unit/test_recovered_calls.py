@@ -39,7 +39,7 @@ def continued(said: list[dict[str, Any]], found: Recovered) -> list[dict[str, An
 def test_of_two_calls_at_once_the_one_that_ended_stays_and_the_other_is_not_made_again():
     new_id = counting()
     one, other = (mcp_call(new_id, "box", name, '{"a":1}') for name in ("add", "echo"))
-    said = told([*one.open(0), *other.open(1), *one.close(Answer("x"), 2)])
+    said = told([*one.open(0), *other.open(1), *one.close(Answer("x"))])
     found = recovered(said)
     items = [msgspec.json.decode(raw) for raw in found.output]
     assert [(one["name"], one["status"], one["output"]) for one in items] == [

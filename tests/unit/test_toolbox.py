@@ -172,7 +172,7 @@ def test_a_name_that_another_server_s_prefix_makes_is_numbered():
         ("always", {"echo", "add"}),
         ("never", set()),
         ({}, {"echo", "add"}),
-        ({"never": {}}, set()),
+        ({"never": {}}, {"echo", "add"}),
         ({"always": {}}, {"echo", "add"}),
         ({"never": {"read_only": True}}, {"echo"}),
         ({"never": {"read_only": True, "tool_names": ["echo"]}}, {"echo", "add"}),
