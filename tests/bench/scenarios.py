@@ -30,6 +30,8 @@ Scenario = Callable[["Bench"], Awaitable[Figures]]
 
 WORDS = 8
 """Of an answer whose length does not matter."""
+CALLS = 8
+"""Of a run with tools: the upstream makes 3 + 3 + 2, and says its words in a fourth turn."""
 DEPTHS = (100, 1000)
 SETTLE_S = 0.3
 SAID = re.compile(rb'"text":"([^"]*)"')
@@ -204,6 +206,33 @@ async def _idling(target: Target, count: int) -> AsyncIterator[None]:
     yield
     leave.set()
     await asyncio.gather(*listening)
+
+
+async def tools(bench: Bench) -> Figures:
+    """Runs with 8 MCP calls in 4 turns by 4 clients, each run with a session of its own, over 4 creates of one turn each."""
+    target, figures = bench.stage.server, Figures()
+    box = {
+        "type": "mcp",
+        "server_label": "box",
+        "server_url": bench.stage.tools_url,
+        "allowed_tools": ["echo"],
+        "require_approval": "never",
+    }
+    asks = {"create": create(target, WORDS, 0), "run": create(target, WORDS, 0, calls=CALLS, tools=[box])}
+    connection = await Connection.open(target.port)
+    made = await connection.ask(asks["run"])
+    connection.close()
+    assert made.count(b'"output":"{') == CALLS, made
+    for name, sent in asks.items():
+        async with bench.stage.spending(*target.pids) as spent:
+            asked = await ask_for(bench.seconds, 4, [target], itertools.repeat(sent))
+        count = len(asked.latencies)
+        figures |= {
+            f"{name}_cpu_ms": spent.server_s / count * 1000,
+            f"{name}_postgres_cpu_ms": spent.postgres_s / count * 1000,
+            f"{name}_p50_ms": quantile(asked.latencies, 0.5),
+        }
+    return figures | {"cpu_ms_per_call": (figures["run_cpu_ms"] - 4 * figures["create_cpu_ms"]) / CALLS}
 
 
 # -- Chains and reading -----------------------------------------------------------------------------------------------------
@@ -432,6 +461,7 @@ ALL: tuple[Scenario, ...] = (
     background_streams,
     resume,
     followers,
+    tools,
     idle_streams,
     two_processes,
     concurrency,
