@@ -1,6 +1,7 @@
 """`reprise serve | worker | migrate | keys | doctor`."""
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -27,6 +28,9 @@ T = TypeVar("T")
 
 BACKLOG = 2_048
 """Connections that may wait to be accepted."""
+
+COLLECTED_OBJECTS = 10_000
+"""New objects between two looks for garbage: as many as a few requests make. Little of it is in cycles."""
 
 LAST_WORDS_S = 5
 """How long readers may take to hear the end of responses that were broken off by a shutdown."""
@@ -95,10 +99,18 @@ async def _serve(settings: Settings, *, own: bool) -> None:
         listener = _listen(settings)
 
         def listening() -> None:
+            _settle()
             click.echo(_welcome(settings, built.catalog, listener.getsockname()[1], own=own))
 
         server = _Server(config, listening, built.drain, built.break_off, grace_s=settings.shutdown_grace_s)
         await server.serve(sockets=[listener])
+
+
+def _settle() -> None:
+    """What is there by now stays: the garbage collector need not look at it again, nor come so often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(COLLECTED_OBJECTS, *gc.get_threshold()[1:])
 
 
 async def _demand_schema(settings: Settings) -> None:
@@ -193,6 +205,7 @@ async def _work(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     async with assembly.working(settings) as working:
+        _settle()
         click.echo(f"Reprise works as {working.owner.worker}")
         await stopped.wait()
 

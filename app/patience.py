@@ -5,7 +5,7 @@ from types import TracebackType
 
 
 class Patience:
-    """Entered around each wait; raises TimeoutError out of one that takes too long, and is closed after the last.
+    """Entered around each wait of one task; raises TimeoutError out of one that takes too long, and is closed after the last.
 
     A timer for every wait would cost more than most of what is waited for. So the timer of one wait stays for those behind
     it, and when it rings it looks how long the present one has taken.
@@ -16,12 +16,14 @@ class Patience:
         self._seconds = seconds
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
-        self._task: asyncio.Task[object] | None = None
+        task = asyncio.current_task()
+        assert task is not None
+        self._task: asyncio.Task[object] = task
+        self._waits = False
         self._expired = False
 
     def __enter__(self) -> None:
-        self._task = asyncio.current_task()
-        assert self._task is not None
+        self._waits = True
         self._cancelling = self._task.cancelling()
         self._begun = self._loop.time()
         if self._timer is None and self._seconds is not None:
@@ -30,17 +32,16 @@ class Patience:
     def __exit__(
         self, type_: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        task, self._task = self._task, None
+        self._waits = False
         if self._expired:
             self._expired = False
-            assert task is not None
             # If somebody else cancels the task as well, that is what counts.
-            if task.uncancel() <= self._cancelling and isinstance(error, asyncio.CancelledError):
+            if self._task.uncancel() <= self._cancelling and isinstance(error, asyncio.CancelledError):
                 raise TimeoutError from error
 
     def _ring(self, seconds: float) -> None:
         self._timer = None
-        if self._task is None:
+        if not self._waits:
             return  # the next wait sets it again
         left_s = self._begun + seconds - self._loop.time()
         if left_s > 0:

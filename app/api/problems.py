@@ -1,6 +1,7 @@
 """Errors → HTTP, in one place; and the id that every reply carries."""
 
 import time
+from collections.abc import Awaitable
 from typing import Any
 
 import msgspec
@@ -68,7 +69,7 @@ def with_request_id(app: ASGIApp) -> ASGIApp:
         begun = time.perf_counter()
         request_id = new_id("req")
 
-        async def stamped(message: Message) -> None:
+        def stamped(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start":
                 took_ms = int((time.perf_counter() - begun) * 1000)
                 message["headers"] = [
@@ -77,7 +78,7 @@ def with_request_id(app: ASGIApp) -> ASGIApp:
                     (b"openai-processing-ms", str(took_ms).encode()),
                     (b"openai-version", API_VERSION),
                 ]
-            await send(message)
+            return send(message)
 
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             await app(scope, receive, stamped)

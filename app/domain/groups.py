@@ -101,6 +101,7 @@ class MessageGroup:
         self._parts: list[Any] = []
 
     def open(self, output_index: int) -> Iterator[Event]:
+        self._output_index = output_index
         self._at: dict[str, Any] = {"item_id": self.id, "output_index": output_index}
         yield ItemAdded(
             output_index=output_index, item=Message(id=self.id, role="assistant", content=[], status="in_progress")
@@ -116,7 +117,13 @@ class MessageGroup:
             self._said.append(text)
             if kind == "text":
                 self._logprobs += logprobs
-                yield TextDelta(**self._at, content_index=len(self._parts), delta=text, logprobs=logprobs)
+                yield TextDelta(
+                    item_id=self.id,
+                    output_index=self._output_index,
+                    content_index=len(self._parts),
+                    delta=text,
+                    logprobs=logprobs,
+                )
             else:
                 yield RefusalDelta(**self._at, content_index=len(self._parts), delta=text)
         self.pending.clear()
@@ -145,7 +152,7 @@ class MessageGroup:
     def close(self, status: ItemStatus) -> Iterator[Event]:
         yield from self._close_part()
         item = Message(id=self.id, role="assistant", content=self._parts, status=status)
-        yield _done(self._at["output_index"], item)
+        yield _done(self._output_index, item)
 
 
 class ReasoningGroup:

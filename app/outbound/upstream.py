@@ -170,8 +170,9 @@ class ChunkStream:
                     if data == b"[DONE]":
                         self._finished = True
                     elif data:
-                        chunks.append(_chunk(data))
-                        self._finished = self._finished or _is_last(chunks[-1])
+                        chunk = _chunk(data)
+                        chunks.append(chunk)
+                        self._finished = self._finished or _is_last(chunk)
             except UpstreamError as error:
                 failed = error
             if chunks:
@@ -184,7 +185,9 @@ class ChunkStream:
 
     async def _reads(self) -> AsyncIterator[bytes]:
         """What goes wrong behind the finish is no fault: everything was said."""
-        reads = self._response.aiter_raw().__aiter__()
+        stream = self._response.stream  # what `aiter_raw` adds is bookkeeping, for every read
+        assert isinstance(stream, httpx2.AsyncByteStream)
+        reads = stream.__aiter__()
         idle_s = self.upstream.idle_timeout_s
         with closing(Patience(idle_s)) as idle, closing(Patience(min(idle_s, TAIL_WAIT_S))) as tail:
             while True:

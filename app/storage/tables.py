@@ -1,4 +1,4 @@
-"""The tables. The tenant leads every key, so that nothing is found across tenants by accident.
+"""The tables. The tenant leads every primary key, so that nothing is found across tenants by accident.
 
 A chain is laid out as threads: a response that continues the tip of its thread takes the next `turn` of it, one that
 continues anything else opens a new thread, which `branches` ties to the turn it grew from. `turn` counts from the root of
@@ -65,7 +65,9 @@ responses = Table(
     Column("deleted_at", DateTime(timezone=True), comment="set while later responses still need the items"),
     # json, not jsonb: it keeps the exact bytes, and takes \u0000, which tool outputs contain.
     Column("body", JSON, nullable=False, comment="the response object without its output"),
-    Index("responses_tenant_id_thread_id_turn_key", "tenant_id", "thread_id", "turn", unique=True),
+    # Not by tenant first: of two such indexes Postgres takes any for its first plans, as long as it has not analyzed the table,
+    # and may read all of a tenant's rows for one id.
+    Index("responses_thread_id_tenant_id_turn_key", "thread_id", "tenant_id", "turn", unique=True),
     postgresql_with={"fillfactor": "85"},
 )
 

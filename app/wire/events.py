@@ -287,13 +287,13 @@ class Entry(Struct, frozen=True):
         return self.frame[self.frame.index(b"\ndata: ") + 7 : -2]
 
 
-_ENCODER = msgspec.json.Encoder()
+_encode = msgspec.json.Encoder().encode
 
 
 def encode_event(event: Event) -> Entry:
     """A stamped event → its entry. The frame's lines end in a bare newline; `event:` equals the JSON's `type`; there is no `id:`."""
-    type_ = str(event.__struct_config__.tag)
-    frame = b"event: %b\ndata: %b\n\n" % (type_.encode(), _ENCODER.encode(event))
+    type_: str = event.__struct_config__.tag  # type: ignore[assignment]
+    frame = b"event: %b\ndata: %b\n\n" % (type_.encode(), _encode(event))
     return Entry(event.sequence_number, type_, frame)
 
 

@@ -53,6 +53,7 @@ GOALS = (
     Goal("1,000 clients following 50 runs: slowdown", "followers", "slowdown", 1.05, "×"),
     Goal("the same: memory per client", "followers", "kb_per_client", 20, "kB"),
     Goal("the same: Redis connections more", "followers", "redis_connections", 1, ""),
+    Goal("MCP call, 8 in 4 turns: CPU over 4 creates", "tools", "cpu_ms_per_call", 6),
     Goal("idle stream: memory", "idle_streams", "kb_per_stream", 15, "kB"),
     Goal("2 processes over 1, creates", "two_processes", "gain", 1.7, "×", at_least=True),
 )

@@ -19,9 +19,9 @@ ID = re.compile(rb'"id":"(resp_\w+)"')
 PROMPT = "Say something that is as long as I have asked for, and nothing else."
 
 
-def create(target: Target, words: int, pace_ms: int, **more: object) -> bytes:
-    """A request that makes the upstream say so many words."""
-    model = f"bench-{words}x{pace_ms}"
+def create(target: Target, words: int, pace_ms: int, *, calls: int = 0, **more: object) -> bytes:
+    """A request that makes the upstream say so many words, after so many calls of a tool."""
+    model = f"bench-{words}x{pace_ms}" + (f"-{calls}calls" if calls else "")
     if target.is_upstream:
         body = {"model": model, "messages": [{"role": "user", "content": PROMPT}], **more}
     else:

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import os
 import re
 import statistics
 import time
@@ -30,6 +31,8 @@ Scenario = Callable[["Bench"], Awaitable[Figures]]
 
 WORDS = 8
 """Of an answer whose length does not matter."""
+CALLS = 8
+"""Of a run with tools: the upstream makes 3 + 3 + 2, and says its words in a fourth turn."""
 DEPTHS = (100, 1000)
 SETTLE_S = 0.3
 SAID = re.compile(rb'"text":"([^"]*)"')
@@ -111,12 +114,29 @@ async def concurrency(bench: Bench) -> Figures:
 
 
 async def two_processes(bench: Bench) -> Figures:
-    """Creates by 32 clients at one process, and at two on the same data."""
+    """Creates by 32 clients at one process, and at two on the same data.
+
+    All that takes part shares this machine's cores: they would be full at `gain_at_most`, with nobody else on them.
+    """
     stage, figures = bench.stage, Figures()
     for name, targets in {"one": [stage.server], "two": [stage.server, stage.second]}.items():
         sent = itertools.repeat(create(stage.server, WORDS, 0))
-        figures[f"{name}_per_s"] = (await ask_for(bench.seconds, 32, targets, sent)).per_s
-    return figures | {"gain": figures["two_per_s"] / figures["one_per_s"]}
+        pids = [pid for target in targets for pid in target.pids]
+        ours_s = time.process_time()
+        async with stage.spending(*pids) as spent, stage.spending(*stage.upstream.pids) as upstream:
+            asked = await ask_for(bench.seconds, 32, targets, sent)
+        others_s = spent.postgres_s + upstream.server_s + time.process_time() - ours_s
+        count = len(asked.latencies)
+        figures |= {
+            f"{name}_per_s": asked.per_s,
+            f"{name}_server_cpu_ms": spent.server_s / count * 1000,
+            f"{name}_others_cpu_ms": others_s / count * 1000,
+        }
+    every_ms = figures["two_server_cpu_ms"] + figures["two_others_cpu_ms"]
+    return figures | {
+        "gain": figures["two_per_s"] / figures["one_per_s"],
+        "gain_at_most": len(os.sched_getaffinity(0)) * 1000 / every_ms / figures["one_per_s"],
+    }
 
 
 # -- Streams ----------------------------------------------------------------------------------------------------------------
@@ -204,6 +224,33 @@ async def _idling(target: Target, count: int) -> AsyncIterator[None]:
     yield
     leave.set()
     await asyncio.gather(*listening)
+
+
+async def tools(bench: Bench) -> Figures:
+    """Runs with 8 MCP calls in 4 turns by 4 clients, each run with a session of its own, over 4 creates of one turn each."""
+    target, figures = bench.stage.server, Figures()
+    box = {
+        "type": "mcp",
+        "server_label": "box",
+        "server_url": bench.stage.tools_url,
+        "allowed_tools": ["echo"],
+        "require_approval": "never",
+    }
+    asks = {"create": create(target, WORDS, 0), "run": create(target, WORDS, 0, calls=CALLS, tools=[box])}
+    connection = await Connection.open(target.port)
+    made = await connection.ask(asks["run"])
+    connection.close()
+    assert made.count(b'"output":"{') == CALLS, made
+    for name, sent in asks.items():
+        async with bench.stage.spending(*target.pids) as spent:
+            asked = await ask_for(bench.seconds, 4, [target], itertools.repeat(sent))
+        count = len(asked.latencies)
+        figures |= {
+            f"{name}_cpu_ms": spent.server_s / count * 1000,
+            f"{name}_postgres_cpu_ms": spent.postgres_s / count * 1000,
+            f"{name}_p50_ms": quantile(asked.latencies, 0.5),
+        }
+    return figures | {"cpu_ms_per_call": (figures["run_cpu_ms"] - 4 * figures["create_cpu_ms"]) / CALLS}
 
 
 # -- Chains and reading -----------------------------------------------------------------------------------------------------
@@ -432,6 +479,7 @@ ALL: tuple[Scenario, ...] = (
     background_streams,
     resume,
     followers,
+    tools,
     idle_streams,
     two_processes,
     concurrency,

@@ -16,6 +16,7 @@ import redis.asyncio as redis
 
 from app import embedded, migrate
 from tests.servers import ROOT, Served
+from tests.toolserver import Toolprocess
 
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -63,6 +64,8 @@ class Stage:
     redis_url: str
     fresh: Callable[[], AbstractContextManager[Target]]
     """Starts one more API process beside `replica`, whose memory nobody has used yet."""
+    tools_url: str
+    """An MCP server, with a tool `echo`."""
 
     @property
     def targets(self) -> tuple[Target, Target, Target]:
@@ -138,6 +141,7 @@ def set_up(home: Path) -> Iterator[Stage]:
             "REDIS_URL": servers.redis_url,
             "REPRISE_DATA_DIR": str(home),
             "OPENAI_BASE_URL": f"http://127.0.0.1:{upstream}/v1",
+            "REPRISE_OUTBOUND_ALLOW": "127.0.0.1/32",
         }
         one = {**common, "DATABASE_URL": _new_database(servers, "one"), "REPRISE_REDIS_PREFIX": "one"}
         two = {**common, "DATABASE_URL": _new_database(servers, "two"), "REPRISE_REDIS_PREFIX": "two"}
@@ -146,6 +150,7 @@ def set_up(home: Path) -> Iterator[Stage]:
         second = stack.enter_context(Served({**one, **no_workers}))
         replica = stack.enter_context(Served({**two, **no_workers}))
         worker = stack.enter_context(Served(two, command="worker"))
+        toolserver = stack.enter_context(Toolprocess(home / "calls"))
         yield Stage(
             upstream=Target("upstream", upstream, "/v1/chat/completions", (upstream_pid,)),
             floor=Target("floor", floor, "/v1/responses", (floor_pid,)),
@@ -157,6 +162,7 @@ def set_up(home: Path) -> Iterator[Stage]:
             database_url=one["DATABASE_URL"],
             redis_url=servers.redis_url,
             fresh=lambda: _fresh({**two, **no_workers}),
+            tools_url=toolserver.url(),
         )
 
 

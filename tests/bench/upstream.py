@@ -2,7 +2,7 @@
 
 The model's name is the script: `bench-200x5` says 200 words, one every 5 ms; without a pace (`x0`) all at once. Each word is
 the moment in which it was said (nanoseconds of the monotonic clock, which all processes of a machine share), so that whoever
-hears it knows how long it was on its way.
+hears it knows how long it was on its way. `bench-8x0-8calls` makes 8 calls of the first tool first, up to 3 in a turn.
 """
 
 import asyncio
@@ -14,11 +14,18 @@ import uvloop
 
 from tests.bench.http import JSON_HEAD, STREAM_HEAD, Serving, chunked
 
-MODEL = re.compile(rb'"model": ?"bench-(\d+)x(\d+)"')
+MODEL = re.compile(rb'"model": ?"bench-(\d+)x(\d+)(?:-(\d+)calls)?"')
+TOOL = re.compile(rb'"tools":.*?"name": ?"(\w+)"')
+CALLS_IN_TURN = 3
 STREAMS = re.compile(rb'"stream": ?true')
 CHUNK = (
     b'data: {"id":"chatcmpl-bench","object":"chat.completion.chunk","created":1,"model":"bench","choices":'
     b'[{"index":0,"delta":{"content":"%d "},"finish_reason":null}]}\n\n'
+)
+CALL = b'{"index":%d,"id":"call_%d","type":"function","function":{"name":"%b","arguments":"{\\"number\\": %d}"}}'
+CALLS = (
+    b'data: {"id":"chatcmpl-bench","object":"chat.completion.chunk","created":1,"model":"bench","choices":'
+    b'[{"index":0,"delta":{"tool_calls":[%b]},"finish_reason":"tool_calls"}]}\n\ndata: [DONE]\n\n'
 )
 LAST = (
     b'data: {"id":"chatcmpl-bench","object":"chat.completion.chunk","created":1,"model":"bench","choices":'
@@ -39,7 +46,14 @@ class Upstream(Serving):
         asked = MODEL.search(body)
         assert asked, body[:200]
         self._words, self._pace_s = int(asked[1]), int(asked[2]) / 1000
-        if not STREAMS.search(body):
+        called, wanted = body.count(b'"role":"tool"'), int(asked[3] or 0)
+        if called < wanted:
+            tool = TOOL.search(body)
+            assert tool, body[:200]
+            numbers = range(called, min(called + CALLS_IN_TURN, wanted))
+            calls = b",".join(CALL % (index, number, tool[1], number) for index, number in enumerate(numbers))
+            self.transport.write(STREAM_HEAD + chunked(CALLS % calls) + b"0\r\n\r\n")
+        elif not STREAMS.search(body):
             words = b"".join(b"%d " % time.monotonic_ns() for _ in range(self._words))
             whole = WHOLE % words
             self.transport.write(JSON_HEAD % len(whole) + whole)

@@ -7,7 +7,7 @@ import asyncpg
 import msgspec
 import pytest
 
-from app.storage import responses
+from app.storage import journal, responses
 from app.storage.tables import OUTPUT_POSITION
 
 TURNS = 300
@@ -78,3 +78,49 @@ async def test_a_page_behind_a_cursor_costs_a_page(filled):
 
 async def test_a_response_costs_its_own_output(filled):
     assert await rows_read(filled, responses._GET, id=f"resp_0_{TURNS}") == ITEMS_PER_TURN - 1
+
+
+BY_ID = {
+    "insert": responses._INSERT,
+    "finish": responses._FINISH,
+    "seal": responses._SEAL,
+    "begin": responses._BEGIN,
+    "chain": responses._CHAIN,
+    "get": responses._GET,
+    "page": responses._PAGES["desc"],
+    "events": journal._READ,
+    "tombstone": responses._TOMBSTONE,
+    "purge": responses._PURGE,
+}
+
+
+@pytest.fixture(scope="module")
+def new_url(new_database):
+    """Another empty database."""
+    return new_database()
+
+
+@pytest.fixture(scope="module")
+async def unknown(new_url):
+    """A database whose tables Postgres has not analyzed yet; a connection keeps the plans that it makes there."""
+    connection = await asyncpg.connect(new_url)
+    await connection.execute("set plan_cache_mode = force_generic_plan")
+    yield connection
+    await connection.close()
+
+
+@pytest.mark.parametrize("name", BY_ID)
+async def test_the_first_plans_look_for_a_response_by_its_id(unknown, name):
+    """With two indexes by tenant, some of them read all responses of the tenant."""
+    query = BY_ID[name]
+    await unknown.execute(f'prepare "{name}" as {query.sql}')
+    nothing = ", ".join("null" for _ in query.arguments({}))
+    plan = await unknown.fetchval(f'explain (format json) execute "{name}" ({nothing})')
+    (root,) = msgspec.json.decode(plan)
+    scans = [
+        node
+        for node in _nodes(root["Plan"])
+        if node.get("Relation Name") == "responses" and "Scan" in node["Node Type"]
+    ]
+    assert scans
+    assert [node["Index Cond"] for node in scans if " AND " not in node["Index Cond"]] == []
