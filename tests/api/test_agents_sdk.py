@@ -63,7 +63,7 @@ async def test_a_callback_approves_calls_one_after_the_other(agent, run, toolser
     assert result.final_output == "It is 3."
     assert asked == [("box", "add", '{"a":1,"b":2}'), ("box", "echo", '{"x":1}')]
     assert [one.arguments for one in toolserver.calls(name)] == [{"a": 1, "b": 2}, {"x": 1}]
-    assert all(session.closed.is_set() for session in toolserver.sessions(name))
+    assert all(session.closed.wait(5) for session in toolserver.sessions(name))
 
 
 @STREAMED

@@ -57,7 +57,7 @@ def test_tools_are_listed_called_and_their_results_read(client, upstream, toolse
     second = client.responses.create(model="m", input="And now?", previous_response_id=first.id, tools=tools)
     assert [item.type for item in second.output] == ["message"]
     assert len(toolserver.sessions(name)) == 1
-    assert all(session.closed.is_set() for session in toolserver.sessions(name))
+    assert all(session.closed.wait(5) for session in toolserver.sessions(name))
 
 
 def test_the_events_of_a_call_are_those_of_the_hosted_api(server, mcp):
