@@ -10,8 +10,9 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-from app.domain.calls import answer_for_model, asked_of_model, given_of
+from app.domain.calls import given_of
 from app.domain.context import Context, Unseal
+from app.domain.retold import answer_for_model, asked_of_model
 from app.domain.toolbox import Offer, Toolbox
 from app.errors import UnsupportedParameter
 from app.ids import are_siblings

@@ -401,7 +401,7 @@ def test_a_response_that_can_never_be_stored_fails_and_says_why(base_env, postgr
         "DATABASE_URL": postgres.url,
         "REPRISE_DATABASE_TIMEOUT_S": "1",
         "REPRISE_DATABASE_RETRY_S": "0.5",
-        "REPRISE_LEASE_S": "1",
+        "REPRISE_LEASE_S": "6",  # the other server on this database would end it as abandoned
     }
     with Served(env) as served, served.client() as client:
         stream = client.responses.create(

@@ -7,10 +7,8 @@ import pytest
 
 from app.domain.calls import (
     Answer,
-    answer_for_model,
     approval_request,
     arguments_for,
-    asked_of_model,
     close_list,
     error_text,
     failure,
@@ -23,6 +21,7 @@ from app.domain.calls import (
 )
 from app.domain.fold import replay
 from app.domain.hosted import HostedRoute
+from app.domain.retold import answer_for_model, asked_of_model
 from app.domain.toolbox import ByHost
 from app.wire.items import CallError
 from app.wire.tools import ListedTool
