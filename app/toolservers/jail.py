@@ -292,7 +292,8 @@ def memory_used() -> int:
 def unpack(descriptor: int, home: str) -> None:
     """Put an archive's files into `home`; their names have been checked by whoever packed them."""
     with os.fdopen(descriptor, "rb") as file, tarfile.open(fileobj=file) as archive:
-        archive.extractall(home, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11 has it since 3.11.4
+        archive.extractall(home)
 
 
 def pack(order: Order, home: str) -> int:
