@@ -137,12 +137,13 @@ def enter(order: Order) -> Report | None:
 
 def build_root(order: Order, uid: int, gid: int) -> None:
     """Make the file system that the program sees, and make it the root."""
-    call("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)
-    size = f"mode=0755,size={order['disk_bytes']},nr_inodes={order['files'] + 200}"
-    call("mount", b"tmpfs", b"/tmp", b"tmpfs", MS_NOSUID | MS_NODEV, size.encode())
+    # Looked at first: the interpreter may be below /tmp, which the new root covers until it has its place.
     wanted = [*SYSTEM, *ETC, *(ETC_NETWORK if order["network"] else ()), *order["visible"]]
     sources = {path: os.path.realpath(path) for path in wanted if os.path.exists(path)}  # noqa: PTH110
     links = {path: os.readlink(path) for path in SYSTEM if os.path.islink(path)}  # noqa: PTH114, PTH115
+    call("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)
+    size = f"mode=0755,size={order['disk_bytes']},nr_inodes={order['files'] + 200}"
+    call("mount", b"tmpfs", b"/tmp", b"tmpfs", MS_NOSUID | MS_NODEV, size.encode())
     os.chdir("/tmp")
     Path("old").mkdir()
     call("pivot_root", b".", b"old")
@@ -165,7 +166,7 @@ def build_root(order: Order, uid: int, gid: int) -> None:
     Path("/etc/passwd").write_text(f"sandbox:x:{uid}:{gid}::/tmp:/bin/sh\n")
     Path("/etc/group").write_text(f"sandbox:x:{gid}:\n")
     for path in ("/tmp", "/dev/shm", order["home"]):
-        Path(path).mkdir(parents=True)
+        Path(path).mkdir(parents=True, exist_ok=True)
         os.chown(path, uid, gid)
     # Linux refuses user namespaces to those whose root is not their mount namespace's: the program can't get privileges there.
     show("/", "/.root", read_only=False)
@@ -293,7 +294,7 @@ def unpack(descriptor: int, home: str) -> None:
     """Put an archive's files into `home`; their names have been checked by whoever packed them."""
     with os.fdopen(descriptor, "rb") as file, tarfile.open(fileobj=file) as archive:
         archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11 has it since 3.11.4
-        archive.extractall(home)
+        archive.extractall(home)  # noqa: S202 (it is our own archive, and we are in the jail)
 
 
 def pack(order: Order, home: str) -> int:
