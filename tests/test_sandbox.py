@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 import uuid
+import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -521,8 +522,11 @@ def test_without_isolation_it_does_not_start(directory: Path) -> None:
 @needs_root
 async def test_limits_alone_only_on_request(tmp_path: Path, new_home: Callable[[], Path]) -> None:
     """An unprivileged server whose interpreter its namespaces can't show."""
-    home = new_home()
-    command = [*UNPRIVILEGED, *program("sandbox", *LIMITS, "--directory", str(home))]
+    home, hidden = new_home(), tmp_path / "hidden"
+    venv.create(hidden)
+    hidden.chmod(0o700)
+    python = ["--python", str(hidden / "bin" / "python")]
+    command = [*UNPRIVILEGED, *program("sandbox", *LIMITS, *python, "--directory", str(home))]
     assert "code can't be isolated here" in refusal(*command)
     with OverHttp([*command, "--allow-network"]) as sandbox:
         assert "nothing but resource limits holds the code" in "".join(sandbox.printed)
