@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import cast
 
@@ -27,7 +28,7 @@ def request(path: str, body: bytes | None = None) -> bytes:
     return head.encode() + body
 
 
-class Serving(asyncio.Protocol):
+class Serving(asyncio.Protocol, ABC):
     """A server's side of one connection; `answer` gets each request's body."""
 
     transport: asyncio.Transport
@@ -48,9 +49,9 @@ class Serving(asyncio.Protocol):
             body, self._held = self._held[head_ends + 4 : ends], self._held[ends:]
             self.answer(body)
 
+    @abstractmethod
     def answer(self, body: bytes) -> None:
         """Write a reply, now or later."""
-        raise NotImplementedError
 
 
 class Refused(Exception):
