@@ -150,7 +150,7 @@ def open_toolbox(
     every, left_out = _offers(tools, listed or {}, hosted)
     labels = [tool.server_label for tool in tools if isinstance(tool, McpTool)]
     unlisted = tuple(
-        tool.server_label for tool in tools if isinstance(tool, McpTool) and not _knows(tool, listed or {})
+        tool.server_label for tool in tools if isinstance(tool, McpTool) and tool.server_label not in (listed or {})
     )
     if isinstance(choice, str):
         if choice == "required" and not every and not unlisted:
@@ -229,14 +229,6 @@ def allowed(server: McpTool, listed: Sequence[ListedTool]) -> list[ListedTool]:
         return list(listed)
     filter = McpFilter(tool_names=wanted) if isinstance(wanted, list) else wanted
     return [tool for tool in listed if _matches(filter, tool)]
-
-
-def _knows(server: McpTool, listed: Mapping[str, Sequence[ListedTool]]) -> bool:
-    """Whether the list of a server tells of every tool that is allowed by name: it may have been made when fewer were."""
-    wanted = server.allowed_tools
-    names = wanted.tool_names if isinstance(wanted, McpFilter) else wanted
-    found = listed.get(server.server_label)
-    return found is not None and set(names or ()) <= {tool.name for tool in found}
 
 
 def _matches(filter: McpFilter, tool: ListedTool) -> bool:

@@ -62,6 +62,18 @@ def test_a_background_stream_tells_the_whole_story_and_is_replayed_byte_for_byte
         assert frames(server, "GET", f"{path}?stream=true&starting_after={after}") == live[after + 1 :]
 
 
+def test_a_resumed_stream_is_padded_for_a_reader_that_asks_for_it(server):
+    """Padding is made as the bytes are written out: what is kept, and what another reader gets, knows nothing of it."""
+    body = {"model": "m", "input": script(answer("Hello there my friend")), "background": True, "stream": True}
+    live = frames(server, "POST", "/responses", json=body)
+    path = f"/responses/{decoded(live)[0]['response']['id']}?stream=true&starting_after=3"
+    padded = decoded(frames(server, "GET", f"{path}&include_obfuscation=true"))
+    deltas = [event for event in padded if event["type"].endswith(".delta")]
+    assert deltas and [event for event in padded if event.pop("obfuscation", "")] == deltas
+    assert padded == decoded(live[4:])
+    assert frames(server, "GET", f"{path}&include_obfuscation=false") == frames(server, "GET", path) == live[4:]
+
+
 def test_a_client_that_leaves_resumes_where_it_was(client, upstream):
     said = script([*words("one two three "), gate("resume"), *words("four five"), finish()])
     stream = client.responses.create(model="m", input=said, background=True, stream=True)

@@ -183,12 +183,10 @@ def test_which_calls_wait_for_approval(wanted: Any, asks: set[str]):
     assert {name for name in tools.offers if isinstance(tools.verdict(name), Ask)} == asks
 
 
-def test_a_list_that_lacks_an_allowed_tool_is_not_known():
+def test_a_server_without_a_list_in_the_context_is_to_be_listed():
     assert served(mcp()).unlisted == ("box",)
     assert served(mcp(), box=[]).unlisted == ()
-    assert served(mcp(allowed_tools=["add"]), box=[ADD, ECHO]).unlisted == ()
-    assert served(mcp(allowed_tools={"tool_names": ["add", "echo"]}), box=[ADD]).unlisted == ("box",)
-    assert served(mcp(allowed_tools={"read_only": True}), box=[ADD]).unlisted == ()
+    assert served(mcp(allowed_tools=["add", "echo"]), box=[ADD]).unlisted == ()
 
 
 @pytest.mark.parametrize(
