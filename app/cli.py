@@ -93,6 +93,7 @@ async def _serve(settings: Settings, *, own: bool) -> None:
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             backlog=BACKLOG,
             timeout_graceful_shutdown=int(settings.shutdown_grace_s) + LAST_WORDS_S,
         )

@@ -11,8 +11,10 @@ class Patience:
     it, and when it rings it looks how long the present one has taken.
     """
 
-    def __init__(self, seconds: float | None) -> None:
-        """`seconds` is the limit of one wait; None: there is none."""
+    __slots__ = ("_begun", "_cancelling", "_expired", "_loop", "_seconds", "_task", "_timer", "_waits")
+
+    def __init__(self, seconds: float) -> None:
+        """`seconds` is the limit of one wait."""
         self._seconds = seconds
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -26,8 +28,8 @@ class Patience:
         self._waits = True
         self._cancelling = self._task.cancelling()
         self._begun = self._loop.time()
-        if self._timer is None and self._seconds is not None:
-            self._timer = self._loop.call_later(self._seconds, self._ring, self._seconds)
+        if self._timer is None:
+            self._timer = self._loop.call_later(self._seconds, self._ring)
 
     def __exit__(
         self, type_: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -39,13 +41,13 @@ class Patience:
             if self._task.uncancel() <= self._cancelling and isinstance(error, asyncio.CancelledError):
                 raise TimeoutError from error
 
-    def _ring(self, seconds: float) -> None:
+    def _ring(self) -> None:
         self._timer = None
         if not self._waits:
             return  # the next wait sets it again
-        left_s = self._begun + seconds - self._loop.time()
+        left_s = self._begun + self._seconds - self._loop.time()
         if left_s > 0:
-            self._timer = self._loop.call_later(left_s, self._ring, seconds)
+            self._timer = self._loop.call_later(left_s, self._ring)
         else:
             self._expired = True
             self._task.cancel()

@@ -44,7 +44,7 @@ class ResponsesController(Controller):
     @post(status_code=200)
     async def create(self, request: Request[Any, Any, Any], caller: Caller, parts: Parts) -> Response[Any]:
         """Make a response: JSON when it is done, SSE while it is made, or later, in the background."""
-        raw = await request.body()
+        raw = b"".join([part async for part in request.stream()])  # `body()` would keep it as long as the reply takes
         create = decode_create(raw, parts.catalog.passed_on)
         if create.background:
             return await self._create_in_background(caller, create, raw, parts)

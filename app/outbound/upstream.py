@@ -40,6 +40,9 @@ _TOO_LONG = re.compile(
 NO_KEY = "none"
 """The SDK demands a key; servers without one ignore it."""
 
+SDK_HEADERS = "x-stainless-"
+"""How the names of those headers begin in which the SDK tells OpenAI what it runs on. An upstream needs none of them."""
+
 TAIL_WAIT_S = 2.0
 """How long the usage, or the connection's end, may come after the finish."""
 
@@ -78,7 +81,11 @@ class Upstream:
         )
         self._chat, self._models = sdk.base_url.join("chat/completions"), sdk.base_url.join("models")
         said = {**sdk.auth_headers, **sdk.default_headers}
-        self._headers = {name: value for name, value in said.items() if isinstance(value, str)}
+        self._headers = {
+            name: value
+            for name, value in said.items()
+            if isinstance(value, str) and not name.lower().startswith(SDK_HEADERS)
+        }
         # Made once: stamina takes as long to prepare its attempts as the first of them takes.
         self._opened = stamina.retry(
             on=self._backoff, attempts=self._attempts_max, timeout=None, wait_initial=0.1, wait_jitter=0.1, wait_max=2.0
@@ -150,15 +157,18 @@ class ChunkStream:
     """An upstream's answer: lists of chunks, one list a read. Always close it; closing breaks the upstream's work off."""
 
     def __init__(self, upstream: Upstream, response: httpx2.Response) -> None:
+        """Of the response only the stream is kept: the rest of it holds the request, with the whole conversation."""
+        assert isinstance(response.stream, httpx2.AsyncByteStream)
         self.upstream = upstream
-        self._response = response
+        self._stream = response.stream
+        self._has_events = response.headers.get("content-type", "").startswith("text/event-stream")
         self._finished = False
         self.heard = False
         """Whether a chunk has come."""
 
     async def __aiter__(self) -> AsyncIterator[list[Chunk]]:
         """Raises UpstreamStalled, UpstreamGarbled, or UpstreamError for an error object inside the stream."""
-        if not self._response.headers.get("content-type", "").startswith("text/event-stream"):
+        if not self._has_events:
             yield [await self._whole()]
             return
         lines = LineBuffer(self.upstream.line_bytes_max)
@@ -185,9 +195,7 @@ class ChunkStream:
 
     async def _reads(self) -> AsyncIterator[bytes]:
         """What goes wrong behind the finish is no fault: everything was said."""
-        stream = self._response.stream  # what `aiter_raw` adds is bookkeeping, for every read
-        assert isinstance(stream, httpx2.AsyncByteStream)
-        reads = stream.__aiter__()
+        reads = aiter(self._stream)  # what the response's own `aiter_raw` adds is bookkeeping, for every read
         idle_s = self.upstream.idle_timeout_s
         with closing(Patience(idle_s)) as idle, closing(Patience(min(idle_s, TAIL_WAIT_S))) as tail:
             while True:
@@ -210,7 +218,7 @@ class ChunkStream:
         """The answer of a server that does not stream, as one chunk."""
         try:
             async with asyncio.timeout(self.upstream.idle_timeout_s):
-                raw = await self._response.aread()
+                raw = b"".join([read async for read in self._stream])
             whole = msgspec.json.decode(raw, type=_Completion)
         except TimeoutError:
             raise UpstreamStalled("The upstream did not finish its answer.") from None
@@ -221,7 +229,7 @@ class ChunkStream:
 
     async def close(self) -> None:
         """Give the connection back, or break it off."""
-        await self._response.aclose()
+        await self._stream.aclose()
 
 
 class _WholeChoice(Struct):

@@ -208,7 +208,9 @@ class Background:
         """
         cursor, silent_s = after, 0.0
         fresh, ended = _behind(kept.entries, cursor), kept.archived
-        async with self._logs.reading(response_id, max(after, _last(kept.entries))) as reader:
+        begins = max(after, _last(kept.entries))
+        del kept  # it may be large, and a follower may stay for long
+        async with self._logs.reading(response_id, begins, silence_s=self._settings.poll_s) as reader:
             while True:
                 if fresh:
                     cursor, silent_s = fresh[-1].sequence_number, 0.0
@@ -224,8 +226,7 @@ class Background:
                     if gap:
                         reader.rewind(fresh[-1].sequence_number)
                     continue
-                kept = await self._look_again(tenant_id, response_id, kept)
-                fresh, ended = _behind(kept.entries, cursor), kept.archived
+                fresh, ended = await self._look_again(tenant_id, response_id, cursor)
                 if gap:
                     await asyncio.sleep(0 if fresh else GAP_PAUSE_S)
                     reader.rewind(_last(fresh) if fresh else cursor)
@@ -241,21 +242,23 @@ class Background:
 
     async def _next(self, reader: Reader) -> list[Batch]:
         try:
-            return await reader.next(self._settings.poll_s)
+            return await reader.next()
         except (RedisError, OSError):
             await asyncio.sleep(self._settings.poll_s)  # Redis is away: Postgres is asked, no faster than this
             return []
 
-    async def _look_again(self, tenant_id: str, response_id: str, kept: Kept) -> Kept:
-        """What Postgres knows by now; while it is away, what it knew. Readers of one response share an answer for a while."""
+    async def _look_again(self, tenant_id: str, response_id: str, cursor: int) -> tuple[list[Entry], bool]:
+        """What Postgres knows by now behind the cursor, and whether nothing can follow; while it is away, nothing. Readers of
+        one response share an answer for a while."""
         look = self._looks.get(response_id)
         if look is None:
             look = self._looks[response_id] = asyncio.ensure_future(self.kept(tenant_id, response_id))
             asyncio.get_running_loop().call_later(self._settings.poll_s / 2, self._looks.pop, response_id, None)
         try:
-            return await asyncio.shield(look)
+            kept = await asyncio.shield(look)
         except ServerError:
-            return kept
+            return [], False
+        return _behind(kept.entries, cursor), kept.archived
 
     # -- Cancelling -------------------------------------------------------------------------------------------------------
 

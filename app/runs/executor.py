@@ -52,7 +52,7 @@ class Run:
     def __init__(self, tenant_id: str, response: Response, work: Task) -> None:
         self.tenant_id = tenant_id
         self.work = work
-        self.log = MemoryLog()
+        self.log = MemoryLog() if work.request.stream else None
         self.response = response
         self.error: ApiError | None = None
         self.stored = False
@@ -65,9 +65,10 @@ class Run:
         self.late: asyncio.Task[None] | None = None
         """Stores its end, if that could not be done in time."""
 
-    def follow(self, after: int = -1, *, silence_s: float | None = None) -> AsyncIterator[list[Entry]]:
-        """Its events behind a sequence number, in batches, to the terminal one; an empty batch after so much silence."""
-        return self.log.read(after, silence_s=silence_s)
+    def follow(self, *, silence_s: float) -> AsyncIterator[list[Entry]]:
+        """The events of a stream, in batches, to the terminal one; an empty batch after so much silence. For one reader."""
+        assert self.log
+        return self.log.read(silence_s=silence_s)
 
 
 class Executor:
@@ -283,7 +284,8 @@ class Executor:
 
 def _refuse(run: Run, error: ApiError) -> None:
     run.error = error
-    run.log.abandon()
+    if run.log:
+        run.log.abandon()
     if not run.opened.done():
         run.opened.set_exception(error)
         run.opened.exception()  # the reader may have gone: nobody else need look

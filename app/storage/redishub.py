@@ -13,6 +13,7 @@ import redis.asyncio as redis
 from msgspec import Struct
 from redis.exceptions import RedisError
 
+from app.patience import Patience
 from app.storage.redisclient import BLOCK_MS, RETRY_S
 from app.wire.events import Entry, split_frames
 
@@ -60,9 +61,10 @@ class Hub:
         self._blocking_id: int | None = None
 
     @asynccontextmanager
-    async def reading(self, key: str, after: int) -> AsyncIterator["Reader"]:
-        """A reader of one stream, from behind a sequence number on."""
-        reader = Reader(self, key, after)
+    async def reading(self, key: str, after: int, silence_s: float) -> AsyncIterator["Reader"]:
+        """A reader of one stream, from behind a sequence number on, for the task that opens it."""
+        patience = Patience(silence_s)
+        reader = Reader(self, key, after, patience)
         readers = self._readers.setdefault(key, set())
         readers.add(reader)
         if key not in self._positions:
@@ -72,6 +74,7 @@ class Hub:
         try:
             yield reader
         finally:
+            patience.close()
             readers.discard(reader)
             if not readers:
                 self._readers.pop(key, None)
@@ -136,12 +139,14 @@ class Hub:
 class Reader:
     """One follower of one stream; slow ones wait for nobody, and nobody for them."""
 
-    def __init__(self, hub: Hub, key: str, after: int) -> None:
-        self._hub, self._key = hub, key
+    __slots__ = ("_hub", "_key", "_lagging", "_live", "_patience", "_position", "_woken")
+
+    def __init__(self, hub: Hub, key: str, after: int, patience: Patience) -> None:
+        self._hub, self._key, self._patience = hub, key, patience
         self._position = f"1-{after + 1}"
         self._live: list[Batch] = []
         self._lagging = True
-        self._woken = asyncio.Event()
+        self._woken: asyncio.Future[None] | None = None
 
     def offer(self, batches: list[Batch]) -> None:
         """Entries that have just come."""
@@ -149,24 +154,26 @@ class Reader:
             self.lag()
         elif not self._lagging:
             self._live += batches
-        self._woken.set()
+            self._wake()
 
     def lag(self) -> None:
         """It has missed entries, and shall fetch them itself."""
         self._live = []
         self._lagging = True
-        self._woken.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._woken and not self._woken.done():
+            self._woken.set_result(None)
 
     def rewind(self, after: int) -> None:
         """Fetch again from behind a sequence number."""
         self._position = f"1-{after + 1}"
         self.lag()
 
-    async def next(self, silence_s: float) -> list[Batch]:
-        """The batches that have come, a page of them if it lags; none after so much silence. Raises RedisError."""
-        ends_at = asyncio.get_running_loop().time() + silence_s
+    async def next(self) -> list[Batch]:
+        """The batches that have come, a page of them if it lags; none if patience ends first. Raises RedisError."""
         while True:
-            self._woken.clear()
             if self._lagging:
                 # Bounded by Redis' own timeout; ours would be swallowed (see `break_off`).
                 batches = await self._fetch()
@@ -174,9 +181,12 @@ class Reader:
                 batches, self._live = self._live, []
             if batches:
                 return batches
+            if self._live or self._lagging:
+                continue  # they came, or were missed, while it fetched
+            self._woken = asyncio.get_running_loop().create_future()
             try:
-                async with asyncio.timeout_at(ends_at):
-                    await self._woken.wait()
+                with self._patience:
+                    await self._woken
             except TimeoutError:
                 return []
 

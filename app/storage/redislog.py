@@ -252,9 +252,9 @@ class RedisLogs:
         """A hint to every process: `wake`, or the id of a response that changed hands."""
         self._hints.tell(hint)
 
-    def reading(self, response_id: str, after: int) -> AbstractAsyncContextManager[Reader]:
-        """A reader of one stream, from behind a sequence number on."""
-        return self.hub.reading(self.key(response_id), after)
+    def reading(self, response_id: str, after: int, *, silence_s: float) -> AbstractAsyncContextManager[Reader]:
+        """A reader of one stream, from behind a sequence number on, for the task that opens it."""
+        return self.hub.reading(self.key(response_id), after, silence_s)
 
     def kick(self, run: RunLog) -> None:
         """This run has something to flush."""

@@ -34,7 +34,7 @@ def test_a_running_response_is_cancelled_quickly_and_for_good(cluster, upstream,
         response_id = begin(cluster.urls[0], said)
         follower = Follower(cluster.urls, response_id)
         upstream.wait_reached(f"cancel{number}", 20)
-        follower.wait_events(8)
+        follower.wait_events(10)
         begun = time.monotonic()
         cancelled = cancel(cluster.urls[number % 2], response_id)
         answered = time.monotonic()

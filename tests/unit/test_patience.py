@@ -68,8 +68,3 @@ async def test_who_is_cancelled_by_another_stays_cancelled():
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-
-
-async def test_without_a_limit_one_waits_on():
-    with closing(Patience(None)) as patience, patience:
-        await asyncio.sleep(SHORT_S)
