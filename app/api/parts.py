@@ -31,4 +31,6 @@ class Parts(Struct, frozen=True):
 
 async def provide_caller(request: Request[Any, Any, Any], parts: Parts) -> Caller:
     """The dependency of every handler below /v1."""
-    return await parts.auth.caller(request.headers.get("authorization"))
+    # Litestar keeps the headers that it has parsed as long as the reply takes, which may be long.
+    sent = next((value for name, value in request.scope["headers"] if name == b"authorization"), None)
+    return await parts.auth.caller(sent.decode("latin-1") if sent else None)

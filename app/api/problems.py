@@ -80,8 +80,8 @@ def with_request_id(app: ASGIApp) -> ASGIApp:
                 ]
             return send(message)
 
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
-            await app(scope, receive, stamped)
+        structlog.contextvars.bind_contextvars(request_id=request_id)  # a request is a task with a context of its own
+        await app(scope, receive, stamped)
 
     return answer
 

@@ -66,8 +66,16 @@ class EventStream(Response[None]):
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         writing = asyncio.create_task(self._write(send))
         leaving = asyncio.create_task(until_disconnect(receive))
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def end(_: "asyncio.Task[None]") -> None:
+            if not ended.done():
+                ended.set_result(None)
+
+        for task in (writing, leaving):  # `asyncio.wait` would hold a kilobyte as long as it waits
+            task.add_done_callback(end)
         try:
-            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            await ended
             if not writing.done() or writing.exception() is not None:
                 self._gone()
         except asyncio.CancelledError:
@@ -80,6 +88,7 @@ class EventStream(Response[None]):
         await send({"type": "http.response.start", "status": 200, "headers": self._head})
         async for batch in self._batches:
             await send(_body(self._frames(batch), more=True))
+            del batch  # the next one may be far away
         await send(_body(DONE_FRAME, more=False))
 
     def _frames(self, batch: list[Entry]) -> bytes:

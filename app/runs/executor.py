@@ -139,16 +139,16 @@ class Executor:
     async def _run(self, run: Run) -> None:
         """Make the response, and then take leave of its tool servers: nobody waits for that."""
         tools = Tools(run.work, self._guard, self._settings)
-        with structlog.contextvars.bound_contextvars(response_id=run.response.id, tenant_id=run.tenant_id):
-            try:
-                await self._make(run, tools)
-                run.finished.set_result(None)
-            except BaseException as error:
-                run.finished.set_exception(error)
-                run.finished.exception()  # as a rule nobody is there to look
-                raise
-            finally:
-                await tools.close()
+        structlog.contextvars.bind_contextvars(response_id=run.response.id, tenant_id=run.tenant_id)
+        try:
+            await self._make(run, tools)
+            run.finished.set_result(None)
+        except BaseException as error:
+            run.finished.set_exception(error)
+            run.finished.exception()  # as a rule nobody is there to look
+            raise
+        finally:
+            await tools.close()
 
     async def _make(self, run: Run, tools: Tools) -> None:
         recorder = Recorder(

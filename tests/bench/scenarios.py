@@ -441,6 +441,8 @@ async def _followers(bench: Bench, target: Target) -> Figures:
     sent = create(target, words, pace_ms, background=True, stream=True)
     begun = [_begun(target, sent) for _ in range(runs)]
     ids = await asyncio.gather(*begun)
+    heard_one = [listen(target.port, _resumed(target, id, 0), until=lambda heard: heard.heard(1)) for id in ids]
+    await asyncio.gather(*heard_one)  # what the first followers of a process make it load is not theirs
     before, connections = rss_kb(target.pids[0]), await stage.redis_connections()
     asked = [(target.port, _resumed(target, ids[number % runs], 0)) for number in range(clients)]
     following = asyncio.create_task(listen_together(asked, spread_s=1))
