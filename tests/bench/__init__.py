@@ -7,6 +7,7 @@ targets of a scenario take turns within each round, and every figure is the medi
     http        just enough HTTP/1.1 on asyncio protocols, both ends, so that the generator and the upstream are no bottleneck
     upstream    a Chat Completions server that says as much, and as fast, as the model's name asks: `bench-200x5`
     floor       the pass-through
+    libraries   another one, made of the server's own HTTP libraries: what the server costs beyond it is its own
     stage       starts everything, reads CPU and memory out of /proc
     load        clients: requests one behind the other, streams side by side, what they saw
     scenarios   one function for each thing that is measured

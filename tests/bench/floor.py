@@ -50,6 +50,13 @@ ITEM_ID = "msg_00000000000000000000000000000000000000"
 DONE = chunked(b"data: [DONE]\n\n") + b"0\r\n\r\n"
 
 
+def to_chat(body: bytes) -> bytes:
+    """A request for a response → the chat request that the upstream gets."""
+    asked = _asked(body)
+    messages = [{"role": "user", "content": asked.input}]
+    return _encode({"model": asked.model, "messages": messages, "stream": asked.stream})
+
+
 class Floor(Serving):
     """One client's connection, with one to the upstream."""
 
@@ -57,19 +64,17 @@ class Floor(Serving):
     _upstream: Connection | None = None
 
     def answer(self, body: bytes) -> None:
-        self._task = asyncio.ensure_future(self._answer(_asked(body)))
+        self._task = asyncio.ensure_future(self._answer(to_chat(body), streams=_asked(body).stream))
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._upstream:
             self._upstream.close()
 
-    async def _answer(self, asked: _Asked) -> None:
+    async def _answer(self, chat: bytes, *, streams: bool) -> None:
         if self._upstream is None:
             self._upstream = await Connection.open(self.port)
-        messages = [{"role": "user", "content": asked.input}]
-        body = _encode({"model": asked.model, "messages": messages, "stream": asked.stream})
-        asking = request("/v1/chat/completions", body)
-        if not asked.stream:
+        asking = request("/v1/chat/completions", chat)
+        if not streams:
             whole = await self._upstream.ask(asking)
             self.transport.write(JSON_HEAD % len(whole) + whole)
             return

@@ -10,7 +10,7 @@ from tests.bench.scenarios import Bench
 HERE = Path(__file__).parent / "plots"
 WIDTH, HEIGHT = 640, 360
 LEFT, RIGHT, TOP, BOTTOM = 70, 20, 40, 50
-COLOURS = {"server": "#2f6fde", "floor": "#d9822b", "upstream": "#8a8f98"}
+COLOURS = {"server": "#2f6fde", "libraries": "#3a9d5d", "floor": "#d9822b", "upstream": "#8a8f98"}
 BINS = 60
 
 Points = Sequence[tuple[float, float]]

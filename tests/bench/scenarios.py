@@ -35,6 +35,7 @@ CALLS = 8
 """Of a run with tools: the upstream makes 3 + 3 + 2, and says its words in a fourth turn."""
 DEPTHS = (100, 1000)
 SETTLE_S = 0.3
+COMMITS, COMMIT_SPACING_S = 50, 0.06
 SAID = re.compile(rb'"text":"([^"]*)"')
 ID = re.compile(rb'"id":"(resp_\w+)"')
 _encode = msgspec.json.Encoder().encode
@@ -99,7 +100,15 @@ async def creates_alone(bench: Bench) -> Figures:
     figures: Figures = {}
     for target in bench.stage.targets:
         await _creates(bench, target, 1, figures)
-    return figures | {"added_p50_ms": figures["server_p50_ms"] - figures["upstream_p50_ms"]}
+    return figures | _added(figures, "p50_ms")
+
+
+def _added(figures: Figures, latency: str) -> Figures:
+    """What the server, and what its libraries alone, add to the upstream's latency."""
+    return {
+        f"{name}_added_{latency}": figures[f"{name}_{latency}"] - figures[f"upstream_{latency}"]
+        for name in ("server", "libraries")
+    }
 
 
 async def concurrency(bench: Bench) -> Figures:
@@ -143,8 +152,13 @@ async def two_processes(bench: Bench) -> Figures:
 
 
 async def streams(bench: Bench) -> Figures:
-    """64 streams of 200 words, one every 5 ms."""
-    return await _streams(bench, clients=64, words=200, pace_ms=5, each=1 if bench.quick else 2)
+    """64 streams of 200 words, one every 5 ms; and how much of a stream's CPU is spent before its first word and behind its
+    last, which is what a stream of one word takes."""
+    target, each = bench.stage.server, 4
+    figures = await _streams(bench, clients=64, words=200, pace_ms=5, each=1 if bench.quick else 2)
+    async with bench.stage.spending(*target.pids) as spent:
+        heard = await listen_together([(target.port, create(target, 1, 0, stream=True))] * 64, each=each, spread_s=1)
+    return figures | {"server_cpu_ms_of_one_word": spent.server_s / len(heard) * 1000}
 
 
 async def streams_many(bench: Bench) -> Figures:
@@ -155,9 +169,25 @@ async def streams_many(bench: Bench) -> Figures:
 async def streams_calm(bench: Bench) -> Figures:
     """16 streams of 50 words, one every 20 ms, that begin all over the time: the time to the first delta."""
     figures = await _streams(bench, clients=16, words=50, pace_ms=20, each=2 if bench.quick else 4)
-    for part in ("p50", "p99"):
-        figures[f"added_first_{part}_ms"] = figures[f"server_first_{part}_ms"] - figures[f"upstream_first_{part}_ms"]
-    return figures
+    figures |= _added(figures, "first_p50_ms") | _added(figures, "first_p99_ms")
+    return figures | {"commit_p50_ms": await _commit_ms(bench.stage)}
+
+
+async def _commit_ms(stage: Stage) -> float:
+    """How long a commit takes that nothing but one row is in, as often as these streams begin."""
+    taken: list[float] = []
+    connection = await asyncpg.connect(stage.database_url)
+    try:
+        await connection.execute("create table if not exists bench (said text)")
+        insert = await connection.prepare("insert into bench values (repeat('x', 1000))")
+        for _ in range(COMMITS):
+            await asyncio.sleep(COMMIT_SPACING_S)
+            begun = time.perf_counter()
+            await insert.fetch()
+            taken.append((time.perf_counter() - begun) * 1000)
+    finally:
+        await connection.close()
+    return quantile(taken, 0.5)
 
 
 async def _streams(bench: Bench, *, clients: int, words: int, pace_ms: int, each: int) -> Figures:
@@ -176,7 +206,8 @@ async def _streams(bench: Bench, *, clients: int, words: int, pace_ms: int, each
         }
         if target is bench.stage.server:
             figures["postgres_cpu_ms_per_stream"] = spent.postgres_s / len(heard) * 1000
-    figures["over_floor"] = figures["server_cpu_us_per_delta"] / figures["floor_cpu_us_per_delta"]
+    for name in ("server", "libraries"):
+        figures[f"{name}_over_floor"] = figures[f"{name}_cpu_us_per_delta"] / figures["floor_cpu_us_per_delta"]
     return figures
 
 
@@ -191,13 +222,16 @@ def _late(target: Target, heard: list[Heard]) -> Figures:
 
 
 async def idle_streams(bench: Bench) -> Figures:
-    """Streams that have begun and then say nothing for a long time: memory of a fresh server for each."""
-    with bench.stage.fresh() as target:
-        await _idle(target, 50)  # what the first streams of a process make it load is not theirs
-        before, count = rss_kb(target.pids[0]), 300 if bench.quick else 900
-        async with _idling(target, count):
-            grown = rss_kb(target.pids[0]) - before
-    return {"kb_per_stream": grown / count, "server_rss_mb": before / 1024}
+    """Streams that have begun and then say nothing for a long time: memory of a fresh process for each."""
+    figures: Figures = {}
+    for name, fresh in {"server": bench.stage.fresh, "libraries": bench.stage.fresh_libraries}.items():
+        with fresh() as target:
+            await _idle(target, 50)  # what the first streams of a process make it load is not theirs
+            before, count = rss_kb(target.pids[0]), 300 if bench.quick else 900
+            async with _idling(target, count):
+                grown = rss_kb(target.pids[0]) - before
+        figures |= {f"{name}_kb_per_stream": grown / count, f"{name}_rss_mb": before / 1024}
+    return figures
 
 
 async def _idle(target: Target, count: int) -> None:

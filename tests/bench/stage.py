@@ -54,6 +54,7 @@ class Stage:
 
     upstream: Target
     floor: Target
+    libraries: Target
     server: Target
     second: Target
     """One more process on the data of `server`."""
@@ -64,13 +65,15 @@ class Stage:
     redis_url: str
     fresh: Callable[[], AbstractContextManager[Target]]
     """Starts one more API process beside `replica`, whose memory nobody has used yet."""
+    fresh_libraries: Callable[[], AbstractContextManager[Target]]
+    """Likewise."""
     tools_url: str
     """An MCP server, with a tool `echo`."""
 
     @property
-    def targets(self) -> tuple[Target, Target, Target]:
+    def targets(self) -> tuple[Target, ...]:
         """Those that are compared."""
-        return self.upstream, self.floor, self.server
+        return self.upstream, self.floor, self.libraries, self.server
 
     @asynccontextmanager
     async def spending(self, *pids: int) -> AsyncIterator[Spent]:
@@ -137,6 +140,7 @@ def set_up(home: Path) -> Iterator[Stage]:
         servers = stack.enter_context(embedded.start(home))
         upstream, upstream_pid = stack.enter_context(_module("tests.bench.upstream", 0))
         floor, floor_pid = stack.enter_context(_module("tests.bench.floor", 0, upstream))
+        libraries = stack.enter_context(_libraries(upstream))
         common = {
             "REDIS_URL": servers.redis_url,
             "REPRISE_DATA_DIR": str(home),
@@ -154,6 +158,7 @@ def set_up(home: Path) -> Iterator[Stage]:
         yield Stage(
             upstream=Target("upstream", upstream, "/v1/chat/completions", (upstream_pid,)),
             floor=Target("floor", floor, "/v1/responses", (floor_pid,)),
+            libraries=libraries,
             server=_target("server", server),
             second=_target("second", second),
             replica=_target("replica", replica),
@@ -162,6 +167,7 @@ def set_up(home: Path) -> Iterator[Stage]:
             database_url=one["DATABASE_URL"],
             redis_url=servers.redis_url,
             fresh=lambda: _fresh({**two, **no_workers}),
+            fresh_libraries=lambda: _libraries(upstream),
             tools_url=toolserver.url(),
         )
 
@@ -170,6 +176,12 @@ def set_up(home: Path) -> Iterator[Stage]:
 def _fresh(env: Mapping[str, str]) -> Iterator[Target]:
     with Served(env) as served:
         yield _target("fresh", served)
+
+
+@contextmanager
+def _libraries(upstream: int) -> Iterator[Target]:
+    with _module("tests.bench.libraries", 0, upstream) as (port, pid):
+        yield Target("libraries", port, "/v1/responses", (pid,))
 
 
 def _target(name: str, served: Served) -> Target:
