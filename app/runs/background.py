@@ -312,15 +312,15 @@ class Background:
             bytes_max=self._settings.run_output_bytes_max,
             events_max=self._settings.run_events_max,
             next_number=max(number, claim.number_ceiling) if found.lost else number,
+            usage=msgspec.json.decode(claim.usage, type=Usage) if claim.usage else NO_USAGE,
             said=found.said,
             unkept=found.unkept,
-            keep=lambda entries: self._keep(claim, entries),
+            keep=lambda entries: self._keep(claim, entries, recorder.usage),
         )
         outcome = await self._resume(work, recorder, recovered, found)
-        usage = NO_USAGE
         if outcome is None:
-            outcome, usage = await self._outcome(work, recorder, recovered, skip=found.lost)
-        closed = close_response(recorder.response, outcome, usage=usage, now=int(time.time()))
+            outcome = await self._outcome(work, recorder, recovered, skip=found.lost)
+        closed = close_response(recorder.response, outcome, usage=recorder.usage, now=int(time.time()))
         await recorder.finish(closed, lambda ended, entries: self._seal_response(claim, ended, entries))
         log.info("A response has ended.", action="run_ended", status=closed.status, lease=claim.lease)
         await self._end_log(claim, work.log)
@@ -377,14 +377,12 @@ class Background:
             return Outcome("failed", error=ServerError("The response could not be made: every attempt broke off."))
         return None
 
-    async def _outcome(
-        self, work: Work, recorder: Recorder, recovered: Recovered, *, skip: bool
-    ) -> tuple[Outcome, Usage]:
+    async def _outcome(self, work: Work, recorder: Recorder, recovered: Recovered, *, skip: bool) -> Outcome:
         claim = work.claim
         assert claim.request is not None
         made: list[AnyItem] = [decode_item(bytes(raw)) for raw in recovered.output]
         if any(waits_for_client(item) for item in made):
-            return Outcome("completed"), NO_USAGE  # what the former owner has handed over stands
+            return Outcome("completed")  # what the former owner has handed over stands
         try:
             secrets = self._opened(claim)
             request = with_secrets(decode_create(claim.request.encode(), self._catalog.passed_on), secrets.tools)
@@ -392,7 +390,7 @@ class Background:
         except DatabaseUnavailable:
             raise
         except ApiError as error:
-            return Outcome("failed", error=error), NO_USAGE
+            return Outcome("failed", error=error)
         # An index that a lost event may have used is not used again.
         index = recovered.next_output_index + (1 if skip else 0)
         work.tools = Tools(task, self._guard, self._settings)
@@ -404,19 +402,18 @@ class Background:
             output_index=index,
             call_ids=recovered.call_ids,
         )
-        outcome = await loop.outcome(None, self._settings.run_duration_max_s)
-        return outcome, loop.usage
+        return await loop.outcome(None, self._settings.run_duration_max_s)
 
     # -- Storing ----------------------------------------------------------------------------------------------------------
 
-    async def _keep(self, claim: Claim, entries: Sequence[Entry]) -> None:
+    async def _keep(self, claim: Claim, entries: Sequence[Entry], usage: Usage) -> None:
         """Commit entries to the journal. Raises Fenced."""
         frames = b"".join(entry.frame for entry in entries)
         async for attempt in self._database.retrying():
             with attempt:
                 async with self._database.begin() as tx:
                     if not await journal.append(
-                        tx, claim.tenant_id, claim.response_id, claim.lease, entries[0].sequence_number, frames
+                        tx, claim.tenant_id, claim.response_id, claim.lease, entries[0].sequence_number, frames, usage
                     ):
                         raise Fenced
 

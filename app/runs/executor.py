@@ -172,7 +172,7 @@ class Executor:
         run.opened.set_result(None)
         outcome = await self._outcome(loop, opening)
         run.ending = True
-        closed = close_response(recorder.response, outcome, usage=loop.usage, now=int(time.time()))
+        closed = close_response(recorder.response, outcome, usage=recorder.usage, now=int(time.time()))
         run.error = outcome.error
         run.response = await recorder.finish(closed, lambda response, _: self._commit(run, response))
         log.info("A response has ended.", action="run_ended", status=run.response.status)

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from app.domain.calls import SERVER_RUN, Answer, PendingCall, approval_request, close_list, mcp_call, open_list
 from app.domain.citations import NO_SOURCES, sources_of
 from app.domain.context import Context, proceed
-from app.domain.lifecycle import NO_USAGE, Outcome, add_usage, outcome_of
+from app.domain.lifecycle import Outcome, add_usage, outcome_of
 from app.domain.prompt import chat_request
 from app.domain.think import ThinkSplitter
 from app.domain.toolbox import Ask, Refuse, Run, Toolbox, allowed
@@ -38,7 +38,6 @@ from app.runs.task import Task
 from app.runs.tools import Tools, unavailable
 from app.wire.events import Event
 from app.wire.items import AnyItem, FunctionCall, FunctionCallOutput, ItemStatus, McpCall, decode_item, type_of
-from app.wire.resources import Usage
 from app.wire.tools import ListedTool, McpTool
 
 log = structlog.get_logger()
@@ -65,7 +64,6 @@ class Loop:
         call_ids: Iterable[str] = (),
     ) -> None:
         """`output_index` is that of the first item that this run makes; `call_ids` are used already."""
-        self.usage: Usage = NO_USAGE
         self._turns_max = turns_max
         self._output_index = output_index
         self._call_ids = set(call_ids)
@@ -121,7 +119,7 @@ class Loop:
     def _tokens_left(self) -> int | None:
         """What `max_output_tokens` leaves for the turns to come."""
         most = self._task.request.body.max_output_tokens
-        return None if most is None else most - self.usage.output_tokens
+        return None if most is None else most - self._recorder.usage.output_tokens
 
     async def outcome(self, opening: "asyncio.Task[ChunkStream] | None", duration_max_s: float) -> Outcome:
         """Make the response, from an upstream's answer if that is there or on its way; every way to end but being cancelled,
@@ -301,7 +299,7 @@ class Loop:
                 await self._recorder.record(turn.close(status), ending=True)
             finally:
                 self._output_index = turn.output_index
-                self.usage = add_usage(self.usage, turn.usage)
+                self._recorder.usage = add_usage(self._recorder.usage, turn.usage)
                 await asyncio.shield(stream.close())
         return turn
 

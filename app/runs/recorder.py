@@ -5,9 +5,10 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Protocol
 
 from app.domain.fold import apply
+from app.domain.lifecycle import NO_USAGE
 from app.errors import Fenced, RunTooLong
 from app.wire.events import TERMINAL, Created, Entry, Event, InProgress, ItemDone, encode_event
-from app.wire.resources import Response
+from app.wire.resources import Response, Usage
 
 
 class Log(Protocol):
@@ -35,6 +36,7 @@ class Recorder:
         bytes_max: int,
         events_max: int,
         next_number: int = 0,
+        usage: Usage = NO_USAGE,
         said: Sequence[Entry] = (),
         unkept: Sequence[Entry] = (),
         keep: Keep | None = None,
@@ -42,6 +44,8 @@ class Recorder:
         """Without a log nobody follows. With `keep` every item is journalled before it is done for readers; `said` is then
         what earlier owners have recorded, and `unkept` the end of it that is in no journal."""
         self.response = response
+        self.usage = usage
+        """What the finished turns took, those of earlier owners included."""
         self.next_number = next_number
         self._entries: list[Entry] = list(said)
         self._log, self._keep = log, keep

@@ -1,11 +1,13 @@
 """Events that outlive Redis: the journal of a run at work, item by item, and the archive of an ended one."""
 
+import msgspec
 import zstandard
 from msgspec import Struct
 from sqlalchemy import text
 
 from app.storage.database import Query, Tx
 from app.wire.events import Entry, split_frames
+from app.wire.resources import Usage
 
 ARCHIVE_LEVEL = 3
 """zstd's own default: 239 kB of events become 9 kB."""
@@ -14,7 +16,11 @@ _APPEND = Query(
     text("""
     with run as (
         select 1 from runs where tenant_id = :tenant_id and response_id = :id and lease = :lease and state in ('running', 'cancelled')
-        for share  -- whoever takes the run over waits for this, and then reads it
+        for no key update  -- whoever takes the run over waits for this, and then reads it
+    ), spent as (
+        update runs set usage = cast(:usage as json)
+        where tenant_id = :tenant_id and response_id = :id and cast(usage as text) is distinct from :usage
+          and exists (select from run)
     ), journal as (
         insert into event_journal (tenant_id, response_id, first_number, frames)
         select :tenant_id, :id, :first_number, :frames where exists (select from run)
@@ -48,10 +54,18 @@ class Kept(Struct, frozen=True):
     entries: list[Entry]
 
 
-async def append(tx: Tx, tenant_id: str, response_id: str, lease: int, first_number: int, frames: bytes) -> bool:
-    """Keep the events up to the end of an item. False if the lease is lost."""
+async def append(
+    tx: Tx, tenant_id: str, response_id: str, lease: int, first_number: int, frames: bytes, usage: Usage
+) -> bool:
+    """Keep the events up to the end of an item, and what the turns before took. False if the lease is lost."""
     row = await tx.one(
-        _APPEND, tenant_id=tenant_id, id=response_id, lease=lease, first_number=first_number, frames=frames
+        _APPEND,
+        tenant_id=tenant_id,
+        id=response_id,
+        lease=lease,
+        first_number=first_number,
+        frames=frames,
+        usage=msgspec.json.encode(usage).decode(),
     )
     return row is not None and bool(row["ours"])
 

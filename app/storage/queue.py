@@ -46,6 +46,8 @@ class Claim(Struct, frozen=True):
     """No earlier owner has sent an event with a number this high."""
     redis_run: str | None
     """Which life of its stream holds all that was sent; None if none is known to."""
+    usage: str | None
+    """Of the turns that earlier owners have finished, as JSON; None if there was none."""
 
 
 class Hold(Struct, frozen=True):
@@ -71,7 +73,7 @@ def _ours(state: str) -> str:
         number_ceiling = runs.number_ceiling + {NUMBERS_AHEAD}
     from free where runs.tenant_id = free.tenant_id and runs.response_id = free.response_id
     returning runs.tenant_id, runs.response_id, runs.lease, runs.handed_over, runs.state, runs.request, runs.secrets,
-              runs.streamed, free.number_ceiling, runs.redis_run
+              runs.streamed, free.number_ceiling, runs.redis_run, runs.usage
     """
 
 

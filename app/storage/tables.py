@@ -120,6 +120,7 @@ runs = Table(
     Column("streamed", Boolean, nullable=False),
     Column("number_ceiling", BigInteger, nullable=False, comment="no owner has sent an event with a number this high"),
     Column("redis_run", Text, comment="which life of its stream in Redis holds all that was sent"),
+    Column("usage", JSON, comment="of the turns that the journal holds"),
     Index("runs_queued_idx", "tenant_id", "due_at", postgresql_where=text("state = 'queued'")),
     Index("runs_due_idx", "due_at", postgresql_where=text("state <> 'queued'")),
 )

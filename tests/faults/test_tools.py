@@ -9,7 +9,7 @@ from app.domain.calls import error_text, unknown_outcome
 from tests.faults.client import Follower, begin, call, cancel, until
 from tests.faults.cluster import frozen, locked
 from tests.faults.told import text_of
-from tests.upstream import answer, calling, cut, finish, gate, note, script, text
+from tests.upstream import answer, calling, cut, finish, gate, note, script, text, usage
 from tests.upstream import call as tool_call
 
 KEY = "reprise/idempotencyKey"
@@ -190,7 +190,8 @@ def with_results_that_nobody_was_told(perform) -> Iterator[None]:
 
 
 def behind_the_results(perform) -> Iterator[None]:
-    run = perform("behind", calling("echo", {"x": 1}), [gate("behind"), *answer("All there.")])
+    first = [*calling("echo", {"x": 1}), usage(100, 20)]
+    run = perform("behind", first, [gate("behind"), *answer("All there."), usage(7, 3)])
     run.upstream.wait_reached("behind", 20)
     yield
     run.upstream.open("behind")
@@ -198,6 +199,7 @@ def behind_the_results(perform) -> Iterator[None]:
     assert echoed(*calls_of(response))
     assert run.read == [calls_of(response)[0]["output"]]
     assert text_of(response) == "All there."
+    assert (response["usage"]["input_tokens"], response["usage"]["output_tokens"]) == (107, 23)
     assert [one.turn for one in run.upstream.asked(run.said)] == [0, 1, 1]
     run.assert_sessions_left(1)
 
