@@ -17,7 +17,7 @@ from app.errors import ApiError, DatabaseUnavailable, ServerError, TooManyReques
 from app.ids import new_id
 from app.outbound.guard import Guard
 from app.outbound.upstream import ChunkStream
-from app.runs.loop import Loop, break_off
+from app.runs.loop import Loop, drop_opening
 from app.runs.recorder import Recorder
 from app.runs.task import Task, Tasks
 from app.runs.tools import Tools
@@ -199,11 +199,11 @@ class Executor:
             failed = close_response(run.response, Outcome("failed", error=error), usage=NO_USAGE, now=int(time.time()))
             run.late = asyncio.create_task(self._store_late(run, failed))
             if opening:
-                await break_off(opening)
+                await drop_opening(opening)
             raise
         except BaseException:
             if opening:
-                await break_off(opening)
+                await drop_opening(opening)
             raise
         return opening
 

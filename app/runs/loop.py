@@ -138,7 +138,7 @@ class Loop:
             return Outcome("failed", error=ServerError("The server had an error while making the response."))
         finally:
             if opening:
-                await break_off(opening)
+                await drop_opening(opening)
 
     async def _make(self, opening: "asyncio.Task[ChunkStream] | None") -> Outcome:
         """Turn after turn. Raises ApiError; what was said until then is recorded."""
@@ -321,7 +321,7 @@ async def _drop(tasks: "Sequence[asyncio.Task[Any]]") -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def break_off(opening: "asyncio.Task[ChunkStream]") -> None:
+async def drop_opening(opening: "asyncio.Task[ChunkStream]") -> None:
     """Close the upstream's answer, or stop waiting for it."""
     opening.cancel()
     for result in await asyncio.gather(opening, return_exceptions=True):
