@@ -62,6 +62,8 @@ GOALS = (
         bound="commit_p50_ms",
     ),
     Goal("the same: p99", "streams_calm", "server_added_first_p99_ms", 8, bound="libraries_added_first_p99_ms"),
+    Goal("first delta of a model that reads for 10 ms: p50", "streams_waited_for", "server_added_first_p50_ms", 3),
+    Goal("the same: p99", "streams_waited_for", "server_added_first_p99_ms", 8),
     Goal("turn 100 of a chain, over its messages sent directly", "chain", "turn_100_added_ms", 4),
     Goal("turn 1,000", "chain", "turn_1000_added_ms", 30),
     Goal("bytes stored at turn 1,000 over those at turn 2", "chain", "bytes_growth", 1.1, "×"),

@@ -19,9 +19,9 @@ ID = re.compile(rb'"id":"(resp_\w+)"')
 PROMPT = "Say something that is as long as I have asked for, and nothing else."
 
 
-def create(target: Target, words: int, pace_ms: int, *, calls: int = 0, **more: object) -> bytes:
-    """A request that makes the upstream say so many words, after so many calls of a tool."""
-    model = f"bench-{words}x{pace_ms}" + (f"-{calls}calls" if calls else "")
+def create(target: Target, words: int, pace_ms: int, *, calls: int = 0, wait_ms: int = 0, **more: object) -> bytes:
+    """A request that makes the upstream say so many words, after so many calls of a tool, or so long behind its head."""
+    model = f"bench-{words}x{pace_ms}" + (f"-{calls}calls" if calls else "") + (f"-{wait_ms}wait" if wait_ms else "")
     if target.is_upstream:
         body = {"model": model, "messages": [{"role": "user", "content": PROMPT}], **more}
     else:

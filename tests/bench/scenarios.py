@@ -173,6 +173,13 @@ async def streams_calm(bench: Bench) -> Figures:
     return figures | {"commit_p50_ms": await _commit_ms(bench.stage)}
 
 
+async def streams_waited_for(bench: Bench) -> Figures:
+    """The same from a model that reads the prompt for 10 ms: the row is committed meanwhile."""
+    each = 2 if bench.quick else 4
+    figures = await _streams(bench, clients=16, words=50, pace_ms=20, wait_ms=10, each=each)
+    return figures | _added(figures, "first_p50_ms") | _added(figures, "first_p99_ms")
+
+
 async def _commit_ms(stage: Stage) -> float:
     """How long a commit takes that nothing but one row is in, as often as these streams begin."""
     taken: list[float] = []
@@ -190,10 +197,10 @@ async def _commit_ms(stage: Stage) -> float:
     return quantile(taken, 0.5)
 
 
-async def _streams(bench: Bench, *, clients: int, words: int, pace_ms: int, each: int) -> Figures:
+async def _streams(bench: Bench, *, clients: int, words: int, pace_ms: int, each: int, wait_ms: int = 0) -> Figures:
     figures: Figures = {}
     for target in bench.stage.targets:
-        sent = create(target, words, pace_ms, stream=True)
+        sent = create(target, words, pace_ms, wait_ms=wait_ms, stream=True)
         async with bench.stage.spending(*target.pids) as spent:
             heard = await listen_together([(target.port, sent)] * clients, each=each, spread_s=words * pace_ms / 1000)
         deltas = sum(one.deltas for one in heard)
@@ -509,6 +516,7 @@ ALL: tuple[Scenario, ...] = (
     streams,
     streams_many,
     streams_calm,
+    streams_waited_for,
     chain,
     reading,
     background,

@@ -2,7 +2,8 @@
 
 The model's name is the script: `bench-200x5` says 200 words, one every 5 ms; without a pace (`x0`) all at once. Each word is
 the moment in which it was said (nanoseconds of the monotonic clock, which all processes of a machine share), so that whoever
-hears it knows how long it was on its way. `bench-8x0-8calls` makes 8 calls of the first tool first, up to 3 in a turn.
+hears it knows how long it was on its way. `bench-8x0-8calls` makes 8 calls of the first tool first, up to 3 in a turn;
+`bench-8x5-10wait` reads the prompt for 10 ms, as models do: the head of its answer goes at once, the first word then.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ import uvloop
 
 from tests.bench.http import JSON_HEAD, STREAM_HEAD, Serving, chunked
 
-MODEL = re.compile(rb'"model": ?"bench-(\d+)x(\d+)(?:-(\d+)calls)?"')
+MODEL = re.compile(rb'"model": ?"bench-(\d+)x(\d+)(?:-(\d+)calls)?(?:-(\d+)wait)?"')
 TOOL = re.compile(rb'"tools":.*?"name": ?"(\w+)"')
 CALLS_IN_TURN = 3
 STREAMS = re.compile(rb'"stream": ?true')
@@ -59,9 +60,13 @@ class Upstream(Serving):
             self.transport.write(JSON_HEAD % len(whole) + whole)
         elif self._pace_s:
             self._loop = asyncio.get_running_loop()
-            self._begun, self._said = self._loop.time(), 0
+            wait_s = int(asked[4] or 0) / 1000
+            self._begun, self._said = self._loop.time() + wait_s, 0
             self._head = STREAM_HEAD
-            self._say()
+            if wait_s:
+                self.transport.write(self._head)
+                self._head = b""
+            self._loop.call_at(self._begun, self._say)
         else:
             words = b"".join(CHUNK % time.monotonic_ns() for _ in range(self._words))
             self.transport.write(STREAM_HEAD + chunked(words + LAST) + b"0\r\n\r\n")

@@ -21,7 +21,8 @@ PHASES = {
 }
 ENDS = {"mid-arguments": [tool_call(arguments='Oslo"}'), finish("tool_calls")]}
 TOOLS = [{"type": "function", "name": "get_weather", "parameters": {"type": "object"}}]
-EVENTS = {"before-the-first-event": 3}
+EVENTS = {"before-the-first-event": 3, "behind-a-whole-item": 16}
+"""Until there are so many, the moment has not come; elsewhere an item is open with the fifth."""
 
 
 @pytest.mark.parametrize("phase", PHASES)
