@@ -65,12 +65,29 @@ def _started(arguments: list[str], env: Mapping[str, str], stdin: int | None = N
     )
 
 
+def reprise(env: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """One command, run to its end; `env` are its settings."""
+    return subprocess.run(
+        [sys.executable, "-m", "app", *arguments],
+        cwd=ROOT,
+        env={**_inherited(), **env},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def _inherited() -> dict[str, str]:
+    """The environment without anybody's settings of ours."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("REPRISE_", "OPENAI_"))}
+
+
 class Served:
     """One server process; a context manager. `env` are its settings."""
 
     def __init__(self, env: Mapping[str, str], *, command: str = "serve", spares: Spares | None = None) -> None:
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("REPRISE_", "OPENAI_"))}
-        self._env = {**inherited, "REPRISE_PORT": "0", **env}
+        self._env = {**_inherited(), "REPRISE_PORT": "0", **env}
         self._command, self._spares = command, spares
         self.printed: list[str] = []
         self.start()

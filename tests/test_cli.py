@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import alembic.command
@@ -22,22 +21,8 @@ from app import migrate
 from app.settings import SettingsError, load
 from app.storage.tables import metadata
 from tests.looking import fetch, until
-from tests.servers import ROOT, Served
+from tests.servers import ROOT, Served, reprise
 from tests.upstream import script
-
-
-def reprise(env: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """One command, run to its end."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("REPRISE_", "OPENAI_"))}
-    return subprocess.run(
-        [sys.executable, "-m", "app", *arguments],
-        cwd=ROOT,
-        env={**kept, **env},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
 
 
 def refused(env, *arguments):

@@ -10,42 +10,14 @@ import pydantic
 import pytest
 
 from app.storage.tables import metadata as tables
+from tests.unit.build import ECHO
 from tests.upstream import answer, finish, no_usage, note, reasoning, script, text, usage
 
 PIXEL = "data:image/png;base64," + base64.b64encode(b"\x89PNG pixel").decode()
 PDF = "data:application/pdf;base64," + base64.b64encode(b"%PDF").decode()
 
-BARE = {
-    "object": "response",
-    "status": "completed",
-    "background": False,
-    "error": None,
-    "incomplete_details": None,
-    "instructions": None,
-    "max_output_tokens": None,
-    "max_tool_calls": None,
-    "model": "m",
-    "parallel_tool_calls": True,
-    "previous_response_id": None,
-    "conversation": None,
-    "prompt_cache_key": None,
-    "reasoning": {"effort": None, "summary": None},
-    "safety_identifier": None,
-    "service_tier": "default",
-    "store": True,
-    "temperature": 1.0,
-    "text": {"format": {"type": "text"}},
-    "tool_choice": "auto",
-    "tools": [],
-    "top_logprobs": 0,
-    "top_p": 1.0,
-    "frequency_penalty": 0.0,
-    "presence_penalty": 0.0,
-    "truncation": "disabled",
-    "user": None,
-    "metadata": {},
-}
-"""The echo of a request that gives nothing but model and input."""
+BARE = ECHO | {"status": "completed"}
+"""The reply to a request that gives nothing but model and input, without what is made."""
 
 MADE = {"id", "created_at", "completed_at", "output", "usage"}
 """The keys that the server makes."""

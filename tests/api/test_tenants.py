@@ -1,8 +1,5 @@
 """Keys and tenants: who may call, and that another tenant's data looks like no data at all."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 
 import httpx
@@ -10,25 +7,11 @@ import pytest
 from msgspec import Struct
 
 from tests.looking import fetch, until
-from tests.servers import ROOT, Served
+from tests.servers import Served, reprise
 from tests.upstream import answer, calling, note, script
 
 KEY_CACHE_S = 0.5
 UNKNOWN = "resp_0123456789abcdef"
-
-
-def reprise(env: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """One command, run to its end."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("REPRISE_", "OPENAI_"))}
-    return subprocess.run(
-        [sys.executable, "-m", "app", *arguments],
-        cwd=ROOT,
-        env={**kept, **env},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
 
 
 def made(env, tenant, name="") -> tuple[str, str]:

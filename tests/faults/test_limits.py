@@ -10,18 +10,19 @@ from tests.faults.cluster import Cluster
 from tests.upstream import answer, finish, gate, note, repeat, script, text
 
 
+def add_tenant(cluster, name):
+    """A tenant, whose key is `key-<name>`."""
+    cluster.query("insert into tenants (id) values ($1)", name)
+    key = (tenants.digest(f"key-{name}"), f"key_{name}", name)
+    cluster.query("insert into keys (hash, id, tenant_id, name) values ($1, $2, $3, '')", *key)
+
+
 @pytest.fixture(scope="module")
 def tenanted(own_servers, fault_env):
     """A cluster of its own with three tenants, and small limits."""
     cluster = Cluster(own_servers, fault_env, REPRISE_QUEUED_RUNS_TENANT_MAX="5", REPRISE_QUEUED_RUNS_MAX="8")
     for name in ("one", "two", "three"):
-        cluster.query("insert into tenants (id) values ($1)", name)
-        cluster.query(
-            "insert into keys (hash, id, tenant_id, name) values ($1, $2, $3, '')",
-            tenants.digest(f"key-{name}"),
-            f"key_{name}",
-            name,
-        )
+        add_tenant(cluster, name)
     cluster.ensure(replicas=1, workers=0)
     yield cluster
     cluster.close()
@@ -67,13 +68,7 @@ def test_a_tenant_with_one_run_does_not_wait_behind_three_hundred(own_servers, f
     cluster = Cluster(own_servers, fault_env)
     try:
         for name in ("many", "few"):
-            cluster.query("insert into tenants (id) values ($1)", name)
-            cluster.query(
-                "insert into keys (hash, id, tenant_id, name) values ($1, $2, $3, '')",
-                tenants.digest(f"key-{name}"),
-                f"key_{name}",
-                name,
-            )
+            add_tenant(cluster, name)
         cluster.ensure(replicas=1, workers=0)
         url = cluster.replicas[0].url
         crowd = script([note("crowd"), repeat(3, text("w{i} "), every_ms=5), finish()])

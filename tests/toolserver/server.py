@@ -8,9 +8,10 @@ import threading
 import uuid
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
+from tests.threaded import Threaded
 from tests.toolserver.tools import Call, Cut, Endless, Gone, Script, Session, Status
 
 NOISE = {"jsonrpc": "2.0", "method": "notifications/message", "params": {"level": "info", "data": "x"}}
@@ -97,11 +98,11 @@ def _head(status: int, headers: dict[str, str]) -> bytes:
     return f"HTTP/1.1 {status} Scripted\r\n{lines}\r\n".encode("latin-1")
 
 
-class Toolserver:
+class Toolserver(Threaded):
     """The server, in a thread and loop of its own; every public method may be called from any thread."""
 
     def __init__(self, *, port: int = 0, record: str = "") -> None:
-        self.port = port
+        super().__init__(port)
         self.script = Script(record)
         self.requests: list[Request] = []
         self.connections = 0
@@ -109,9 +110,6 @@ class Toolserver:
         self._open: dict[str, Session] = {}
         self._streams: dict[str, asyncio.Queue[dict[str, Any] | None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop
-        self._stopping: asyncio.Event
 
     def url(self, transport: str = "mcp", name: str = "any", **options: object) -> str:
         """Where to find it: over `mcp`, `json` or `sse`, under a name of the test's, with options."""
@@ -147,29 +145,8 @@ class Toolserver:
         """Wait in a coroutine until all connections that there were have ended; False if one has not."""
         return await asyncio.to_thread(self._quiet.wait, timeout_s)
 
-    def start(self) -> Self:
-        """Listen, on the same port as before if it ran before."""
-        ready: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self.serve(ready)), name="toolserver", daemon=True)
-        self._thread.start()
-        ready.result(timeout=10)
-        return self
-
-    def stop(self) -> None:
-        """Break all connections, forget all sessions and stop listening."""
-        if self._thread is not None:
-            self._loop.call_soon_threadsafe(self._stopping.set)
-            self._thread.join(timeout=10)
-            self._thread = None
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
     async def serve(self, ready: concurrent.futures.Future[None]) -> None:
-        """Listen in the running loop until `stop`; `ready` says when."""
+        """Listen in the running loop until `stop`; all sessions are forgotten."""
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
         self._open, self._streams = {}, {}
         server = await asyncio.start_server(

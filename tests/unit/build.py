@@ -19,6 +19,37 @@ from app.wire.requests import CreateResponse, decode_create
 from app.wire.resources import Response
 from app.wire.tools import decode_tool_choice, decode_tools
 
+ECHO: dict[str, Any] = {
+    "object": "response",
+    "background": False,
+    "error": None,
+    "incomplete_details": None,
+    "instructions": None,
+    "max_output_tokens": None,
+    "max_tool_calls": None,
+    "model": "m",
+    "parallel_tool_calls": True,
+    "previous_response_id": None,
+    "conversation": None,
+    "prompt_cache_key": None,
+    "reasoning": {"effort": None, "summary": None},
+    "safety_identifier": None,
+    "service_tier": "default",
+    "store": True,
+    "temperature": 1.0,
+    "text": {"format": {"type": "text"}},
+    "tool_choice": "auto",
+    "tools": [],
+    "top_logprobs": 0,
+    "top_p": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "truncation": "disabled",
+    "user": None,
+    "metadata": {},
+}
+"""What a response to nothing but model and input says of its request."""
+
 
 def counting() -> NewId:
     """Ids that count: msg_1, fc_2 and so on."""

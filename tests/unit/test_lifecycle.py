@@ -10,7 +10,7 @@ from app.errors import ServerError, UpstreamRefused
 from app.wire import events
 from app.wire.chat import ChatUsage, CompletionTokensDetails, PromptTokensDetails
 from app.wire.resources import Response, Status
-from tests.unit.build import function, plain, request
+from tests.unit.build import ECHO, function, plain, request
 
 STATUSES: tuple[Status, ...] = get_args(Status)
 OUTCOMES: tuple[Any, ...] = get_args(Outcome.__annotations__["status"])
@@ -82,39 +82,13 @@ def test_an_incomplete_response_says_why():
 
 def test_a_bare_request_is_echoed_with_every_default():
     assert plain(opened()) == {
+        **ECHO,
         "id": "resp_1",
-        "object": "response",
         "created_at": 7,
-        "status": "in_progress",
-        "background": False,
         "completed_at": None,
-        "error": None,
-        "incomplete_details": None,
-        "instructions": None,
-        "max_output_tokens": None,
-        "max_tool_calls": None,
-        "model": "m",
+        "status": "in_progress",
         "output": [],
-        "parallel_tool_calls": True,
-        "previous_response_id": None,
-        "conversation": None,
-        "prompt_cache_key": None,
-        "reasoning": {"effort": None, "summary": None},
-        "safety_identifier": None,
-        "service_tier": "default",
-        "store": True,
-        "temperature": 1.0,
-        "text": {"format": {"type": "text"}},
-        "tool_choice": "auto",
-        "tools": [],
-        "top_logprobs": 0,
-        "top_p": 1.0,
-        "frequency_penalty": 0.0,
-        "presence_penalty": 0.0,
-        "truncation": "disabled",
         "usage": None,
-        "user": None,
-        "metadata": {},
     }
 
 

@@ -5,15 +5,15 @@ import concurrent.futures
 import contextlib
 import socket
 import struct
-import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import Self, cast
+from typing import cast
 
 import httptools
 import msgspec
 
+from tests.threaded import Threaded
 from tests.upstream.reply import Answered, Cut, Gate, Recorded, Reply, Wire
 from tests.upstream.script import Step
 from tests.upstream.strictness import Refused, asked_turn, check_request, steps_of
@@ -122,7 +122,7 @@ class Connection(asyncio.Protocol):
             self._task.cancel()
 
 
-class Upstream:
+class Upstream(Threaded):
     """The server, in a thread and loop of its own; every public method may be called from any thread."""
 
     def __init__(
@@ -136,7 +136,7 @@ class Upstream:
         keep_requests: bool = True,
     ) -> None:
         """Set what it refuses: `stream_options`, content parts for pure text, other keys than `api_key`."""
-        self.port = port
+        super().__init__(port)
         self.requests: list[Recorded] = []
         self.connections: set[Connection] = set()
         self._models, self._api_key, self._keep = models, api_key, keep_requests
@@ -144,37 +144,11 @@ class Upstream:
         self._gates: dict[str, Gate] = {}
         self._counts: Counter[tuple[str, int, bytes]] = Counter()
         self._arrived = 0
-        self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop
-        self._stopping: asyncio.Event
 
     @property
     def base_url(self) -> str:
         """What the server under test gets as the upstream's address."""
         return f"http://127.0.0.1:{self.port}/v1"
-
-    def start(self) -> Self:
-        """Listen, on the same port as before if it ran before."""
-        ready: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self.serve(ready)), name="upstream", daemon=True)
-        self._thread.start()
-        ready.result(timeout=10)
-        return self
-
-    def stop(self) -> None:
-        """Break all connections and stop listening."""
-        if self._thread is not None:
-            self._loop.call_soon_threadsafe(self._stopping.set)
-            self._thread.join(timeout=10)
-            self._thread = None
-
-    def __enter__(self) -> Self:
-        """Start."""
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        """Stop."""
-        self.stop()
 
     def asked(self, said: str) -> list[Recorded]:
         """The requests whose last user message was this script or text, in the order of their arrival."""
