@@ -112,6 +112,13 @@ class NotFound(ApiError):
     type = "invalid_request_error"
 
 
+class ResponseNotFound(NotFound):
+    """An unknown response."""
+
+    def __init__(self, response_id: str) -> None:
+        super().__init__(f"Response with id '{response_id}' not found.")
+
+
 class MethodNotAllowed(ApiError):
     """The path exists, the method does not."""
 

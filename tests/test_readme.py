@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from app.domain.prompt import Dialect
+from app.domain.dialect import Dialect
 from app.outbound.catalog import load_catalog
 from app.settings import Settings, load, variable
 from tests.servers import ROOT, Served

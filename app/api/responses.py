@@ -14,7 +14,7 @@ from app.api.parts import Parts
 from app.api.sse import EventStream, until_disconnect
 from app.errors import ApiError, InvalidRequest
 from app.runs.executor import Caller, Executor, Run
-from app.storage import responses
+from app.storage import contexts, responses
 from app.storage.journal import Kept
 from app.wire import resources
 from app.wire.items import OpaqueItem, decode_item, encode_item
@@ -149,7 +149,7 @@ class ResponsesController(Controller):
         """The context that the response was made from: earlier inputs and outputs, and its own input."""
         query = queries.parse(request, queries.ItemPage)
         async with parts.database.autocommit() as tx:
-            found = await responses.list_input_items(
+            found = await contexts.list_input_items(
                 tx, caller.tenant_id, response_id, after=query.after, limit=query.limit + 1, order=query.order
             )
         shown = Shown(query.include)

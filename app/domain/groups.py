@@ -7,7 +7,7 @@ import msgspec
 from msgspec import UNSET, Raw, Struct
 
 from app.domain.citations import NO_SOURCES, Sources
-from app.domain.prompt import WRAPPED_INPUT
+from app.domain.dialect import WRAPPED_INPUT
 from app.domain.toolbox import HandOver, Toolbox, Verdict
 from app.ids import NewId
 from app.wire.chat import Logprob

@@ -1,88 +1,17 @@
-"""Context → chat request: messages, tools, parameters. One small function per kind of item.
+"""Context → chat request: messages, tools, parameters."""
 
-A turn's reasoning, text and calls become one assistant message; the outputs of its calls follow at once, wherever they
-stand in the context, because Chat Completions demands it.
-"""
-
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
-from msgspec import Struct
 
-from app.domain.calls import given_of
 from app.domain.context import Context, Unseal
-from app.domain.retold import answer_for_model, asked_of_model
+from app.domain.dialect import WRAPPED_INPUT, Dialect
+from app.domain.messages import messages, truncate
 from app.domain.toolbox import Offer, Toolbox
 from app.errors import UnsupportedParameter
-from app.ids import are_siblings
 from app.wire.chat import ChatMessage
-from app.wire.items import (
-    AnyItem,
-    Content,
-    CustomToolCall,
-    CustomToolCallOutput,
-    FunctionCall,
-    FunctionCallOutput,
-    InputAudio,
-    InputFile,
-    InputImage,
-    McpApprovalRequest,
-    McpCall,
-    McpListTools,
-    Message,
-    OpaqueItem,
-    Reasoning,
-    Refusal,
-    ServerCall,
-)
 from app.wire.requests import CreateResponse, JsonObjectFormat, JsonSchemaFormat
 from app.wire.tools import CustomTool, FunctionTool, Grammar
-
-Lack = Literal[
-    "stream_options",
-    "parallel_tool_calls",
-    "tool_choice_required",
-    "json_schema",
-    "json_object",
-    "reasoning_effort",
-    "content_parts",
-    "later_system_messages",
-    "strict",
-]
-
-
-class Dialect(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How an upstream's Chat Completions differ; the defaults suit vLLM, llama.cpp and Ollama."""
-
-    lacks: frozenset[Lack] = frozenset()
-    """What must not be sent: options are left out, what can't be left out is refused."""
-    developer_role: bool = False
-    """It knows the role `developer`; otherwise such messages are `system` ones."""
-    refusals: bool = False
-    """It knows `refusal` in assistant messages; otherwise a refusal is text."""
-    verbosity: bool = False
-    """It takes `verbosity`."""
-    max_tokens: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    reasoning: Literal["none", "reasoning_content", "reasoning"] = "none"
-    """The key under which earlier reasoning is passed back."""
-    think: Literal["start", "thinking", "text"] = "start"
-    """`<think>` in content: looked for at its start; already open; left alone."""
-    custom_tools: Literal["function", "describe", "native"] = "function"
-    """Custom tools are wrapped as functions and grammars refused; the grammar goes into the description, unenforced; both are
-    passed on as they are."""
-
-
-HOSTED = Dialect(
-    developer_role=True, refusals=True, verbosity=True, max_tokens="max_completion_tokens", custom_tools="native"
-)
-"""The hosted API's own dialect."""
-
-WRAPPED_INPUT = "input"
-"""The one argument of a custom tool that is wrapped as a function."""
-
-NO_JSON = "not_json"
-"""The one argument of a call whose own were no JSON object: upstreams refuse a history that holds anything else."""
 
 
 def chat_request(
@@ -117,281 +46,6 @@ def chat_request(
     return msgspec.json.encode(body)
 
 
-# -- Messages ---------------------------------------------------------------------------------------------------------------
-
-
-def messages(context: Context, dialect: Dialect, unseal: Unseal) -> list[ChatMessage]:
-    """Instructions and every item, as chat messages."""
-    made: list[ChatMessage] = []
-    if context.instructions:
-        made.append({"role": "developer" if dialect.developer_role else "system", "content": context.instructions})
-    turn = _AssistantTurn(dialect, unseal, context)
-    for position, item in enumerate(context.items):
-        match item:
-            case Message(role="user" | "system" | "developer"):
-                made += turn.end()
-                made.append(_message(item, dialect))
-            case Message() | Reasoning() | FunctionCall() | CustomToolCall() | McpApprovalRequest():
-                made += turn.take(position, item)
-            case _ if isinstance(item, ServerCall):
-                made += turn.take(position, item)
-            case McpListTools():
-                pass
-            case OpaqueItem() if not item.type.endswith("_output"):
-                made += turn.take(position, item)
-            case _:
-                turn.answered = True
-    made += turn.end()
-    return _merge_system(made) if "later_system_messages" in dialect.lacks else made
-
-
-class _AssistantTurn:
-    """Gathers what the model said in one turn into one message, with its calls' outputs behind it."""
-
-    def __init__(self, dialect: Dialect, unseal: Unseal, context: Context) -> None:
-        self._dialect, self._unseal, self._context = dialect, unseal, context
-        self._asked: set[str | None] = set()
-        """Ids of the approval requests so far."""
-        self._reset()
-
-    def _reset(self) -> None:
-        self.answered = False
-        """An output stands here: what the model says next is another turn."""
-        self._reasoning: list[str] = []
-        self._content: list[Content] | None = None
-        self._calls: list[dict[str, Any]] = []
-        self._outputs: list[tuple[str, AnyItem]] = []
-        self._run_by_us = ""
-        """Id of the turn's last call that a server has run."""
-
-    def take(self, position: int, item: AnyItem) -> list[ChatMessage]:
-        """Add one item; gives the messages of the turn before if this item begins another."""
-        spoken = self._content is not None or bool(self._calls)
-        begins = self.answered or (spoken and isinstance(item, Message | Reasoning)) or self._comes_later(item)
-        ended = self.end() if begins else []
-        match item:
-            case Reasoning():
-                self._reasoning.append(_reasoning_text(item, self._unseal))
-            case Message():
-                self._content = item.content if isinstance(item.content, list) else []
-            case _:
-                self._take_call(position, item)
-        return ended
-
-    def _comes_later(self, item: AnyItem) -> bool:
-        """Whether a call is of a later turn than the server-run ones here: in its turn it would stand before them, or have
-        been made at once with them."""
-        if not self._run_by_us or (isinstance(item, McpCall) and item.approval_request_id in self._asked):
-            return False
-        return not (isinstance(item, ServerCall) and are_siblings(item.id, self._run_by_us))
-
-    def _take_call(self, position: int, item: AnyItem) -> None:
-        answer = self._context.answers.get(position)
-        if isinstance(item, McpCall) and item.approval_request_id in self._asked:
-            self.answered = True  # it stands where it was asked for
-            return
-        call = _call(item, self._context.toolbox, self._dialect)
-        if call is None:
-            return
-        if isinstance(item, McpApprovalRequest):
-            self._asked.add(item.id)
-            answer = answer or item
-        elif isinstance(item, ServerCall):
-            answer = item
-            self._run_by_us = item.id
-        if answer is not None:
-            self._calls.append(call)
-            self._outputs.append((call["id"], answer))
-
-    def end(self) -> list[ChatMessage]:
-        """The turn's messages: the assistant's, then the outputs of its calls, then what tool messages can't carry."""
-        message: ChatMessage = {"role": "assistant", "content": _assistant_content(self._content, self._dialect)}
-        if self._dialect.refusals and (refusal := _refusal(self._content)):
-            message["refusal"] = refusal
-        reasoning = "\n".join(text for text in self._reasoning if text)
-        if reasoning and self._dialect.reasoning != "none":
-            message[self._dialect.reasoning] = reasoning
-        if self._calls:
-            message["tool_calls"] = self._calls
-        made = [message] if self._content is not None or self._calls else []
-        attached: list[ChatMessage] = []
-        for call_id, output in self._outputs:
-            text, parts = _output(output, call_id)
-            made.append({"role": "tool", "tool_call_id": call_id, "content": text})
-            if parts:
-                attached.append({"role": "user", "content": parts})
-        self._reset()
-        return made + attached
-
-
-def _message(item: Message, dialect: Dialect) -> ChatMessage:
-    role = "system" if item.role == "developer" and not dialect.developer_role else item.role
-    return {"role": role, "content": _content(item.content if isinstance(item.content, list) else [], dialect)}
-
-
-def _content(parts: Sequence[Content], dialect: Dialect) -> str | list[dict[str, Any]]:
-    """A single text is a plain string, which every server takes; so are several where the upstream lacks parts."""
-    texts = [text for part in parts if (text := _text_of(part)) is not None]
-    if len(texts) == len(parts) and (len(texts) <= 1 or "content_parts" in dialect.lacks):
-        return "\n".join(texts)
-    return [_part(part) for part in parts]
-
-
-def _text_of(part: Content) -> str | None:
-    if isinstance(part, Refusal):
-        return part.refusal
-    return getattr(part, "text", None)
-
-
-def _part(part: Content) -> dict[str, Any]:
-    match part:
-        case InputImage():
-            return _image(part)
-        case InputFile():
-            return _file(part)
-        case InputAudio():
-            return {"type": "input_audio", "input_audio": part.input_audio}
-    return {"type": "text", "text": _text_of(part)}
-
-
-def _image(part: InputImage) -> dict[str, Any]:
-    if not part.image_url:
-        raise UnsupportedParameter(
-            "Images by 'file_id' are not supported by this server; use 'image_url'.", param="input"
-        )
-    image = {"url": part.image_url}
-    if part.detail in {"low", "high"}:
-        image["detail"] = part.detail
-    return {"type": "image_url", "image_url": image}
-
-
-def _file(part: InputFile) -> dict[str, Any]:
-    if not part.file_data:
-        raise UnsupportedParameter(
-            "Files by 'file_id' or 'file_url' are not supported by this server; use 'file_data'.", param="input"
-        )
-    file = {"file_data": part.file_data}
-    if part.filename:
-        file["filename"] = part.filename
-    return {"type": "file", "file": file}
-
-
-def _assistant_content(parts: Sequence[Content] | None, dialect: Dialect) -> str | list[dict[str, Any]] | None:
-    if parts is None:
-        return None
-    said = [part for part in parts if not (dialect.refusals and isinstance(part, Refusal))]
-    if not said:
-        return None if len(parts) else ""
-    return _content(said, dialect)
-
-
-def _refusal(parts: Sequence[Content] | None) -> str:
-    return "\n".join(part.refusal for part in parts or () if isinstance(part, Refusal))
-
-
-def _reasoning_text(item: Reasoning, unseal: Unseal) -> str:
-    if item.content:
-        return "".join(part.text for part in item.content)
-    if item.encrypted_content and (text := unseal(item.encrypted_content)) is not None:
-        return text
-    return "\n".join(part.text for part in item.summary)
-
-
-def _call(item: AnyItem, toolbox: Toolbox, dialect: Dialect) -> dict[str, Any] | None:
-    match item:
-        case FunctionCall():
-            name = toolbox.model_name(item.name, item.namespace or None)
-            return _function_call(item.call_id, name, item.arguments)
-        case CustomToolCall():
-            name = toolbox.model_name(item.name, item.namespace or None)
-            if dialect.custom_tools == "native":
-                return {"id": item.call_id, "type": "custom", "custom": {"name": name, "input": item.input}}
-            return _function_call(item.call_id, name, msgspec.json.encode({WRAPPED_INPUT: item.input}).decode())
-        case OpaqueItem() if isinstance(item.fields.get("call_id"), str):
-            return _foreign_call(item)
-    asked = asked_of_model(item)
-    if asked is None:
-        return None
-    return _function_call(item.id, toolbox.model_name(asked.name, asked.of, qualified=False), asked.arguments)
-
-
-_NO_ARGUMENTS = frozenset({"id", "type", "call_id", "status", "environment", "created_by"})
-
-
-def _foreign_call(item: OpaqueItem) -> dict[str, Any]:
-    """A call of a hosted kind that is carried (a shell command, a patch): its own fields are the arguments."""
-    arguments = {key: value for key, value in item.fields.items() if key not in _NO_ARGUMENTS}
-    if item.type == "shell_call":
-        arguments = arguments.get("action") or {}
-    name = item.type.removesuffix("_call")
-    return _function_call(str(item.fields["call_id"]), name, msgspec.json.encode(arguments).decode())
-
-
-def _function_call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
-    if given_of(arguments) is None:
-        arguments = msgspec.json.encode({NO_JSON: arguments}).decode()
-    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments or "{}"}}
-
-
-def _output(item: AnyItem, call_id: str) -> tuple[str, list[dict[str, Any]]]:
-    """A tool message's text, and the parts that it can't carry: those go into a user message behind it."""
-    match item:
-        case FunctionCallOutput() | CustomToolCallOutput() if isinstance(item.output, str):
-            return item.output, []
-        case FunctionCallOutput() | CustomToolCallOutput():
-            parts: Sequence[Any] = item.output
-            texts = [text for part in parts if (text := _text_of(part)) is not None]
-            others = [_part(part) for part in parts if _text_of(part) is None]
-            if not others:
-                return "\n".join(texts), []
-            note = f"The output of tool call {call_id} has {len(others)} attachment(s); they follow in the next user message."
-            return "\n".join([*texts, note]), [
-                {"type": "text", "text": f"Attachments of tool call {call_id}:"},
-                *others,
-            ]
-        case OpaqueItem():
-            output = item.fields.get("output")
-            return output if isinstance(output, str) else msgspec.json.encode(output).decode(), []
-    return answer_for_model(item), []
-
-
-def _merge_system(made: list[ChatMessage]) -> list[ChatMessage]:
-    """For chat templates that take one system message, at the start only: later ones become user messages."""
-    head: list[str] = []
-    rest: list[ChatMessage] = []
-    for message in made:
-        text = _joined(message["content"]) if message["role"] == "system" and not rest else None
-        if text is not None:
-            head.append(text)
-        else:
-            rest.append({**message, "role": "user"} if message["role"] == "system" else message)
-    return [{"role": "system", "content": "\n\n".join(head)}, *rest] if head else rest
-
-
-def _joined(content: str | list[dict[str, Any]]) -> str | None:
-    """Content as one text; None if there is more in it than text."""
-    if isinstance(content, str):
-        return content
-    texts = [part["text"] for part in content if part["type"] == "text"]
-    return "\n".join(texts) if len(texts) == len(content) else None
-
-
-def truncate(made: Sequence[ChatMessage]) -> list[ChatMessage] | None:
-    """For `truncation: auto`: without the older half of the exchanges; None when nothing more can go.
-
-    System messages and the last exchange stay. An exchange begins with a user message, so no tool message is orphaned.
-    """
-    starts = [index for index, message in enumerate(made) if message["role"] == "user"]
-    if len(starts) < 2:
-        return None
-    cut = starts[len(starts) // 2]
-    kept = [message for message in made[:cut] if message["role"] in {"system", "developer"}]
-    return [*kept, *made[cut:]]
-
-
-# -- Parameters -------------------------------------------------------------------------------------------------------------
-
-
 def _sampling(request: CreateResponse, dialect: Dialect, output_tokens_max: int | None) -> dict[str, Any]:
     body = request.body
     given: dict[str, Any] = {
@@ -417,7 +71,7 @@ def _text(request: CreateResponse, dialect: Dialect) -> dict[str, Any]:
         made["verbosity"] = text.verbosity
     match text.format:
         case JsonSchemaFormat() as format:
-            _demand("json_schema", dialect, "text.format")
+            dialect.demand("json_schema", "text.format")
             schema = {
                 "name": format.name,
                 "schema": format.schema,
@@ -429,14 +83,9 @@ def _text(request: CreateResponse, dialect: Dialect) -> dict[str, Any]:
                 "json_schema": {key: value for key, value in schema.items() if value is not None},
             }
         case JsonObjectFormat():
-            _demand("json_object", dialect, "text.format")
+            dialect.demand("json_object", "text.format")
             made["response_format"] = {"type": "json_object"}
     return made
-
-
-def _demand(feature: Lack, dialect: Dialect, param: str) -> None:
-    if feature in dialect.lacks:
-        raise UnsupportedParameter(f"Unsupported parameter: '{param}' is not supported with this model.", param=param)
 
 
 def _tools(request: CreateResponse, toolbox: Toolbox, dialect: Dialect) -> dict[str, Any]:
@@ -451,7 +100,7 @@ def _tools(request: CreateResponse, toolbox: Toolbox, dialect: Dialect) -> dict[
     elif toolbox.mode != "auto":
         made["tool_choice"] = toolbox.mode
     if "tool_choice_required" in dialect.lacks and made.get("tool_choice", "none") != "none":
-        _demand("tool_choice_required", dialect, "tool_choice")
+        dialect.demand("tool_choice_required", "tool_choice")
     if request.body.parallel_tool_calls is not None and "parallel_tool_calls" not in dialect.lacks:
         made["parallel_tool_calls"] = request.body.parallel_tool_calls
     return made

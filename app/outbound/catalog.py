@@ -31,8 +31,8 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta, Struct
 
+from app.domain.dialect import HOSTED, Dialect
 from app.domain.hosted import HostedRoute, Kind
-from app.domain.prompt import HOSTED, Dialect
 from app.errors import NotFound
 from app.outbound.mcp import ToolServer
 from app.settings import Settings, SettingsError

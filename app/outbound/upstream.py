@@ -16,7 +16,7 @@ import stamina
 from msgspec import Struct
 from openai import AsyncOpenAI, DefaultAioHttpClient
 
-from app.domain.prompt import Dialect
+from app.domain.dialect import Dialect
 from app.errors import (
     ApiError,
     AuthenticationFailed,

@@ -18,7 +18,7 @@ from app.domain.context import waits_for_client
 from app.domain.lifecycle import NO_USAGE, Outcome, close_response, open_response
 from app.domain.recovery import Recovered, recover
 from app.domain.sealed import Seal
-from app.errors import ApiError, DatabaseUnavailable, Fenced, NotFound, ServerError, TooManyRequests
+from app.errors import ApiError, DatabaseUnavailable, Fenced, NotFound, ResponseNotFound, ServerError, TooManyRequests
 from app.ids import new_id
 from app.outbound.catalog import Catalog
 from app.outbound.guard import Guard
@@ -195,7 +195,7 @@ class Background:
         async with self._database.autocommit() as tx:
             kept = await journal.read(tx, tenant_id, response_id)
         if kept is None:
-            raise responses.not_found(response_id)
+            raise ResponseNotFound(response_id)
         return kept
 
     async def follow(

@@ -16,9 +16,9 @@ from app.outbound.catalog import Catalog, Route
 from app.outbound.mcp import ToolServer
 from app.outbound.upstream import Upstream
 from app.settings import Settings
-from app.storage import approvals, responses
+from app.storage import approvals, contexts
+from app.storage.contexts import Place
 from app.storage.database import Database, Tx
-from app.storage.responses import Place
 from app.wire.items import AnyItem, McpApprovalRequest, decode_item
 from app.wire.requests import CreateResponse
 from app.wire.tools import HostedTool, McpTool
@@ -82,14 +82,14 @@ class Tasks:
         if previous is not None or wanted or answered:
             async with self._database.autocommit() as tx:
                 if previous is not None:
-                    chain = await responses.load_chain(
+                    chain = await contexts.load_chain(
                         tx, tenant_id, previous, items_max=self._settings.context_items_max
                     )
                     check_parent(previous, chain.status)
                     parent = chain.place
                     earlier = [decode_item(item.body.encode()) for item in chain.items]
                 if wanted:
-                    found = await responses.find_items(tx, tenant_id, wanted)
+                    found = await contexts.find_items(tx, tenant_id, wanted)
                     referenced = {id: decode_item(body.encode()) for id, body in found.items()}
                 if answered:
                     requests = await _requests(tx, tenant_id, answered)
@@ -103,7 +103,7 @@ class Tasks:
     ) -> Task:
         """The task of a response that is stored already, with what earlier owners have made of it. Raises ApiError."""
         async with self._database.autocommit() as tx:
-            chain = await responses.load_chain(tx, tenant_id, response_id, items_max=self._settings.context_items_max)
+            chain = await contexts.load_chain(tx, tenant_id, response_id, items_max=self._settings.context_items_max)
             stored = [decode_item(item.body.encode()) for item in chain.items]
             own = [item for item, row in zip(stored, chain.items, strict=True) if row.turn == chain.place.turn]
             answered = answered_requests(own)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from sqlalchemy import text
 
 from app.errors import InvalidRequest
-from app.storage.database import Query, Tx
+from app.storage.database import Query, Tx, storable
 from app.storage.tables import OUTPUT_POSITION
 
 _FIND_REQUESTS = Query(
@@ -35,7 +35,7 @@ _ANSWER = Query(
 
 async def find_requests(tx: Tx, tenant_id: str, ids: Sequence[str]) -> list[str]:
     """The items with these ids that this server has made, as JSON. What clients have sent under such an id is not among them."""
-    rows = await tx.all(_FIND_REQUESTS, tenant_id=tenant_id, ids=[id for id in ids if "\0" not in id])
+    rows = await tx.all(_FIND_REQUESTS, tenant_id=tenant_id, ids=[id for id in ids if storable(id)])
     return [row["body"] for row in rows]
 
 

@@ -61,6 +61,11 @@ class Query:
 QUERIES: list[Query] = []
 
 
+def storable(text: str) -> bool:
+    """Whether Postgres can hold this text; an id that it can't hold is that of no row."""
+    return "\0" not in text
+
+
 class Tx:
     """One connection, in a transaction or for one statement; lives as short as can be."""
 

@@ -5,7 +5,7 @@ import zstandard
 from msgspec import Struct
 from sqlalchemy import text
 
-from app.storage.database import Query, Tx
+from app.storage.database import Query, Tx, storable
 from app.wire.events import Entry, split_frames
 from app.wire.resources import Usage
 
@@ -72,7 +72,7 @@ async def append(
 
 async def read(tx: Tx, tenant_id: str, response_id: str) -> Kept | None:
     """What is kept of a response's events; None for an unknown response."""
-    row = await tx.one(_READ, tenant_id=tenant_id, id=response_id) if "\0" not in response_id else None
+    row = await tx.one(_READ, tenant_id=tenant_id, id=response_id) if storable(response_id) else None
     if row is None:
         return None
     archive = row["archive"]

@@ -1,7 +1,7 @@
-"""Responses and their items.
+"""Responses: written, read, listed, deleted.
 
 A response row is written by `insert` (in any status: a foreground response that answers in one go is inserted finished) and
-ended by `finish`, at most once. Ids that no row can hold, such as ones with a NUL, are simply not found.
+ended by `finish`, at most once.
 """
 
 from collections.abc import Sequence
@@ -11,37 +11,14 @@ import msgspec
 from msgspec import Struct
 from sqlalchemy import text
 
-from app.errors import InvalidParameter, InvalidRequest, NotFound, PreviousResponseNotFound
+from app.errors import InvalidRequest, PreviousResponseNotFound, ResponseNotFound
 from app.ids import new_id
-from app.storage.database import Query, Row, Tx
+from app.storage.contexts import Place
+from app.storage.database import Query, Tx, storable
 from app.storage.queue import Owner, Queued
 from app.storage.tables import OUTPUT_POSITION
 from app.wire.requests import Order
 from app.wire.resources import Response, encode
-
-
-class Place(Struct, frozen=True):
-    """Where a response stands: a turn of a thread."""
-
-    thread_id: str
-    turn: int
-
-
-class StoredItem(Struct, frozen=True):
-    """An item as it lies in its row; `turn` and `position` order it in its context."""
-
-    id: str
-    turn: int
-    position: int
-    body: str
-
-
-class Chain(Struct, frozen=True):
-    """What a new response continues: its parent's place and status, and every item up to it."""
-
-    place: Place
-    status: str
-    items: list[StoredItem]
 
 
 class Stored(Struct, frozen=True):
@@ -51,10 +28,6 @@ class Stored(Struct, frozen=True):
     status: str
     body: str
     output: list[str]
-
-
-def _possible(id: str) -> bool:
-    return "\0" not in id
 
 
 # -- Writing ----------------------------------------------------------------------------------------------------------------
@@ -97,18 +70,23 @@ _INSERT = Query(
     """)
 )
 
-_FINISH = Query(
-    text("""
-    with response as (
-        update responses set status = :status, body = cast(:body as json)
-        where tenant_id = :tenant_id and id = :id and status in ('queued', 'in_progress')
-        returning thread_id, turn
-    ), item as (
+_OUTPUT = """
+    item as (
         insert into items (tenant_id, thread_id, turn, position, id, body)
         select :tenant_id, response.thread_id, response.turn, new.position, new.id, new.body
         from response, unnest(cast(:positions as int[]), cast(:item_ids as text[]), cast(:bodies as json[]))
              as new (position, id, body)
-    ), run as (
+    )
+"""
+"""Stores the items of a `response` that has just ended."""
+
+_FINISH = Query(
+    text(f"""
+    with response as (
+        update responses set status = :status, body = cast(:body as json)
+        where tenant_id = :tenant_id and id = :id and status in ('queued', 'in_progress')
+        returning thread_id, turn
+    ), {_OUTPUT}, run as (
         delete from runs where tenant_id = :tenant_id and response_id = :id
     )
     select exists (select from response) as finished
@@ -177,7 +155,7 @@ async def _insert_at(tx: Tx, place: Place, parent: Place | None, binds: dict[str
 
 
 _SEAL = Query(
-    text("""
+    text(f"""
     with run as (
         update runs set state = 'sealed', request = null, secrets = null
         where tenant_id = :tenant_id and response_id = :id and lease = :lease and state in ('running', 'cancelled')
@@ -186,12 +164,7 @@ _SEAL = Query(
         update responses set status = :status, body = cast(:body as json)
         where tenant_id = :tenant_id and id = :id and status in ('queued', 'in_progress') and exists (select from run)
         returning thread_id, turn
-    ), item as (
-        insert into items (tenant_id, thread_id, turn, position, id, body)
-        select :tenant_id, response.thread_id, response.turn, new.position, new.id, new.body
-        from response, unnest(cast(:positions as int[]), cast(:item_ids as text[]), cast(:bodies as json[]))
-             as new (position, id, body)
-    ), archive as (
+    ), {_OUTPUT}, archive as (
         insert into event_archive (tenant_id, response_id, frames)
         select :tenant_id, :id, :frames from response where cast(:frames as bytea) is not null
     ), journal as (
@@ -262,39 +235,6 @@ def _item_id(raw: msgspec.Raw) -> str:
 
 # -- Reading ----------------------------------------------------------------------------------------------------------------
 
-_PATH = """
-    with recursive target as (
-        select thread_id, turn, status, background from responses
-        where tenant_id = :tenant_id and id = :id and deleted_at is null
-    ), path (thread_id, turn_max) as (
-        select thread_id, turn from target
-        union all
-        select branch.parent_thread_id, branch.parent_turn
-        from path cross join lateral (
-            select parent_thread_id, parent_turn from branches
-            where tenant_id = :tenant_id and thread_id = path.thread_id limit 1
-        ) branch
-    )
-"""
-"""`path`: the threads of a context, each with the last turn that belongs to it."""
-
-_CHAIN = Query(
-    text(
-        _PATH
-        + """
-    select target.thread_id, target.turn as tip, target.status, item.turn, item.position, item.id, item.body
-    from target cross join path
-    left join lateral (  -- ordered, so that it stays a scan of the primary key for each thread, whatever the statistics say
-        select turn, position, id, body from items
-        where tenant_id = :tenant_id and thread_id = path.thread_id and turn <= path.turn_max
-        order by turn, position
-    ) item on true
-    order by item.turn, item.position
-    limit :limit
-    """
-    )
-)
-
 _GET = Query(
     text("""
     select thread_id, turn, status, body, array(
@@ -308,50 +248,6 @@ _GET = Query(
       and (background or status not in ('queued', 'in_progress'))
     """).bindparams(output_position=OUTPUT_POSITION)
 )
-
-_FIND_ITEMS = Query(
-    text("""
-    select distinct on (id) id, turn, position, body from items
-    where tenant_id = :tenant_id and id = any(cast(:ids as text[]))
-    order by id, thread_id desc, turn desc, position
-    """)
-)
-
-
-def _page_of_context(order: Order) -> Query:
-    """One page of a context; each thread on the path gives at most a page, so a page costs the same however long the chain."""
-    direction, beyond = ("desc", "<") if order == "desc" else ("asc", ">")
-    return Query(
-        text(
-            _PATH
-            + f"""
-    , cursor as (
-        select item.turn, item.position
-        from (select thread_id, turn, position from items where tenant_id = :tenant_id and id = :after offset 0) item
-        join path on item.thread_id = path.thread_id and item.turn <= path.turn_max
-        cross join target
-        where item.turn < target.turn or item.position < :output_position
-        order by item.turn, item.position limit 1
-    )
-    select target.turn as tip, (:after = '' or exists (select from cursor)) as found, item.turn, item.position, item.id, item.body
-    from target left join lateral (
-        select one.* from path cross join lateral (
-            select turn, position, id, body from items
-            where tenant_id = :tenant_id and thread_id = path.thread_id and turn <= path.turn_max
-              and (turn < target.turn or position < :output_position)
-              and (:after = '' or (turn, position) {beyond} (select turn, position from cursor))
-            order by turn {direction}, position {direction} limit :limit
-        ) one
-        order by one.turn {direction}, one.position {direction} limit :limit
-    ) item on true
-    where target.background or target.status not in ('queued', 'in_progress')
-    order by item.turn {direction}, item.position {direction}
-    """
-        ).bindparams(output_position=OUTPUT_POSITION)
-    )
-
-
-_PAGES = {"asc": _page_of_context("asc"), "desc": _page_of_context("desc")}
 
 
 def _list_of_responses(order: Order) -> Query:
@@ -379,54 +275,12 @@ def _list_of_responses(order: Order) -> Query:
 _LISTS = {"asc": _list_of_responses("asc"), "desc": _list_of_responses("desc")}
 
 
-async def load_chain(tx: Tx, tenant_id: str, response_id: str, *, items_max: int) -> Chain:
-    """The context that a response leaves behind, in one indexed read. Raises PreviousResponseNotFound, or InvalidRequest
-    if it has more items than `items_max`."""
-    if not _possible(response_id):
-        raise PreviousResponseNotFound(response_id)
-    rows = await tx.all(_CHAIN, tenant_id=tenant_id, id=response_id, limit=items_max + 1)
-    if not rows:
-        raise PreviousResponseNotFound(response_id)
-    if len(rows) > items_max:
-        raise InvalidRequest(
-            f"The context of response '{response_id}' has more than {items_max} items.",
-            param="previous_response_id",
-            code="context_length_exceeded",
-        )
-    head = rows[0]
-    stored = [_stored_item(row) for row in rows if row["id"] is not None]
-    return Chain(Place(head["thread_id"], head["tip"]), head["status"], stored)
-
-
 async def get_response(tx: Tx, tenant_id: str, response_id: str) -> Stored:
     """A response that is finished, or made in the background. Raises NotFound."""
-    row = await tx.one(_GET, tenant_id=tenant_id, id=response_id) if _possible(response_id) else None
+    row = await tx.one(_GET, tenant_id=tenant_id, id=response_id) if storable(response_id) else None
     if row is None:
-        raise not_found(response_id)
+        raise ResponseNotFound(response_id)
     return Stored(Place(row["thread_id"], row["turn"]), row["status"], row["body"], row["output"])
-
-
-async def find_items(tx: Tx, tenant_id: str, ids: Sequence[str]) -> dict[str, str]:
-    """Stored items by id, as JSON; the newest where a client has resent one. Unknown ids are left out."""
-    rows = await tx.all(_FIND_ITEMS, tenant_id=tenant_id, ids=[id for id in ids if _possible(id)])
-    return {row["id"]: row["body"] for row in rows}
-
-
-async def list_input_items(
-    tx: Tx, tenant_id: str, response_id: str, *, after: str | None, limit: int, order: Order
-) -> list[StoredItem]:
-    """Up to `limit` items of a response's context (earlier inputs and outputs, and its own input) behind the cursor.
-
-    Raises NotFound for the response, InvalidParameter for the cursor.
-    """
-    if not _possible(response_id + (after or "")):
-        raise not_found(response_id)
-    rows = await tx.all(_PAGES[order], tenant_id=tenant_id, id=response_id, after=after or "", limit=limit)
-    if not rows:
-        raise not_found(response_id)
-    if not rows[0]["found"]:
-        raise InvalidParameter(f"Item with id '{after}' not found.", param="after")
-    return [_stored_item(row) for row in rows if row["id"] is not None]
 
 
 class Filter(Struct, kw_only=True, frozen=True):
@@ -460,15 +314,6 @@ async def load_body(tx: Tx, tenant_id: str, response_id: str) -> Response | None
     """The response as it was when its run began, without output; None if there is no such row."""
     row = await tx.one(_BODY, tenant_id=tenant_id, id=response_id)
     return _RESPONSE.decode(row["body"]) if row else None
-
-
-def not_found(response_id: str) -> NotFound:
-    """The 404 of an unknown response; another tenant's gets the same."""
-    return NotFound(f"Response with id '{response_id}' not found.")
-
-
-def _stored_item(row: Row) -> StoredItem:
-    return StoredItem(row["id"], row["turn"], row["position"], row["body"])
 
 
 # -- Deleting ---------------------------------------------------------------------------------------------------------------
@@ -523,9 +368,9 @@ async def delete_response(tx: Tx, tenant_id: str, response_id: str) -> None:
 
     Needs a transaction. Raises NotFound, or InvalidRequest for one that is still being made.
     """
-    row = await tx.one(_LOCK, tenant_id=tenant_id, id=response_id) if _possible(response_id) else None
+    row = await tx.one(_LOCK, tenant_id=tenant_id, id=response_id) if storable(response_id) else None
     if row is None or row["deleted"]:
-        raise not_found(response_id)
+        raise ResponseNotFound(response_id)
     if row["in_flight"]:
         raise InvalidRequest("Cannot delete an in-flight response.", param="response_id")
     await tx.one(_TOMBSTONE, tenant_id=tenant_id, id=response_id)

@@ -7,7 +7,7 @@ import httpx
 import msgspec
 import openai
 
-from app.domain.fold import replay
+from tests.replay import replay
 from tests.servers import Served
 
 

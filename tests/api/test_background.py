@@ -6,7 +6,7 @@ import httpx
 import msgspec
 import pytest
 
-from app.domain.fold import replay
+from tests.replay import replay
 from tests.upstream import answer, finish, gate, script, text, words
 
 ENDED_S = 15

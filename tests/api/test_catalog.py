@@ -9,7 +9,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from app.domain.prompt import HOSTED, Dialect
+from app.domain.dialect import HOSTED, Dialect
 from app.outbound.catalog import UpstreamEntry, load_catalog
 from app.settings import Settings, SettingsError
 from tests.servers import ROOT, Served

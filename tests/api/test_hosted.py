@@ -6,8 +6,8 @@ import httpx
 import openai
 import pytest
 
-from app.domain.fold import replay
 from tests.api.streams import events_of, types_of
+from tests.replay import replay
 from tests.upstream import answer, call, calling, finish, script
 
 PAGES = {

@@ -9,8 +9,8 @@ import httpx
 import openai
 import pytest
 
-from app.domain.fold import replay
 from tests.api.streams import told, types_of
+from tests.replay import replay
 from tests.servers import Served
 from tests.upstream import answer, call, calling, finish, note, script, status, text, usage
 

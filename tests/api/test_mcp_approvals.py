@@ -6,9 +6,9 @@ import json
 import openai
 import pytest
 
-from app.domain.fold import replay
 from tests.api.streams import told, types_of
 from tests.looking import fetch, until
+from tests.replay import replay
 from tests.upstream import answer, call, calling, finish, note, script, text
 
 

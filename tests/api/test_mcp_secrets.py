@@ -7,9 +7,9 @@ import pytest
 import redis
 import zstandard
 
-from app.domain.fold import replay
 from tests.api.streams import told
 from tests.looking import fetch, until
+from tests.replay import replay
 from tests.servers import Served
 from tests.upstream import answer, call, calling, finish, note, script
 

@@ -11,10 +11,10 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
-from app.domain.fold import replay
 from tests.contract.cases import CASES, Case, outline
 from tests.contract.compare import same
 from tests.contract.conftest import Heard
+from tests.replay import replay
 
 Event = dict[str, Any]
 EVERY = pytest.mark.parametrize("name", CASES)

@@ -6,11 +6,11 @@ from typing import Any
 import httpx
 import pytest
 
-from app.domain.fold import replay
 from tests.api.streams import events_of
 from tests.contract.cases import CASES, ONLY_F, RUN, Case, F, function, token
 from tests.contract.compare import joined, told
 from tests.contract.conftest import Heard
+from tests.replay import replay
 from tests.upstream import Step, call, coalesce, error, finish, reasoning, refusal, script, split, text, usage
 
 Event = dict[str, Any]

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from app.domain.fold import replay
+from tests.replay import replay
 
 Event = Mapping[str, Any]
 

@@ -7,7 +7,7 @@ import asyncpg
 import msgspec
 import pytest
 
-from app.storage import journal, responses
+from app.storage import contexts, journal, responses
 from app.storage.tables import OUTPUT_POSITION
 
 TURNS = 300
@@ -59,20 +59,20 @@ def _looked_at(node: dict[str, Any]) -> int:
 
 
 async def test_a_context_costs_only_its_own_rows(filled):
-    read = await rows_read(filled, responses._CHAIN, id=f"resp_0_{TURNS}", limit=10**6)
+    read = await rows_read(filled, contexts._CHAIN, id=f"resp_0_{TURNS}", limit=10**6)
     assert read == TURNS * ITEMS_PER_TURN
 
 
 @pytest.mark.parametrize("order", ["asc", "desc"])
 async def test_a_page_costs_the_same_however_long_the_chain(filled, order):
     for turn in (1, TURNS):
-        read = await rows_read(filled, responses._PAGES[order], id=f"resp_0_{turn}", after="", limit=20)
+        read = await rows_read(filled, contexts._PAGES[order], id=f"resp_0_{turn}", after="", limit=20)
         assert read <= 20 + ITEMS_PER_TURN
 
 
 async def test_a_page_behind_a_cursor_costs_a_page(filled):
     cursor = f"resp_0_{TURNS // 2}_0"
-    read = await rows_read(filled, responses._PAGES["desc"], id=f"resp_0_{TURNS}", after=cursor, limit=20)
+    read = await rows_read(filled, contexts._PAGES["desc"], id=f"resp_0_{TURNS}", after=cursor, limit=20)
     assert read <= 20 + ITEMS_PER_TURN
 
 
@@ -85,9 +85,9 @@ BY_ID = {
     "finish": responses._FINISH,
     "seal": responses._SEAL,
     "begin": responses._BEGIN,
-    "chain": responses._CHAIN,
+    "chain": contexts._CHAIN,
     "get": responses._GET,
-    "page": responses._PAGES["desc"],
+    "page": contexts._PAGES["desc"],
     "events": journal._READ,
     "tombstone": responses._TOMBSTONE,
     "purge": responses._PURGE,

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from app.domain.context import Context, resolve
-from app.domain.fold import apply, replay
+from app.domain.fold import apply
 from app.domain.lifecycle import NO_USAGE, Outcome, close_response, open_response
 from app.domain.toolbox import Toolbox, open_toolbox
 from app.domain.turn import Turn
@@ -18,6 +18,7 @@ from app.wire.items import AnyItem, decode_item, encode_item
 from app.wire.requests import CreateResponse, decode_create
 from app.wire.resources import Response
 from app.wire.tools import decode_tool_choice, decode_tools
+from tests.replay import replay
 
 ECHO: dict[str, Any] = {
     "object": "response",

@@ -19,12 +19,12 @@ from app.domain.calls import (
     open_list,
     unknown_outcome,
 )
-from app.domain.fold import replay
 from app.domain.hosted import HostedRoute
 from app.domain.retold import answer_for_model, asked_of_model
 from app.domain.toolbox import ByHost
 from app.wire.items import CallError
 from app.wire.tools import ListedTool
+from tests.replay import replay
 from tests.unit.build import counting, heard, item, plain
 
 ROUTE = HostedRoute(server="box", tool="tool")

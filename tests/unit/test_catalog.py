@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from app.domain.prompt import HOSTED, Dialect
+from app.domain.dialect import HOSTED, Dialect
 from app.errors import NotFound
 from app.outbound.catalog import ENGINE_PARAMETERS, Catalog, Route, load_catalog
 from app.settings import Settings, SettingsError

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
-from app.domain.fold import apply, replay
+from app.domain.fold import apply
 from app.domain.groups import Manner
 from app.domain.lifecycle import NO_USAGE, Outcome, close_response, open_response
 from app.domain.turn import Turn
 from app.wire.events import TERMINAL, Created, TextDelta
+from tests.replay import replay
 from tests.unit.build import chunk, counting, function, heard, piece, plain, request, said, toolbox
 
 Events = list[dict[str, Any]]

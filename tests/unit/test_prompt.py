@@ -5,7 +5,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from app.domain.prompt import HOSTED, Dialect, chat_request, messages, truncate
+from app.domain.dialect import HOSTED, Dialect
+from app.domain.messages import messages, truncate
+from app.domain.prompt import chat_request
 from app.errors import UnsupportedParameter
 from tests.unit.build import assistant, call, context, function, output, plain, request, user
 

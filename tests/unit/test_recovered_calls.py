@@ -5,10 +5,10 @@ from typing import Any
 import msgspec
 
 from app.domain.calls import Answer, approval_request, mcp_call, open_list
-from app.domain.fold import replay
 from app.domain.recovery import Recovered, recover
 from app.wire.events import AnnotationAdded, Event, ItemAdded, PartAdded, TextDelta, split_frames
 from app.wire.items import Message, OutputText
+from tests.replay import replay
 from tests.unit.build import counting, heard, plain
 
 

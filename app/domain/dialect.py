@@ -1,0 +1,56 @@
+"""How the Chat Completions of upstreams differ."""
+
+from typing import Literal
+
+from msgspec import Struct
+
+from app.errors import UnsupportedParameter
+
+Lack = Literal[
+    "stream_options",
+    "parallel_tool_calls",
+    "tool_choice_required",
+    "json_schema",
+    "json_object",
+    "reasoning_effort",
+    "content_parts",
+    "later_system_messages",
+    "strict",
+]
+
+
+class Dialect(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How an upstream's Chat Completions differ; the defaults suit vLLM, llama.cpp and Ollama."""
+
+    lacks: frozenset[Lack] = frozenset()
+    """What must not be sent: options are left out, what can't be left out is refused."""
+    developer_role: bool = False
+    """It knows the role `developer`; otherwise such messages are `system` ones."""
+    refusals: bool = False
+    """It knows `refusal` in assistant messages; otherwise a refusal is text."""
+    verbosity: bool = False
+    """It takes `verbosity`."""
+    max_tokens: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    reasoning: Literal["none", "reasoning_content", "reasoning"] = "none"
+    """The key under which earlier reasoning is passed back."""
+    think: Literal["start", "thinking", "text"] = "start"
+    """`<think>` in content: looked for at its start; already open; left alone."""
+    custom_tools: Literal["function", "describe", "native"] = "function"
+    """Custom tools are wrapped as functions and grammars refused; the grammar goes into the description, unenforced; both are
+    passed on as they are."""
+
+    def demand(self, feature: Lack, param: str) -> None:
+        """Raises UnsupportedParameter if this upstream lacks what the parameter needs."""
+        if feature in self.lacks:
+            raise UnsupportedParameter(
+                f"Unsupported parameter: '{param}' is not supported with this model.", param=param
+            )
+
+
+HOSTED = Dialect(
+    developer_role=True, refusals=True, verbosity=True, max_tokens="max_completion_tokens", custom_tools="native"
+)
+"""The hosted API's own dialect."""
+
+WRAPPED_INPUT = "input"
+"""The one argument of a custom tool that is wrapped as a function."""

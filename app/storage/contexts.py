@@ -1,0 +1,162 @@
+"""The items of a response's context: what it continues, what is listed, what references stand for.
+
+A context is a path of threads from the chain's root to the response; each thread on it belongs to it up to some turn.
+"""
+
+from collections.abc import Sequence
+
+from msgspec import Struct
+from sqlalchemy import text
+
+from app.errors import InvalidParameter, InvalidRequest, PreviousResponseNotFound, ResponseNotFound
+from app.storage.database import Query, Row, Tx, storable
+from app.storage.tables import OUTPUT_POSITION
+from app.wire.requests import Order
+
+
+class Place(Struct, frozen=True):
+    """Where a response stands: a turn of a thread."""
+
+    thread_id: str
+    turn: int
+
+
+class StoredItem(Struct, frozen=True):
+    """An item as it lies in its row; `turn` and `position` order it in its context."""
+
+    id: str
+    turn: int
+    position: int
+    body: str
+
+
+class Chain(Struct, frozen=True):
+    """What a new response continues: its parent's place and status, and every item up to it."""
+
+    place: Place
+    status: str
+    items: list[StoredItem]
+
+
+_PATH = """
+    with recursive target as (
+        select thread_id, turn, status, background from responses
+        where tenant_id = :tenant_id and id = :id and deleted_at is null
+    ), path (thread_id, turn_max) as (
+        select thread_id, turn from target
+        union all
+        select branch.parent_thread_id, branch.parent_turn
+        from path cross join lateral (
+            select parent_thread_id, parent_turn from branches
+            where tenant_id = :tenant_id and thread_id = path.thread_id limit 1
+        ) branch
+    )
+"""
+"""`path`: the threads of a context, each with the last turn that belongs to it."""
+
+_CHAIN = Query(
+    text(
+        _PATH
+        + """
+    select target.thread_id, target.turn as tip, target.status, item.turn, item.position, item.id, item.body
+    from target cross join path
+    left join lateral (  -- ordered, so that it stays a scan of the primary key for each thread, whatever the statistics say
+        select turn, position, id, body from items
+        where tenant_id = :tenant_id and thread_id = path.thread_id and turn <= path.turn_max
+        order by turn, position
+    ) item on true
+    order by item.turn, item.position
+    limit :limit
+    """
+    )
+)
+
+_FIND_ITEMS = Query(
+    text("""
+    select distinct on (id) id, turn, position, body from items
+    where tenant_id = :tenant_id and id = any(cast(:ids as text[]))
+    order by id, thread_id desc, turn desc, position
+    """)
+)
+
+
+def _page_of_context(order: Order) -> Query:
+    """One page of a context; each thread on the path gives at most a page, so a page costs the same however long the chain."""
+    direction, beyond = ("desc", "<") if order == "desc" else ("asc", ">")
+    return Query(
+        text(
+            _PATH
+            + f"""
+    , cursor as (
+        select item.turn, item.position
+        from (select thread_id, turn, position from items where tenant_id = :tenant_id and id = :after offset 0) item
+        join path on item.thread_id = path.thread_id and item.turn <= path.turn_max
+        cross join target
+        where item.turn < target.turn or item.position < :output_position
+        order by item.turn, item.position limit 1
+    )
+    select target.turn as tip, (:after = '' or exists (select from cursor)) as found, item.turn, item.position, item.id, item.body
+    from target left join lateral (
+        select one.* from path cross join lateral (
+            select turn, position, id, body from items
+            where tenant_id = :tenant_id and thread_id = path.thread_id and turn <= path.turn_max
+              and (turn < target.turn or position < :output_position)
+              and (:after = '' or (turn, position) {beyond} (select turn, position from cursor))
+            order by turn {direction}, position {direction} limit :limit
+        ) one
+        order by one.turn {direction}, one.position {direction} limit :limit
+    ) item on true
+    where target.background or target.status not in ('queued', 'in_progress')
+    order by item.turn {direction}, item.position {direction}
+    """
+        ).bindparams(output_position=OUTPUT_POSITION)
+    )
+
+
+_PAGES = {"asc": _page_of_context("asc"), "desc": _page_of_context("desc")}
+
+
+async def load_chain(tx: Tx, tenant_id: str, response_id: str, *, items_max: int) -> Chain:
+    """The context that a response leaves behind, in one indexed read. Raises PreviousResponseNotFound, or InvalidRequest
+    if it has more items than `items_max`."""
+    if not storable(response_id):
+        raise PreviousResponseNotFound(response_id)
+    rows = await tx.all(_CHAIN, tenant_id=tenant_id, id=response_id, limit=items_max + 1)
+    if not rows:
+        raise PreviousResponseNotFound(response_id)
+    if len(rows) > items_max:
+        raise InvalidRequest(
+            f"The context of response '{response_id}' has more than {items_max} items.",
+            param="previous_response_id",
+            code="context_length_exceeded",
+        )
+    head = rows[0]
+    stored = [_stored_item(row) for row in rows if row["id"] is not None]
+    return Chain(Place(head["thread_id"], head["tip"]), head["status"], stored)
+
+
+async def find_items(tx: Tx, tenant_id: str, ids: Sequence[str]) -> dict[str, str]:
+    """Stored items by id, as JSON; the newest where a client has resent one. Unknown ids are left out."""
+    rows = await tx.all(_FIND_ITEMS, tenant_id=tenant_id, ids=[id for id in ids if storable(id)])
+    return {row["id"]: row["body"] for row in rows}
+
+
+async def list_input_items(
+    tx: Tx, tenant_id: str, response_id: str, *, after: str | None, limit: int, order: Order
+) -> list[StoredItem]:
+    """Up to `limit` items of a response's context (earlier inputs and outputs, and its own input) behind the cursor.
+
+    Raises NotFound for the response, InvalidParameter for the cursor.
+    """
+    if not storable(response_id + (after or "")):
+        raise ResponseNotFound(response_id)
+    rows = await tx.all(_PAGES[order], tenant_id=tenant_id, id=response_id, after=after or "", limit=limit)
+    if not rows:
+        raise ResponseNotFound(response_id)
+    if not rows[0]["found"]:
+        raise InvalidParameter(f"Item with id '{after}' not found.", param="after")
+    return [_stored_item(row) for row in rows if row["id"] is not None]
+
+
+def _stored_item(row: Row) -> StoredItem:
+    return StoredItem(row["id"], row["turn"], row["position"], row["body"])
