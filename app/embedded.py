@@ -219,6 +219,8 @@ class _Server:
     child: subprocess.Popen[bytes] | None = None
 
     def running(self) -> bool:
+        if self.child is not None:
+            return self.child.poll() is None  # also where somebody has removed the directory with the lock
         with _exclusive(self.lock) as lock:
             return lock is None
 

@@ -3,6 +3,7 @@
 import asyncio
 import fcntl
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -149,6 +150,24 @@ def test_servers_stop_when_their_only_client_is_killed(data_dir: Path) -> None:
     assert listening(servers)
     client.kill()
     wait_until(lambda: not listening(servers))
+
+
+def test_servers_stop_when_their_directory_is_removed(tmp_path: Path) -> None:
+    """Whoever throws the data away, be it under their feet, leaves no process behind."""
+    client = Client(tmp_path / "data")
+    client.urls()
+    left = pids(tmp_path / "data")
+    shutil.rmtree(tmp_path / "data")
+    wait_until(lambda: not any(map(alive, left.values())))
+    client.kill()
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_killed_servers_come_back_while_a_client_stays(data_dir: Path) -> None:

@@ -84,11 +84,6 @@ class Connection(asyncio.Protocol):
         self.transport.write(request)
         return self._reply
 
-    @property
-    def is_open(self) -> bool:
-        """Whether another request may be sent."""
-        return not self.transport.is_closing()
-
     def close(self) -> None:
         """The end, also for the server."""
         self.transport.close()

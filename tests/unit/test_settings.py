@@ -32,7 +32,6 @@ GOOD: dict[str, tuple[str, Any]] = {
 """A value of each setting that is no plain limit: as it is written, as it is meant."""
 
 UNITS = frozenset("bytes events items runs calls tools servers turns s attempts connections chars size".split())
-UNITLESS = {"port": "a number, not an amount", "durable": "a switch"}
 
 
 def kind(name: str) -> type:
