@@ -11,11 +11,11 @@ class Patience:
     it, and when it rings it looks how long the present one has taken.
     """
 
-    __slots__ = ("_begun", "_cancelling", "_expired", "_loop", "_seconds", "_task", "_timer", "_waits")
+    __slots__ = ("_begun", "_cancelling", "_expired", "_loop", "_task", "_timer", "_waits", "seconds")
 
     def __init__(self, seconds: float) -> None:
         """`seconds` is the limit of one wait."""
-        self._seconds = seconds
+        self.seconds = seconds
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         task = asyncio.current_task()
@@ -29,7 +29,7 @@ class Patience:
         self._cancelling = self._task.cancelling()
         self._begun = self._loop.time()
         if self._timer is None:
-            self._timer = self._loop.call_later(self._seconds, self._ring)
+            self._timer = self._loop.call_later(self.seconds, self._ring)
 
     def __exit__(
         self, type_: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -45,7 +45,7 @@ class Patience:
         self._timer = None
         if not self._waits:
             return  # the next wait sets it again
-        left_s = self._begun + self._seconds - self._loop.time()
+        left_s = self._begun + self.seconds - self._loop.time()
         if left_s > 0:
             self._timer = self._loop.call_later(left_s, self._ring)
         else:

@@ -82,8 +82,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     foreground_runs_max: Annotated[int, _about("foreground runs at once in one process; beyond: 429", ge=1)] = 1_000
     turns_max: Annotated[int, _about("upstream completions in one run", ge=1)] = 32
     run_duration_max_s: Annotated[float, _about("a run's whole duration", gt=0)] = 3_600.0
-    run_output_bytes_max: Annotated[int, _about("a run's events, encoded", ge=1024)] = 64 * 1024 * 1024
-    run_events_max: Annotated[int, _about("a run's events, counted", ge=10)] = 500_000
+    run_output_bytes_max: Annotated[int, _about("what a run says, as encoded events", ge=1024)] = 64 * 1024 * 1024
+    run_events_max: Annotated[int, _about("what a run says, counted in events", ge=10)] = 500_000
     stream_head_wait_s: Annotated[
         float,
         _about("how long a stream's head waits for the upstream's answer, so that its refusal is an HTTP status", ge=0),

@@ -94,30 +94,30 @@ class Served:
 
     def start(self) -> None:
         """Start it, or start it again, and wait until it listens."""
-        self._listening = threading.Event()
+        listening = threading.Event()  # its own: the reader of a process before may still have its end to tell
         self.url = ""
         if self._spares:
             self.process = self._spares.take(self._env, self._command)
         else:
             self.process = _started(["-m", "app", self._command], self._env)
-        self._reader = threading.Thread(target=self._read, args=(self.process,), daemon=True)
+        self._reader = threading.Thread(target=self._read, args=(self.process, listening), daemon=True)
         self._reader.start()
-        if not self._listening.wait(START_TIMEOUT_S) or not self.url:
+        if not listening.wait(START_TIMEOUT_S) or not self.url:
             self.kill()
             raise RuntimeError("the server did not start:\n" + "".join(self.printed))
 
-    def _read(self, process: subprocess.Popen[str]) -> None:
+    def _read(self, process: subprocess.Popen[str], listening: threading.Event) -> None:
         assert process.stdout is not None
         with process.stdout:
             for line in process.stdout:
                 self.printed.append(line)
                 if line.startswith("Reprise works as "):
                     self.url = line
-                    self._listening.set()
+                    listening.set()
                 if line.startswith("Reprise listens on "):
                     self.url = line.removeprefix("Reprise listens on ").strip()
-                    self._listening.set()
-        self._listening.set()
+                    listening.set()
+        listening.set()
 
     @property
     def env(self) -> Mapping[str, str]:

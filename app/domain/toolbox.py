@@ -105,7 +105,7 @@ class Toolbox(Struct, frozen=True):
     left_out: tuple[str, ...]
     """Hosted tools that nobody here runs: the model does not see them."""
     unlisted: tuple[str, ...] = ()
-    """Labels of declared MCP servers whose tools, or some of them, are not known yet."""
+    """Labels of declared MCP servers whose tools are not known yet."""
 
     def verdict(self, model_name: str) -> Verdict:
         """What becomes of a call."""

@@ -84,7 +84,7 @@ class Upstream:
         self._headers = {
             name: value
             for name, value in said.items()
-            if isinstance(value, str) and not name.lower().startswith(SDK_HEADERS)
+            if isinstance(value, str) and (name in entry.headers or not name.lower().startswith(SDK_HEADERS))
         }
         # Made once: stamina takes as long to prepare its attempts as the first of them takes.
         self._opened = stamina.retry(
@@ -157,19 +157,20 @@ class ChunkStream:
     """An upstream's answer: lists of chunks, one list a read. Always close it; closing breaks the upstream's work off."""
 
     def __init__(self, upstream: Upstream, response: httpx2.Response) -> None:
-        """Of the response only the stream is kept: the rest of it holds the request, with the whole conversation."""
+        """Of a response that streams only the stream is kept: the rest of it holds the request, with the whole conversation."""
         assert isinstance(response.stream, httpx2.AsyncByteStream)
         self.upstream = upstream
         self._stream = response.stream
-        self._has_events = response.headers.get("content-type", "").startswith("text/event-stream")
+        has_events = response.headers.get("content-type", "").startswith("text/event-stream")
+        self._unstreamed = None if has_events else response
         self._finished = False
         self.heard = False
         """Whether a chunk has come."""
 
     async def __aiter__(self) -> AsyncIterator[list[Chunk]]:
         """Raises UpstreamStalled, UpstreamGarbled, or UpstreamError for an error object inside the stream."""
-        if not self._has_events:
-            yield [await self._whole()]
+        if self._unstreamed:
+            yield [await self._whole(self._unstreamed)]
             return
         lines = LineBuffer(self.upstream.line_bytes_max)
         async for raw in self._reads():
@@ -214,11 +215,11 @@ class ChunkStream:
                     raise UpstreamGarbled("The upstream broke off its answer.") from error
                 yield raw
 
-    async def _whole(self) -> Chunk:
+    async def _whole(self, response: httpx2.Response) -> Chunk:
         """The answer of a server that does not stream, as one chunk."""
         try:
             async with asyncio.timeout(self.upstream.idle_timeout_s):
-                raw = b"".join([read async for read in self._stream])
+                raw = await response.aread()
             whole = msgspec.json.decode(raw, type=_Completion)
         except TimeoutError:
             raise UpstreamStalled("The upstream did not finish its answer.") from None

@@ -18,7 +18,16 @@ from app.domain.context import waits_for_client
 from app.domain.lifecycle import NO_USAGE, Outcome, close_response, open_response
 from app.domain.recovery import Recovered, recover
 from app.domain.sealed import Seal
-from app.errors import ApiError, DatabaseUnavailable, Fenced, NotFound, ResponseNotFound, ServerError, TooManyRequests
+from app.errors import (
+    ApiError,
+    DatabaseUnavailable,
+    Fenced,
+    NotFound,
+    ResponseNotFound,
+    RunTooLong,
+    ServerError,
+    TooManyRequests,
+)
 from app.ids import new_id
 from app.outbound.catalog import Catalog
 from app.outbound.guard import Guard
@@ -317,7 +326,10 @@ class Background:
             unkept=found.unkept,
             keep=lambda entries: self._keep(claim, entries, recorder.usage),
         )
-        outcome = await self._resume(work, recorder, recovered, found)
+        try:
+            outcome = await self._resume(work, recorder, recovered, found)
+        except RunTooLong as error:  # so the former owner has met, and died before it could say so
+            outcome = Outcome("failed", error=error)
         if outcome is None:
             outcome = await self._outcome(work, recorder, recovered, skip=found.lost)
         closed = close_response(recorder.response, outcome, usage=recorder.usage, now=int(time.time()))

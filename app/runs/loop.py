@@ -121,6 +121,10 @@ class Loop:
         most = self._task.request.body.max_output_tokens
         return None if most is None else most - self._recorder.usage.output_tokens
 
+    @property
+    def _spent(self) -> bool:
+        return self._tokens_left is not None and self._tokens_left <= 0
+
     async def outcome(self, opening: "asyncio.Task[ChunkStream] | None", duration_max_s: float) -> Outcome:
         """Make the response, from an upstream's answer if that is there or on its way; every way to end but being cancelled,
         fenced or without a database is an outcome."""
@@ -146,6 +150,8 @@ class Loop:
             return Outcome("completed")
         if opening is None:
             await self._prepare()
+        if opening is None and self._spent:  # by former owners
+            return Outcome("incomplete", reason="max_output_tokens")
         stream = await (opening or self.open())
         for left in reversed(range(self._turns_max)):
             made = len(self._recorder.response.output)
@@ -160,7 +166,7 @@ class Loop:
             refused = await self._run_calls(turn.own_calls)
             if ends:
                 return outcome
-            if self._tokens_left is not None and self._tokens_left <= 0:
+            if self._spent:
                 return Outcome("incomplete", reason="max_output_tokens")
             calls = self._made(made + len(said))
             self._proceed([*said, *(call for call, _ in refused), *calls, *(output for _, output in refused)])

@@ -7,7 +7,7 @@ from typing import Protocol
 from app.domain.fold import apply
 from app.domain.lifecycle import NO_USAGE
 from app.errors import Fenced, RunTooLong
-from app.wire.events import TERMINAL, Created, Entry, Event, InProgress, ItemDone, encode_event
+from app.wire.events import SNAPSHOTS, TERMINAL, Created, Entry, Event, InProgress, ItemDone, encode_event
 from app.wire.resources import Response, Usage
 
 
@@ -52,8 +52,9 @@ class Recorder:
         self._unkept: list[Entry] = list(unkept)
         self._held: list[Entry] = []
         self._stopped: Exception | None = None
-        self._bytes_left = bytes_max - sum(len(entry.frame) for entry in said)
-        self._events_left = events_max - len(said)
+        self._bytes_left, self._events_left = bytes_max, events_max
+        for entry in said:
+            self._count(entry)
 
     async def begin(self) -> None:
         """The first events of a foreground run: created, in_progress."""
@@ -101,9 +102,14 @@ class Recorder:
         event.sequence_number = self.next_number
         self.next_number += 1
         entry = encode_event(event)
-        self._bytes_left -= len(entry.frame)
-        self._events_left -= 1
+        self._count(entry)
         return entry
+
+    def _count(self, entry: Entry) -> None:
+        """Only what the run makes is limited: a request may be as long as it likes."""
+        if entry.type not in SNAPSHOTS:
+            self._bytes_left -= len(entry.frame)
+            self._events_left -= 1
 
     def _send(self, batch: list[Entry]) -> None:
         if not batch:

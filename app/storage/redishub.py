@@ -173,6 +173,7 @@ class Reader:
 
     async def next(self) -> list[Batch]:
         """The batches that have come, a page of them if it lags; none if patience ends first. Raises RedisError."""
+        begun = asyncio.get_running_loop().time()
         while True:
             if self._lagging:
                 # Bounded by Redis' own timeout; ours would be swallowed (see `break_off`).
@@ -181,6 +182,8 @@ class Reader:
                 batches, self._live = self._live, []
             if batches:
                 return batches
+            if asyncio.get_running_loop().time() - begun >= self._patience.seconds:
+                return []  # it was woken, again and again, for nothing
             if self._live or self._lagging:
                 continue  # they came, or were missed, while it fetched
             self._woken = asyncio.get_running_loop().create_future()

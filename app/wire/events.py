@@ -58,6 +58,11 @@ TERMINAL: dict[str, type[Lifecycle]] = {
 cancelled response ends with `response.failed`, whose response says that it is cancelled."""
 
 
+_SNAPSHOTS: tuple[type[Lifecycle], ...] = (Created, Queued, InProgress, *TERMINAL.values())
+SNAPSHOTS = frozenset(str(event.__struct_config__.tag) for event in _SNAPSHOTS)
+"""Types of the lifecycle events, which repeat the request."""
+
+
 class ItemEvent(Event, kw_only=True):
     output_index: int
 

@@ -1,7 +1,8 @@
 """python -m tests.faults.chaos --seconds N: random faults at random moments, and after each round every promise is checked.
 
-A round: two replicas, two workers, 20 responses, 50 clients that leave and come back, one to four faults. One line is printed
-per round; the first broken promise ends it all, with its seed and what every process has said.
+A round: two replicas, two workers, 20 responses, half of them with a call of an MCP tool, 50 clients that leave and come back,
+one to four faults. One line is printed per round; the first broken promise ends it all, with its seed and what every process
+has said.
 """
 
 import argparse
@@ -19,15 +20,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from app.outbound.mcp import IDEMPOTENCY_KEY
 from tests.faults.client import Follower, begin, call, decoded, frames_of, get
 from tests.faults.cluster import LEASE_S, Cluster, Servers, frozen
 from tests.faults.told import closed_as, rounds_of, text_of, told
-from tests.upstream import Upstream, finish, note, reasoning, repeat, script, text
+from tests.toolserver import Toolprocess
+from tests.upstream import Upstream, calling, finish, note, reasoning, repeat, script, text
 
 RESPONSES = 20
 CLIENTS = 50
 STUCK_S = 15.0
 """No fault of a round takes so long, so a client that heard nothing for so long was forgotten."""
+
+LONGEST_S = 30.0
+"""Within this ends what nobody follows, however often it is begun anew."""
 
 JUMPS_MAX = 4
 """More often than this no round can empty Redis and kill an owner."""
@@ -134,12 +140,14 @@ class Chaos:
 class Round:
     """Responses, clients and faults at once; then the promises."""
 
-    def __init__(self, cluster: Cluster, seed: int) -> None:
-        self._cluster = cluster
+    def __init__(self, cluster: Cluster, box: Toolprocess, seed: int) -> None:
+        self._cluster, self._box = cluster, box
         self._chance = random.Random(seed)
         self.seed = seed
         self.counts: Counter[str] = Counter()
         self._followers: list[Follower] = []
+        self._boxes: dict[str, str] = {}
+        """Response → the name under which the tool server finds its calls."""
 
     def run(self) -> str:
         """Gives the line that tells of it. Raises AssertionError."""
@@ -160,7 +168,7 @@ class Round:
         self._cluster.servers.wait_postgres()
         for follower in self._followers:
             self._check(follower, JUMPS_MAX if chaos.may_jump else 0)
-        self._cluster.assert_nothing_is_left()
+        self._cluster.assert_nothing_is_left(LONGEST_S)  # also of responses of whose beginning nobody heard
         names = " ".join(fault.__name__ for fault in faults)
         figures = " ".join(f"{name}={count}" for name, count in sorted(self.counts.items()))
         return f"seed={self.seed} {time.monotonic() - begun:.1f}s {figures} faults: {names}"
@@ -168,26 +176,31 @@ class Round:
     def _begin_all(self) -> None:
         ids = []
         for number in range(RESPONSES):
-            rounds = self._chance.randint(20, 120)
-            said = script(
-                [
-                    note(f"{self.seed}/{number}"),
-                    repeat(self._chance.randint(1, 10), reasoning("r{i} "), every_ms=5),
-                    repeat(rounds, text("w{i} "), every_ms=self._chance.randint(5, 40)),
-                    text(f"end of {rounds}"),
-                    finish(),
-                ]
-            )
-            ids.append(self._begun(said))
+            rounds, name = self._chance.randint(20, 120), f"{self.seed}-{number}"
+            thinking = repeat(self._chance.randint(1, 10), reasoning("r{i} "), every_ms=5)
+            talking = repeat(rounds, text("w{i} "), every_ms=self._chance.randint(5, 40))
+            talk = [talking, text(f"end of {rounds}"), finish()]
+            if number % 2:
+                call = calling("slow", {"ms": self._chance.randint(1, 1500)})
+                box = {
+                    "type": "mcp",
+                    "server_label": "box",
+                    "server_url": self._box.url(name),
+                    "require_approval": "never",
+                }
+                ids.append(self._begun(script([note(name), thinking, *call], talk), tools=[box]))
+                self._boxes[ids[-1]] = name
+            else:
+                ids.append(self._begun(script([note(name), thinking, *talk])))
             self._followers.append(Follower(self._cluster.urls, ids[-1], drops=self._chance.randint(0, 8), seed=number))
         for number in range(CLIENTS - RESPONSES):
             drops = self._chance.randint(0, 8)
             self._followers.append(Follower(self._cluster.urls, self._chance.choice(ids), drops=drops, seed=number))
 
-    def _begun(self, said: str) -> str:
+    def _begun(self, said: str, **more: Any) -> str:
         for _ in range(300):
             with contextlib.suppress(OSError, http.client.HTTPException, AssertionError, IndexError):
-                return begin(self._chance.choice(self._cluster.urls), said)
+                return begin(self._chance.choice(self._cluster.urls), said, **more)
             time.sleep(0.1)
         raise AssertionError("no response could be begun")
 
@@ -209,7 +222,22 @@ class Round:
             rounds = rounds_of(last)
             assert rounds == list(range(len(rounds)))
             assert last.endswith(f"end of {len(rounds)}")
+        if follower.response_id in self._boxes:
+            self._check_calls(row, self._box.calls(self._boxes[follower.response_id]))
         self._count(follower, seen, superseded, row)
+
+    def _check_calls(self, row: Any, sent: list[Any]) -> None:
+        """A response that was begun twice, because nobody heard of the first, has its own call: each is sent once at most."""
+        told = [item for item in row["output"] if item["type"] == "mcp_call"]
+        keys = [call["meta"][IDEMPOTENCY_KEY] for call in sent]
+        assert len(set(keys)) == len(keys), f"a call was sent twice: {sent}"
+        for item in told:
+            assert item["status"] in {"completed", "failed"}, item
+            assert item["id"] in keys or item["status"] == "failed", f"a result of nothing: {item}"
+        assert len(told) <= 1, f"a call with an unknown outcome was made again: {told}"
+        assert row["status"] == "cancelled" or told, row
+        self.counts["calls"] += len(told)
+        self.counts["unknown"] += sum(item["status"] == "failed" for item in told)
 
     def _count(self, follower: Follower, seen: list[Any], superseded: list[bytes], row: Any) -> None:
         numbers = [event["sequence_number"] for event in seen]
@@ -229,14 +257,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     arguments = parser.parse_args()
     ends, seed = time.monotonic() + arguments.seconds, arguments.seed
-    with tempfile.TemporaryDirectory(prefix="chaos-") as home, Upstream() as upstream:
+    with (
+        tempfile.TemporaryDirectory(prefix="chaos-") as home,
+        Upstream() as upstream,
+        Toolprocess(Path(home) / "calls") as box,
+    ):
         servers = Servers(Path(home) / "servers")
-        env = {"OPENAI_BASE_URL": upstream.base_url, "REPRISE_DATA_DIR": f"{home}/data"}
+        env = {
+            "OPENAI_BASE_URL": upstream.base_url,
+            "REPRISE_DATA_DIR": f"{home}/data",
+            "REPRISE_OUTBOUND_ALLOW": "127.0.0.1/32",
+        }
         cluster = Cluster(servers, env, REPRISE_RUN_ATTEMPTS_MAX="50", REPRISE_SHUTDOWN_GRACE_S="0.5")
         try:
             while time.monotonic() < ends:
                 try:
-                    print(Round(cluster, seed).run(), flush=True)
+                    print(Round(cluster, box, seed).run(), flush=True)
                 except BaseException:
                     print(f"seed={seed} BROKEN\n{cluster.printed}", flush=True)
                     raise

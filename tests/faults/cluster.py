@@ -309,9 +309,9 @@ class Cluster:
         assert status in {None, response["status"]}, response
         return response
 
-    def assert_nothing_is_left(self) -> None:
+    def assert_nothing_is_left(self, timeout_s: float = 10) -> None:
         """No run, no journal, no stream without an end of its days."""
-        until(lambda: not self.query("select from runs"), "every run is forgotten", 10)
+        until(lambda: not self.query("select from runs"), "every run is forgotten", timeout_s)
         assert self.query("select response_id from event_journal") == []
         assert self.query("select id from responses where status in ('queued', 'in_progress')") == []
         keys = list(self.servers.redis.scan_iter(f"{self.prefix}:*"))

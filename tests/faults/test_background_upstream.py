@@ -7,7 +7,7 @@ import pytest
 from tests.faults.client import Follower, begin, cancel, until
 from tests.faults.cluster import frozen
 from tests.faults.told import rounds_of, text_of
-from tests.upstream import cut, finish, forever, gate, note, repeat, script, stall, text
+from tests.upstream import answer, cut, finish, forever, gate, note, repeat, script, stall, text
 
 
 def test_an_upstream_that_breaks_off_fails_the_response_and_keeps_its_part(cluster, check):
@@ -49,6 +49,15 @@ def test_a_run_that_says_too_much_fails(cluster, check, limit, most):
     assert limit in response["error"]["message"]
     rounds = rounds_of(text_of(response))
     assert rounds == list(range(len(rounds)))
+
+
+def test_a_long_request_is_no_output_of_its_run(cluster, check):
+    """The first events repeat the request, and so does the last: what limits a run must not refuse what was accepted."""
+    cluster.kill_workers()
+    cluster.start_worker(REPRISE_RUN_OUTPUT_BYTES_MAX="20000")
+    said = script([note("long"), *answer("Short.")])
+    response_id = begin(cluster.urls[0], said, instructions="Be brief. " * 5_000)
+    assert text_of(check(Follower(cluster.urls, response_id))) == "Short."
 
 
 def test_nothing_personal_is_kept_of_an_ended_run(cluster, upstream, check):

@@ -34,13 +34,16 @@ def perform(cluster, upstream, box, check):
 class Performance:
     """A background run with the tools of one server. Its name is that of the tool server, and of every gate."""
 
-    def __init__(self, cluster, upstream, box, check, name, *turns, tools=None, options=None, more=(), stream=True):
-        """`options` are the tool server's, `tools` the fields of its declaration; `more` are other tools."""
+    def __init__(
+        self, cluster, upstream, box, check, name, *turns, tools=None, options=None, more=(), stream=True, **fields
+    ):
+        """`options` are the tool server's, `tools` the fields of its declaration, `fields` the request's; `more` are other
+        tools."""
         self.cluster, self.upstream, self.box, self._check = cluster, upstream, box, check
         self.name = name
         self.said = script([note(name), *turns[0]], *turns[1:])
         self.tools = [self.declare(options, **(tools or {})), *more]
-        self.id = begin(cluster.urls[0], self.said, tools=self.tools, stream=stream)
+        self.id = begin(cluster.urls[0], self.said, tools=self.tools, stream=stream, **fields)
         self.follower = Follower(cluster.urls, self.id) if stream else None
 
     def declare(self, options=None, label="box", name=None, **fields):
@@ -201,6 +204,19 @@ def behind_the_results(perform) -> Iterator[None]:
     assert text_of(response) == "All there."
     assert (response["usage"]["input_tokens"], response["usage"]["output_tokens"]) == (107, 23)
     assert [one.turn for one in run.upstream.asked(run.said)] == [0, 1, 1]
+    run.assert_sessions_left(1)
+
+
+def with_all_tokens_spent(perform) -> Iterator[None]:
+    first = [*calling("gate", {"name": "spent"}), usage(100, 20)]
+    run = perform("spent", first, answer("never"), max_output_tokens=20)
+    run.wait_calls()
+    yield
+    response = run.ended("incomplete")
+    assert response["incomplete_details"]["reason"] == "max_output_tokens"
+    assert response["usage"]["output_tokens"] == 20
+    assert is_unknown(*calls_of(response))
+    assert len(run.upstream.asked(run.said)) == 1
     run.assert_sessions_left(1)
 
 
@@ -386,6 +402,7 @@ SCENES = [
     with_one_of_two_calls_done,
     with_results_that_nobody_was_told,
     behind_the_results,
+    with_all_tokens_spent,
     in_the_next_turn,
     with_a_function_call_of_the_same_turn,
     with_a_request_for_approval_of_the_same_turn,

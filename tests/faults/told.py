@@ -83,6 +83,6 @@ def rounds_of(text: str) -> list[int]:
     return [int(number) for number in re.findall(r"w(\d+) ", text)]
 
 
-def closed_as(seen: Sequence[Event]) -> list[str]:
-    """How each item was closed."""
-    return [event["item"]["status"] for event in seen if event["type"] == "response.output_item.done"]
+def closed_as(seen: Sequence[Event]) -> list[str | None]:
+    """How each item was closed; a list of tools has no status."""
+    return [event["item"].get("status") for event in seen if event["type"] == "response.output_item.done"]
