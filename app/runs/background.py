@@ -329,7 +329,7 @@ class Background:
         try:
             outcome = await self._resume(work, recorder, recovered, found)
         except RunTooLong as error:  # so the former owner has met, and died before it could say so
-            outcome = Outcome("failed", error=error)
+            outcome = self._end(claim) or Outcome("failed", error=error)
         if outcome is None:
             outcome = await self._outcome(work, recorder, recovered, skip=found.lost)
         closed = close_response(recorder.response, outcome, usage=recorder.usage, now=int(time.time()))
