@@ -14,7 +14,7 @@ from typing import TypeVar
 import click
 import uvicorn
 
-from app import assembly, migrate
+from app import assembly, http, migrate
 from app.doctor import examine
 from app.embedded import EmbeddedError
 from app.errors import ApiError
@@ -25,9 +25,6 @@ from app.storage.database import Database
 from app.telemetry import start_logging
 
 T = TypeVar("T")
-
-BACKLOG = 2_048
-"""Connections that may wait to be accepted."""
 
 COLLECTED_OBJECTS = 10_000
 """New objects between two looks for garbage: as many as a few requests make. Little of it is in cycles."""
@@ -86,16 +83,9 @@ async def _serve(settings: Settings, *, own: bool) -> None:
     async with assembly.assembled(settings) as built:
         config = uvicorn.Config(
             built.app,
-            loop="none",
-            http="httptools",
-            ws="none",
             lifespan="on",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            backlog=BACKLOG,
             timeout_graceful_shutdown=int(settings.shutdown_grace_s) + LAST_WORDS_S,
+            **http.OPTIONS,
         )
         listener = _listen(settings)
 
@@ -159,7 +149,7 @@ class _Server(uvicorn.Server):
 def _listen(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
+        return socket.create_server((settings.host, settings.port), family=family, backlog=http.BACKLOG)
     except OSError as error:
         why = str(error.strerror or error).partition(" (")[0]
         raise SettingsError(f"can't listen on {settings.host}:{settings.port}: {why}.") from None

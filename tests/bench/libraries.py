@@ -14,6 +14,7 @@ import uvloop
 from litestar.types import Receive, Scope, Send
 from openai import DefaultAioHttpClient
 
+from app import http
 from tests.bench.floor import to_chat
 
 HEADERS = {"content-type": "application/json", "accept-encoding": "identity"}
@@ -54,19 +55,9 @@ async def _pass_on(response: httpx2.Response, send: Send) -> None:
 
 async def serve(port: int, upstream_port: int) -> None:
     """Until killed."""
-    listener = socket.create_server(("127.0.0.1", port), backlog=4096)
+    listener = socket.create_server(("127.0.0.1", port), backlog=http.BACKLOG)
     print(listener.getsockname()[1], flush=True)
-    config = uvicorn.Config(
-        Libraries(upstream_port),
-        loop="none",
-        http="httptools",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-    )
+    config = uvicorn.Config(Libraries(upstream_port), lifespan="off", **http.OPTIONS)
     await uvicorn.Server(config).serve(sockets=[listener])
 
 
