@@ -47,7 +47,7 @@ attempts_max = 1
 [upstreams.keyed]
 base_url = "{keyed}"
 key_env = "KEY_OF_THE_KEYED"
-headers = {{ x-team = "blue" }}
+headers = {{ x-team = "blue", x-stainless-mine = "kept" }}
 
 [upstreams.locked]
 base_url = "{keyed}"
@@ -208,6 +208,8 @@ def test_the_key_of_an_upstream_comes_from_the_environment_and_its_headers_from_
     [record] = keyed.asked(said)
     assert record.headers["authorization"] == f"Bearer {KEY}"
     assert record.headers["x-team"] == "blue"
+    assert record.headers["x-stainless-mine"] == "kept"
+    assert [name for name in record.headers if name.startswith("x-stainless-")] == ["x-stainless-mine"]
 
 
 def test_a_caller_does_not_learn_that_the_servers_own_key_is_wrong_by_a_401(cataloged, said):

@@ -175,6 +175,29 @@ def test_a_silent_stream_shows_that_it_lives(cluster, upstream):
     assert b": keep-alive" not in held[-100:]
 
 
+def test_a_stream_that_can_not_be_read_keeps_no_other_from_its_signs_of_life(cluster, upstream, check):
+    """All streams of a process are read at once, so one spoils the reading of all, again and again: each of their readers is
+    woken for nothing, and must look at Postgres all the same."""
+    replica = cluster.start_replica(REPRISE_KEEPALIVE_S="0.3")
+    quiet = begin(replica.url, script([text("Hel"), gate("spoilt"), text("lo"), finish()]))
+    spoilt = Follower([replica.url], begin(replica.url, script([text("Hel"), gate("spoilt"), text("lo"), finish()])))
+    spoilt.wait_events(6)
+    cluster.servers.redis.delete(cluster.key(spoilt.response_id))
+    cluster.servers.redis.set(cluster.key(spoilt.response_id), "no stream")
+    connection, base = connect(replica.url)
+    connection.request("GET", f"{base}/responses/{quiet}?stream=true")
+    reply, held = connection.getresponse(), b""
+    while held.count(b": keep-alive\n\n") < 3:
+        held += reply.read1(65536)
+    cluster.servers.redis.delete(cluster.key(spoilt.response_id))
+    upstream.open("spoilt")
+    held += reply.read()
+    connection.close()
+    assert held.endswith(b"data: [DONE]\n\n")
+    assert text_of(check(spoilt)) == "Hello"
+    replica.kill()
+
+
 def test_a_sign_of_life_may_be_an_event_that_disturbs_no_cursor(cluster, upstream, official):
     replica = cluster.start_replica(REPRISE_KEEPALIVE_S="0.3", REPRISE_KEEPALIVE_EVENTS="true")
     said = script([text("Hel"), gate("alive"), text("lo"), finish()])
