@@ -17,7 +17,7 @@ from app.runs.executor import Caller, Executor, Run
 from app.storage import contexts, responses
 from app.storage.journal import Kept
 from app.wire import resources
-from app.wire.items import OpaqueItem, decode_item, encode_item
+from app.wire.items import OpaqueItem, decode_stored_item, encode_item
 from app.wire.requests import CreateResponse, decode_create
 from app.wire.resources import Deleted, Page, encode
 from app.wire.shown import Shown
@@ -201,7 +201,7 @@ def _page(rows: "list[tuple[str, bytes]]", limit: int) -> Response[bytes]:
 
 def _listed(body: str) -> bytes:
     """Items carry a status wherever they are listed."""
-    item = decode_item(body.encode())
+    item = decode_stored_item(body.encode())
     if not isinstance(item, OpaqueItem) and getattr(item, "status", "") is msgspec.UNSET:
         return encode_item(msgspec.structs.replace(item, status="completed"))
     return body.encode()

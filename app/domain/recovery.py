@@ -28,7 +28,7 @@ from app.wire.events import (
     SummaryPartDone,
     TextDone,
 )
-from app.wire.items import OpaqueItem, ServerCall, decode_item, encode_item
+from app.wire.items import OpaqueItem, ServerCall, decode_stored_item, encode_item
 
 
 class Recovered(Struct, frozen=True):
@@ -181,7 +181,7 @@ class _OpenItem:
 
     def _close_call(self) -> list[Event]:
         said = {"mcp_call": {"arguments": self._text}, "code_interpreter_call": {"code": self._text}}
-        item = decode_item(msgspec.json.encode({**self._item, **said.get(self._item["type"], {})}))
+        item = decode_stored_item(msgspec.json.encode({**self._item, **said.get(self._item["type"], {})}))
         if isinstance(item, OpaqueItem):
             return [ItemDone(output_index=self._at["output_index"], item=Raw(encode_item(incomplete(item))))]
         assert isinstance(item, ServerCall)

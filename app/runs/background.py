@@ -45,7 +45,7 @@ from app.storage.redishub import Batch, Reader
 from app.storage.redislog import RedisLogs, RunLog
 from app.wire.events import Created, Entry, InProgress, encode_event
 from app.wire.events import Queued as QueuedEvent
-from app.wire.items import AnyItem, decode_item, encode_item
+from app.wire.items import AnyItem, decode_stored_item, encode_item
 from app.wire.requests import CreateResponse, ToolSecrets, decode_create, with_secrets, without_secrets
 from app.wire.resources import Response, Usage
 
@@ -392,7 +392,7 @@ class Background:
     async def _outcome(self, work: Work, recorder: Recorder, recovered: Recovered, *, skip: bool) -> Outcome:
         claim = work.claim
         assert claim.request is not None
-        made: list[AnyItem] = [decode_item(bytes(raw)) for raw in recovered.output]
+        made: list[AnyItem] = [decode_stored_item(bytes(raw)) for raw in recovered.output]
         if any(waits_for_client(item) for item in made):
             return Outcome("completed")  # what the former owner has handed over stands
         try:

@@ -37,7 +37,7 @@ from app.runs.recorder import Recorder
 from app.runs.task import Task
 from app.runs.tools import Tools, unavailable
 from app.wire.events import Event
-from app.wire.items import AnyItem, FunctionCall, FunctionCallOutput, ItemStatus, McpCall, decode_item, type_of
+from app.wire.items import AnyItem, FunctionCall, FunctionCallOutput, ItemStatus, McpCall, decode_stored_item, type_of
 from app.wire.tools import ListedTool, McpTool
 
 log = structlog.get_logger()
@@ -179,7 +179,7 @@ class Loop:
 
     def _made(self, start: int) -> list[AnyItem]:
         """The items of the output behind the first so many."""
-        return [decode_item(item) for item in self._recorder.response.output[start:]]
+        return [decode_stored_item(item) for item in self._recorder.response.output[start:]]
 
     # -- Tools ------------------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from app.settings import Settings
 from app.storage import approvals, contexts
 from app.storage.contexts import Place
 from app.storage.database import Database, Tx
-from app.wire.items import AnyItem, McpApprovalRequest, decode_item
+from app.wire.items import AnyItem, McpApprovalRequest, decode_stored_item
 from app.wire.requests import CreateResponse
 from app.wire.tools import HostedTool, McpTool
 
@@ -87,10 +87,10 @@ class Tasks:
                     )
                     check_parent(previous, chain.status)
                     parent = chain.place
-                    earlier = [decode_item(item.body.encode()) for item in chain.items]
+                    earlier = [decode_stored_item(item.body.encode()) for item in chain.items]
                 if wanted:
                     found = await contexts.find_items(tx, tenant_id, wanted)
-                    referenced = {id: decode_item(body.encode()) for id, body in found.items()}
+                    referenced = {id: decode_stored_item(body.encode()) for id, body in found.items()}
                 if answered:
                     requests = await _requests(tx, tenant_id, answered)
         context = resolve(
@@ -104,7 +104,7 @@ class Tasks:
         """The task of a response that is stored already, with what earlier owners have made of it. Raises ApiError."""
         async with self._database.autocommit() as tx:
             chain = await contexts.load_chain(tx, tenant_id, response_id, items_max=self._settings.context_items_max)
-            stored = [decode_item(item.body.encode()) for item in chain.items]
+            stored = [decode_stored_item(item.body.encode()) for item in chain.items]
             own = [item for item, row in zip(stored, chain.items, strict=True) if row.turn == chain.place.turn]
             answered = answered_requests(own)
             requests = await _requests(tx, tenant_id, answered) if answered else {}
@@ -202,7 +202,7 @@ def _others(headers: Mapping[str, str], fixed: Mapping[str, str]) -> dict[str, s
 async def _requests(tx: Tx, tenant_id: str, ids: Sequence[str]) -> dict[str, McpApprovalRequest]:
     """Those of the approval requests that we have made."""
     found = await approvals.find_requests(tx, tenant_id, ids)
-    items = [decode_item(body.encode()) for body in found]
+    items = [decode_stored_item(body.encode()) for body in found]
     return {item.id: item for item in items if isinstance(item, McpApprovalRequest)}
 
 

@@ -17,6 +17,7 @@ from app.storage.contexts import Place
 from app.storage.database import Query, Tx, storable
 from app.storage.queue import Owner, Queued
 from app.storage.tables import OUTPUT_POSITION
+from app.wire.decoding import decode_stored
 from app.wire.requests import Order
 from app.wire.resources import Response, encode
 
@@ -313,7 +314,7 @@ _BODY = Query(text("select body from responses where tenant_id = :tenant_id and 
 async def load_body(tx: Tx, tenant_id: str, response_id: str) -> Response | None:
     """The response as it was when its run began, without output; None if there is no such row."""
     row = await tx.one(_BODY, tenant_id=tenant_id, id=response_id)
-    return _RESPONSE.decode(row["body"]) if row else None
+    return decode_stored(_RESPONSE, row["body"]) if row else None
 
 
 # -- Deleting ---------------------------------------------------------------------------------------------------------------
@@ -394,4 +395,4 @@ _RESPONSE = msgspec.json.Decoder(Response)
 def response_of(stored: Stored) -> Response:
     """A stored response with its output: what its terminal event said."""
     output = [msgspec.Raw(body.encode()) for body in stored.output]
-    return msgspec.structs.replace(_RESPONSE.decode(stored.body), output=output, status=stored.status)
+    return msgspec.structs.replace(decode_stored(_RESPONSE, stored.body), output=output, status=stored.status)

@@ -6,11 +6,13 @@ from typing import Any, TypeVar
 import msgspec
 
 from app.errors import InvalidParameter, InvalidRequest
+from app.wire.keys import suggestion, without_unknown
 
 T = TypeVar("T")
 
 _AT = re.compile(r" - at `(?:key` in `)?\$(?P<path>[^`]*?)(?:\[\.\.\.\])?`$")
 _MISSING = re.compile(r"^Object missing required field `(?P<name>[^`]+)`$")
+_UNKNOWN = re.compile(r"^Object contains unknown field `(?P<name>.*)`$", re.DOTALL)
 _TYPE = re.compile(r"^Expected `(?P<want>[^`]+)`, got `(?P<got>[^`]+)`$")
 _ENUM = re.compile(r"^Invalid (?:enum )?value '?(?P<value>[^']*)'?$")
 
@@ -28,21 +30,45 @@ def decode(decoder: msgspec.json.Decoder[T], raw: bytes | msgspec.Raw, at: str =
     try:
         return decoder.decode(raw)
     except msgspec.ValidationError as error:
-        raise invalid(str(error), at) from None
+        raise invalid(str(error), at, decoder.type) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"We could not parse the JSON body of your request: {error}.", param=at or None) from None
     except RecursionError:
         raise InvalidRequest("The JSON body of your request is nested too deeply.", param=at or None) from None
 
 
-def invalid(message: str, at: str) -> InvalidParameter:
-    """A message of msgspec → the 400 that names the parameter; `at` is the path of what was decoded."""
+def decode_stored(decoder: msgspec.json.Decoder[T], raw: bytes | str | msgspec.Raw) -> T:
+    """Decode what a server has stored, perhaps one of a newer version: keys that are unknown here are left out.
+
+    Raises msgspec.DecodeError for what no version has stored.
+    """
+    try:
+        return decoder.decode(raw)
+    except msgspec.ValidationError:
+        return decoder.decode(msgspec.json.encode(without_unknown(msgspec.json.decode(raw), decoder.type)))
+
+
+def missing(path: str) -> InvalidParameter:
+    """The 400 for a required key that is absent."""
+    return InvalidParameter(f"Missing required parameter: '{path}'.", param=path, code="missing_required_parameter")
+
+
+def unknown(path: str, nearest: str | None) -> InvalidParameter:
+    """The 400 for a key that is not declared, with the path of the one that may be meant."""
+    hint = f" Did you mean '{nearest}'?" if nearest else ""
+    return InvalidParameter(f"Unknown parameter: '{path}'.{hint}", param=path, code="unknown_parameter")
+
+
+def invalid(message: str, at: str, type_: Any = None) -> InvalidParameter:
+    """A message of msgspec → the 400 that names the parameter; `at` is the path of what was decoded, as `type_`."""
     found = _AT.search(message)
     path = join(at, found["path"]) if found else at
     detail = message[: found.start()] if found else message
-    if missing := _MISSING.match(detail):
-        path = join(path, f".{missing['name']}")
-        return InvalidParameter(f"Missing required parameter: '{path}'.", param=path, code="missing_required_parameter")
+    if absent := _MISSING.match(detail):
+        return missing(join(path, f".{absent['name']}"))
+    if extra := _UNKNOWN.match(detail):
+        nearest = suggestion(type_, found["path"] if found else "", extra["name"]) if type_ else None
+        return unknown(join(path, f".{extra['name']}"), nearest and join(path, f".{nearest}"))
     name = path or "body"
     if wrong := _TYPE.match(detail):
         return InvalidParameter(

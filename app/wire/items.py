@@ -10,10 +10,11 @@ Optional fields are `UNSET`, never null, where strict clients reject a null.
 from typing import Any, Literal
 
 import msgspec
-from msgspec import UNSET, Raw, Struct, UnsetType
+from msgspec import UNSET, Raw, Struct, UnsetType, field
 
-from app.errors import InvalidParameter, UnsupportedParameter
-from app.wire.decoding import Json, decode
+from app.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
+from app.wire.decoding import Json, decode, missing
+from app.wire.keys import without_unknown
 from app.wire.tools import AnyTool, ListedTool, McpTool, decode_tools, encode_tools
 
 Role = Literal["user", "assistant", "system", "developer"]
@@ -23,18 +24,20 @@ ItemStatus = Literal[
 Detail = Literal["low", "high", "auto", "original"]
 
 
-class Part(Struct, tag_field="type", kw_only=True):
+class Part(Struct, tag_field="type", kw_only=True, forbid_unknown_fields=True):
     """A content part inside a message, a tool output or a reasoning item."""
 
 
 class InputText(Part, tag="input_text"):
     text: str
+    prompt_cache_breakpoint: Json | UnsetType | None = UNSET
 
 
 class InputImage(Part, tag="input_image"):
     image_url: str | None = None
     file_id: str | UnsetType | None = UNSET
     detail: Detail | None = "auto"
+    prompt_cache_breakpoint: Json | UnsetType | None = UNSET
 
 
 class InputFile(Part, tag="input_file"):
@@ -42,9 +45,11 @@ class InputFile(Part, tag="input_file"):
     file_id: str | UnsetType | None = UNSET
     file_url: str | UnsetType | None = UNSET
     filename: str | UnsetType | None = UNSET
+    detail: Detail | UnsetType | None = UNSET
+    prompt_cache_breakpoint: Json | UnsetType | None = UNSET
 
 
-class Audio(Struct):
+class Audio(Struct, forbid_unknown_fields=True):
     data: str
     format: str
 
@@ -80,10 +85,11 @@ Content = (
 )
 
 
-class Item(Struct, tag_field="type", kw_only=True):
-    """What contexts are made of; `id` is empty only until the server gives one."""
+class Item(Struct, tag_field="type", kw_only=True, forbid_unknown_fields=True):
+    """What contexts are made of; `id` is empty only until the server gives one. The other key is a client's own business."""
 
     id: str = ""
+    internal_chat_message_metadata_passthrough: Any = UNSET
 
 
 class Message(Item, tag="message"):
@@ -99,12 +105,19 @@ class FunctionCall(Item, tag="function_call"):
     arguments: str
     namespace: str | UnsetType | None = UNSET
     status: ItemStatus | UnsetType | None = UNSET
+    asynchronous: bool | UnsetType | None = field(default=UNSET, name="async")
+    caller: Json | UnsetType | None = UNSET
+    created_by: str | UnsetType | None = UNSET
 
 
 class FunctionCallOutput(Item, tag="function_call_output"):
     call_id: str
     output: str | list[Content]
     status: ItemStatus | UnsetType | None = UNSET
+    name: str | UnsetType | None = UNSET
+    namespace: str | UnsetType | None = UNSET
+    caller: Json | UnsetType | None = UNSET
+    created_by: str | UnsetType | None = UNSET
 
 
 class CustomToolCall(Item, tag="custom_tool_call"):
@@ -113,12 +126,17 @@ class CustomToolCall(Item, tag="custom_tool_call"):
     input: str
     namespace: str | UnsetType | None = UNSET
     status: ItemStatus | UnsetType | None = UNSET
+    asynchronous: bool | UnsetType | None = field(default=UNSET, name="async")
+    caller: Json | UnsetType | None = UNSET
+    created_by: str | UnsetType | None = UNSET
 
 
 class CustomToolCallOutput(Item, tag="custom_tool_call_output"):
     call_id: str
     output: str | list[Content]
     status: ItemStatus | UnsetType | None = UNSET
+    caller: Json | UnsetType | None = UNSET
+    created_by: str | UnsetType | None = UNSET
 
 
 class Reasoning(Item, tag="reasoning"):
@@ -150,7 +168,7 @@ class McpApprovalResponse(Item, tag="mcp_approval_response"):
     reason: str | UnsetType | None = UNSET
 
 
-class CallError(Struct, omit_defaults=True):
+class CallError(Struct, omit_defaults=True, forbid_unknown_fields=True):
     """Why a call failed: `http_error` and `mcp_protocol_error` have code and message, `mcp_tool_execution_error` content."""
 
     type: str
@@ -206,6 +224,8 @@ class ImageGenerationCall(Item, tag="image_generation_call"):
     size: str | UnsetType | None = UNSET
     background: str | UnsetType | None = UNSET
     revised_prompt: str | UnsetType | None = UNSET
+    action: str | UnsetType | None = UNSET
+    svg_usage: Json | UnsetType | None = UNSET
     error: Json | UnsetType | None = UNSET
 
 
@@ -267,7 +287,7 @@ class _Peek(Struct):
     id: Any = None
 
 
-class _RawAdditionalTools(Struct):
+class _RawAdditionalTools(Struct, tag_field="type", tag="additional_tools", forbid_unknown_fields=True):
     id: str = ""
     role: str = "developer"
     tools: list[Raw] = []
@@ -310,15 +330,24 @@ def decode_item(raw: bytes | Raw, at: str = "") -> AnyItem:
     return item
 
 
+def decode_stored_item(raw: bytes | Raw) -> AnyItem:
+    """An item that a server has stored, perhaps one of a newer version: keys that are unknown here are left out."""
+    try:
+        return decode_item(raw)
+    except InvalidRequest:
+        fields = _OPAQUE.decode(raw)
+        if decoder := _DECODERS.get(str(fields.get("type", "message"))):
+            return decode_item(msgspec.json.encode(without_unknown(fields, decoder.type)))
+        return OpaqueItem(id=str(fields.get("id") or ""), type=str(fields.get("type")), fields=fields)
+
+
 def _decode_item(raw: bytes | Raw, at: str) -> AnyItem:
     peek = decode(_PEEK, raw, at)
     type_ = peek.type
     if not isinstance(peek.id, str | None):
         raise InvalidParameter(f"Invalid type for '{at}.id': expected a string.", param=f"{at}.id", code="invalid_type")
     if type_ == "item_reference" and peek.id is None:
-        raise InvalidParameter(
-            f"Missing required parameter: '{at}.id'.", param=f"{at}.id", code="missing_required_parameter"
-        )
+        raise missing(f"{at}.id")
     if type_ is None:
         raw = _without_type(raw)
     if type_ is None or type_ is UNSET:
@@ -359,9 +388,8 @@ def _without_type(raw: bytes | Raw) -> bytes:
 def encode_item(item: AnyItem) -> bytes:
     """The item's JSON, as it is stored, listed and sent."""
     if isinstance(item, AdditionalTools):
-        return msgspec.json.encode(
-            {**msgspec.structs.asdict(item), "type": type_of(item), "tools": encode_tools(item.tools)}
-        )
+        fields = msgspec.to_builtins(msgspec.structs.replace(item, tools=[]))
+        return msgspec.json.encode({**fields, "tools": encode_tools(item.tools)})
     return msgspec.json.encode(item.fields if isinstance(item, OpaqueItem) else item)
 
 

@@ -13,8 +13,9 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 from msgspec.structs import asdict, replace
 
 from app.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
-from app.wire.decoding import Json, decode
+from app.wire.decoding import Json, decode, missing, unknown
 from app.wire.items import AnyItem, InputText, Message, decode_item
+from app.wire.keys import suggestion
 from app.wire.tools import AnyTool, McpTool, ToolChoice, decode_tool_choice, decode_tools
 
 NOTHING = Raw(b"null")
@@ -39,15 +40,15 @@ Order = Literal["asc", "desc"]
 Metadata = dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]]
 
 
-class TextFormat(Struct, tag_field="type", tag="text"):
+class TextFormat(Struct, tag_field="type", tag="text", forbid_unknown_fields=True):
     pass
 
 
-class JsonObjectFormat(Struct, tag_field="type", tag="json_object"):
+class JsonObjectFormat(Struct, tag_field="type", tag="json_object", forbid_unknown_fields=True):
     pass
 
 
-class JsonSchemaFormat(Struct, tag_field="type", tag="json_schema", kw_only=True):
+class JsonSchemaFormat(Struct, tag_field="type", tag="json_schema", kw_only=True, forbid_unknown_fields=True):
     name: Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")]
     schema: Json
     description: str | None = None
@@ -57,12 +58,12 @@ class JsonSchemaFormat(Struct, tag_field="type", tag="json_schema", kw_only=True
 AnyFormat = TextFormat | JsonObjectFormat | JsonSchemaFormat
 
 
-class TextConfig(Struct, omit_defaults=True):
+class TextConfig(Struct, omit_defaults=True, forbid_unknown_fields=True):
     format: AnyFormat | None = None
     verbosity: Verbosity | None = None
 
 
-class ReasoningConfig(Struct):
+class ReasoningConfig(Struct, forbid_unknown_fields=True):
     effort: Effort | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
     generate_summary: Literal["auto", "concise", "detailed"] | UnsetType | None = UNSET
@@ -70,22 +71,22 @@ class ReasoningConfig(Struct):
     mode: str | UnsetType | None = UNSET
 
 
-class StreamOptions(Struct):
+class StreamOptions(Struct, forbid_unknown_fields=True):
     include_obfuscation: bool | None = None
 
 
-class PromptCacheOptions(Struct, omit_defaults=True):
+class PromptCacheOptions(Struct, omit_defaults=True, forbid_unknown_fields=True):
     mode: Literal["implicit", "explicit"] | None = None
     ttl: str | None = None
     prewarm: bool | None = None
     comparison_response_id: str | None = None
 
 
-class Image(Struct):
+class Image(Struct, forbid_unknown_fields=True):
     context_compression: str | None = None
 
 
-class AccessPrograms(Struct):
+class AccessPrograms(Struct, forbid_unknown_fields=True):
     cyber: str | None = None
 
 
@@ -174,6 +175,19 @@ HINTS = frozenset(
 )
 """Keys that real clients add and that mean nothing to a server; ignored."""
 
+MOVED = {
+    "messages": "input",
+    "system": "instructions",
+    "functions": "tools",
+    "function_call": "tool_choice",
+    "max_tokens": "max_output_tokens",
+    "max_completion_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning.effort",
+    "response_format": "text.format",
+    "logprobs": "include",
+}
+"""Parameters of Chat Completions, and where the Responses API has them."""
+
 _KEYS = msgspec.json.Decoder(dict[str, Raw])
 _BODY = msgspec.json.Decoder(Body)
 _INPUT = msgspec.json.Decoder(str | list[Raw] | None)
@@ -195,11 +209,11 @@ def decode_create(raw: bytes, passed_on: Collection[str]) -> CreateResponse:
     extra = {key: value for key, value in keys.items() if key not in _KNOWN and key not in HINTS}
     for key in extra:
         if key not in passed_on:
-            raise InvalidRequest(f"Unknown parameter: '{key}'.", param=key, code="unknown_parameter")
+            raise unknown(key, MOVED.get(key) or suggestion(Body, "", key))
     body = decode(_BODY, raw)
     _refuse_unsupported(body)
     if not body.model:
-        raise _missing("model")
+        raise missing("model")
     if "\0" in body.model:
         raise InvalidParameter("'model' may not contain NUL characters.", param="model")
     return CreateResponse(
@@ -269,7 +283,7 @@ def _decode_input(body: Body) -> list[AnyItem]:
     given = decode(_INPUT, body.input, "input")
     if given is None:
         if body.previous_response_id is None and body.instructions is None:
-            raise _missing("input")
+            raise missing("input")
         return []
     if isinstance(given, str):
         if len(given) > INPUT_CHARS_MAX:
@@ -278,10 +292,6 @@ def _decode_input(body: Body) -> list[AnyItem]:
     if not given and body.previous_response_id is None and not body.instructions:
         raise InvalidParameter("Invalid 'input': it holds no items.", param="input", code="empty_array")
     return [decode_item(item, f"input[{index}]") for index, item in enumerate(given)]
-
-
-def _missing(name: str) -> InvalidParameter:
-    return InvalidParameter(f"Missing required parameter: '{name}'.", param=name, code="missing_required_parameter")
 
 
 def _refuse_unsupported(body: Body) -> None:

@@ -4,41 +4,49 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import msgspec
-from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType, field
 
 from app.errors import InvalidParameter, UnsupportedParameter
-from app.wire.decoding import Json, decode
+from app.wire.decoding import Json, decode, missing
 
+Caller = Literal["direct", "programmatic"]
 ToolName = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[a-zA-Z0-9_-]+$")]
 
 
-class FunctionTool(Struct, tag_field="type", tag="function"):
-    """A function that the client runs. Null keys are echoed, as strict clients demand them."""
+class FunctionTool(Struct, tag_field="type", tag="function", forbid_unknown_fields=True):
+    """A function that the client runs. Null keys are echoed, as strict clients demand them; the last four are only echoed."""
 
     name: ToolName
     description: str | None = None
     parameters: Json | None = None
     strict: bool | None = None
+    output_schema: Json | UnsetType | None = UNSET
+    allowed_callers: list[Caller] | UnsetType | None = UNSET
+    defer_loading: bool | UnsetType | None = UNSET
+    asynchronous: bool | UnsetType | None = field(default=UNSET, name="async")
 
 
-class Grammar(Struct, tag_field="type", tag="grammar"):
+class Grammar(Struct, tag_field="type", tag="grammar", forbid_unknown_fields=True):
     syntax: Literal["lark", "regex"]
     definition: str
 
 
-class FreeText(Struct, tag_field="type", tag="text"):
+class FreeText(Struct, tag_field="type", tag="text", forbid_unknown_fields=True):
     pass
 
 
-class CustomTool(Struct, tag_field="type", tag="custom", omit_defaults=True):
-    """A tool whose input is one free text, perhaps under a grammar; the client runs it."""
+class CustomTool(Struct, tag_field="type", tag="custom", omit_defaults=True, forbid_unknown_fields=True):
+    """A tool whose input is one free text, perhaps under a grammar; the client runs it. The last three are only echoed."""
 
     name: ToolName
     description: str | UnsetType | None = UNSET
     format: Grammar | FreeText | UnsetType | None = UNSET
+    allowed_callers: list[Caller] | UnsetType | None = UNSET
+    defer_loading: bool | UnsetType | None = UNSET
+    asynchronous: bool | UnsetType | None = field(default=UNSET, name="async")
 
 
-class NamespaceTool(Struct, tag_field="type", tag="namespace"):
+class NamespaceTool(Struct, tag_field="type", tag="namespace", forbid_unknown_fields=True):
     """Functions and custom tools under one name; calls come back with `namespace` set."""
 
     name: ToolName
@@ -60,7 +68,7 @@ class McpApproval(Struct, omit_defaults=True, forbid_unknown_fields=True):
     never: McpFilter | None = None
 
 
-class McpTool(Struct, tag_field="type", tag="mcp", kw_only=True):
+class McpTool(Struct, tag_field="type", tag="mcp", kw_only=True, forbid_unknown_fields=True):
     """The tools of an MCP server that this server calls. `authorization` and `headers` are secret: `encode_tools` hides them."""
 
     server_label: Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")]
@@ -73,14 +81,14 @@ class McpTool(Struct, tag_field="type", tag="mcp", kw_only=True):
     connector_id: str | None = None
     tunnel_id: str | None = None
     defer_loading: bool | None = None
-    allowed_callers: list[Literal["direct", "programmatic"]] | None = None
+    allowed_callers: list[Caller] | None = None
 
 
-class ListedTool(Struct, omit_defaults=True):
+class ListedTool(Struct, omit_defaults=True, forbid_unknown_fields=True):
     """A tool as an MCP server lists it."""
 
     name: str
-    input_schema: Json = msgspec.field(default_factory=lambda: {"type": "object", "properties": {}})
+    input_schema: Json = field(default_factory=lambda: {"type": "object", "properties": {}})
     description: str | UnsetType | None = UNSET
     annotations: Json | UnsetType | None = UNSET
 
@@ -107,8 +115,13 @@ HOSTED = frozenset(
 """Types of `HostedTool` that the API knows."""
 
 
+NAMED = frozenset({"function", "custom", "namespace"})
+"""Types of tools whose `name` is required."""
+
+
 class _Peek(Struct):
     type: str
+    name: Any = None
 
 
 _PEEK = msgspec.json.Decoder(_Peek)
@@ -127,7 +140,10 @@ def decode_tools(raws: list[Raw], at: str = "tools") -> list[AnyTool]:
 
 
 def _decode_tool(raw: Raw, at: str) -> AnyTool:
-    type_ = decode(_PEEK, raw, at).type
+    peek = decode(_PEEK, raw, at)
+    type_ = peek.type
+    if type_ in NAMED and peek.name is None:  # before its keys are read: Chat Completions has them all below `function`
+        raise missing(f"{at}.name")
     if decoder := _DECODERS.get(type_):
         tool: AnyTool = decode(decoder, raw, at)
         if isinstance(tool, McpTool):
@@ -188,7 +204,7 @@ def _shown_url(url: str | None) -> str | None:
     return f"{parts.scheme}://{at}/" + ("<redacted>" if parts.path.strip("/") or parts.query else "")
 
 
-class NamedTool(Struct, kw_only=True, omit_defaults=True):
+class NamedTool(Struct, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """`{"type": "function", "name": …}` and its like, alone or inside `allowed_tools`."""
 
     type: str
@@ -196,7 +212,7 @@ class NamedTool(Struct, kw_only=True, omit_defaults=True):
     server_label: str | UnsetType | None = UNSET
 
 
-class AllowedTools(Struct, tag_field="type", tag="allowed_tools", kw_only=True):
+class AllowedTools(Struct, tag_field="type", tag="allowed_tools", kw_only=True, forbid_unknown_fields=True):
     """Only these tools may be called; `mode` required asks for at least one call."""
 
     tools: Annotated[list[NamedTool], Meta(min_length=1, max_length=128)]
@@ -220,7 +236,5 @@ def decode_tool_choice(raw: Raw, at: str = "tool_choice") -> ToolChoice:
         return decode(_MODE, text, at)
     choice: ToolChoice = decode(_CHOICES.get(decode(_PEEK, text, at).type, _NAMED), text, at)
     if isinstance(choice, NamedTool) and choice.type in {"function", "custom"} and not choice.name:
-        raise InvalidParameter(
-            f"Missing required parameter: '{at}.name'.", param=f"{at}.name", code="missing_required_parameter"
-        )
+        raise missing(f"{at}.name")
     return choice

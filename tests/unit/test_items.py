@@ -10,11 +10,13 @@ from app.wire.items import (
     CARRIED,
     AdditionalTools,
     FunctionCall,
+    InputText,
     ItemReference,
     Message,
     OpaqueItem,
     Reasoning,
     decode_item,
+    decode_stored_item,
     encode_item,
     type_of,
     with_id,
@@ -126,13 +128,22 @@ def test_items_of_hosted_tools_are_carried_unread(type: str):
     assert plain_item(item(fields)) == fields
 
 
-def test_fields_that_nobody_knows_are_no_error():
-    assert plain_item(item({"role": "user", "content": "x", "extra": 1})) == {
-        "type": "message",
-        "id": "",
-        "role": "user",
-        "content": "x",
-    }
+def test_a_key_that_no_item_has_is_refused_with_its_path_and_the_nearest_one():
+    with pytest.raises(InvalidRequest) as caught:
+        item({"role": "user", "contents": "x", "content": [{"type": "input_image", "image_ulr": "x"}]})
+    assert (caught.value.param, caught.value.code) == ("input[0].contents", "unknown_parameter")
+    with pytest.raises(InvalidRequest, match=r"Did you mean 'input\[0\]\.content\[0\]\.image_url'\?"):
+        item({"role": "user", "content": [{"type": "input_image", "image_ulr": "x"}]})
+
+
+def test_a_stored_item_of_a_newer_version_is_read_without_what_is_unknown_here():
+    stored = {"type": "message", "id": "msg_1", "role": "user", "shade": {"a": 1}}
+    part = {"type": "input_text", "text": "x", "weight": 3}
+    assert decode_stored_item(msgspec.json.encode({**stored, "content": [part]})) == Message(
+        id="msg_1", role="user", content=[InputText(text="x")]
+    )
+    newer = {"type": "thought_transfer", "id": "tt_1", "payload": [1]}
+    assert decode_stored_item(msgspec.json.encode(newer)) == OpaqueItem("tt_1", "thought_transfer", newer)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,79 @@
+"""The keys that a Struct declares, looked up in its types: to suggest the right one, and to leave out those of a newer version."""
+
+import difflib
+import re
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from msgspec import inspect
+
+LIKENESS = 0.7
+"""Of two keys, from 0 to 1; below it nothing is suggested."""
+
+_STEP = re.compile(r"\.(?P<key>[^.\[]+)|\[")
+
+
+@cache
+def _type(type_: Any) -> inspect.Type:
+    return inspect.type_info(type_)
+
+
+def suggestion(type_: Any, path: str, name: str) -> str | None:
+    """The declared key that an unknown key `name` resembles; `path` leads from `type_` to the object that holds it."""
+    places = list(_members(_type(type_)))
+    for step in _STEP.finditer(path):
+        places = [member for place in places for inner in _below(place, step["key"]) for member in _members(inner)]
+    known = [field.encode_name for place in places if isinstance(place, inspect.StructType) for field in place.fields]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=LIKENESS)
+    return near[0] if near else None
+
+
+def _members(type_: inspect.Type) -> Iterator[inspect.Type]:
+    """A union's types, and any other type alone, without annotations."""
+    if isinstance(type_, inspect.UnionType):
+        for member in type_.types:
+            yield from _members(member)
+    elif isinstance(type_, inspect.Metadata):
+        yield from _members(type_.type)
+    else:
+        yield type_
+
+
+def _below(place: inspect.Type, key: str | None) -> list[inspect.Type]:
+    match place:
+        case inspect.StructType(fields=fields):
+            return [field.type for field in fields if field.encode_name == key]
+        case inspect.ListType(item_type=item):
+            return [item]
+        case inspect.DictType(value_type=value):
+            return [value]
+    return []
+
+
+def without_unknown(value: Any, type_: Any) -> Any:
+    """Plain JSON without the keys that its type does not declare; time is linear in its size."""
+    return _pruned(value, list(_members(_type(type_))))
+
+
+def _pruned(value: Any, members: list[inspect.Type]) -> Any:
+    match value:
+        case dict():
+            return _pruned_object(value, members)
+        case list():
+            item = next((list(_members(one.item_type)) for one in members if isinstance(one, inspect.ListType)), [])
+            return [_pruned(one, item) for one in value] if item else value
+    return value
+
+
+def _pruned_object(value: dict[str, Any], members: list[inspect.Type]) -> dict[str, Any]:
+    structs = [member for member in members if isinstance(member, inspect.StructType)]
+    tagged = [struct for struct in structs if struct.tag_field and value.get(struct.tag_field) == struct.tag]
+    found = next(iter(tagged or structs), None)
+    if found is None:
+        values = next((list(_members(one.value_type)) for one in members if isinstance(one, inspect.DictType)), [])
+        return {key: _pruned(one, values) for key, one in value.items()} if values else value
+    types = {field.encode_name: list(_members(field.type)) for field in found.fields}
+    if found.tag_field:
+        types[found.tag_field] = []
+    return {key: _pruned(one, types[key]) for key, one in value.items() if key in types}

@@ -1,0 +1,167 @@
+"""Keys of the wire: none that the official SDK can send is refused, and a misspelt one is refused with the right one."""
+
+import typing
+from collections.abc import Iterator
+from typing import Any, get_args, get_type_hints
+
+import msgspec
+import pydantic
+import pytest
+from msgspec import Struct
+from openai.types import responses as sdk
+from openai.types.responses import response_create_params, response_input_param, tool_param
+from typing_extensions import is_typeddict
+
+from app.errors import InvalidRequest
+from app.wire import items, requests, tools
+from app.wire.keys import suggestion, without_unknown
+from tests.unit.build import request
+
+SENT = (
+    response_input_param.ResponseInputItemParam,
+    tool_param.ToolParam,
+    response_create_params.ResponseCreateParamsBase,
+)
+ANSWERED = (sdk.ResponseItem, sdk.ResponseOutputItem)
+"""Clients send back what they were given."""
+
+
+def _literals(hint: Any) -> list[str]:
+    if typing.get_origin(hint) is typing.Literal:
+        return [str(value) for value in get_args(hint)]
+    return [tag for argument in get_args(hint) for tag in _literals(argument)]
+
+
+def _objects(hint: Any, seen: set[int]) -> Iterator[tuple[str, set[str]]]:
+    """Every object that a type of the SDK reaches: its tag, or the name of its type, and its keys on the wire."""
+    if id(hint) in seen or getattr(hint, "__name__", "").startswith("ToolChoice"):  # it shares its tags with tools
+        return
+    seen.add(id(hint))
+    keys: dict[str, Any] = {}
+    if is_typeddict(hint):
+        keys = get_type_hints(hint)
+    elif isinstance(hint, type) and issubclass(hint, pydantic.BaseModel):
+        keys = {field.alias or name: field.annotation for name, field in hint.model_fields.items()}
+    for tag in _literals(keys.get("type")) or ([hint.__name__] if keys else []):
+        yield tag, set(keys)
+    for inner in [*keys.values(), *get_args(hint)]:
+        yield from _objects(inner, seen)
+
+
+def _known_to_the_sdk() -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    seen: set[int] = set()
+    for hint in (*SENT, *ANSWERED):
+        for tag, keys in _objects(hint, seen):
+            found.setdefault(tag, set()).update(keys)
+    return found
+
+
+KNOWN = _known_to_the_sdk()
+STRUCTS = {
+    str(struct.__struct_config__.tag or struct.__name__): struct
+    for module in (items, tools, requests)
+    for struct in vars(module).values()
+    if isinstance(struct, type) and issubclass(struct, Struct) and struct.__struct_config__.forbid_unknown_fields
+}
+
+
+@pytest.mark.parametrize("name", sorted(KNOWN.keys() & STRUCTS.keys()))
+def test_every_key_that_the_sdk_knows_is_taken(name: str):
+    assert KNOWN[name] - {"type"} <= set(STRUCTS[name].__struct_encode_fields__)
+
+
+def test_the_comparison_sees_items_parts_tools_and_options():
+    assert {
+        "message",
+        "input_text",
+        "function_call_output",
+        "mcp",
+        "function",
+        "StreamOptions",
+    } <= KNOWN.keys() & STRUCTS.keys()
+
+
+MISSPELT = [
+    ({"text": {"verbosty": "low"}}, "text.verbosty", "text.verbosity"),
+    (
+        {"text": {"format": {"type": "json_schema", "name": "a", "schema": {}, "strickt": True}}},
+        "text.format.strickt",
+        "text.format.strict",
+    ),
+    ({"reasoning": {"efort": "low"}}, "reasoning.efort", "reasoning.effort"),
+    ({"stream": True, "stream_options": {"include_usage": True}}, "stream_options.include_usage", None),
+    (
+        {"tools": [{"type": "mcp", "server_label": "a", "allowed_tolls": ["x"]}]},
+        "tools[0].allowed_tolls",
+        "tools[0].allowed_tools",
+    ),
+    (
+        {"tools": [{"type": "mcp", "server_label": "a", "require_approval": {"nevr": {}}}]},
+        "tools[0].require_approval.nevr",
+        "tools[0].require_approval.never",
+    ),
+    ({"tools": [{"type": "function", "name": "f", "paramters": {}}]}, "tools[0].paramters", "tools[0].parameters"),
+    ({"tool_choice": {"type": "function", "nmae": "f"}}, "tool_choice.nmae", "tool_choice.name"),
+    ({"input": [{"role": "user", "contnet": "x"}]}, "input[0].contnet", "input[0].content"),
+    (
+        {"input": [{"role": "user", "content": [{"type": "input_text", "txt": "x"}]}]},
+        "input[0].content[0].txt",
+        "input[0].content[0].text",
+    ),
+    ({"prompt_cache_options": {"tttl": "1h"}}, "prompt_cache_options.tttl", "prompt_cache_options.ttl"),
+    ({"temprature": 1}, "temprature", "temperature"),
+    ({"reasoning_effort": "low"}, "reasoning_effort", "reasoning.effort"),
+    ({"response_format": {"type": "json_object"}}, "response_format", "text.format"),
+    ({"max_tokens": 20}, "max_tokens", "max_output_tokens"),
+    ({"zzz": 20}, "zzz", None),
+]
+
+
+@pytest.mark.parametrize(("body", "path", "meant"), MISSPELT, ids=[path for _, path, _ in MISSPELT])
+def test_a_misspelt_key_is_refused_with_its_path_and_the_right_one(body: dict[str, Any], path: str, meant: str | None):
+    with pytest.raises(InvalidRequest) as caught:
+        request(**body)
+    hint = f" Did you mean '{meant}'?" if meant else ""
+    assert (caught.value.param, caught.value.code) == (path, "unknown_parameter")
+    assert caught.value.message == f"Unknown parameter: '{path}'.{hint}"
+
+
+def test_keys_that_are_known_and_not_acted_on_are_echoed():
+    given = {"type": "function", "name": "f", "defer_loading": False, "async": True, "allowed_callers": ["direct"]}
+    shown = tools.encode_tools(request(tools=[given]).tools)
+    assert msgspec.to_builtins(shown[0]).items() >= given.items()
+
+
+class _Inner(Struct):
+    amount: int = 0
+
+
+class _Outer(Struct):
+    inner: _Inner | str | None = None
+    many: list[_Inner] = []
+    by_name: dict[str, _Inner] = {}
+    free: dict[str, Any] = {}
+
+
+def test_unknown_keys_are_left_out_at_every_depth_and_free_objects_stay_whole():
+    given = {
+        "inner": {"amount": 1, "b": 2},
+        "many": [{"b": 1}],
+        "by_name": {"x": {"amount": 1, "b": 1}},
+        "free": {"b": {"b": 1}},
+        "b": 1,
+    }
+    assert without_unknown(given, _Outer) == {
+        "inner": {"amount": 1},
+        "many": [{}],
+        "by_name": {"x": {"amount": 1}},
+        "free": {"b": {"b": 1}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "meant"), [("", "mnay", "many"), (".inner", "amonut", "amount"), (".free", "x", None)]
+)
+def test_a_suggestion_comes_from_the_object_that_the_path_leads_to(path: str, name: str, meant: str | None):
+    assert suggestion(_Outer, path, name) == meant
