@@ -22,7 +22,7 @@ from app.outbound.catalog import Catalog
 from app.settings import Settings, SettingsError, load
 from app.storage import tenants
 from app.storage.database import Database
-from app.telemetry import start_logging
+from app.telemetry import log_loop_fault, start_logging
 
 T = TypeVar("T")
 
@@ -55,6 +55,7 @@ def _settings() -> Settings:
 
 def _run(main: Awaitable[T]) -> T:
     async def awaited() -> T:
+        asyncio.get_running_loop().set_exception_handler(log_loop_fault)
         return await main
 
     if sys.platform == "win32":
@@ -283,6 +284,7 @@ def revoke_key(key_id: str) -> None:
 @reprise.command()
 def doctor() -> None:
     """Say what is wrong with this set-up; the exit status is 1 if anything is."""
+    start_logging("warning")
     healthy = True
     for finding in _run(examine(os.environ)):
         click.echo(f"{'ok  ' if finding.ok else 'BAD '} {finding.what}: {finding.said}")

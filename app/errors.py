@@ -150,6 +150,8 @@ class UpstreamError(ApiError):
 
     status = 502
     code: str | None = "server_error"
+    upstream: str | None = None
+    """Its name, where that is known: the message may quote what it said, and is not for the log."""
 
 
 class UpstreamRefused(UpstreamError):

@@ -1,34 +1,51 @@
 """Logging, wired from structlog: a sentence for people, `action` for programs, ids from context variables.
 
-On a terminal lines are for reading, elsewhere they are JSON. Prompts, outputs and keys are never logged.
+On a terminal lines are for reading, elsewhere they are JSON. Prompts, outputs and keys are never logged. What an exception's
+message quotes, or a library's record, is not in our hands: of exceptions the log says classes, codes and places, of records
+of libraries where they come from.
 """
 
+import asyncio
+import errno
 import logging
 import sys
+import traceback
+from collections.abc import Iterator
+from typing import Any
 
+import stamina.instrumentation
 import structlog
+from stamina.instrumentation import RetryDetails
 
-TELLTALES = ("mcp", "client", "httpx2", "httpcore2")
-"""Loggers of libraries that call tool servers; they print messages, results and headers ("client" is the MCP session's)."""
+log = structlog.get_logger()
+
+NOISY = ("mcp", "client", "httpx2", "httpcore2")
+"""Loggers of libraries that call tool servers, whose faults we log ourselves ("client" is the MCP session's)."""
+
+PLAIN_SPOKEN = frozenset({"uvicorn"})
+"""Libraries whose messages are fixed sentences."""
+
+RETRIED = {"app.outbound.upstream.Upstream._open": "an upstream's answer", "<context block>": "a write to the database"}
+"""What the retry library's names of what is tried again mean."""
+
+CAUSES_MAX = 10
 
 
 def start_logging(level: str) -> None:
-    """Log to standard error from `level` on; other libraries' warnings included, unless they would tell secrets."""
-    for name in TELLTALES:
+    """Log to standard error from `level` on; warnings of libraries included."""
+    for name in NOISY:
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    readable = sys.stderr.isatty()
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    renderer: list[structlog.typing.Processor] = (
-        [
-            structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
-        ]  # others print local variables
-        if readable
-        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
-    )
+    renderer: list[structlog.typing.Processor] = [
+        structlog.processors.ExceptionRenderer(_traced),
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+        if sys.stderr.isatty()
+        else structlog.processors.JSONRenderer(),
+    ]
     structlog.configure(
         processors=[*shared, *renderer],
         wrapper_class=structlog.make_filtering_bound_logger(level),
@@ -38,7 +55,7 @@ def start_logging(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
+            foreign_pre_chain=[*shared, _place_only],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 *renderer,
@@ -46,3 +63,71 @@ def start_logging(level: str) -> None:
         )
     )
     logging.basicConfig(level=max(logging.WARNING, logging.getLevelName(level.upper())), handlers=[handler], force=True)
+    stamina.instrumentation.set_on_retry_hooks([_log_retry])
+    sys.unraisablehook = _log_unraisable
+
+
+def describe(error: BaseException | None) -> str:
+    """An exception and its causes, without their messages."""
+    return " < ".join(_name(one) for one in _causes(error))
+
+
+def log_loop_fault(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """The event loop's exception handler: its own prints callbacks with their arguments, and tasks with their results."""
+    error = context.get("exception")
+    log.error(
+        "A task failed by our own mistake." if error else context["message"], action="task_failed", exc_info=error
+    )
+
+
+def _log_unraisable(fault: "sys.UnraisableHookArgs") -> None:
+    log.error("A failure was ignored by Python.", action="unraisable", exc_info=fault.exc_value)
+
+
+def _log_retry(details: RetryDetails) -> None:
+    """The retry library's own hook prints arguments: whole conversations, callers' keys."""
+    log.warning(
+        "An attempt failed; there will be another.",
+        action="retry",
+        what=RETRIED.get(details.name, details.name),
+        attempt=details.retry_num,
+        wait_s=round(details.wait_for, 2),
+        error=describe(details.caused_by),
+    )
+
+
+def _place_only(
+    _logger: Any, _method: str, event: structlog.typing.EventDict
+) -> structlog.typing.EventDict:  # a processor
+    record: logging.LogRecord = event["_record"]
+    event["logger"] = record.name
+    if record.name.partition(".")[0] not in PLAIN_SPOKEN:
+        event["event"] = f"A library has something to say in {record.module}.py, line {record.lineno}."
+    return event
+
+
+def _traced(exc_info: structlog.typing.ExcInfo) -> str:
+    """Where an exception and its causes were raised."""
+    return "\nbecause of\n".join(
+        f"{''.join(traceback.format_tb(error.__traceback__))}{_name(error)}" for error in _causes(exc_info[1])
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The exception, what it was raised from, and so on; of a group the first member."""
+    for _ in range(CAUSES_MAX):
+        if error is None:
+            return
+        yield error
+        if isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        else:
+            error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _name(error: BaseException) -> str:
+    """Its class, and the code that tells faults of one class apart: the system's, Postgres', the upstream's name."""
+    code = (errno.errorcode.get(error.errno or 0) if isinstance(error, OSError) else None) or next(
+        (found for name in ("sqlstate", "upstream") if (found := getattr(error, name, None))), None
+    )
+    return f"{type(error).__name__}({code})" if code else type(error).__name__

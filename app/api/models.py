@@ -13,6 +13,7 @@ from app.errors import NotFound, UpstreamError
 from app.outbound.catalog import Catalog
 from app.outbound.upstream import Upstream
 from app.runs.executor import Caller
+from app.telemetry import describe
 from app.wire.resources import Model, Models, encode
 
 log = structlog.get_logger()
@@ -49,7 +50,12 @@ async def _models(caller: Caller, catalog: Catalog, upstreams: Mapping[str, Upst
     listed: list[Model] = []
     for upstream, answer in zip(upstreams.values(), answers, strict=True):
         if isinstance(answer, UpstreamError):
-            log.warning("An upstream does not list its models.", action="models_not_listed", upstream=upstream.name)
+            log.warning(
+                "An upstream does not list its models.",
+                action="models_not_listed",
+                upstream=upstream.name,
+                error=describe(answer),
+            )
         elif isinstance(answer, BaseException):
             raise answer
         else:

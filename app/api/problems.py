@@ -13,6 +13,7 @@ from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import ApiError, BodyTooLarge, InvalidRequest, MethodNotAllowed, NotFound, ServerError
 from app.ids import new_id
+from app.telemetry import describe
 from app.wire.resources import ErrorBody, ErrorReply, encode
 
 log = structlog.get_logger()
@@ -29,7 +30,7 @@ def error_body(error: ApiError) -> bytes:
 def answer_api_error(request: Request[Any, Any, Any], error: ApiError) -> Response[bytes]:
     """Our own errors."""
     if error.status >= 500:
-        log.warning(error.message, action="request_failed", status=error.status, cause=repr(error.__cause__))
+        log.warning("A request failed.", action="request_failed", status=error.status, error=describe(error))
     return Response(error_body(error), status_code=error.status, media_type=MediaType.JSON, headers=error.headers)
 
 

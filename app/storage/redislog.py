@@ -22,6 +22,7 @@ from app.errors import Fenced
 from app.settings import Settings
 from app.storage.redisclient import RETRY_S, Hints, break_off, connect
 from app.storage.redishub import Hub, Reader, batches_of
+from app.telemetry import describe
 from app.wire.events import Entry
 
 log = structlog.get_logger()
@@ -284,7 +285,7 @@ class RedisLogs:
             self._down = False
         except (RedisError, OSError) as error:
             if not self._down:
-                log.warning("Redis is unavailable; runs go on without it.", action="redis_down", cause=repr(error))
+                log.warning("Redis is unavailable; runs go on without it.", action="redis_down", error=describe(error))
             self._down = True
             for run in runs:
                 run.forget()
