@@ -13,6 +13,7 @@ from app.embedded import EmbeddedError
 from app.errors import ApiError
 from app.outbound.catalog import Catalog, load_catalog
 from app.outbound.guard import Guard
+from app.outbound.masking import Mask
 from app.outbound.mcp import ToolSessions
 from app.outbound.toolserver import ToolFailure
 from app.outbound.upstream import Upstream
@@ -98,10 +99,10 @@ async def _upstreams(settings: Settings) -> list[Finding]:
 async def _tool_servers(settings: Settings, catalog: Catalog) -> list[Finding]:
     """Each of the operator's tool servers, and whether it has the tools that hosted types need."""
     findings = []
-    async with ToolSessions(Guard.from_settings(settings), settings) as sessions:
-        for name in catalog.tool_servers:
-            server = catalog.tool_server(name)
-            assert server is not None
+    servers = {name: server for name in catalog.tool_servers if (server := catalog.tool_server(name))}
+    mask = Mask(secret for server in servers.values() for secret in server.secrets)
+    async with ToolSessions(Guard.from_settings(settings), settings, mask) as sessions:
+        for name, server in servers.items():
             try:
                 listed = {tool.name for tool in await sessions.list_tools(server)}
             except ToolFailure as error:

@@ -106,6 +106,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     tool_list_timeout_s: Annotated[float, _about("a tool server's whole list", gt=0)] = 30.0
     tool_call_timeout_s: Annotated[float, _about("one call of a tool", gt=0)] = 120.0
     tool_servers_max: Annotated[int, _about("MCP servers that one request may declare", ge=1)] = 32
+    tool_headers_max: Annotated[int, _about("headers of one MCP server that a request declares", ge=1)] = 64
+    tool_headers_bytes_max: Annotated[
+        int, _about("headers and `authorization`s of all MCP servers that a request declares", ge=64)
+    ] = 64 * 1024
     tool_calls_at_once_max: Annotated[int, _about("calls of one run at once; more wait", ge=1)] = 8
     tool_answer_bytes_max: Annotated[
         int, _about("a tool server's answer as it travels, images included; longer: the call fails", ge=1024)

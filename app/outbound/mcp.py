@@ -1,6 +1,6 @@
 """Sessions with MCP tool servers, for one run: list the tools, call one.
 
-    async with ToolSessions(guard, settings) as sessions:
+    async with ToolSessions(guard, settings, mask) as sessions:
         tools = await sessions.list_tools(server)
         result = await sessions.call(server, "add", {"a": 1}, call_id="mcp_123")
 
@@ -18,7 +18,7 @@ Results are taken from under the SDK's models, which would refuse a whole list f
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Self
 
@@ -41,6 +41,7 @@ from msgspec import Struct
 
 from app.outbound.answers import CallResult, Listed, read_result, read_tools
 from app.outbound.guard import Guard, OutboundRefused
+from app.outbound.masking import Mask
 from app.outbound.toolserver import ToolFailure, ToolServer, closed, failure_of, garbled, refused, too_slow
 from app.settings import Settings
 from app.wire.requests import mend_surrogates
@@ -65,15 +66,34 @@ STILL_NO_MCP = frozenset({401, 403, 407, 408, 429})
 class ToolSessions:
     """The sessions of one run. Methods may be called by several tasks at once."""
 
-    def __init__(self, guard: Guard, settings: Settings) -> None:
+    def __init__(self, guard: Guard, settings: Settings, mask: Mask) -> None:
+        """`mask` takes out of answers what the run's servers were told in confidence."""
         self._guard = guard
         self._settings = settings
+        self._mask = mask
         self._current: dict[bytes, _Session] = {}
         self._all: list[_Session] = []
         self._closed = False
 
     async def list_tools(self, server: ToolServer) -> list[Listed]:
         """All tools of a server; of two with the same name the first. Raises ToolFailure."""
+        with self._masking():
+            return await self._list_tools(server)
+
+    async def call(self, server: ToolServer, name: str, arguments: dict[str, Any], *, call_id: str) -> CallResult:
+        """Call a tool, once. Raises ToolFailure; a tool's own error is a result."""
+        with self._masking():
+            return await self._call(server, name, arguments, call_id)
+
+    @contextlib.contextmanager
+    def _masking(self) -> Iterator[None]:
+        """Failures quote servers."""
+        try:
+            yield
+        except ToolFailure as failure:
+            raise failure.masked(self._mask) from None
+
+    async def _list_tools(self, server: ToolServer) -> list[Listed]:
         session = await self._session(server)
         timeout_s = self._settings.tool_list_timeout_s
         found: dict[str, Listed] = {}
@@ -84,7 +104,7 @@ class ToolSessions:
                 while cursor not in cursors:
                     cursors.add(cursor)
                     page = await session.request("tools/list", {"cursor": cursor} if cursor else {}, timeout_s)
-                    for tool in read_tools(page):
+                    for tool in read_tools(self._mask.json(page)):
                         found.setdefault(tool.name, tool)
                     if len(found) > self._settings.tools_listed_max:
                         raise ToolFailure(
@@ -99,8 +119,7 @@ class ToolSessions:
             raise too_slow(server, "its list of tools", timeout_s) from None
         return list(found.values())
 
-    async def call(self, server: ToolServer, name: str, arguments: dict[str, Any], *, call_id: str) -> CallResult:
-        """Call a tool, once. Raises ToolFailure; a tool's own error is a result."""
+    async def _call(self, server: ToolServer, name: str, arguments: dict[str, Any], call_id: str) -> CallResult:
         session = await self._session(server)
         parameters = {"name": name, "arguments": arguments, "_meta": {IDEMPOTENCY_KEY: call_id}}
         result = await session.request("tools/call", parameters, self._settings.tool_call_timeout_s)
@@ -110,7 +129,7 @@ class ToolSessions:
                 mcp_types.INVALID_REQUEST,
                 f"The tool server '{server.label}' asks for input in mid-call, which is not offered.",
             )
-        return read_result(result, self._settings.tool_output_bytes_max)
+        return read_result(self._mask.json(result), self._settings.tool_output_bytes_max)
 
     async def close(self) -> None:
         """End all sessions, whatever they are doing; later calls fail."""

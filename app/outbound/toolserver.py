@@ -1,7 +1,8 @@
 """Tool servers: where one is, what it wants to hear, and the ways in which it fails."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any, Literal
 
 import httpx2
@@ -12,14 +13,20 @@ from mcp.shared.exceptions import MCPError
 from msgspec import Struct
 
 from app.outbound.guard import OutboundRefused
+from app.outbound.masking import KEY_NAME, Mask, secrets_of
 
 log = structlog.get_logger()
 
 MESSAGE_CHARS_MAX = 1000
 """A server's own words in a failure; longer ones are cut."""
 
-SECRET_CHARS_MIN = 4
-"""Shorter header values are no secrets, and masking them would garble messages."""
+PUBLIC_VARIABLES = re.compile(
+    r".*(PATH|DIR|DIRECTORY|ROOT|HOME|FILE|HOST|PORT|LANG|LEVEL|MODE|TZ)|LC_.*", re.IGNORECASE
+)
+"""Variables of a program's environment that hold no secrets: results may well name its files."""
+
+KEY_IN_URL = re.compile(r"(?=.*\d)(?=.*[A-Za-z]).{12,}|.{32,}")
+"""What a secret looks like in the middle of a URL, where most words are none."""
 
 OURS = frozenset(
     "accept accept-encoding connection content-length content-type expect host keep-alive last-event-id "
@@ -67,20 +74,25 @@ class ToolServer(Struct, frozen=True):
             raise ToolFailure("http_error", 400, f"A header for '{self.label}' can't be sent as it stands.")
         return {**headers, "Accept-Encoding": "identity"}
 
-    def masked(self, text: str) -> str:
-        """A server's words without anything that we told it in confidence, and of bearable length."""
-        url = httpx2.URL(self.url)
-        secrets = [*self.headers.values(), *self.environment.values(), self.authorization, *self.authorization.split()]
-        secrets += url.path.split("/")  # keys are put there, too
-        secrets += [url.userinfo.decode(), url.query.decode(), *(value for _, value in url.params.multi_items())]
-        for secret in sorted(set(secrets), key=len, reverse=True):
-            if len(secret) >= SECRET_CHARS_MIN:
-                text = text.replace(secret, "***")
-        return text if len(text) <= MESSAGE_CHARS_MAX else f"{text[:MESSAGE_CHARS_MAX]}…"
+    @property
+    def secrets(self) -> Iterator[str]:
+        """What it is told in confidence."""
+        yield from secrets_of({name: value for name, value in self.headers.items() if name.lower() not in OURS})
+        yield from secrets_of({"Authorization": self.authorization})
+        yield from (value for name, value in self.environment.items() if not PUBLIC_VARIABLES.fullmatch(name))
+        try:
+            url = httpx2.URL(self.url)
+        except httpx2.InvalidURL:
+            return
+        yield url.userinfo.decode()
+        yield url.password
+        for name, value in chain(url.params.multi_items(), (("", part) for part in url.path.split("/"))):
+            if KEY_NAME.search(name) or KEY_IN_URL.fullmatch(value):
+                yield value
 
 
 class ToolFailure(Exception):
-    """A tool server could not be listed or called; the message may be shown, it carries no secrets.
+    """A tool server could not be listed or called; the message may be shown once `masked`.
 
     `http_error` has an HTTP status as its code: the server's, or 403 where the guard refuses, 502 where the server can't be
     reached or breaks off, 504 where it is too slow. `mcp_protocol_error` has a JSON-RPC code.
@@ -91,6 +103,12 @@ class ToolFailure(Exception):
         self.kind: Literal["http_error", "mcp_protocol_error"] = kind
         self.code = code
         self.message = message
+
+    def masked(self, mask: Mask) -> "ToolFailure":
+        """Without what servers were told in confidence, and of bearable length."""
+        text = mask.text(self.message)
+        cut = text if len(text) <= MESSAGE_CHARS_MAX else f"{text[:MESSAGE_CHARS_MAX]}…"
+        return ToolFailure(self.kind, self.code, cut)
 
 
 def failure_of(error: BaseException, server: ToolServer) -> ToolFailure:
@@ -122,7 +140,7 @@ def _said(error: MCPError, server: ToolServer) -> ToolFailure:
             return garbled(server, "what it sends is not JSON-RPC")
         case mcp_types.CONNECTION_CLOSED, "Connection closed":  # the SDK's own words
             return closed(server)
-    return ToolFailure("mcp_protocol_error", error.code, server.masked(error.message))
+    return ToolFailure("mcp_protocol_error", error.code, error.message)
 
 
 def _unreachable(error: Exception, server: ToolServer) -> ToolFailure:

@@ -28,6 +28,7 @@ from app.errors import (
     UpstreamUnavailable,
 )
 from app.outbound.catalog import UpstreamEntry
+from app.outbound.masking import Mask, secrets_of
 from app.patience import Patience
 from app.settings import Settings
 from app.wire.chat import ChatError, ChatUsage, Choice, Chunk, Delta, Logprobs, ModelEntry, ModelList, decode_chunk
@@ -81,6 +82,7 @@ class Upstream:
         )
         self._chat, self._models = sdk.base_url.join("chat/completions"), sdk.base_url.join("models")
         said = {**sdk.auth_headers, **sdk.default_headers}
+        self._secrets = [entry.key, *secrets_of(entry.headers)]
         self._headers = {
             name: value
             for name, value in said.items()
@@ -107,7 +109,15 @@ class Upstream:
         return float(after) if after.isdigit() and float(after) <= self._retry_after_max_s else False
 
     async def _open(self, body: bytes, caller_key: str | None) -> "ChunkStream":
-        return ChunkStream(self, await self._ask("POST", self._chat, caller_key, body))
+        try:
+            return ChunkStream(self, await self._ask("POST", self._chat, caller_key, body), self.mask(caller_key))
+        except UpstreamError as error:
+            error.upstream = self.name
+            raise
+
+    def mask(self, caller_key: str | None) -> Mask:
+        """Takes keys out of what the upstream says of its failures; what it says to the model's users is not looked at."""
+        return Mask([*self._secrets, caller_key or ""])
 
     async def list_models(self, caller_key: str | None) -> list[ModelEntry]:
         """The models that the upstream lists. Raises UpstreamError."""
@@ -134,7 +144,7 @@ class Upstream:
             raise UpstreamUnavailable(f"Upstream '{self.name}' can't be reached.") from error
         if response.is_success:
             return response
-        raise _refusal(response, await self._whole(response), self)
+        raise _refusal(response, await self._whole(response), self, self.mask(caller_key))
 
     async def _whole(self, response: httpx2.Response) -> bytes:
         """The whole of a short answer. Raises UpstreamError."""
@@ -156,10 +166,11 @@ class Upstream:
 class ChunkStream:
     """An upstream's answer: lists of chunks, one list a read. Always close it; closing breaks the upstream's work off."""
 
-    def __init__(self, upstream: Upstream, response: httpx2.Response) -> None:
+    def __init__(self, upstream: Upstream, response: httpx2.Response, mask: Mask) -> None:
         """Of a response that streams only the stream is kept: the rest of it holds the request, with the whole conversation."""
         assert isinstance(response.stream, httpx2.AsyncByteStream)
         self.upstream = upstream
+        self._mask = mask
         self._stream = response.stream
         has_events = response.headers.get("content-type", "").startswith("text/event-stream")
         self._unstreamed = None if has_events else response
@@ -181,7 +192,7 @@ class ChunkStream:
                     if data == b"[DONE]":
                         self._finished = True
                     elif data:
-                        chunk = _chunk(data)
+                        chunk = _chunk(data, self._mask)
                         chunks.append(chunk)
                         self._finished = self._finished or _is_last(chunk)
             except UpstreamError as error:
@@ -266,13 +277,13 @@ class LineBuffer:
         return [line[5:].strip() for line in lines if line.startswith(b"data:")]
 
 
-def _chunk(data: bytes) -> Chunk:
+def _chunk(data: bytes, mask: Mask) -> Chunk:
     try:
         chunk = decode_chunk(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UpstreamGarbled(f"The upstream sent what is no chunk: {error}") from None
     if bytes(chunk.error) not in {b"", b"null"}:
-        raise _error_in_stream(chunk.error)
+        raise _error_in_stream(chunk.error, mask)
     return chunk
 
 
@@ -280,9 +291,9 @@ def _is_last(chunk: Chunk) -> bool:
     return bool(chunk.choices and chunk.choices[0].finish_reason)
 
 
-def _error_in_stream(raw: msgspec.Raw) -> UpstreamError:
+def _error_in_stream(raw: msgspec.Raw, mask: Mask) -> UpstreamError:
     try:
-        error = msgspec.json.decode(raw, type=ChatError | str)
+        error = msgspec.convert(mask.json(msgspec.json.decode(raw)), ChatError | str)
     except msgspec.DecodeError:
         error = ChatError()
     if isinstance(error, str):
@@ -295,9 +306,9 @@ def _error_in_stream(raw: msgspec.Raw) -> UpstreamError:
     return UpstreamError(message, code=code)
 
 
-def _refusal(response: httpx2.Response, raw: bytes, upstream: Upstream) -> ApiError:
+def _refusal(response: httpx2.Response, raw: bytes, upstream: Upstream, mask: Mask) -> ApiError:
     """An answer that is none → our error."""
-    status, said = response.status_code, _said(raw)
+    status, said = response.status_code, _said(raw, mask)
     if status in {401, 403} and not upstream.passes_caller:
         return _KeyRefused(f"Upstream '{upstream.name}' does not accept this server's key.")
     if status == 401:
@@ -319,12 +330,12 @@ def _refusal(response: httpx2.Response, raw: bytes, upstream: Upstream) -> ApiEr
     )
 
 
-def _said(raw: bytes) -> ChatError:
+def _said(raw: bytes, mask: Mask) -> ChatError:
     """The error object of the upstream's answer; some servers send it bare, some a text."""
     try:
-        body = msgspec.json.decode(raw)
+        body = mask.json(msgspec.json.decode(raw))
     except (msgspec.DecodeError, UnicodeDecodeError):
-        body = raw.decode(errors="replace").strip()
+        body = mask.text(raw.decode(errors="replace").strip())
     if not isinstance(body, dict):
         return ChatError(message=body[:500] if isinstance(body, str) else None)
     inner = body.get("error", body)

@@ -21,7 +21,7 @@ from app.storage.contexts import Place
 from app.storage.database import Database, Tx
 from app.wire.items import AnyItem, McpApprovalRequest, decode_stored_item
 from app.wire.requests import CreateResponse
-from app.wire.tools import HostedTool, McpTool
+from app.wire.tools import AnyTool, HostedTool, McpTool
 
 
 class Task(Struct, frozen=True):
@@ -113,6 +113,7 @@ class Tasks:
 
     def _servers(self, request: CreateResponse) -> dict[str, ToolServer]:
         """Where the declared MCP servers are. Raises InvalidParameter for one that has no URL and no name that we know."""
+        self._refuse_long_headers(request.tools)
         servers: dict[str, ToolServer] = {}
         for index, tool in enumerate(request.tools):
             if isinstance(tool, McpTool):
@@ -137,11 +138,29 @@ class Tasks:
             server = known
         elif not _is_http(tool.server_url):
             raise InvalidParameter(f"'{at}.server_url' must be an http or https URL.", param=f"{at}.server_url")
+        fixed = {name.lower() for name in server.headers}
+        others = {name: value for name, value in (tool.headers or {}).items() if name.lower() not in fixed}
         return replace(
             server,
-            headers={**_others(tool.headers or {}, server.headers), **server.headers},
-            authorization=server.authorization or tool.authorization or "",
+            headers={**others, **server.headers},
+            authorization=server.authorization or ("" if "authorization" in fixed else tool.authorization or ""),
         )
+
+    def _refuse_long_headers(self, tools: Sequence[AnyTool]) -> None:
+        """What a client's MCP servers are to hear with every request, and what is masked in all that they answer."""
+        most, told = self._settings.tool_headers_bytes_max, 0
+        for index, tool in enumerate(tools):
+            if not isinstance(tool, McpTool):
+                continue
+            at, headers = f"tools[{index}].headers", tool.headers or {}
+            if len(headers) > self._settings.tool_headers_max:
+                raise InvalidParameter(f"'{at}' has more than {self._settings.tool_headers_max} headers.", param=at)
+            told += sum(len(name.encode()) + len(value.encode()) for name, value in headers.items())
+            if told <= most:
+                told += len((tool.authorization or "").encode())
+                at = f"tools[{index}].authorization"
+            if told > most:
+                raise InvalidParameter(f"With '{at}' MCP servers are told more than {most} bytes.", param=at)
 
     def _refuse_hosted(self, request: CreateResponse) -> None:
         """A hosted tool must hear of what restricts it; and where the catalog says so, something must stand behind it."""
@@ -191,12 +210,6 @@ class Tasks:
             hosted=self._catalog.hosted,
             tool_servers=self._tool_servers,
         )
-
-
-def _others(headers: Mapping[str, str], fixed: Mapping[str, str]) -> dict[str, str]:
-    """Those headers that are not fixed by the operator, however they are spelt."""
-    names = {name.lower() for name in fixed}
-    return {name: value for name, value in headers.items() if name.lower() not in names}
 
 
 async def _requests(tx: Tx, tenant_id: str, ids: Sequence[str]) -> dict[str, McpApprovalRequest]:

@@ -24,6 +24,7 @@ from app.domain.hosted import container_named
 from app.domain.toolbox import ByHost, Run
 from app.ids import NewId, new_id
 from app.outbound.guard import Guard
+from app.outbound.masking import Mask
 from app.outbound.mcp import Listed, ToolFailure, ToolServer, ToolSessions
 from app.runs.task import Task
 from app.settings import Settings
@@ -40,7 +41,9 @@ class Tools:
     """The tools that this server runs for one response; `close` it."""
 
     def __init__(self, task: Task, guard: Guard, settings: Settings) -> None:
-        self._task, self._sessions = task, ToolSessions(guard, settings)
+        servers = (*task.servers.values(), *task.tool_servers.values())
+        mask = Mask(secret for server in servers for secret in server.secrets)
+        self._task, self._sessions = task, ToolSessions(guard, settings, mask)
         self._places = asyncio.Semaphore(settings.tool_calls_at_once_max)
         used = [container for item in task.context.items if (container := container_of(item))]
         self._container = used[-1] if used else new_id("cntr")
@@ -57,7 +60,9 @@ class Tools:
         try:
             return [_listed(tool) for tool in await self._sessions.list_tools(server)], None
         except ToolFailure as error:
-            log.warning("A tool server can't be listed.", action="tools_unlisted", label=label, reason=error.message)
+            log.warning(
+                "A tool server can't be listed.", action="tools_unlisted", label=label, kind=error.kind, code=error.code
+            )
             return [], error.message
 
     def pending(self, run: Run, arguments: str, ids: NewId) -> PendingCall:
@@ -73,7 +78,13 @@ class Tools:
             try:
                 return await self._send(call)
             except ToolFailure as error:
-                log.warning("A tool call failed.", action="tool_call_failed", call=call.item.id, reason=error.message)
+                log.warning(
+                    "A tool call failed.",
+                    action="tool_call_failed",
+                    call=call.item.id,
+                    kind=error.kind,
+                    code=error.code,
+                )
                 return failure(error.kind, error.code, error.message)
 
     async def _send(self, call: PendingCall) -> Answer:

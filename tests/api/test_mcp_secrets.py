@@ -1,5 +1,6 @@
 """What a client tells us for its MCP servers in confidence is nowhere to be found: not in an answer, a table, Redis or a log."""
 
+import base64
 import json
 
 import openai
@@ -132,6 +133,80 @@ def test_what_a_server_says_of_our_secrets_is_masked(secretive, mcp, name):
     )
     _, made = told(secretive, input=given, tools=tools, store=False)
     assert made["output"][1]["error"]["message"] == "no ***, no ***, no ***"
+
+
+ECHO = (
+    "plain:authorization token:authorization base64:authorization url:authorization plain:x-key base64:x-key url:x-key"
+).split()
+"""Every form in which the scripted server can give back what it was told."""
+
+
+def results():
+    """What a tool may answer, with all of it everywhere."""
+    said = " ".join(f"{{{form}}}" for form in ECHO)
+    for content in (
+        {"type": "text", "text": said},
+        {"type": "resource", "resource": {"uri": "x:{token:authorization}", "mimeType": "{plain:x-key}", "text": said}},
+        {"type": "resource", "resource": {"uri": "x:{plain:x-key}", "blob": "AAAA"}},
+        {"type": "resource_link", "uri": "x:{url:x-key}", "name": said, "description": said},
+        {"type": "image", "mimeType": "image/png; {token:authorization}", "data": "AAAA"},
+        {"type": "image", "mimeType": "image/png", "data": "{base64:x-key}"},
+        {"type": "{plain:x-key}"},
+    ):
+        yield "raw", {"result": {"content": [content]}}
+    structured = {"deep": [{"{plain:x-key}": [said]}]}
+    yield "raw", {"result": {"content": [], "structuredContent": structured}}
+    yield "raw", {"result": {"content": [{"type": "text", "text": said}], "isError": True}}
+    yield "refuse", {"message": said}
+
+
+def test_what_a_tool_server_echoes_is_masked_wherever_it_says_it(secretive, upstream, toolserver, mcp, name):
+    given = script(
+        [
+            note(name),
+            *(call(tool, given, id=f"c{at}", index=at) for at, (tool, given) in enumerate(results())),
+            finish("tool_calls"),
+        ],
+        answer("Done."),
+    )
+    options = {"echo": 1, "auth": TOKEN, "tools": "raw,refuse"}
+    box = mcp(options=options, authorization=TOKEN, headers={"x-key": KEY})
+    events, made = told(secretive, input=given, tools=[box])
+    calls = [item for item in made["output"] if item["type"] == "mcp_call"]
+    assert len(toolserver.calls(name)) == len(calls) == len(list(results()))
+    leaky = next(tool for tool in made["output"][0]["tools"] if tool["name"] == "leaky")
+    assert leaky["description"] == "You are Bearer ***, that is ***."
+    assert list(leaky["input_schema"]["properties"]) == ["***"]
+    assert leaky["annotations"] == {"title": "***"}
+    assert [item["status"] for item in calls] == ["completed"] * 8 + ["failed"] * 2
+    assert calls[5]["output"] == "[image/png, not readable]"
+    said = [json.dumps(item["output"] or item["error"]) for item in calls]
+    assert [at for at, text in enumerate(said) if "***" not in text] == [5]
+    encoded = [
+        base64.b64encode(f"got {said}!".encode()).decode()[-12:-4]  # the middle of the secret at its end
+        for said in (KEY, f"Bearer {TOKEN}")
+    ]
+    asked = [record.raw.decode() for record in upstream.asked(given)]
+    for text in (
+        json.dumps(events),
+        json.dumps(made),
+        dumped(secretive.database_url),
+        "".join(secretive.printed),
+        *asked,
+    ):
+        hidden(text)
+        assert not [part for part in encoded if part in text]
+
+
+def test_one_servers_secret_in_another_ones_answer_is_masked(secretive, mcp, name):
+    given = script(
+        [note(name), *calling("echo", {"x": f"{TOKEN} {base64.b64encode(KEY.encode()).decode()}"})], answer("Done.")
+    )
+    tools = [mcp(options={"tools": "echo"}), mcp("other", of=f"{name}2", authorization=TOKEN, headers={"x-key": KEY})]
+    tools[1]["allowed_tools"] = ["add"]
+    _, made = told(secretive, input=given, tools=tools, store=False)
+    [made_call] = [item for item in made["output"] if item["type"] == "mcp_call"]
+    assert made_call["output"] == '{"x": "*** ***"}'
 
 
 @pytest.mark.parametrize("field", ["authorization", "headers", "server_url"])

@@ -127,8 +127,10 @@ environment = {{ TEAM = "blue" }}
     ]
     with server.client() as client:
         response = client.responses.create(model="m", input=given, tools=declared)
+        [heard] = [one.headers for one in toolserver.calls(name)]
+        assert (heard["authorization"], heard["x-team"], heard["x-mine"]) == ("Bearer s3cret", "research", "1")
         first, second = (json.loads(item.output) for item in response.output if item.type == "mcp_call")
-        assert (first["authorization"], first["x-team"], first["x-mine"]) == ("Bearer s3cret", "research", "1")
+        assert (first["authorization"], first["x-team"], first["x-mine"]) == ("Bearer ***", "***", "1")
         assert second["TEAM"] == "blue" and "DATABASE_URL" not in second
         assert [tool.to_dict()["server_url"] for tool in response.tools] == [None, None]
         # A URL of the client's own under that label is the client's server, and gets no secrets.
@@ -136,6 +138,46 @@ environment = {{ TEAM = "blue" }}
         [listed, _] = client.responses.create(model="m", input="x", tools=[theirs]).output
         assert "not allowed" in listed.error
     assert "s3cret" not in "".join(server.printed)
+
+
+@pytest.mark.parametrize("operators", ["AUTHORIZATION", "authorization"])
+@pytest.mark.parametrize(
+    "clients",
+    [{"authorization": "cl1ents"}, {"headers": {"Authorization": "Bearer cl1ents"}}],
+    ids=["authorization", "headers"],
+)
+def test_an_operator_s_header_stands_whatever_a_client_gives(
+    new_server, base_env, catalog_file, toolserver, name, operators, clients
+):
+    catalog = catalog_file(f"""
+[upstreams.scripted]
+base_url = "{base_env["OPENAI_BASE_URL"]}"
+[tool_servers.local]
+url = "{toolserver.url("mcp", name)}"
+headers = {{ {operators} = "Bearer 0perators" }}
+""")
+    declared = {"type": "mcp", "server_label": "local", "require_approval": "never", **clients}
+    server = new_server(REPRISE_CATALOG=catalog)
+    with server.client() as client:
+        given = script([note(name), *calling("echo", {"x": 1})], answer("Done."))
+        client.responses.create(model="m", input=given, tools=[declared])
+    assert [one.headers["authorization"] for one in toolserver.calls(name)] == ["Bearer 0perators"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"headers": {f"x-{number}": "" for number in range(65)}}, "tools[1].headers"),
+        ({"headers": {"x": "é" * 32_768}}, "tools[1].headers"),
+        ({"headers": {"x": "y" * 32_768}, "authorization": "z" * 32_768}, "tools[1].authorization"),
+    ],
+    ids=["headers", "bytes", "authorization"],
+)
+def test_what_tool_servers_are_told_is_bounded(client, toolserver, name, mcp, fields, param):
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.responses.create(model="m", input="x", tools=[mcp(), mcp("two", **fields)])
+    assert refused.value.param == param
+    assert toolserver.sessions(name) == []
 
 
 # -- Listing ----------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ The second word is a name of the test's choice, under which calls, requests and 
     modern=1            knows no handshakes, nor sessions: 2026-07-28 and nothing else
     greeting=GATE       the greeting waits at this gate            listing=GATE    so does a list
     goodbye=GATE        the end of a session waits, too
+    echo=1              gives headers back: `{plain:x-key}` in an answer is the header, as are the forms of `tools.echoed`
 
 `python -m tests.toolserver --port N [--record FILE]` serves other processes (`Toolprocess` starts it); there `GET /calls` lists
 the calls as JSON, `GET /sessions` the sessions, `GET /gates/<name>` says whether somebody has come to a gate, and

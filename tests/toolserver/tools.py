@@ -3,12 +3,14 @@
 import asyncio
 import base64
 import json
+import re
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 """Puts a message on the way to the client, beside the answer."""
@@ -132,11 +134,13 @@ class Script:
             return None
         parameters = message.get("params") or {}
         try:
-            result = await self._result(session, message["method"], parameters, headers, send)
+            told = {"result": await self._result(session, message["method"], parameters, headers, send)}
         except RpcError as error:
             code, text = error.args
-            return {"jsonrpc": "2.0", "id": message["id"], "error": {"code": code, "message": text}}
-        return {"jsonrpc": "2.0", "id": message["id"], "result": result}
+            told = {"error": {"code": code, "message": text}}
+        if session.options.get("echo"):
+            told = echoed(told, headers)
+        return {"jsonrpc": "2.0", "id": message["id"], **told}
 
     async def _result(
         self, session: Session, method: str, parameters: dict[str, Any], headers: dict[str, str], send: Send
@@ -191,6 +195,8 @@ class Script:
             tools += [{"name": f"new_{number + 1}", "inputSchema": ANYTHING} for number in range(self._listings)]
         if options.get("lies"):
             tools = LIES
+        if options.get("echo"):
+            tools += ECHOES
         if options.get("loop"):
             return {"tools": tools[:1], "nextCursor": "again"}
         pages = int(options.get("pages", "1"))
@@ -266,6 +272,26 @@ def texts(*found: str) -> dict[str, Any]:
     """A result of text parts."""
     return {"content": [{"type": "text", "text": text} for text in found]}
 
+
+def echoed(value: Any, headers: Mapping[str, str]) -> Any:
+    """A value with headers in the places of `{plain:NAME}`, `{token:NAME}` (without a scheme), `{base64:NAME}`, `{url:NAME}`."""
+    match value:
+        case str():
+            return PLACE.sub(lambda place: ECHOED[place["form"]](headers.get(place["name"], "")), value)
+        case dict():
+            return {echoed(key, headers): echoed(inner, headers) for key, inner in value.items()}
+        case list():
+            return [echoed(inner, headers) for inner in value]
+    return value
+
+
+PLACE = re.compile(r"\{(?P<form>\w+):(?P<name>[\w-]+)\}")
+ECHOED: dict[str, Callable[[str], str]] = {
+    "plain": str,
+    "token": lambda value: value.rpartition(" ")[2],
+    "base64": lambda value: base64.b64encode(f"got {value}!".encode()).decode(),
+    "url": lambda value: quote(value, safe=""),
+}
 
 FIXED = {
     "structured": {"content": [], "structuredContent": {"sum": 3, "of": [1, 2]}},
@@ -349,3 +375,18 @@ LIES: list[Any] = [
     {"inputSchema": ANYTHING},
     "no tool at all",
 ]
+
+ECHOES: list[Any] = [
+    {
+        "name": "leaky",
+        "description": "You are {plain:authorization}, that is {token:authorization}.",
+        "inputSchema": {
+            "type": "object",
+            "properties": {
+                "{plain:x-key}": {"type": "string", "description": "{base64:x-key}", "enum": [["{url:x-key}"]]}
+            },
+        },
+        "annotations": {"title": "{token:authorization}"},
+    }
+]
+"""What a server lists that gives headers back."""

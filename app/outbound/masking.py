@@ -1,0 +1,126 @@
+"""Masking: what a server was told in confidence does not come back in what it says.
+
+A secret is found as it stands, escaped in JSON, URL-encoded, and in base64 wherever it begins inside the encoded bytes. All
+forms of all secrets are one automaton (Aho-Corasick): a text is read once, however many there are.
+"""
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from typing import Any
+from urllib.parse import quote, quote_plus
+
+import msgspec
+from ahocorasick_rs import AhoCorasick, Implementation, MatchKind
+
+SECRET_CHARS_MIN = 6
+"""Shorter values (`true`, `en`, `1`) protect nothing, and masking them would garble every answer."""
+
+MASKED = "***"
+
+_ESCAPE = re.compile(r"%[0-9A-F]{2}")
+
+
+PUBLIC_HEADERS = frozenset(
+    "accept accept-charset accept-language cache-control content-language origin pragma referer user-agent".split()
+)
+"""Headers that hold no secrets."""
+
+SCHEMES = frozenset("apikey api-key basic bearer digest dpop key negotiate token".split())
+"""Words before a secret in a header's value."""
+
+KEY_NAME = re.compile(r"auth|code|cred|key|pass|secret|sig|token", re.IGNORECASE)
+"""In the name of what holds a secret, among headers and parameters of URLs that may hold none."""
+
+
+class Mask:
+    """Takes secrets out of texts and of JSON."""
+
+    def __init__(self, secrets: Iterable[str]) -> None:
+        """Those that are shorter than SECRET_CHARS_MIN are none."""
+        self._secrets = {secret for secret in secrets if len(secret) >= SECRET_CHARS_MIN}
+
+    @cached_property
+    def _automaton(self) -> AhoCorasick:
+        """Made when it is first needed. The compact kind: of long secrets another would take a second to build."""
+        forms = sorted({form for secret in self._secrets for form in _forms(secret)})
+        return AhoCorasick(forms, MatchKind.LeftmostLongest, False, Implementation.ContiguousNFA)
+
+    def text(self, text: str) -> str:
+        """A text with a mask in the place of each secret."""
+        if len(text) < SECRET_CHARS_MIN or not self._secrets:
+            return text
+        parts, end = [], 0
+        for _, start, stop in self._automaton.find_matches_as_indexes(text):
+            parts += [text[end:start], MASKED]
+            end = stop
+        return "".join([*parts, text[end:]]) if parts else text
+
+    def json(self, value: Any) -> Any:
+        """A JSON value with masked strings, keys and numbers."""
+        # Secrets are rare: as a rule, one look at the whole value says that there is none.
+        if not self._secrets or not self._automaton.find_matches_as_indexes(msgspec.json.encode(value).decode()):
+            return value
+        return self._within(value)
+
+    def _within(self, value: Any) -> Any:
+        match value:
+            case str():
+                return self.text(value)
+            case dict():
+                return {self.text(str(key)): self._within(inner) for key, inner in value.items()}
+            case list():
+                return [self._within(inner) for inner in value]
+            case int() | float() if (masked := self.text(str(value))) != str(value):
+                return masked
+        return value
+
+
+def secrets_of(headers: Mapping[str, str]) -> Iterator[str]:
+    """The secrets in the values of headers: each whole, without its scheme, and what is inside of a cookie or a password."""
+    for name, value in headers.items():
+        if name.lower() in PUBLIC_HEADERS:
+            continue
+        yield value.strip()
+        scheme, _, rest = value.strip().partition(" ")
+        if scheme.lower() in SCHEMES or KEY_NAME.search(name):
+            yield rest.strip()
+        if scheme.lower() == "basic":
+            yield from _of_basic(rest)
+        if "=" in value:
+            yield from re.findall(r'=\s*"?([^\s;,"]+)', value)
+
+
+def _of_basic(encoded: str) -> Iterator[str]:
+    """User and password, and the password alone."""
+    try:
+        pair = base64.b64decode(encoded).decode()
+    except (binascii.Error, UnicodeDecodeError):
+        return
+    yield pair
+    yield pair.partition(":")[2]
+
+
+def _forms(secret: str) -> Iterator[str]:
+    """What a secret looks like as it stands and encoded."""
+    yield secret
+    for escaped in (msgspec.json.encode(secret).decode(), json.dumps(secret)):
+        yield escaped[1:-1]
+    raw = secret.encode(errors="replace")
+    for encoded in (quote(raw), quote(raw, safe=""), quote_plus(raw)):
+        yield encoded
+        yield _ESCAPE.sub(lambda escape: escape[0].lower(), encoded)
+    for form in _base64_forms(raw):
+        yield form
+        yield form.translate({ord("+"): "-", ord("/"): "_"})
+
+
+def _base64_forms(raw: bytes) -> Iterator[str]:
+    """The whole encoding, and what all encodings have in common in which other bytes precede and follow."""
+    yield base64.b64encode(raw).decode()
+    for before in range(3):
+        encoded = base64.b64encode(bytes(before) + raw).decode()
+        yield encoded[-(-8 * before // 6) : 8 * (before + len(raw)) // 6]
