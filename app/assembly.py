@@ -15,6 +15,8 @@ from app.api import asgi
 from app.domain.sealed import KEY_BYTES, Seal, parse_key
 from app.outbound.catalog import Catalog, load_catalog
 from app.outbound.guard import Guard
+from app.outbound.mcp import ToolPrograms
+from app.outbound.programs import Programs
 from app.outbound.upstream import Upstream
 from app.runs.background import Background
 from app.runs.executor import Executor
@@ -83,6 +85,7 @@ class Core(Struct, frozen=True):
     tasks: Tasks
     background: Background
     guard: Guard
+    programs: ToolPrograms
     worker: Worker
 
 
@@ -95,10 +98,13 @@ async def core(settings: Settings, catalog: Catalog) -> AsyncIterator[tuple[Core
     logs = RedisLogs(settings)
     tasks = Tasks(settings, database, catalog, upstreams, seal)
     guard = Guard.from_settings(settings)
-    background = Background(settings, database, tasks, catalog, seal, guard, logs)
+    programs: ToolPrograms = Programs(settings)
+    background = Background(settings, database, tasks, catalog, seal, guard, programs, logs)
     try:
-        yield Core(database, tasks, background, guard, Worker(settings, database, background, logs)), upstreams
+        worker = Worker(settings, database, background, logs)
+        yield Core(database, tasks, background, guard, programs, worker), upstreams
     finally:
+        await programs.close()
         for upstream in upstreams.values():
             await upstream.close()
         await database.close()
@@ -131,7 +137,7 @@ async def assembled(settings: Settings) -> AsyncIterator[Assembly]:
     """Everything a serving process needs, and its orderly end. Raises SettingsError."""
     async with _catalog(settings) as catalog, core(settings, catalog) as (made, upstreams):
         worker = made.worker
-        executor = Executor(settings, made.database, made.tasks, made.guard, worker.owner)
+        executor = Executor(settings, made.database, made.tasks, made.guard, made.programs, worker.owner)
 
         @asynccontextmanager
         async def lifespan(_: Any) -> AsyncIterator[None]:

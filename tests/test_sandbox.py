@@ -18,7 +18,7 @@ from mcp import Client
 from mcp.client.streamable_http import create_mcp_http_client, streamable_http_client
 from mcp_types import CallToolResult, ImageContent, TextContent
 
-from tests.looking import until
+from tests.looking import processes, until
 from tests.servers import ROOT, START_TIMEOUT_S
 from tests.toolservers import OverHttp, over_stdio, program
 
@@ -76,19 +76,6 @@ async def run(sandbox: OverHttp, code: str, **arguments: Any) -> dict[str, Any]:
 def text(result: CallToolResult) -> str:
     assert isinstance(result.content[0], TextContent)
     return result.content[0].text
-
-
-def processes(marker: str) -> list[str]:
-    """The command lines on this machine that contain a marker."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if marker in line:
-            found.append(line)
-    return found
 
 
 # -- what code can do -------------------------------------------------------------------------------------------------------

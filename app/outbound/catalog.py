@@ -34,7 +34,7 @@ from msgspec import Meta, Struct
 from app.domain.dialect import HOSTED, Dialect
 from app.domain.hosted import HostedRoute, Kind
 from app.errors import NotFound
-from app.outbound.mcp import ToolServer
+from app.outbound.toolserver import Shared, ToolServer
 from app.settings import Settings, SettingsError
 
 ENGINE_PARAMETERS = frozenset(
@@ -94,11 +94,13 @@ class ModelEntry(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ToolServerEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`[tool_servers.NAME]`: an MCP server at a URL, or a program that is started for each run that needs it. The operator
+    """`[tool_servers.NAME]`: an MCP server at a URL, or a program that is started when it is needed, and shared. The operator
     trusts it: REPRISE_OUTBOUND_ALLOW does not apply."""
 
     url: Annotated[str, Meta(pattern="^https?://")] = ""
     command: tuple[str, ...] = ()
+    shared: Shared = "tenant"
+    """Which runs share the program, and with it whatever it remembers between calls: all, a tenant's, or none."""
     environment: dict[str, str] = {}
     headers: dict[str, str] = {}
     authorization: str = ""
@@ -142,6 +144,7 @@ class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
             label=name,
             url=entry.url,
             command=entry.command,
+            shared=entry.shared,
             environment=entry.environment,
             headers=entry.headers,
             authorization=entry.authorization,

@@ -6,7 +6,7 @@
 
 A session is opened when it is first needed, kept for the whole run, and closed with it. Over HTTP it is Streamable HTTP, or
 the older HTTP+SSE where the server refuses the first POST with a 4xx, as the specification says; `command` is a program that
-is spoken to over its standard input and output.
+is spoken to over its standard input and output, and shared with other runs (`programs.py`).
 
 The SDK's contexts are task groups, which must be left by the task that entered them: each session is a task of its own that
 holds them, and callers only put requests into it. A call that was sent is never sent again, neither by us nor by HTTP: when
@@ -18,16 +18,16 @@ Results are taken from under the SDK's models, which would refuse a whole list f
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import httpx2
 import mcp_types
 import msgspec
+import structlog
 from mcp.client.session import ClientSession
 from mcp.client.sse import sse_client
-from mcp.client.stdio import StdioServerParameters, stdio_client
 from mcp.client.streamable_http import streamable_http_client
 from mcp.shared.exceptions import MCPError
 from mcp.shared.inbound import (
@@ -42,11 +42,15 @@ from msgspec import Struct
 from app.outbound.answers import CallResult, Listed, read_result, read_tools
 from app.outbound.guard import Guard, OutboundRefused
 from app.outbound.masking import Mask
+from app.outbound.program import program_streams
+from app.outbound.programs import Programs
 from app.outbound.toolserver import ToolFailure, ToolServer, closed, failure_of, garbled, refused, too_slow
 from app.settings import Settings
 from app.wire.requests import mend_surrogates
 
-__all__ = ["IDEMPOTENCY_KEY", "CallResult", "Listed", "ToolFailure", "ToolServer", "ToolSessions"]
+__all__ = ["IDEMPOTENCY_KEY", "CallResult", "Listed", "ToolFailure", "ToolPrograms", "ToolServer", "ToolSessions"]
+
+log = structlog.get_logger()
 
 CLIENT = mcp_types.Implementation(name="reprise", version="1")
 
@@ -54,7 +58,7 @@ IDEMPOTENCY_KEY = "reprise/idempotencyKey"
 """Where in a call's `_meta` its id stands, so that a careful server can tell a repetition from a new call."""
 
 CLOSE_S = 10.0
-"""How long a session may take to end; longer than the SDK's own steps for a program that does not."""
+"""How long a session may take to end; longer than `program.py` takes for a program that does not."""
 
 GOODBYE_S = 2.0
 """How long a server may take to answer that it has heard of the end of a session."""
@@ -66,11 +70,24 @@ STILL_NO_MCP = frozenset({401, 403, 407, 408, 429})
 class ToolSessions:
     """The sessions of one run. Methods may be called by several tasks at once."""
 
-    def __init__(self, guard: Guard, settings: Settings, mask: Mask) -> None:
-        """`mask` takes out of answers what the run's servers were told in confidence."""
+    def __init__(
+        self,
+        guard: Guard,
+        settings: Settings,
+        mask: Mask,
+        programs: "ToolPrograms | None" = None,
+        *,
+        tenant: str = "",
+    ) -> None:
+        """`mask` takes out of answers what the run's servers were told in confidence. Without `programs` to share it has its
+        own, which end with it."""
         self._guard = guard
         self._settings = settings
         self._mask = mask
+        self._programs: ToolPrograms = programs or Programs(settings)
+        self._own_programs = programs is None
+        self._tenant = tenant
+        self._requests: set[asyncio.Task[dict[str, Any]]] = set()
         self._current: dict[bytes, _Session] = {}
         self._all: list[_Session] = []
         self._closed = False
@@ -103,7 +120,9 @@ class ToolSessions:
             async with asyncio.timeout(timeout_s):
                 while cursor not in cursors:
                     cursors.add(cursor)
-                    page = await session.request("tools/list", {"cursor": cursor} if cursor else {}, timeout_s)
+                    page = await self._request(
+                        session, server, "tools/list", {"cursor": cursor} if cursor else {}, timeout_s
+                    )
                     for tool in read_tools(self._mask.json(page)):
                         found.setdefault(tool.name, tool)
                     if len(found) > self._settings.tools_listed_max:
@@ -122,7 +141,7 @@ class ToolSessions:
     async def _call(self, server: ToolServer, name: str, arguments: dict[str, Any], call_id: str) -> CallResult:
         session = await self._session(server)
         parameters = {"name": name, "arguments": arguments, "_meta": {IDEMPOTENCY_KEY: call_id}}
-        result = await session.request("tools/call", parameters, self._settings.tool_call_timeout_s)
+        result = await self._request(session, server, "tools/call", parameters, self._settings.tool_call_timeout_s)
         if result.get("resultType", "complete") != "complete":
             raise ToolFailure(
                 "mcp_protocol_error",
@@ -134,6 +153,9 @@ class ToolSessions:
     async def close(self) -> None:
         """End all sessions, whatever they are doing; later calls fail."""
         self._closed = True
+        for request in self._requests:
+            request.cancel()
+        self._programs.release(self)
         sessions, self._all, self._current = self._all, [], {}
         tasks = [session.leave() for session in sessions]
         try:
@@ -145,6 +167,8 @@ class ToolSessions:
                 task.cancel()
             if late:
                 await asyncio.wait(late)
+            if self._own_programs:
+                await self._programs.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -156,12 +180,37 @@ class ToolSessions:
         """The open session of a server; a new one where there is none, or where the old one has ended."""
         if self._closed:
             raise closed(server)
-        session = self._current.get(server.key)
-        if session is None or session.over:
-            session = self._current[server.key] = _Session(server, self._guard, self._settings)
-            self._all.append(session)
+        if server.command:
+            session = await self._programs.lend(server, self, self._tenant, self._open)
+        else:
+            session = self._of_run(server)
         await session.until_open()
         return session
+
+    def _of_run(self, server: ToolServer) -> "_Session":
+        session = self._current.get(server.key)
+        if session is None or session.over:
+            session = self._current[server.key] = self._open(server)
+            self._all.append(session)
+        return session
+
+    def _open(self, server: ToolServer) -> "_Session":
+        return _Session(server, self._guard, self._settings)
+
+    async def _request(
+        self, session: "_Session", server: ToolServer, method: str, parameters: Mapping[str, Any], timeout_s: float
+    ) -> dict[str, Any]:
+        """A request that ends with the run, though the session may go on. Raises ToolFailure."""
+        request = asyncio.ensure_future(session.request(method, parameters, timeout_s))
+        self._requests.add(request)
+        request.add_done_callback(self._requests.discard)
+        try:
+            return await request
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if caller is None or caller.cancelling():
+                raise
+            raise closed(server) from None
 
 
 class _Session:
@@ -174,7 +223,10 @@ class _Session:
         self._failure: ToolFailure | None = None
         self._opened = asyncio.Event()
         self._leaving = False
-        self._requests = 0
+        self._requests = self._answers = 0
+        self._asked: set[str | int] = set()
+        """Ids of requests that wait for their answers."""
+        self._doubt: asyncio.Task[None] | None = None
         self._version = ""
         """The protocol's, where every request must say it."""
         self.forgotten = False
@@ -205,17 +257,40 @@ class _Session:
         assert self._dispatcher is not None
         self._requests += 1
         request_id = f"r{self._requests}"  # The SDK's own are numbers.
+        answers = self._answers
+        self._asked.add(request_id)
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._dispatcher.send_raw_request(
+                result = await self._dispatcher.send_raw_request(
                     method,
                     self._stamped(parameters),
                     {"request_id": request_id, "headers": self._routing(method, parameters)},
                 )
+            self._answers += 1
+            return result  # noqa: TRY300 the answer counts, whether good or bad
         except TimeoutError:
+            if self._server.command and answers == self._answers and self._doubt is None:
+                self._doubt = asyncio.create_task(self._end_if_hung())
             raise too_slow(self._server, method, timeout_s) from None
         except MCPError as error:
+            self._answers += 1
             raise self._wire.failures.pop(request_id, None) or failure_of(error, self._server) from None
+        finally:
+            self._asked.discard(request_id)
+
+    async def _end_if_hung(self) -> None:
+        """A program that has answered nothing for the whole of a request, and does not answer now, is no use to anybody."""
+        assert self._dispatcher is not None
+        try:
+            async with asyncio.timeout(self._settings.tool_connect_timeout_s):
+                await self._dispatcher.send_raw_request("ping", self._stamped({}), {"cancel_on_abandon": False})
+        except TimeoutError:
+            log.warning("A tool server's program hangs.", action="tool_program_hung", label=self._server.label)
+            self.leave()
+        except MCPError:
+            pass  # that is an answer, or its end
+        finally:
+            self._doubt = None
 
     def _stamped(self, parameters: Mapping[str, Any]) -> Mapping[str, Any]:
         """Parameters with what a protocol without handshakes wants to have in each request."""
@@ -235,6 +310,10 @@ class _Session:
         named = {MCP_NAME_HEADER: encode_header_value(parameters["name"])} if "name" in parameters else {}
         return {MCP_PROTOCOL_VERSION_HEADER: self._version, MCP_METHOD_HEADER: method, **named}
 
+    def when_ended(self, then: Callable[[], None]) -> None:
+        """Call `then` when nothing of it is left."""
+        self._task.add_done_callback(lambda _: then())
+
     def leave(self) -> asyncio.Task[None]:
         """Say goodbye; gives the task that does."""
         self._leaving = True
@@ -247,13 +326,15 @@ class _Session:
     async def _run(self) -> None:
         try:
             if self._server.command:
-                await self._hold(_program(self._server))
+                await self._hold(self._program())
             else:
                 await self._hold_http()
         except Exception as error:  # noqa: BLE001 - whatever it is, callers hear of it
             self._failure = failure_of(error, self._server)
         finally:
             self._opened.set()
+            if self._doubt is not None:
+                self._doubt.cancel()
 
     async def _hold_http(self) -> None:
         """Streamable HTTP, or HTTP+SSE where its first POST is refused with a 4xx."""
@@ -311,6 +392,23 @@ class _Session:
     def _two_streams(self) -> AbstractAsyncContextManager[Any]:
         return sse_client(self._server.url, httpx_client_factory=self._client)
 
+    def _program(self) -> AbstractAsyncContextManager[Any]:
+        """The streams of a program that is started for this session."""
+        if not self._server.trusted:
+            raise OutboundRefused(self._server.label, "only the operator's catalog starts programs")
+
+        def too_long(request_id: str | int) -> None:
+            if request_id in self._asked and self._wire.dispatcher is not None:
+                self._wire.failures[request_id] = self._wire.too_long()
+                self._wire.dispatcher.abandon(request_id)
+
+        return program_streams(
+            self._server,
+            line_bytes_max=self._settings.tool_answer_bytes_max,
+            too_long=too_long,
+            greeted=self._opened.is_set,
+        )
+
     def _client(self, *_: object, **__: object) -> httpx2.AsyncClient:
         """An HTTP client; how long an answer may take is said by each request's deadline."""
         timeout_s = self._settings.tool_connect_timeout_s
@@ -320,6 +418,10 @@ class _Session:
             timeout=httpx2.Timeout(timeout_s, read=None),
             trust_env=False,
         )
+
+
+ToolPrograms: TypeAlias = Programs[_Session]
+"""The programs that the runs of a process share."""
 
 
 class _Dispatcher(JSONRPCDispatcher):
@@ -470,17 +572,6 @@ class _Mended(httpx2.AsyncByteStream):
 
     async def aclose(self) -> None:
         await self._body.aclose()
-
-
-@contextlib.asynccontextmanager
-async def _program(server: ToolServer) -> AsyncIterator[Any]:
-    """The streams of a program that is started for this session."""
-    if not server.trusted:
-        raise OutboundRefused(server.label, "only the operator's catalog starts programs")
-    program, *arguments = server.command
-    parameters = StdioServerParameters(command=program, args=arguments, env=dict(server.environment))
-    async with stdio_client(parameters) as streams:
-        yield streams
 
 
 def _may_be_another_time(failure: ToolFailure) -> bool:

@@ -40,6 +40,10 @@ VALUE = re.compile(r"[\t\x20-\x7e]*")
 """What a header may be made of."""
 
 
+Shared = Literal["all", "tenant", "run"]
+"""Which runs share a program of a server: all, those of one tenant, or none."""
+
+
 class ToolServer(Struct, frozen=True):
     """Where a tool server is, and what it wants to hear."""
 
@@ -50,6 +54,7 @@ class ToolServer(Struct, frozen=True):
     headers: Mapping[str, str] = {}
     authorization: str = ""  # a bearer token, unless it names a scheme
     trusted: bool = False  # the operator's own: no guard
+    shared: Shared = "tenant"  # who shares a program
 
     def __repr__(self) -> str:
         return f"ToolServer({self.label!r})"
@@ -157,6 +162,13 @@ def closed(server: ToolServer) -> ToolFailure:
     """Its session has ended."""
     return ToolFailure(
         "mcp_protocol_error", mcp_types.CONNECTION_CLOSED, f"The session with the tool server '{server.label}' is over."
+    )
+
+
+def busy(server: ToolServer, programs_max: int) -> ToolFailure:
+    """No program of its could be had in time."""
+    return ToolFailure(
+        "http_error", 503, f"All {programs_max} programs of the tool server '{server.label}' are in use."
     )
 
 

@@ -31,6 +31,7 @@ from app.errors import (
 from app.ids import new_id
 from app.outbound.catalog import Catalog
 from app.outbound.guard import Guard
+from app.outbound.mcp import ToolPrograms
 from app.runs.executor import Caller
 from app.runs.loop import Loop
 from app.runs.recorder import Recorder
@@ -140,9 +141,11 @@ class Background:
         catalog: Catalog,
         seal: Seal,
         guard: Guard,
+        programs: ToolPrograms,
         logs: RedisLogs,
     ) -> None:
-        self._settings, self._database, self._tasks, self._guard = settings, database, tasks, guard
+        self._settings, self._database, self._tasks = settings, database, tasks
+        self._guard, self._programs = guard, programs
         self._catalog, self._seal, self._logs = catalog, seal, logs
         self._looks: dict[str, asyncio.Future[Kept]] = {}
         self._released = False
@@ -405,7 +408,7 @@ class Background:
             return Outcome("failed", error=error)
         # An index that a lost event may have used is not used again.
         index = recovered.next_output_index + (1 if skip else 0)
-        work.tools = Tools(task, self._guard, self._settings)
+        work.tools = Tools(task, self._guard, self._programs, self._settings)
         loop = Loop(
             task,
             recorder,

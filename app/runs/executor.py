@@ -16,6 +16,7 @@ from app.domain.lifecycle import NO_USAGE, Outcome, close_response, open_respons
 from app.errors import ApiError, DatabaseUnavailable, ServerError, TooManyRequests
 from app.ids import new_id
 from app.outbound.guard import Guard
+from app.outbound.mcp import ToolPrograms
 from app.outbound.upstream import ChunkStream
 from app.runs.loop import Loop, drop_opening
 from app.runs.recorder import Recorder
@@ -74,9 +75,17 @@ class Run:
 class Executor:
     """Every foreground run of this process."""
 
-    def __init__(self, settings: Settings, database: Database, tasks: Tasks, guard: Guard, owner: Owner) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        tasks: Tasks,
+        guard: Guard,
+        programs: ToolPrograms,
+        owner: Owner,
+    ) -> None:
         self._settings, self._database, self._tasks, self._owner = settings, database, tasks, owner
-        self._guard = guard
+        self._guard, self._programs = guard, programs
         self._runs: set[Run] = set()
         self._closing = False
 
@@ -138,7 +147,7 @@ class Executor:
 
     async def _run(self, run: Run) -> None:
         """Make the response, and then take leave of its tool servers: nobody waits for that."""
-        tools = Tools(run.work, self._guard, self._settings)
+        tools = Tools(run.work, self._guard, self._programs, self._settings)
         structlog.contextvars.bind_contextvars(response_id=run.response.id, tenant_id=run.tenant_id)
         try:
             await self._make(run, tools)

@@ -25,7 +25,7 @@ from app.domain.toolbox import ByHost, Run
 from app.ids import NewId, new_id
 from app.outbound.guard import Guard
 from app.outbound.masking import Mask
-from app.outbound.mcp import Listed, ToolFailure, ToolServer, ToolSessions
+from app.outbound.mcp import Listed, ToolFailure, ToolPrograms, ToolServer, ToolSessions
 from app.runs.task import Task
 from app.settings import Settings
 from app.wire.items import CallError, McpCall
@@ -40,10 +40,10 @@ UNAVAILABLE = -32601
 class Tools:
     """The tools that this server runs for one response; `close` it."""
 
-    def __init__(self, task: Task, guard: Guard, settings: Settings) -> None:
+    def __init__(self, task: Task, guard: Guard, programs: ToolPrograms, settings: Settings) -> None:
         servers = (*task.servers.values(), *task.tool_servers.values())
         mask = Mask(secret for server in servers for secret in server.secrets)
-        self._task, self._sessions = task, ToolSessions(guard, settings, mask)
+        self._task, self._sessions = task, ToolSessions(guard, settings, mask, programs, tenant=task.tenant_id)
         self._places = asyncio.Semaphore(settings.tool_calls_at_once_max)
         used = [container for item in task.context.items if (container := container_of(item))]
         self._container = used[-1] if used else new_id("cntr")

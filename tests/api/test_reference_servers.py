@@ -14,10 +14,12 @@ base_url = "{upstream}"
 
 [tool_servers.sandbox]
 command = ["{python}", "-m", "app.toolservers.sandbox"]
+shared = "all"
 environment = {{ PYTHONPATH = "{root}" }}
 
 [tool_servers.files]
 command = ["{python}", "-m", "app.toolservers.files"]
+shared = "all"
 environment = {{ PYTHONPATH = "{root}", DATABASE_URL = "{database}" }}
 
 [hosted.code_interpreter]

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import os
 import re
 import threading
 import time
@@ -262,6 +263,8 @@ class Script:
                 session.asked[question["id"]] = answer = asyncio.get_running_loop().create_future()
                 await send(question)
                 return texts(json.dumps(await answer, sort_keys=True))
+            case "process":
+                return texts(json.dumps({"pid": os.getpid(), "calls": len(self.calls)}))
             case "notify":
                 await send({"jsonrpc": "2.0", "method": "notifications/tools/list_changed"})
                 return texts("notified")
@@ -343,6 +346,7 @@ def _tools() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "headers", {"description": "Gives the request's headers back.", "inputSchema": ANYTHING}
     yield "ask", {"description": "Asks the client `method` and gives its answer back.", "inputSchema": ANYTHING}
     yield "notify", {"description": "Says that the list of tools has changed.", "inputSchema": ANYTHING}
+    yield "process", {"description": "Gives its process and how many calls that had.", "inputSchema": ANYTHING}
     yield "fail", {"description": "Says that it failed: `text`.", "inputSchema": ANYTHING}
     yield "say", {"description": "Answers with `content`, and `more`.", "inputSchema": ANYTHING}
     yield (
