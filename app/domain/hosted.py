@@ -10,6 +10,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
+from app.errors import UnsupportedParameter
 from app.wire.decoding import Json
 from app.wire.tools import FunctionTool, HostedTool
 
@@ -45,6 +46,22 @@ def container_named(declaration: Json) -> str:
     environment = declaration.get("environment")
     named = environment.get("container_id") if isinstance(environment, dict) else declaration.get("container")
     return named if isinstance(named, str) else ""
+
+
+def names_data(declaration: Json) -> bool:
+    """Whether a declaration names what the answer is to come from: vector stores, files, or a container that there is."""
+    holders = (declaration, declaration.get("container"), declaration.get("environment"))
+    return bool(container_named(declaration)) or any(
+        isinstance(one, dict) and bool(one.get("vector_store_ids") or one.get("file_ids")) for one in holders
+    )
+
+
+def missing_server(type_: str, param: str) -> UnsupportedParameter:
+    """The 400 for a hosted tool without a tool server; it names what the operator has to configure."""
+    kind = KINDS.get(type_, type_)
+    return UnsupportedParameter(
+        f"No server is configured for tools of type '{type_}': the catalog has no [hosted.{kind}].", param=param
+    )
 
 
 def _function(name: str, description: str, **parameters: Json) -> FunctionTool:

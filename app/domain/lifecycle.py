@@ -5,6 +5,7 @@
 `completed_at` is set only on completed ones. Storage's conditional updates allow exactly these moves.
 """
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 from msgspec import UNSET, Struct
@@ -23,7 +24,7 @@ from app.wire.resources import (
     TextEcho,
     Usage,
 )
-from app.wire.tools import encode_tools
+from app.wire.tools import AnyTool, HostedTool, encode_tools
 
 NEXT: dict[Status, frozenset[Status]] = {
     "queued": frozenset({"in_progress", "failed", "cancelled"}),
@@ -55,8 +56,9 @@ def outcome_of(finish_reason: str | None) -> Outcome:
     return Outcome("completed")
 
 
-def open_response(request: CreateResponse, *, id: str, created_at: int) -> Response:
-    """The response of a request at its beginning: every parameter echoed, with its default filled in."""
+def open_response(request: CreateResponse, *, id: str, created_at: int, left_out: Collection[str] = ()) -> Response:
+    """The response of a request at its beginning: every parameter echoed, with its default filled in; but for hosted tools
+    of the types that are `left_out` of what the model sees."""
     body = request.body
     text = body.text or TextConfig()
     given: dict[str, Any] = {
@@ -88,9 +90,13 @@ def open_response(request: CreateResponse, *, id: str, created_at: int) -> Respo
         reasoning=_reasoning_echo(body.reasoning),
         text=TextEcho(format=_format_echo(text.format), verbosity=text.verbosity or UNSET),
         tool_choice=request.tool_choice,
-        tools=encode_tools(request.tools),
+        tools=encode_tools([tool for tool in request.tools if not _is_hosted(tool, left_out)]),
         **{name: value for name, value in given.items() if value is not None},
     )
+
+
+def _is_hosted(tool: AnyTool, types: Collection[str]) -> bool:
+    return isinstance(tool, HostedTool) and tool.type in types
 
 
 def _format_echo(given: AnyFormat | None) -> AnyFormat:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from msgspec import UNSET, Struct
 
-from app.domain.hosted import KINDS, SEEN, Kind, kind_of, owner_of
+from app.domain.hosted import KINDS, SEEN, Kind, kind_of, missing_server, owner_of
 from app.errors import InvalidParameter, UnsupportedParameter
 from app.wire.decoding import Json
 from app.wire.tools import (
@@ -310,7 +310,7 @@ def _chosen(
     if named.type in {"function", "custom"}:
         raise InvalidParameter(f"Tool choice '{named.name}' not found in 'tools' parameter.", param=at)
     if named.type in left_out or named.type in KINDS:
-        raise UnsupportedParameter(f"No server is configured for tools of type '{named.type}'.", param=at)
+        raise missing_server(named.type, at)
     raise UnsupportedParameter(f"Tool choice of type '{named.type}' is not supported by this server.", param=at)
 
 

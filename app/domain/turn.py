@@ -17,10 +17,7 @@ from app.domain.toolbox import Ask, HandOver, Refuse, Run, Toolbox
 from app.ids import NewId
 from app.wire.chat import CallDelta, ChatUsage, Choice, Chunk, CustomDelta, Delta, FunctionDelta
 from app.wire.events import Event
-from app.wire.items import ItemStatus
-
-CALL_ID_CHARS_MAX = 64
-"""The API takes no longer call ids."""
+from app.wire.items import CALL_ID_CHARS_MAX, ItemStatus
 
 
 class OwnCall(Struct, frozen=True):

@@ -115,8 +115,9 @@ class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
     default: str = ""
     tool_servers: dict[str, ToolServerEntry] = {}
     hosted: dict[Kind, HostedRoute] = {}
-    refuse_missing_tools: bool = False
-    """A hosted tool that nothing stands behind is a 400 instead of being left out of what the model sees."""
+    refuse_missing_tools: bool | None = None
+    """Whether a hosted tool without a `[hosted]` entry is a 400, or left out of what the model sees. Absent: it is left out
+    where it is a mere offer, and a 400 where the answer depends on it."""
 
     def routes(self, model: str) -> list[Route]:
         """The ways to a model, best first. Raises NotFound."""

@@ -155,7 +155,10 @@ class Background:
     async def enqueue(self, caller: Caller, request: CreateResponse, raw: bytes) -> Enqueued:
         """Store a response with its place in the queue, in one commit. Raises ApiError."""
         work = await self._tasks.prepare(caller.tenant_id, caller.key, request)
-        response = open_response(request, id=new_id("resp"), created_at=int(time.time()))
+        work.refuse_unanswerable()
+        response = open_response(
+            request, id=new_id("resp"), created_at=int(time.time()), left_out=work.context.toolbox.left_out
+        )
         entries = [
             encode_event(Created(response=response)),
             encode_event(QueuedEvent(response=response, sequence_number=1)),

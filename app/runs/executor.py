@@ -96,7 +96,9 @@ class Executor:
         if len(self._runs) >= self._settings.foreground_runs_max:
             raise TooManyRequests("Too many responses are being made; please try again.", headers={"Retry-After": "1"})
         work = await self._tasks.prepare(caller.tenant_id, caller.key, request)
-        response = open_response(request, id=new_id("resp"), created_at=int(time.time()))
+        response = open_response(
+            request, id=new_id("resp"), created_at=int(time.time()), left_out=work.context.toolbox.left_out
+        )
         run = Run(caller.tenant_id, response, work)
         self._runs.add(run)
         run.task = asyncio.create_task(self._run(run), name=response.id)

@@ -8,7 +8,8 @@ from msgspec.structs import replace
 
 from app.domain.context import Context, Unseal, answered_requests, check_parent, references, resolve, restore
 from app.domain.groups import Manner
-from app.domain.hosted import HostedRoute, Kind, kind_of
+from app.domain.hosted import HostedRoute, Kind, kind_of, missing_server, names_data
+from app.domain.prompt import chat_request
 from app.domain.sealed import Seal
 from app.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
 from app.ids import new_id
@@ -40,6 +41,11 @@ class Task(Struct, frozen=True):
     hosted: Mapping[Kind, HostedRoute]
     tool_servers: Mapping[str, ToolServer]
     """The operator's, by name."""
+
+    def refuse_unanswerable(self) -> None:
+        """Raises UnsupportedParameter for what the first upstream can't be asked: before a run is queued for it."""
+        upstream, route = self.routes[0]
+        chat_request(self.request, self.context, model=route.model, dialect=upstream.dialect, unseal=self.unseal)
 
     @property
     def begins_with_upstream(self) -> bool:
@@ -163,21 +169,26 @@ class Tasks:
                 raise InvalidParameter(f"With '{at}' MCP servers are told more than {most} bytes.", param=at)
 
     def _refuse_hosted(self, request: CreateResponse) -> None:
-        """A hosted tool must hear of what restricts it; and where the catalog says so, something must stand behind it."""
+        """A hosted tool must hear of what restricts it; and one that the answer depends on needs a tool server."""
         for index, tool in enumerate(request.tools):
             if not isinstance(tool, HostedTool):
                 continue
             kind = kind_of(tool)
             route = self._catalog.hosted.get(kind) if kind else None
-            if route is None and self._catalog.refuse_missing_tools:
-                raise UnsupportedParameter(
-                    f"No server is configured for tools of type '{tool.type}'.", param=f"tools[{index}].type"
-                )
+            if route is None and self._depends_on(tool, request):
+                raise missing_server(tool.type, f"tools[{index}].type")
             if route and (key := route.drops(tool.fields)):
                 raise UnsupportedParameter(
                     f"'{key}' of tools of type '{tool.type}' is not supported by this server.",
                     param=f"tools[{index}].{key}",
                 )
+
+    def _depends_on(self, tool: HostedTool, request: CreateResponse) -> bool:
+        """Whether a hosted tool that has no tool server is a refusal, and not an offer to be left out."""
+        if self._catalog.refuse_missing_tools is not None:
+            return self._catalog.refuse_missing_tools
+        is_last = all(isinstance(one, HostedTool) and kind_of(one) not in self._catalog.hosted for one in request.tools)
+        return is_last or names_data(tool.fields)
 
     def _routes(self, request: CreateResponse) -> list[tuple[Upstream, Route]]:
         return [(self._upstreams[route.upstream], route) for route in self._catalog.routes(request.model)]

@@ -22,6 +22,8 @@ ItemStatus = Literal[
     "in_progress", "completed", "incomplete", "failed", "calling", "searching", "interpreting", "generating"
 ]
 Detail = Literal["low", "high", "auto", "original"]
+CALL_ID_CHARS_MAX = 64
+"""The API takes no longer call ids."""
 
 
 class Part(Struct, tag_field="type", kw_only=True, forbid_unknown_fields=True):
@@ -277,6 +279,8 @@ CARRIED = frozenset(
 )
 """Types of `OpaqueItem`: histories of other servers hold them."""
 
+PHASES = frozenset({"commentary", "final_answer"})
+
 ID_CHARS_MAX = 512
 """Longer ids do not fit into an index; those of other servers are some hundred characters long."""
 
@@ -327,17 +331,24 @@ def decode_item(raw: bytes | Raw, at: str = "") -> AnyItem:
             f"Invalid value for '{at}.id': expected at most {ID_CHARS_MAX} characters, none of them NUL.",
             param=f"{at}.id",
         )
+    call_id = getattr(item, "call_id", None)
+    if call_id is not None and not 0 < len(call_id) <= CALL_ID_CHARS_MAX:
+        raise InvalidParameter(
+            f"Invalid value for '{at}.call_id': expected 1 to {CALL_ID_CHARS_MAX} characters.", param=f"{at}.call_id"
+        )
+    if isinstance(item, Message) and item.phase and item.phase not in PHASES:
+        raise InvalidParameter(f"Invalid value for '{at}.phase': '{item.phase}'.", param=f"{at}.phase")
     return item
 
 
 def decode_stored_item(raw: bytes | Raw) -> AnyItem:
     """An item that a server has stored, perhaps one of a newer version: keys that are unknown here are left out."""
     try:
-        return decode_item(raw)
+        return _decode_item(raw, "")
     except InvalidRequest:
         fields = _OPAQUE.decode(raw)
         if decoder := _DECODERS.get(str(fields.get("type", "message"))):
-            return decode_item(msgspec.json.encode(without_unknown(fields, decoder.type)))
+            return _decode_item(msgspec.json.encode(without_unknown(fields, decoder.type)), "")
         return OpaqueItem(id=str(fields.get("id") or ""), type=str(fields.get("type")), fields=fields)
 
 

@@ -67,7 +67,7 @@ class ReasoningConfig(Struct, forbid_unknown_fields=True):
     effort: Effort | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
     generate_summary: Literal["auto", "concise", "detailed"] | UnsetType | None = UNSET
-    context: str | UnsetType | None = UNSET
+    context: Literal["auto", "current_turn", "all_turns"] | UnsetType | None = UNSET
     mode: str | UnsetType | None = UNSET
 
 
@@ -77,13 +77,13 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
 
 class PromptCacheOptions(Struct, omit_defaults=True, forbid_unknown_fields=True):
     mode: Literal["implicit", "explicit"] | None = None
-    ttl: str | None = None
+    ttl: Literal["30m", "12h"] | None = None
     prewarm: bool | None = None
     comparison_response_id: str | None = None
 
 
 class Image(Struct, forbid_unknown_fields=True):
-    context_compression: str | None = None
+    context_compression: Literal["auto", "enabled", "disabled"] | None = None
 
 
 class AccessPrograms(Struct, forbid_unknown_fields=True):

@@ -8,8 +8,8 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType, field
 
 from app.errors import InvalidParameter, UnsupportedParameter
 from app.wire.decoding import Json, decode, missing
+from app.wire.hosted_tools import HOSTED, Caller, decode_declaration
 
-Caller = Literal["direct", "programmatic"]
 ToolName = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[a-zA-Z0-9_-]+$")]
 
 
@@ -107,14 +107,6 @@ class HostedTool(Struct):
 
 AnyTool = FunctionTool | CustomTool | NamespaceTool | McpTool | HostedTool
 
-HOSTED = frozenset(
-    "web_search web_search_2025_08_26 web_search_preview web_search_preview_2025_03_11 file_search code_interpreter "
-    "image_generation tool_search programmatic_tool_calling computer computer_use_preview local_shell shell "
-    "apply_patch".split()
-)
-"""Types of `HostedTool` that the API knows."""
-
-
 NAMED = frozenset({"function", "custom", "namespace"})
 """Types of tools whose `name` is required."""
 
@@ -131,7 +123,6 @@ _DECODERS: dict[str, msgspec.json.Decoder[Any]] = {
     "namespace": msgspec.json.Decoder(NamespaceTool),
     "mcp": msgspec.json.Decoder(McpTool),
 }
-_HOSTED = msgspec.json.Decoder(Json)
 
 
 def decode_tools(raws: list[Raw], at: str = "tools") -> list[AnyTool]:
@@ -150,7 +141,7 @@ def _decode_tool(raw: Raw, at: str) -> AnyTool:
             _refuse_elsewhere(tool, at)
         return tool
     if type_ in HOSTED:
-        return HostedTool(type_, decode(_HOSTED, raw, at))
+        return HostedTool(type_, decode_declaration(type_, raw, at))
     known = ", ".join(f"'{name}'" for name in [*_DECODERS, *sorted(HOSTED)])
     raise InvalidParameter(f"Invalid value: '{type_}'. Supported values are: {known}.", param=f"{at}.type")
 

@@ -301,9 +301,12 @@ def test_what_an_upstream_lacks_is_left_out_where_nothing_is_lost(cataloged, sai
     ],
     ids=str,
 )
-def test_what_an_upstream_lacks_is_refused_where_the_client_depends_on_it(cataloged, upstream, said, given, param):
+@pytest.mark.parametrize("background", [False, True])
+def test_what_an_upstream_lacks_is_refused_at_once_where_the_client_depends_on_it(
+    cataloged, upstream, said, given, param, background
+):
     with pytest.raises(openai.BadRequestError) as refused:
-        cataloged.responses.create(model="poor@x", input=said, **given)
+        cataloged.responses.create(model="poor@x", input=said, background=background, **given)
     assert (refused.value.code, refused.value.param) == ("unsupported_parameter", param)
     assert upstream.asked(said) == []
 

@@ -338,9 +338,63 @@ def test_a_catalog_may_refuse_what_it_lacks(new_server, catalog_file, upstream):
 
 @pytest.mark.parametrize("background", [False, True])
 def test_what_is_left_out_is_said_in_a_header(client, background):
-    tools = [{"type": "web_search"}, {"type": "code_interpreter", "container": {"type": "auto"}}]
+    tools = [
+        {"type": "web_search"},
+        {"type": "code_interpreter", "container": {"type": "auto"}},
+        {"type": "function", "name": "f", "parameters": {}},
+    ]
     reply = client.responses.with_raw_response.create(model="m", input="x", tools=tools, background=background)
     assert reply.headers["x-reprise-left-out-tools"] == "web_search, code_interpreter"
+    assert [tool.type for tool in reply.parse().tools] == ["function"]
+
+
+FUNCTION = {"type": "function", "name": "f", "parameters": {}}
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize(
+    ("given", "param", "entry"),
+    [
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type", "web_search"),
+        ({"tools": [{"type": "web_search_preview"}, {"type": "image_generation"}]}, "tools[0].type", "web_search"),
+        (
+            {"tools": [FUNCTION, {"type": "file_search", "vector_store_ids": ["vs_1"]}]},
+            "tools[1].type",
+            "file_search",
+        ),
+        (
+            {"tools": [FUNCTION, {"type": "code_interpreter", "container": "cntr_1"}]},
+            "tools[1].type",
+            "code_interpreter",
+        ),
+        (
+            {"tools": [FUNCTION, {"type": "code_interpreter", "container": {"type": "auto", "file_ids": ["file_1"]}}]},
+            "tools[1].type",
+            "code_interpreter",
+        ),
+        (
+            {"tools": [FUNCTION, {"type": "web_search"}], "tool_choice": {"type": "web_search"}},
+            "tool_choice",
+            "web_search",
+        ),
+    ],
+)
+def test_a_hosted_tool_that_the_answer_depends_on_is_refused_with_what_to_configure(
+    client, given, param, entry, background
+):
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.responses.create(model="m", input="x", background=background, **given)
+    assert (refused.value.param, refused.value.code) == (param, "unsupported_parameter")
+    assert f"[hosted.{entry}]" in refused.value.message
+
+
+def test_a_catalog_may_leave_out_whatever_it_lacks(new_server, catalog_file, upstream):
+    catalog = catalog_file(f'refuse_missing_tools = false\n[upstreams.up]\nbase_url = "{upstream.base_url}"\n')
+    with new_server(REPRISE_CATALOG=catalog).client() as client:
+        tools = [{"type": "file_search", "vector_store_ids": ["vs_1"]}]
+        reply = client.responses.with_raw_response.create(model="m", input="x", tools=tools)
+    assert reply.headers["x-reprise-left-out-tools"] == "file_search"
+    assert reply.parse().tools == []
 
 
 @pytest.mark.parametrize("mode", ["required", {"type": "web_search_preview"}])

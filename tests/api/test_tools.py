@@ -495,7 +495,7 @@ def test_hosted_tools_are_left_out_and_the_reply_says_so(http, said, heard, stre
     assert reply.headers[LEFT_OUT] == "web_search, tool_search, image_generation"
     assert [tool["function"]["name"] for tool in heard()["tools"]] == ["get_time"]
     made = events_of(reply)[-1]["response"] if stream else reply.json()
-    assert made["tools"][:3] == hosted
+    assert [tool["type"] for tool in made["tools"]] == ["function"]
 
 
 def test_a_reply_with_every_tool_has_no_such_header(http, said):

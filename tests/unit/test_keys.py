@@ -13,7 +13,7 @@ from openai.types.responses import response_create_params, response_input_param,
 from typing_extensions import is_typeddict
 
 from app.errors import InvalidRequest
-from app.wire import items, requests, tools
+from app.wire import hosted_tools, items, requests, tools
 from app.wire.keys import suggestion, without_unknown
 from tests.unit.build import request
 
@@ -165,3 +165,49 @@ def test_unknown_keys_are_left_out_at_every_depth_and_free_objects_stay_whole():
 )
 def test_a_suggestion_comes_from_the_object_that_the_path_leads_to(path: str, name: str, meant: str | None):
     assert suggestion(_Outer, path, name) == meant
+
+
+DECLARED = [
+    ({"type": "web_search", "serch_context_size": "low"}, "tools[0].serch_context_size", "unknown_parameter"),
+    ({"type": "web_search", "search_context_size": "huge"}, "tools[0].search_context_size", "invalid_value"),
+    ({"type": "web_search", "filters": {"allowed": []}}, "tools[0].filters.allowed", "unknown_parameter"),
+    ({"type": "file_search"}, "tools[0].vector_store_ids", "missing_required_parameter"),
+    (
+        {"type": "file_search", "vector_store_ids": ["a"], "max_num_results": 51},
+        "tools[0].max_num_results",
+        "invalid_value",
+    ),
+    ({"type": "code_interpreter", "container": 7}, "tools[0].container", "invalid_type"),
+    ({"type": "image_generation", "partial_images": 4}, "tools[0].partial_images", "invalid_value"),
+    ({"type": "shell", "environment": {"type": "moon"}}, "tools[0].environment.type", "invalid_value"),
+]
+
+
+@pytest.mark.parametrize(("tool", "param", "code"), DECLARED, ids=[param for _, param, _ in DECLARED])
+def test_declarations_of_hosted_tools_are_checked(tool: dict[str, Any], param: str, code: str):
+    with pytest.raises(InvalidRequest) as caught:
+        request(tools=[tool])
+    assert (caught.value.param, caught.value.code) == (param, code)
+
+
+def test_every_key_that_the_sdk_knows_of_a_hosted_tool_is_taken():
+    for type_ in hosted_tools.HOSTED:
+        known = {key.rstrip("_") for key in KNOWN[type_]}
+        assert known <= set(hosted_tools._DECLARATIONS[type_].__struct_encode_fields__), type_
+
+
+ODD = [
+    ({"reasoning": {"context": "some"}}, "reasoning.context"),
+    ({"prompt_cache_options": {"ttl": "1h"}}, "prompt_cache_options.ttl"),
+    ({"image": {"context_compression": "much"}}, "image.context_compression"),
+    ({"input": [{"role": "assistant", "content": "x", "phase": "overture"}]}, "input[0].phase"),
+    ({"input": [{"type": "function_call", "call_id": "", "name": "f", "arguments": "{}"}]}, "input[0].call_id"),
+    ({"input": [{"type": "function_call_output", "call_id": "x" * 65, "output": ""}]}, "input[0].call_id"),
+]
+
+
+@pytest.mark.parametrize(("body", "param"), ODD, ids=[param for _, param in ODD])
+def test_values_that_the_api_does_not_have_are_refused(body: dict[str, Any], param: str):
+    with pytest.raises(InvalidRequest) as caught:
+        request(**body)
+    assert (caught.value.param, caught.value.code) == (param, "invalid_value")

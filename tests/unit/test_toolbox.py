@@ -71,11 +71,11 @@ def test_allowed_tools_keep_their_mode():
         ([function("f")], {"type": "custom", "name": "f"}, "tool_choice"),
         ([function("f")], allowed("f", "g"), "tool_choice.tools[1]"),
         ([function("f")], {"type": "web_search_preview"}, "tool_choice"),
-        ([{"type": "file_search", "vector_store_ids": []}], {"type": "file_search"}, "tool_choice"),
+        ([{"type": "file_search", "vector_store_ids": ["vs_1"]}], {"type": "file_search"}, "tool_choice"),
         ([function("f"), function("f")], "auto", "tools"),
         ([namespace("n", function("f"), function("f"))], "auto", "tools"),
         ([namespace("n", function("f")), function("n")], "auto", "tools"),
-        ([function("f"), {"type": "computer_use_preview"}], "auto", "tools[1].type"),
+        ([function("f"), {"type": "computer"}], "auto", "tools[1].type"),
     ],
 )
 def test_what_can_t_be_offered_is_refused_with_its_path(tools: list[dict[str, Any]], choice: Any, param: str):
