@@ -175,7 +175,7 @@ class Tasks:
                 continue
             kind = kind_of(tool)
             route = self._catalog.hosted.get(kind) if kind else None
-            if route is None and self._depends_on(tool, request):
+            if kind and route is None and self._depends_on(tool, request):
                 raise missing_server(tool.type, f"tools[{index}].type")
             if route and (key := route.drops(tool.fields)):
                 raise UnsupportedParameter(

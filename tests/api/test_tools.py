@@ -502,17 +502,17 @@ def test_a_reply_with_every_tool_has_no_such_header(http, said):
     assert LEFT_OUT not in http.post("/responses", json={"model": "m", "input": said, "tools": [TIME]}).headers
 
 
-@pytest.mark.parametrize("type", ["web_search_preview", "file_search", "image_generation", "code_interpreter"])
+@pytest.mark.parametrize("type", ["web_search_preview", "image_generation", "code_interpreter"])
 def test_a_hosted_tool_that_is_demanded_is_refused(client, said, type):
     with pytest.raises(openai.BadRequestError) as refused:
-        client.responses.create(model="m", input=said, tools=[{"type": type}], tool_choice={"type": type})
+        client.responses.create(model="m", input=said, tools=[TIME, {"type": type}], tool_choice={"type": type})
     assert (refused.value.code, refused.value.param) == ("unsupported_parameter", "tool_choice")
 
 
-@pytest.mark.parametrize("type", ["computer_use_preview", "local_shell", "shell", "apply_patch"])
+@pytest.mark.parametrize("type", ["computer", "local_shell", "shell", "apply_patch"])
 def test_a_hosted_tool_that_a_client_depends_on_is_refused(client, said, type):
     with pytest.raises(openai.BadRequestError) as refused:
-        client.responses.create(model="m", input=said, tools=[TIME, {"type": type, "server_label": "x"}])
+        client.responses.create(model="m", input=said, tools=[TIME, {"type": type}])
     assert (refused.value.code, refused.value.param) == ("unsupported_parameter", "tools[1].type")
 
 
