@@ -18,6 +18,17 @@ def new_id(prefix: str) -> str:
     return f"{prefix}_{time.time_ns() // 1_000_000:012x}{secrets.token_hex(12)}"
 
 
+TIME_DIGITS = 12
+
+
+def seconds_of(id: str) -> int | None:
+    """The unix seconds when an id was made; None for what is no id of ours."""
+    digits = id.partition("_")[2][:TIME_DIGITS]
+    if len(digits) < TIME_DIGITS or not set(digits) <= set("0123456789abcdef"):
+        return None
+    return int(digits, 16) // 1000
+
+
 NUMBER_DIGITS = 4
 
 

@@ -17,7 +17,8 @@ ONE_AT_A_TIME = 7_236_201
 def migrate(connection: Connection) -> None:
     context.configure(connection=connection, target_metadata=metadata, compare_server_default=True)
     with context.begin_transaction():
-        connection.execute(text(f"select pg_advisory_xact_lock({ONE_AT_A_TIME})"))
+        # Until the connection closes: a migration may commit in between.
+        connection.execute(text(f"select pg_advisory_lock({ONE_AT_A_TIME})"))
         context.run_migrations()
 
 

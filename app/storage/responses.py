@@ -11,10 +11,11 @@ import msgspec
 from msgspec import Struct
 from sqlalchemy import text
 
-from app.errors import InvalidRequest, PreviousResponseNotFound, ResponseNotFound
-from app.ids import new_id
+from app.errors import InvalidParameter, InvalidRequest, PreviousResponseNotFound, ResponseNotFound
+from app.ids import new_id, seconds_of
 from app.storage.contexts import Place
 from app.storage.database import Query, Tx, storable
+from app.storage.facets import STATUSES, facets, terms_of
 from app.storage.queue import Owner, Queued
 from app.storage.tables import OUTPUT_POSITION
 from app.wire.decoding import decode_stored
@@ -251,29 +252,40 @@ _GET = Query(
 )
 
 
-def _list_of_responses(order: Order) -> Query:
-    beyond = "<" if order == "desc" else ">"
+def _list_of_responses(order: Order, ranges: int) -> Query:
+    """A list along so many facets. Each range is read in its order, and only as far as the page goes."""
+    walk = f"order by created_at {order}, response_id {order}"
+    one = """
+        (select created_at, response_id from facets
+         where tenant_id = :tenant_id and facet = :facet_{number}
+           and (created_at, response_id) > (:from_time, :from_id) and (created_at, response_id) < (:to_time, :to_id)
+         {walk})
+    """
+    every = "union all".join(one.format(number=number, walk=walk) for number in range(ranges))
     return Query(
         text(f"""
-    select id, status, body, array(
+    select response.id, response.status, response.body, array(
         select item.body from items item
-        where item.tenant_id = response.tenant_id and item.thread_id = response.thread_id and item.turn = response.turn
+        where item.tenant_id = :tenant_id and item.thread_id = response.thread_id and item.turn = response.turn
           and item.position >= :output_position
         order by item.position
     ) as output
-    from responses response
-    where tenant_id = :tenant_id and deleted_at is null and (background or status not in ('queued', 'in_progress'))
-      and (cast(:after as text) is null or id {beyond} :after)
-      and (cast(:model as text) is null or model = :model)
-      and (cast(:status as text) is null or status = :status)
-      and metadata @> cast(:metadata as jsonb)
-      and created_at >= :created_after and created_at <= :created_before
-    order by id {order} limit :limit
+    from (select created_at, response_id from ({every}) one {walk}) listed cross join lateral (
+        select id, status, body, thread_id, turn from responses
+        where tenant_id = :tenant_id and id = listed.response_id
+          and (cast(:model as text) is null or model = :model) and metadata @> cast(:metadata as jsonb)
+        limit 1
+    ) response
+    {walk} limit :limit
     """).bindparams(output_position=OUTPUT_POSITION)
     )
 
 
-_LISTS = {"asc": _list_of_responses("asc"), "desc": _list_of_responses("desc")}
+_LISTS = {
+    (order, ranges): _list_of_responses(order, ranges) for order in ("asc", "desc") for ranges in (1, len(STATUSES))
+}
+
+_CREATED_AT = Query(text("select created_at from responses where tenant_id = :tenant_id and id = :id"))
 
 
 async def get_response(tx: Tx, tenant_id: str, response_id: str) -> Stored:
@@ -297,15 +309,31 @@ class Filter(Struct, kw_only=True, frozen=True):
 async def list_responses(
     tx: Tx, tenant_id: str, filter: Filter, *, after: str | None, limit: int, order: Order
 ) -> list[tuple[str, Stored]]:
-    """Up to `limit` responses behind the cursor, by creation."""
+    """Up to `limit` responses behind the cursor, by creation. Raises InvalidParameter for the cursor."""
+    begin, end = (filter.created_after, ""), (filter.created_before + 1, "")  # every id lies behind the empty one
+    if after is not None:
+        cursor = (await _created_at(tx, tenant_id, after), after)
+        begin, end = (begin, min(end, cursor)) if order == "desc" else (max(begin, cursor), end)
+    along = facets(filter.status, terms_of(filter.model, filter.metadata))
     rows = await tx.all(
-        _LISTS[order],
+        _LISTS[order, len(along)],
         tenant_id=tenant_id,
-        after=after,
         limit=limit,
-        **{**msgspec.structs.asdict(filter), "metadata": encode(filter.metadata).decode()},
+        model=filter.model,
+        metadata=encode(filter.metadata).decode(),
+        **{f"facet_{number}": facet for number, facet in enumerate(along)},
+        **dict(zip(("from_time", "from_id", "to_time", "to_id"), (*begin, *end), strict=True)),
     )
     return [(row["id"], Stored(Place("", 0), row["status"], row["body"], row["output"])) for row in rows]
+
+
+async def _created_at(tx: Tx, tenant_id: str, id: str) -> int:
+    """When a response was made that may be deleted by now. Raises InvalidParameter if its id is none of ours."""
+    row = await tx.one(_CREATED_AT, tenant_id=tenant_id, id=id) if storable(id) else None
+    seconds = row["created_at"] if row else seconds_of(id)
+    if seconds is None:
+        raise InvalidParameter(f"Response with id '{id}' not found.", param="after")
+    return int(seconds)
 
 
 _BODY = Query(text("select body from responses where tenant_id = :tenant_id and id = :id"))

@@ -71,6 +71,15 @@ responses = Table(
     postgresql_with={"fillfactor": "85"},
 )
 
+facets = Table(
+    "facets",
+    metadata,
+    Column("tenant_id", Text, primary_key=True),
+    Column("facet", BigInteger, primary_key=True, autoincrement=False),
+    Column("created_at", BigInteger, primary_key=True, autoincrement=False),
+    Column("response_id", Text, primary_key=True),
+)
+
 items = Table(
     "items",
     metadata,

@@ -357,7 +357,7 @@ def test_a_websocket_handshake_is_not_taken_for_a_list(http):
 
 def rows(own):
     """How many rows each table of data has."""
-    names = ("responses", "items", "branches", "runs", "event_journal", "event_archive", "approvals")
+    names = ("responses", "facets", "items", "branches", "runs", "event_journal", "event_archive", "approvals")
     assert {*names, "tenants", "keys"} == tables.metadata.tables.keys()
     counts = ", ".join(f"(select count(*) from {name})" for name in names)
     return dict(zip(names, fetch(own.database_url, f"select {counts}")[0], strict=True))
@@ -418,14 +418,14 @@ def test_rows_go_with_the_last_response_that_needs_them(own, own_client):
     tip = create(model="m", input="tip", previous_response_id=middle).id
     branch = create(model="m", input="branch", previous_response_id=middle).id
     twig = create(model="m", input="twig", previous_response_id=branch).id
-    assert added(own, before) == {"responses": 5, "items": 10, "branches": 1}
+    assert added(own, before) == {"responses": 5, "facets": 10, "items": 10, "branches": 1}
     delete(middle)
     delete(root)
-    assert added(own, before) == {"responses": 5, "items": 10, "branches": 1}
+    assert added(own, before) == {"responses": 5, "facets": 6, "items": 10, "branches": 1}
     delete(tip)
-    assert added(own, before) == {"responses": 4, "items": 8, "branches": 1}
+    assert added(own, before) == {"responses": 4, "facets": 4, "items": 8, "branches": 1}
     delete(branch)
-    assert added(own, before) == {"responses": 4, "items": 8, "branches": 1}
+    assert added(own, before) == {"responses": 4, "facets": 2, "items": 8, "branches": 1}
     delete(twig)
     assert added(own, before) == NOTHING
 

@@ -1,6 +1,5 @@
 """What the statements cost: rows read, counted by Postgres itself. A gross regression reads rows that it does not need."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import asyncpg
@@ -9,6 +8,7 @@ import pytest
 
 from app.storage import contexts, journal, responses
 from app.storage.tables import OUTPUT_POSITION
+from tests.storage.plans import looked_at, nodes
 
 TURNS = 300
 ITEMS_PER_TURN = 3
@@ -45,17 +45,7 @@ async def rows_read(connection: asyncpg.Connection, query: responses.Query, **bi
     arguments = query.arguments({"tenant_id": "t", **binds})
     plan = await connection.fetchval(f"explain (analyze, format json) {query.sql}", *arguments)
     (root,) = msgspec.json.decode(plan)
-    return sum(_looked_at(node) for node in _nodes(root["Plan"]) if node.get("Relation Name") == "items")
-
-
-def _nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield node
-    for below in node.get("Plans", []):
-        yield from _nodes(below)
-
-
-def _looked_at(node: dict[str, Any]) -> int:
-    return int((node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"])
+    return sum(looked_at(node) for node in nodes(root["Plan"]) if node.get("Relation Name") == "items")
 
 
 async def test_a_context_costs_only_its_own_rows(filled):
@@ -118,9 +108,7 @@ async def test_the_first_plans_look_for_a_response_by_its_id(unknown, name):
     plan = await unknown.fetchval(f'explain (format json) execute "{name}" ({nothing})')
     (root,) = msgspec.json.decode(plan)
     scans = [
-        node
-        for node in _nodes(root["Plan"])
-        if node.get("Relation Name") == "responses" and "Scan" in node["Node Type"]
+        node for node in nodes(root["Plan"]) if node.get("Relation Name") == "responses" and "Scan" in node["Node Type"]
     ]
     assert scans
     assert [node["Index Cond"] for node in scans if " AND " not in node["Index Cond"]] == []
