@@ -119,6 +119,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         int, _about("programs of one tool server with a `command` in one process; more tenants, or runs, wait", ge=1)
     ] = 16
     tool_program_idle_s: Annotated[float, _about("how long a program that no run uses is kept", ge=0)] = 300.0
+    tools_max: Annotated[
+        int, _about("tools of one request, with those inside namespaces and those that its input adds", ge=1)
+    ] = 1_000
+    tools_named_max: Annotated[
+        int, _about("names in one list of an MCP server's tools, such as `allowed_tools`", ge=1)
+    ] = 1_000
     tools_listed_max: Annotated[int, _about("tools of one server; more: it can't be listed", ge=1)] = 1_000
     database_pool_size: Annotated[int, _about("Postgres connections of one process", ge=1)] = 10
     database_timeout_s: Annotated[float, _about("connecting, waiting for a connection, one statement", gt=0)] = 10.0

@@ -13,6 +13,7 @@ from app.api import queries
 from app.api.parts import Parts
 from app.api.sse import EventStream, until_disconnect
 from app.errors import ApiError, InvalidRequest
+from app.runs.aside import aside
 from app.runs.executor import Caller, Executor, Run
 from app.storage import contexts, responses
 from app.storage.journal import Kept
@@ -45,7 +46,7 @@ class ResponsesController(Controller):
     async def create(self, request: Request[Any, Any, Any], caller: Caller, parts: Parts) -> Response[Any]:
         """Make a response: JSON when it is done, SSE while it is made, or later, in the background."""
         raw = b"".join([part async for part in request.stream()])  # `body()` would keep it as long as the reply takes
-        create = decode_create(raw, parts.catalog.passed_on)
+        create = await aside(len(raw), decode_create, raw, parts.catalog.passed_on)
         if create.background:
             return await self._create_in_background(caller, create, raw, parts)
         executor = parts.executor

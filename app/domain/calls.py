@@ -23,7 +23,7 @@ from app.domain.hosted import (
 )
 from app.domain.toolbox import ByHost
 from app.ids import NewId
-from app.wire.decoding import Json
+from app.wire.decoding import Json, json_object
 from app.wire.events import (
     CodeCompleted,
     CodeDelta,
@@ -279,6 +279,8 @@ def error_text(error: CallError | str) -> str:
         return error
     if error.message:
         return str(error.message)
+    if error.content is msgspec.UNSET:
+        return error.type
     parts = error.content if isinstance(error.content, list) else [error.content]
     texts = [part.get("text") for part in parts if isinstance(part, dict)]
     return "\n".join(text for text in texts if isinstance(text, str)) or msgspec.json.encode(error.content).decode()
@@ -286,10 +288,7 @@ def error_text(error: CallError | str) -> str:
 
 def given_of(arguments: str) -> Json | None:
     """A call's arguments; none at all are an empty object, and None says that they are no JSON object."""
-    try:
-        return msgspec.json.decode(arguments or "{}", type=dict[str, Any])
-    except msgspec.DecodeError:
-        return None
+    return json_object(arguments or "{}")
 
 
 def mcp_call(new_id: NewId, label: str, name: str, arguments: str, *, approval: str | None = None) -> PendingCall:

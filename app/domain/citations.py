@@ -7,10 +7,19 @@ or as a Markdown link, becomes a `url_citation` of that span; a file's name beco
 import re
 from collections.abc import Iterable, Mapping
 
+from ahocorasick_rs import AhoCorasick, MatchKind
 from msgspec import Struct
 
 from app.wire.decoding import Json
 from app.wire.items import AnyItem, FileSearchCall, WebSearchCall
+
+NAMES_CHARS_MAX = 262_144
+"""Addresses and file names that are looked for in a text, counted in characters: some thousands; to prepare for them takes a
+twentieth of a second."""
+
+_LINK = re.compile(r"\[[^\[\]\n]*\]\(")
+"""A link up to its address; without a bracket inside, or this would be quadratic."""
+_GOES_ON = re.compile(r"[\w/]")
 
 
 class Sources(Struct, frozen=True):
@@ -21,18 +30,35 @@ class Sources(Struct, frozen=True):
 
     def cited(self, text: str) -> list[Json]:
         """The annotations of a text, in the order of its characters."""
-        if not self.urls and not self.files:
-            return []
-        found = [(start, end, self._annotation(named, start, end)) for start, end, named in self._spans(text)]
-        return [annotation for _, _, annotation in sorted(found, key=lambda one: one[:2])]
+        return [self._annotation(named, start, end) for start, end, named in self._spans(text)]
 
-    def _spans(self, text: str) -> Iterable[tuple[int, int, str]]:
-        names = sorted((*self.urls, *self.files), key=len, reverse=True)
-        known = "|".join(re.escape(name) for name in names)
-        # A link is cited as a whole, and has no bracket inside, or this would be quadratic; behind a bare address may follow what is not part of a longer one.
-        pattern = rf"\[[^\[\]\n]*\]\((?P<link>{known})\)|(?P<bare>{known})(?![\w/])"
-        for match in re.finditer(pattern, text):
-            yield match.start(), match.end(), match["link"] or match["bare"]
+    def _spans(self, text: str) -> list[tuple[int, int, str]]:
+        """A link is cited as a whole; behind a bare address may follow what is not part of a longer one."""
+        names = self._names()
+        if not names:
+            return []
+        found = AhoCorasick(names, matchkind=MatchKind.LeftmostLongest).find_matches_as_indexes(text)
+        links = {match.end(): match.start() for match in _LINK.finditer(text)} if found else {}
+        spans: list[tuple[int, int, str]] = []
+        for number, start, end in found:
+            if start in links and text.startswith(")", end):
+                while spans and spans[-1][0] >= links[start]:  # what the link's own text names
+                    spans.pop()
+                spans.append((links[start], end + 1, names[number]))
+            elif not _GOES_ON.match(text, end):
+                spans.append((start, end, names[number]))
+        return spans
+
+    def _names(self) -> list[str]:
+        """What was found last, as far as it is not too much to look for."""
+        left = NAMES_CHARS_MAX
+        names: list[str] = []
+        for name in reversed((*self.urls, *self.files)):
+            left -= len(name)
+            if left < 0:
+                break
+            names.append(name)
+        return names
 
     def _annotation(self, named: str, start: int, end: int) -> Json:
         if named in self.urls:

@@ -1,8 +1,8 @@
 """Request + chain → Context: what a run starts from. Every 400 about state happens here."""
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
-import msgspec
 from msgspec import UNSET, Struct
 from msgspec.structs import replace
 
@@ -10,6 +10,7 @@ from app.domain.hosted import Kind
 from app.domain.toolbox import Toolbox, open_toolbox
 from app.errors import InvalidRequest
 from app.ids import NewId
+from app.wire.decoding import json_object
 from app.wire.items import (
     AdditionalTools,
     AnyItem,
@@ -212,10 +213,8 @@ def _same_call(one: McpApprovalRequest, other: McpApprovalRequest) -> bool:
 
 
 def _is_same_json(one: str, other: str) -> bool:
-    try:
-        return bool(msgspec.json.decode(one) == msgspec.json.decode(other))
-    except msgspec.DecodeError:
-        return False
+    given = json_object(one)
+    return given is not None and given == json_object(other)
 
 
 def _dereference(item: AnyItem, referenced: Mapping[str, AnyItem]) -> AnyItem:
@@ -277,7 +276,7 @@ def pair(items: Sequence[AnyItem]) -> dict[int, AnyItem]:
     """Position of each call → its output. Ids may come again in a long context, so an output answers the earliest call
     before it that is still open. A request for approval is answered by its call; by what the client has said where there is
     none. Raises InvalidRequest for a call or an output that is left alone."""
-    open_calls: dict[str, list[int]] = {}
+    open_calls: dict[str, deque[int]] = {}
     answers: dict[int, AnyItem] = {}
     requests: dict[str | None, int] = {}
     for position, item in enumerate(items):
@@ -287,11 +286,11 @@ def pair(items: Sequence[AnyItem]) -> dict[int, AnyItem]:
             if item.approval_request_id in requests:
                 answers[requests[item.approval_request_id]] = item
         elif call_id := _called(item):
-            open_calls.setdefault(call_id, []).append(position)
+            open_calls.setdefault(call_id, deque()).append(position)
         elif call_id := _answered(item):
             if not open_calls.get(call_id):
                 raise InvalidRequest(f"No tool call found for {_kind(item)} with call_id {call_id}.", param="input")
-            answers[open_calls[call_id].pop(0)] = item
+            answers[open_calls[call_id].popleft()] = item
     for call_id, positions in open_calls.items():
         if positions and isinstance(items[positions[0]], Call):
             raise InvalidRequest(f"No tool output found for {_kind(items[positions[0]])} {call_id}.", param="input")

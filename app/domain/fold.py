@@ -1,15 +1,30 @@
 """Events → response, folded at item borders: an item's last event carries the whole item, so no delta need be looked at."""
 
+from msgspec import Raw
 from msgspec.structs import replace
 
 from app.wire.events import Event, ItemDone, Lifecycle
 from app.wire.resources import Response
 
 
-def apply(response: Response, event: Event) -> Response:
-    """The response after one event of its run."""
-    if isinstance(event, ItemDone):
-        return replace(response, output=[*response.output, event.item])
-    if isinstance(event, Lifecycle):
-        return event.response
-    return response
+class Fold:
+    """The response that the events of its run add up to. An event costs the same however many came before it."""
+
+    def __init__(self, response: Response) -> None:
+        self._become(response)
+
+    def _become(self, response: Response) -> None:
+        self._response = response
+        self._output: list[Raw] = list(response.output)
+
+    def apply(self, event: Event) -> None:
+        """Take one event more."""
+        if isinstance(event, ItemDone):
+            self._output.append(event.item)
+        elif isinstance(event, Lifecycle):
+            self._become(event.response)
+
+    @property
+    def response(self) -> Response:
+        """What the events so far say: a copy of its own, as long as the output."""
+        return replace(self._response, output=list(self._output))

@@ -8,9 +8,11 @@ from msgspec import UNSET, Raw, Struct
 
 from app.domain.citations import NO_SOURCES, Sources
 from app.domain.dialect import WRAPPED_INPUT
-from app.domain.toolbox import HandOver, Toolbox, Verdict
+from app.domain.toolbox import MODEL_NAME_CHARS_MAX, HandOver, Toolbox, Verdict
+from app.domain.wholeness import WholeObject
 from app.ids import NewId
 from app.wire.chat import Logprob
+from app.wire.decoding import json_object
 from app.wire.events import (
     AnnotationAdded,
     ArgumentsDelta,
@@ -209,17 +211,19 @@ class CallGroup:
         self._toolbox, self._new_id = toolbox, new_id
         self._pending: list[str] = []
         self._said: list[str] = []
+        self._arguments = WholeObject()
         self._item: FunctionCall | CustomToolCall | None = None
 
     def take_name(self, name: str | None) -> None:
-        """A name in pieces is put together, one that is repeated is not."""
+        """A name in pieces is put together, one that is repeated is not. What is too long for a tool's name grows no more."""
         begun = bool(self.name) and bool(self._said or self._pending)
-        if name and not begun and name != self.name:
+        if name and not begun and name != self.name and len(self.name) <= MODEL_NAME_CHARS_MAX:
             self.name = name if name.startswith(self.name) else self.name + name
 
     def take_input(self, text: str) -> None:
         if text:
             self._pending.append(text)
+            self._arguments.take(text)
 
     @property
     def input(self) -> str:
@@ -241,11 +245,7 @@ class CallGroup:
     @property
     def whole(self) -> bool:
         """Whether the arguments are a whole JSON object."""
-        try:
-            msgspec.json.decode(self.input, type=dict)
-        except msgspec.DecodeError:
-            return False
-        return True
+        return self._arguments.whole
 
     def settle(self) -> None:
         """No more will come: what is still missing is made up."""
@@ -306,11 +306,7 @@ class CallGroup:
 
 def _unwrap(arguments: str) -> str:
     """The text of a custom tool that was wrapped as a function; a model that forgot the wrapping is taken at its word."""
-    try:
-        wrapped = msgspec.json.decode(arguments, type=dict[str, Any])
-    except msgspec.DecodeError:
-        return arguments
-    text = wrapped.get(WRAPPED_INPUT)
+    text = (json_object(arguments) or {}).get(WRAPPED_INPUT)
     return text if isinstance(text, str) else arguments
 
 

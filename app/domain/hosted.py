@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Struct
 
 from app.errors import UnsupportedParameter
-from app.wire.decoding import Json
+from app.wire.decoding import Json, nests_too_deeply
 from app.wire.tools import FunctionTool, HostedTool
 
 Kind = Literal["web_search", "file_search", "code_interpreter", "image_generation", "shell"]
@@ -220,7 +220,7 @@ def _shell_output(ran: Json, fields: Mapping[str, str]) -> Json:
 
 def _json(text: str) -> Any:
     try:
-        return msgspec.json.decode(text)
+        return None if nests_too_deeply(text.encode()) else msgspec.json.decode(text)
     except msgspec.DecodeError:
         return None
 

@@ -72,6 +72,9 @@ class _Snapshot(Struct):
     output: list[Raw] = []
 
 
+NO_PART = ("", 0)
+"""Where the arguments of a call are said."""
+
 _SAID = msgspec.json.Decoder(_Said)
 _ITEM = msgspec.json.Decoder(_Item)
 _OBJECT = msgspec.json.Decoder(dict[str, Any])
@@ -128,7 +131,8 @@ class _OpenItem:
     def __init__(self, output_index: int, item: dict[str, Any]) -> None:
         self._item = item
         self._at: dict[str, Any] = {"output_index": output_index, "item_id": item["id"]}
-        self._text = ""
+        self._said: dict[tuple[str, int], list[str]] = {}
+        """The deltas of each part, or of what has none."""
         self._parts: dict[tuple[str, int], dict[str, Any]] = {}
         self._done: set[tuple[str, int]] = set()
 
@@ -146,18 +150,21 @@ class _OpenItem:
         elif said.type.endswith("part.done"):
             self._parts[where] = _OBJECT.decode(said.part)
             self._done.add(where)
+            self._said.pop(where, None)
         elif said.type.endswith("annotation.added"):
             self._parts[where]["annotations"].append(_OBJECT.decode(said.annotation))
-        elif said.delta is not None and where in self._parts:
-            part = self._parts[where]
-            key = "refusal" if part["type"] == "refusal" else "text"
-            part[key] += said.delta
         elif said.delta is not None:
-            self._text += said.delta
+            self._said.setdefault(where if where in self._parts else NO_PART, []).append(said.delta)
+
+    @property
+    def _text(self) -> str:
+        return "".join(self._said.get(NO_PART, ()))
 
     def close(self) -> list[Event]:
         if self.is_call:
             return self._close_call()
+        for where, part in self._parts.items():
+            part["refusal" if part["type"] == "refusal" else "text"] += "".join(self._said.get(where, ()))
         events: list[Event] = []
         for where, part in self._parts.items():
             if where not in self._done:

@@ -4,12 +4,15 @@ Models that think in their content do so at its start, so only there a tag count
 stays text. Line breaks behind the opening tag and white space behind the closing one are not content.
 """
 
+import re
 from typing import Literal
 
 Where = Literal["start", "thinking", "text"]
 Kind = Literal["reasoning", "text"]
 
 OPEN, CLOSE = "<think>", "</think>"
+
+_BLANK, _LINE_BREAKS = re.compile(r"\s*"), re.compile(r"\n*")
 
 
 class ThinkSplitter:
@@ -18,7 +21,10 @@ class ThinkSplitter:
     def __init__(self, where: Where = "start") -> None:
         """`where` is "thinking" for models whose prompt already opened the tag, "text" to leave content alone."""
         self._where: Where = where
+        self._blank: list[str] = []
+        """White space where a tag may still begin."""
         self._held = ""
+        """What may be the beginning of a tag."""
         self._has_thought = False
         self._is_fresh = True
         """Nothing was thought since the tag was opened."""
@@ -27,60 +33,61 @@ class ThinkSplitter:
         """The pieces that are certain by now."""
         if self._where == "text":
             return [("text", text)]
-        self._held += text
+        text, self._held = self._held + text, ""
         pieces: list[tuple[Kind, str]] = []
-        while self._advance(pieces):
-            pass
+        at: int | None = 0
+        while at is not None and at < len(text):
+            at = self._start(text, at, pieces) if self._where == "start" else self._think(text, at, pieces)
         return [piece for piece in pieces if piece[1]]
 
     def close(self) -> list[tuple[Kind, str]]:
         """The rest: what looked like the beginning of a tag was none."""
         held, self._held = self._held, ""
-        kind: Kind = "reasoning" if self._where == "thinking" else "text"
+        thinking = self._where == "thinking"
         self._where = "text"
-        if kind == "text":
+        if not thinking:
             held = self._text_begins(held)
-        return [(kind, held)] if held else []
+        return [("reasoning" if thinking else "text", held)] if held else []
 
-    def _advance(self, pieces: list[tuple[Kind, str]]) -> bool:
-        """One step; False when more text is needed."""
-        if self._where == "start":
-            return self._start()
-        if self._where == "thinking":
-            return self._think(pieces)
-        pieces.append(("text", self._held))
-        self._held = ""
-        return False
-
-    def _start(self) -> bool:
-        stripped = self._held.lstrip()
-        if stripped.startswith(OPEN):
-            self._held = stripped[len(OPEN) :]
+    def _start(self, text: str, at: int, pieces: list[tuple[Kind, str]]) -> int | None:
+        """Looks for an opening tag; gives where to go on, or None when more text is needed."""
+        begins = _behind(_BLANK, text, at)
+        self._blank.append(text[at:begins])
+        if text.startswith(OPEN, begins):
+            self._blank.clear()
             self._where, self._is_fresh = "thinking", True
-            return True
-        if OPEN.startswith(stripped):
-            return False
-        self._held = self._text_begins(self._held)
+            return begins + len(OPEN)
+        rest = text[begins : begins + len(OPEN)]
+        if OPEN.startswith(rest):
+            self._held = rest
+            return None
+        pieces.append(("text", self._text_begins(text[begins:])))
         self._where = "text"
-        return True
+        return None
 
     def _text_begins(self, text: str) -> str:
-        return text.lstrip() if self._has_thought or not text.strip() else text
+        blank, self._blank = self._blank, []
+        return text if self._has_thought or not text else "".join((*blank, text))
 
-    def _think(self, pieces: list[tuple[Kind, str]]) -> bool:
+    def _think(self, text: str, at: int, pieces: list[tuple[Kind, str]]) -> int | None:
+        """Looks for the closing tag; gives where to go on, or None when more text is needed."""
         if self._is_fresh:
-            self._held = self._held.lstrip("\n")
-            self._is_fresh = not self._held
-        before, found, after = self._held.partition(CLOSE)
-        if found:
-            pieces.append(("reasoning", before))
-            self._held = after
+            at = _behind(_LINE_BREAKS, text, at)
+            self._is_fresh = at == len(text)
+        end = text.find(CLOSE, at)
+        if end >= 0:
+            pieces.append(("reasoning", text[at:end]))
             self._where, self._has_thought = "start", True
-            return bool(self._held)
-        certain = len(self._held) - _tag_beginning(self._held)
-        pieces.append(("reasoning", self._held[:certain]))
-        self._held = self._held[certain:]
-        return False
+            return end + len(CLOSE)
+        certain = len(text) - _tag_beginning(text[max(at, len(text) - len(CLOSE)) :])
+        pieces.append(("reasoning", text[at:certain]))
+        self._held = text[certain:]
+        return None
+
+
+def _behind(pattern: re.Pattern[str], text: str, at: int) -> int:
+    found = pattern.match(text, at)
+    return found.end() if found else at
 
 
 def _tag_beginning(text: str) -> int:

@@ -7,13 +7,14 @@ tools that were not offered or not allowed: `allowed_tools` is enforced here, no
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
 from msgspec import UNSET, Struct
+from msgspec.structs import replace
 
 from app.domain.hosted import KINDS, SEEN, Kind, kind_of, missing_server, owner_of
-from app.errors import InvalidParameter, UnsupportedParameter
+from app.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
 from app.wire.decoding import Json
 from app.wire.tools import (
     AllowedTools,
@@ -33,6 +34,9 @@ from app.wire.tools import (
 
 MODEL_NAME_CHARS_MAX = 64
 """Chat Completions takes no longer function names."""
+
+NUMBER_CHARS_MAX = 8
+"""Of the number that tells names apart which would be the same."""
 
 
 class ByClient(Struct, frozen=True):
@@ -106,6 +110,8 @@ class Toolbox(Struct, frozen=True):
     """Hosted tools that nobody here runs: the model does not see them."""
     unlisted: tuple[str, ...] = ()
     """Labels of declared MCP servers whose tools are not known yet."""
+    names: Mapping[tuple[str | None, str], str] = {}
+    """A tool's owner and its own name → how the model knows it."""
 
     def verdict(self, model_name: str) -> Verdict:
         """What becomes of a call."""
@@ -124,14 +130,11 @@ class Toolbox(Struct, frozen=True):
     def model_name(self, name: str, of: str | None, *, qualified: bool = True) -> str:
         """How the model knows a tool of this namespace or server; calls in old context may name tools that are no longer
         offered: then with its owner's name, if `qualified`."""
-        for offer in self.every.values():
-            if offer.tool.name == name and _of(offer) == of:
-                return offer.model_name
-        return _model_name(name, of if qualified else None)
+        return self.names.get((of, name)) or _model_name(name, of if qualified else None)
 
     def runs(self, label: str, name: str) -> bool:
         """Whether a server's tool may be called once the client has approved: what the model should call is another matter."""
-        return any(offer.tool.name == name and _of(offer) == label for offer in self.every.values())
+        return (label, name) in self.names
 
 
 def open_toolbox(
@@ -148,37 +151,47 @@ def open_toolbox(
     _refuse_twice(declared)
     tools = (*declared, *added)
     every, left_out = _offers(tools, listed or {}, hosted)
-    labels = [tool.server_label for tool in tools if isinstance(tool, McpTool)]
-    unlisted = tuple(
-        tool.server_label for tool in tools if isinstance(tool, McpTool) and tool.server_label not in (listed or {})
-    )
+    labels = dict.fromkeys(tool.server_label for tool in tools if isinstance(tool, McpTool))
+    unlisted = tuple(label for label in labels if label not in (listed or {}))
+    names: dict[tuple[str | None, str], str] = {}
+    for offer in every.values():
+        names.setdefault((_of(offer), offer.tool.name), offer.model_name)
+    box = Toolbox(every, every, "auto", None, left_out, unlisted, names)
     if isinstance(choice, str):
         if choice == "required" and not every and not unlisted:
             raise InvalidParameter(
                 "Tool choice 'required' must be specified with 'tools' parameter.", param="tool_choice"
             )
-        return Toolbox(every, every, choice, None, left_out, unlisted)
+        return replace(box, mode=choice)
+    choices = _Choices(box, labels)
     if isinstance(choice, AllowedTools):
         allowed = {}
         for index, named in enumerate(choice.tools):
-            allowed.update(_chosen(every, named, f"tool_choice.tools[{index}]", left_out, labels, unlisted))
-        return Toolbox(every, allowed, choice.mode, None, left_out, unlisted)
-    chosen = _chosen(every, choice, "tool_choice", left_out, labels, unlisted)
+            allowed.update(choices.take(named, f"tool_choice.tools[{index}]"))
+        return replace(box, offers=allowed, mode=choice.mode)
+    chosen = choices.take(choice, "tool_choice")
     if not chosen or (choice.type == "mcp" and not choice.name):
-        return Toolbox(every, chosen, "required", None, left_out, unlisted)
-    return Toolbox(every, every, "required", next(iter(chosen.values())), left_out, unlisted)
+        return replace(box, offers=chosen, mode="required")
+    return replace(box, mode="required", only=next(iter(chosen.values())))
 
 
 def _refuse_twice(declared: Sequence[AnyTool]) -> None:
-    names = [tool.name for tool in declared if not isinstance(tool, HostedTool | McpTool)]
-    for name in names:
-        if names.count(name) > 1:
-            raise InvalidParameter(f"Duplicate tool name '{name}'. Tool names must be unique.", param="tools")
-    labels = [tool.server_label for tool in declared if isinstance(tool, McpTool)]
-    for label in labels:
-        if labels.count(label) > 1:
-            raise InvalidParameter(f"Duplicate server_label '{label}'. Labels must be unique.", param="tools")
+    names: set[str] = set()
+    labels: set[str] = set()
     for tool in declared:
+        match tool:
+            case HostedTool():
+                continue
+            case McpTool(server_label=label):
+                if label in labels:
+                    raise InvalidParameter(f"Duplicate server_label '{label}'. Labels must be unique.", param="tools")
+                labels.add(label)
+            case _:
+                if tool.name in names:
+                    raise InvalidParameter(
+                        f"Duplicate tool name '{tool.name}'. Tool names must be unique.", param="tools"
+                    )
+                names.add(tool.name)
         if isinstance(tool, NamespaceTool):
             _refuse_twice(tool.tools)
 
@@ -209,14 +222,15 @@ def _offers(
                 found += _of_server(tool, listed.get(tool.server_label, ()))
             case _:
                 found.append((tool, ByClient()))
-    return _named(found), tuple(left_out)
+    return _named(found), tuple(dict.fromkeys(left_out))
 
 
 def _of_server(server: McpTool, listed: Sequence[ListedTool]) -> list[Found]:
+    needs_approval = _approval(server)
     return [
         (
             FunctionTool(name=tool.name, description=tool.description or None, parameters=tool.input_schema),
-            ByServer(server.server_label, _needs_approval(server, tool)),
+            ByServer(server.server_label, needs_approval(tool)),
         )
         for tool in allowed(server, listed)
     ]
@@ -227,38 +241,48 @@ def allowed(server: McpTool, listed: Sequence[ListedTool]) -> list[ListedTool]:
     wanted = server.allowed_tools
     if wanted is None:
         return list(listed)
-    filter = McpFilter(tool_names=wanted) if isinstance(wanted, list) else wanted
-    return [tool for tool in listed if _matches(filter, tool)]
+    return list(filter(_matcher(McpFilter(tool_names=wanted) if isinstance(wanted, list) else wanted), listed))
 
 
-def _matches(filter: McpFilter, tool: ListedTool) -> bool:
-    if filter.tool_names is None and filter.read_only is None:
-        return False  # whoever names nothing has mistyped something
-    named = filter.tool_names is None or tool.name in filter.tool_names
-    return named and (filter.read_only is None or filter.read_only == tool.read_only)
+Matches = Callable[[ListedTool], bool]
 
 
-def _needs_approval(server: McpTool, tool: ListedTool) -> bool:
+def _matcher(wanted: McpFilter) -> Matches:
+    """Whether a tool is one of those that a filter names; a filter that names nothing has been mistyped."""
+    names = None if wanted.tool_names is None else frozenset(wanted.tool_names)
+    read_only = wanted.read_only
+    if names is None and read_only is None:
+        return lambda tool: False
+    return lambda tool: (names is None or tool.name in names) and read_only in {None, tool.read_only}
+
+
+def _approval(server: McpTool) -> Matches:
+    """Whether a tool needs approval."""
     wanted = server.require_approval
-    if isinstance(wanted, McpApproval):
-        always, never = wanted.always, wanted.never
-        return never is None or not _matches(never, tool) or (always is not None and _matches(always, tool))
-    return wanted != "never"
+    if not isinstance(wanted, McpApproval):
+        return lambda tool: wanted != "never"
+    always, never = (_matcher(one) if one else None for one in (wanted.always, wanted.never))
+    return lambda tool: never is None or not never(tool) or (always is not None and always(tool))
 
 
 def _named(found: Sequence[Found]) -> dict[str, Offer]:
     """Each under a name of its own. A server's tool has its plain name, unless another tool has it too."""
     plain = Counter(_safe(tool.name) for tool, by in found if not (isinstance(by, ByClient) and by.namespace))
     offers: dict[str, Offer] = {}
+    given: dict[tuple[str, str | None, str], str] = {}
+    numbers: dict[str, int] = {}
     for tool, by in found:
         of = by.namespace if isinstance(by, ByClient) else None
         if isinstance(by, ByServer) and plain[_safe(tool.name)] > 1:
             of = by.label
-        base = name = _model_name(tool.name, of)
-        number = 2
-        while name in offers and (_of(offers[name]), offers[name].tool.name) != (_whose(by), tool.name):
-            name = f"{base[: MODEL_NAME_CHARS_MAX - 3]}_{number}"
-            number += 1
+        base = _model_name(tool.name, of)
+        same = (base, _whose(by), tool.name)
+        name = given.get(same, base)
+        stem = base[: MODEL_NAME_CHARS_MAX - NUMBER_CHARS_MAX]
+        while same not in given and name in offers:
+            numbers[stem] = numbers.get(stem, 1) + 1
+            name = f"{stem}_{numbers[stem]}"
+        given[same] = name
         offers[name] = Offer(name, tool, by)
     return offers
 
@@ -289,37 +313,59 @@ def _safe(name: str) -> str:
     return re.sub(r"[^a-zA-Z0-9_-]", "_", name)
 
 
-def _chosen(
-    offers: dict[str, Offer],
-    named: NamedTool,
-    at: str,
-    left_out: tuple[str, ...],
-    labels: Sequence[str],
-    unlisted: Sequence[str],
-) -> dict[str, Offer]:
-    """The offers that a choice names: one, or all of a server. None while the server's tools are not known."""
-    found = {model_name: offer for model_name, offer in offers.items() if _names(named, offer)}
-    if named.type == "mcp" and (found or named.server_label in unlisted):
-        return found
-    if found:
-        return dict([next(iter(found.items()))])
+Key = tuple[str, str | None, str | None]
+"""What a choice names: its type, a server's label, a tool's name."""
+
+
+class _Choices:
+    """The offers by everything that a choice may name."""
+
+    def __init__(self, box: Toolbox, labels: Collection[str]) -> None:
+        self._labels, self._unlisted, self._left_out = labels, frozenset(box.unlisted), frozenset(box.left_out)
+        self._offers: dict[Key, dict[str, Offer]] = {}
+        self._taken: set[Key] = set()
+        for model_name, offer in box.every.items():
+            for key in _keys(offer):
+                self._offers.setdefault(key, {})[model_name] = offer
+
+    def take(self, named: NamedTool, at: str) -> dict[str, Offer]:
+        """The offers that a choice names: one, or all of a server, once. None while the server's tools are not known."""
+        key = _key(named)
+        found = self._offers.get(key, {})
+        if named.type == "mcp" and (found or named.server_label in self._unlisted):
+            found = {} if key in self._taken else found
+            self._taken.add(key)
+            return found
+        if found:
+            return dict([next(iter(found.items()))])
+        raise self._refusal(named, at)
+
+    def _refusal(self, named: NamedTool, at: str) -> InvalidRequest:
+        label, type_ = named.server_label, named.type
+        if type_ == "mcp" and label not in self._labels:
+            return InvalidParameter(f"Tool choice 'mcp' server '{label}' not found in 'tools'.", param=at)
+        if type_ == "mcp":
+            return InvalidParameter(f"The server '{label}' has no such tool that is allowed.", param=at)
+        if type_ in {"function", "custom"}:
+            return InvalidParameter(f"Tool choice '{named.name}' not found in 'tools' parameter.", param=at)
+        if type_ in self._left_out or type_ in KINDS:
+            return missing_server(type_, at)
+        return UnsupportedParameter(f"Tool choice of type '{type_}' is not supported by this server.", param=at)
+
+
+def _key(named: NamedTool) -> Key:
+    name = None if named.name is UNSET else named.name
     if named.type == "mcp":
-        if named.server_label not in labels:
-            raise InvalidParameter(f"Tool choice 'mcp' server '{named.server_label}' not found in 'tools'.", param=at)
-        raise InvalidParameter(f"The server '{named.server_label}' has no such tool that is allowed.", param=at)
-    if named.type in {"function", "custom"}:
-        raise InvalidParameter(f"Tool choice '{named.name}' not found in 'tools' parameter.", param=at)
-    if named.type in left_out or named.type in KINDS:
-        raise missing_server(named.type, at)
-    raise UnsupportedParameter(f"Tool choice of type '{named.type}' is not supported by this server.", param=at)
+        return ("mcp", None if named.server_label is UNSET else named.server_label, name)
+    kind = KINDS.get(named.type)
+    return (kind, None, None) if kind else (named.type, None, name)
 
 
-def _names(named: NamedTool, offer: Offer) -> bool:
+def _keys(offer: Offer) -> list[Key]:
     match offer.by:
         case ByServer(label):
-            return named.type == "mcp" and named.server_label == label and named.name in {None, offer.tool.name, UNSET}
+            return [("mcp", label, offer.tool.name), ("mcp", label, None)]
         case ByHost(kind):
-            return KINDS.get(named.type) == kind
+            return [(kind, None, None)]
         case ByClient():
-            type_ = "custom" if isinstance(offer.tool, CustomTool) else "function"
-            return named.type == type_ and named.name == offer.tool.name
+            return [("custom" if isinstance(offer.tool, CustomTool) else "function", None, offer.tool.name)]

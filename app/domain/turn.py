@@ -5,6 +5,7 @@ is complete and something follows, and what the next one has gathered meanwhile 
 whatever order an upstream streams its parallel calls in, and a single group streams without delay.
 """
 
+from collections import deque
 from collections.abc import Iterator
 
 import msgspec
@@ -56,11 +57,11 @@ class Turn:
         self._toolbox, self._new_id, self._manner, self._sources = toolbox, new_id, manner, sources
         self._splitter = splitter or ThinkSplitter()
         self._call_ids = set() if call_ids is None else call_ids
-        self._queue: list[Group] = []
+        self._queue: deque[Group] = deque()
         self._opened = False
         self._calls: dict[int, CallGroup] = {}
         self._last_index = 0
-        self._blank = ""
+        self._blank: list[str] = []
         self._logprobs: list[Raw] = []
         """Of text that is still held back."""
 
@@ -82,7 +83,7 @@ class Turn:
         self._split(self._splitter.close())
         events = list(self._advance())
         while self._queue:
-            head = self._queue.pop(0)
+            head = self._queue.popleft()
             last = not self._queue
             if isinstance(head, CallGroup):
                 head.settle()
@@ -129,10 +130,11 @@ class Turn:
         group = self._queue[-1] if self._queue else None
         if not isinstance(group, MessageGroup):
             # White space alone, as some models put before their calls, is no message.
-            text, self._blank = self._blank + text, ""
-            if not text.strip():
-                self._blank = text
+            self._blank.append(text)
+            if not text or text.isspace():
                 return
+            text = "".join(self._blank)
+            self._blank.clear()
             group = MessageGroup(self._new_id("msg"), self._sources)
             self._queue.append(group)
         logprobs: list[Raw] = []
@@ -178,14 +180,14 @@ class Turn:
                     if not (followed and head.complete):
                         return
                     self._takes(head)
-                    self._queue.pop(0)
+                    self._queue.popleft()
                     continue
                 yield from self._open(head)
             yield from head.drain()
             if not (followed and head.complete):
                 return
             yield from head.close("completed")
-            self._queue.pop(0)
+            self._queue.popleft()
             self._opened = False
 
     def _open(self, head: Group) -> Iterator[Event]:

@@ -6,9 +6,12 @@ one read together.
 """
 
 import asyncio
+import math
 import re
+import time
 from collections.abc import AsyncIterator
 from contextlib import closing
+from email.utils import parsedate_to_datetime
 
 import httpx2
 import msgspec
@@ -314,7 +317,7 @@ def _refusal(response: httpx2.Response, raw: bytes, upstream: Upstream, mask: Ma
     if status == 401:
         return AuthenticationFailed(said.message or "The upstream does not accept the key.")
     if status == 429:
-        after = response.headers.get("retry-after")
+        after = _retry_after(response.headers.get("retry-after", ""))
         return UpstreamBusy(said.message or "The upstream is busy.", headers={"Retry-After": after} if after else None)
     if status >= 500:
         return UpstreamUnavailable(f"The upstream failed with status {status}: {said.message or 'it gave no reason'}")
@@ -328,6 +331,17 @@ def _refusal(response: httpx2.Response, raw: bytes, upstream: Upstream, mask: Ma
         param=said.param,
         code=code,
     )
+
+
+def _retry_after(said: str) -> str | None:
+    """The seconds of a Retry-After, as a number or as a time; None for what is neither. It becomes a header of ours."""
+    if re.fullmatch(r"[0-9]{1,9}", said):
+        return said
+    try:
+        at = parsedate_to_datetime(said)
+        return str(max(0, math.ceil(at.timestamp() - time.time())))
+    except (ValueError, OverflowError, OSError):
+        return None
 
 
 def _said(raw: bytes, mask: Mask) -> ChatError:

@@ -32,6 +32,7 @@ from app.ids import new_id
 from app.outbound.catalog import Catalog
 from app.outbound.guard import Guard
 from app.outbound.mcp import ToolPrograms
+from app.runs.aside import aside
 from app.runs.executor import Caller
 from app.runs.loop import Loop
 from app.runs.recorder import Recorder
@@ -46,7 +47,7 @@ from app.storage.redishub import Batch, Reader
 from app.storage.redislog import RedisLogs, RunLog
 from app.wire.events import Created, Entry, InProgress, encode_event
 from app.wire.events import Queued as QueuedEvent
-from app.wire.items import AnyItem, decode_stored_item, encode_item
+from app.wire.items import AnyItem, decode_stored_item, encode_items
 from app.wire.requests import CreateResponse, ToolSecrets, decode_create, with_secrets, without_secrets
 from app.wire.resources import Response, Usage
 
@@ -181,7 +182,7 @@ class Background:
         return Enqueued(response, entries, work.context.toolbox.left_out)
 
     async def _store(self, tenant_id: str, work: Task, response: Response, queued: Queued) -> None:
-        items = [(item.id, encode_item(item)) for item in work.context.input]
+        items = await aside(work.size, encode_items, work.context.input)
         settings = self._settings
         async with self._database.begin() as tx:
             if await queue.is_full(
@@ -316,7 +317,7 @@ class Background:
         found = await self._find(claim)
         if work.stopped:
             raise Fenced
-        recovered = recover(found.said)
+        recovered = await aside(sum(len(entry.frame) for entry in found.said), recover, found.said)
         number = recovered.next_number
         if claim.streamed:
             anew = found.lost and found.life is None
@@ -403,7 +404,9 @@ class Background:
             return Outcome("completed")  # what the former owner has handed over stands
         try:
             secrets = self._opened(claim)
-            request = with_secrets(decode_create(claim.request.encode(), self._catalog.passed_on), secrets.tools)
+            raw = claim.request.encode()
+            asked = await aside(len(raw), decode_create, raw, self._catalog.passed_on)
+            request = with_secrets(asked, secrets.tools)
             task = await self._tasks.restore(claim.tenant_id, claim.response_id, secrets.key, request, made)
         except DatabaseUnavailable:
             raise

@@ -6,7 +6,7 @@ policy, `reader_gone`.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import msgspec
 import structlog
@@ -18,6 +18,7 @@ from app.ids import new_id
 from app.outbound.guard import Guard
 from app.outbound.mcp import ToolPrograms
 from app.outbound.upstream import ChunkStream
+from app.runs.aside import aside
 from app.runs.loop import Loop, drop_opening
 from app.runs.recorder import Recorder
 from app.runs.task import Task, Tasks
@@ -28,7 +29,7 @@ from app.storage.database import Database, Tx
 from app.storage.eventlog import MemoryLog
 from app.storage.queue import Hold, Owner
 from app.wire.events import Entry
-from app.wire.items import encode_item
+from app.wire.items import encode_items
 from app.wire.requests import CreateResponse
 from app.wire.resources import Response
 
@@ -232,19 +233,21 @@ class Executor:
         """Store a response, and which approvals it uses up; without a response only these. An approval must not be used up
         for nothing, so this is tried again where a commit's answer was lost."""
         decisions = run.work.context.decisions
+        items = await aside(run.work.size, encode_items, run.work.context.input) if response else []
         if not decisions:
             async with self._database.autocommit() as tx:
-                await self._insert_response(tx, run, response, owner)
+                await self._insert_response(tx, run, response, owner, items)
             return
         async for attempt in self._database.retrying():
             with attempt:
                 async with self._database.begin() as tx:
-                    await self._insert_response(tx, run, response, owner)
+                    await self._insert_response(tx, run, response, owner, items)
                     await approvals.answer_requests(tx, run.tenant_id, run.response.id, decisions)
 
-    async def _insert_response(self, tx: Tx, run: Run, response: Response | None, owner: Owner | None) -> None:
+    async def _insert_response(
+        self, tx: Tx, run: Run, response: Response | None, owner: Owner | None, items: Sequence[tuple[str, bytes]]
+    ) -> None:
         if response:
-            items = [(item.id, encode_item(item)) for item in run.work.context.input]
             await responses.insert_response(tx, run.tenant_id, response, items, parent=run.work.parent, run=owner)
 
     async def _commit(self, run: Run, closed: Response) -> Response:

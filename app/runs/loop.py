@@ -5,6 +5,7 @@ calls for the client, or in calls that wait for approval, ends the run; so does 
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ from app.errors import (
 )
 from app.ids import new_id, siblings
 from app.outbound.upstream import CONTEXT_TOO_LONG, ChunkStream, Upstream
+from app.runs.aside import aside
 from app.runs.recorder import Recorder
 from app.runs.task import Task
 from app.runs.tools import Tools, unavailable
@@ -95,7 +97,9 @@ class Loop:
         taken = {name: value for name, value in task.request.extra.items() if name in upstream.entry.passed_on}
         refused: UpstreamRefused | None = None
         for halvings in range(TRUNCATIONS_MAX):
-            body = chat_request(
+            body = await aside(
+                task.size,
+                chat_request,
                 replace(task.request, extra=taken),
                 self._context,
                 model=model,
@@ -250,11 +254,11 @@ class Loop:
             self._output_index += 1
         await self._recorder.record(events, keep=True)
         answers = [asyncio.create_task(self._answer_of(call)) for call in calls]
-        waiting = list(calls)
+        waiting = deque(calls)
         try:
             for answer in answers:
                 ended = waiting[0].close(await answer)
-                del waiting[0]
+                waiting.popleft()
                 await self._recorder.record(ended, keep=True)  # not half of it
             for call, answer in zip(calls, answers, strict=True):
                 if output := call.output(answer.result(), self._output_index):

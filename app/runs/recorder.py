@@ -4,7 +4,7 @@ items of a background run before their readers hear that they are done."""
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Protocol
 
-from app.domain.fold import apply
+from app.domain.fold import Fold
 from app.domain.lifecycle import NO_USAGE
 from app.errors import Fenced, RunTooLong
 from app.wire.events import SNAPSHOTS, TERMINAL, Created, Entry, Event, InProgress, ItemDone, encode_event
@@ -26,7 +26,7 @@ Keep = Callable[[Sequence[Entry]], Awaitable[None]]
 
 
 class Recorder:
-    """Writes one response's events. `response` is always what its events so far say."""
+    """Writes one response's events."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Recorder:
     ) -> None:
         """Without a log nobody follows. With `keep` every item is journalled before it is done for readers; `said` is then
         what earlier owners have recorded, and `unkept` the end of it that is in no journal."""
-        self.response = response
+        self._fold = Fold(response)
         self.usage = usage
         """What the finished turns took, those of earlier owners included."""
         self.next_number = next_number
@@ -55,6 +55,11 @@ class Recorder:
         self._bytes_left, self._events_left = bytes_max, events_max
         for entry in said:
             self._count(entry)
+
+    @property
+    def response(self) -> Response:
+        """What the events so far say."""
+        return self._fold.response
 
     async def begin(self) -> None:
         """The first events of a foreground run: created, in_progress."""
@@ -75,7 +80,7 @@ class Recorder:
             await self._commit(batch)
             batch = []
         for event in events:
-            self.response = apply(self.response, event)
+            self._fold.apply(event)
             batch.append(self.stamp(event))
             if self._keep and not ending and not keep and isinstance(event, ItemDone):
                 self._send(batch[:-1])
@@ -144,7 +149,7 @@ class Recorder:
         stored = await commit(closed, [*self._entries, *self._held, entry])
         if stored is not closed:
             entry = self._last(stored, number)
-        self.response = stored
+        self._fold = Fold(stored)
         self._send([*self._held, entry])
         return stored
 

@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 from msgspec import Struct
 from msgspec.structs import replace
 
+from app.domain import limits
 from app.domain.context import Context, Unseal, answered_requests, check_parent, references, resolve, restore
 from app.domain.groups import Manner
 from app.domain.hosted import HostedRoute, Kind, kind_of, missing_server, names_data
@@ -16,6 +17,7 @@ from app.ids import new_id
 from app.outbound.catalog import Catalog, Route
 from app.outbound.mcp import ToolServer
 from app.outbound.upstream import Upstream
+from app.runs.aside import aside
 from app.settings import Settings
 from app.storage import approvals, contexts
 from app.storage.contexts import Place
@@ -41,6 +43,8 @@ class Task(Struct, frozen=True):
     hosted: Mapping[Kind, HostedRoute]
     tool_servers: Mapping[str, ToolServer]
     """The operator's, by name."""
+    size: int
+    """Bytes of the request and of what it continues."""
 
     def refuse_unanswerable(self) -> None:
         """Raises UnsupportedParameter for what the first upstream can't be asked: before a run is queued for it."""
@@ -72,6 +76,12 @@ class Tasks:
         """The task of a new request. Raises ApiError for everything that can be seen to be wrong by now."""
         if len(request.input) > self._settings.input_items_max:
             raise InvalidParameter(f"'input' has more than {self._settings.input_items_max} items.", param="input")
+        limits.check(
+            request,
+            tools_max=self._settings.tools_max,
+            names_max=self._settings.tools_named_max,
+            listed_max=self._settings.tools_listed_max,
+        )
         routes = self._routes(request)
         _refuse_untaken(request, [upstream for upstream, _ in routes])
         servers = self._servers(request)
@@ -81,8 +91,8 @@ class Tasks:
             references(request),
             answered_requests(request.input),
         )
-        earlier: list[AnyItem] = []
-        referenced: dict[str, AnyItem] = {}
+        earlier: list[str] = []
+        referenced: dict[str, str] = {}
         requests: dict[str, McpApprovalRequest] = {}
         parent: Place | None = None
         if previous is not None or wanted or answered:
@@ -93,16 +103,30 @@ class Tasks:
                     )
                     check_parent(previous, chain.status)
                     parent = chain.place
-                    earlier = [decode_stored_item(item.body.encode()) for item in chain.items]
+                    earlier = [item.body for item in chain.items]
                 if wanted:
-                    found = await contexts.find_items(tx, tenant_id, wanted)
-                    referenced = {id: decode_stored_item(body.encode()) for id, body in found.items()}
+                    referenced = await contexts.find_items(tx, tenant_id, wanted)
                 if answered:
                     requests = await _requests(tx, tenant_id, answered)
-        context = resolve(
-            request, earlier, referenced, new_id, requests=requests, hosted=frozenset(self._catalog.hosted)
+        size = request.size + sum(map(len, earlier)) + sum(map(len, referenced.values()))
+        context = await aside(size, self._resolve, request, earlier, referenced, requests)
+        return self._task(tenant_id, request, context, routes, caller_key, parent, servers, size)
+
+    def _resolve(
+        self,
+        request: CreateResponse,
+        earlier: Sequence[str],
+        referenced: Mapping[str, str],
+        requests: Mapping[str, McpApprovalRequest],
+    ) -> Context:
+        return resolve(
+            request,
+            [decode_stored_item(body.encode()) for body in earlier],
+            {id: decode_stored_item(body.encode()) for id, body in referenced.items()},
+            new_id,
+            requests=requests,
+            hosted=frozenset(self._catalog.hosted),
         )
-        return self._task(tenant_id, request, context, routes, caller_key, parent, servers)
 
     async def restore(
         self, tenant_id: str, response_id: str, caller_key: str | None, request: CreateResponse, said: Sequence[AnyItem]
@@ -110,12 +134,18 @@ class Tasks:
         """The task of a response that is stored already, with what earlier owners have made of it. Raises ApiError."""
         async with self._database.autocommit() as tx:
             chain = await contexts.load_chain(tx, tenant_id, response_id, items_max=self._settings.context_items_max)
-            stored = [decode_stored_item(item.body.encode()) for item in chain.items]
-            own = [item for item, row in zip(stored, chain.items, strict=True) if row.turn == chain.place.turn]
-            answered = answered_requests(own)
-            requests = await _requests(tx, tenant_id, answered) if answered else {}
-        context = restore(request, stored, own, said, requests=requests, hosted=frozenset(self._catalog.hosted))
-        return self._task(tenant_id, request, context, self._routes(request), caller_key, None, self._servers(request))
+        size = sum(len(item.body) for item in chain.items)
+        stored = await aside(size, lambda: [decode_stored_item(item.body.encode()) for item in chain.items])
+        own = [item for item, row in zip(stored, chain.items, strict=True) if row.turn == chain.place.turn]
+        answered = answered_requests(own)
+        requests: dict[str, McpApprovalRequest] = {}
+        if answered:
+            async with self._database.autocommit() as tx:
+                requests = await _requests(tx, tenant_id, answered)
+        hosted = frozenset(self._catalog.hosted)
+        context = await aside(size, restore, request, stored, own, said, requests=requests, hosted=hosted)
+        routes, servers = self._routes(request), self._servers(request)
+        return self._task(tenant_id, request, context, routes, caller_key, None, servers, size)
 
     def _servers(self, request: CreateResponse) -> dict[str, ToolServer]:
         """Where the declared MCP servers are. Raises InvalidParameter for one that has no URL and no name that we know."""
@@ -202,6 +232,7 @@ class Tasks:
         caller_key: str | None,
         parent: Place | None,
         servers: dict[str, ToolServer],
+        size: int,
     ) -> Task:
         reasoning = request.body.reasoning
         manner = Manner(
@@ -220,6 +251,7 @@ class Tasks:
             servers=servers,
             hosted=self._catalog.hosted,
             tool_servers=self._tool_servers,
+            size=size,
         )
 
 

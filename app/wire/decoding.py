@@ -1,5 +1,7 @@
 """Bytes → Struct, or the 400 that names the parameter's path."""
 
+import codecs
+import itertools
 import re
 from typing import Any, TypeVar
 
@@ -18,6 +20,15 @@ _ENUM = re.compile(r"^Invalid (?:enum )?value '?(?P<value>[^']*)'?$")
 
 Json = dict[str, Any]
 """A JSON object that we carry and do not read."""
+
+NESTING_MAX = 128
+"""Arrays and objects inside each other. What we take we must be able to write: encoders of tools and of Postgres end sooner
+than decoders, and both in a crash."""
+
+_OBJECT = msgspec.json.Decoder(Json)
+_PIECE_BYTES = 1 << 20
+_STEPS = bytes.maketrans(b"[{]}", bytes([1, 1, 255, 255]))
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
 
 
 def join(base: str, path: str) -> str:
@@ -46,6 +57,53 @@ def decode_stored(decoder: msgspec.json.Decoder[T], raw: bytes | str | msgspec.R
         return decoder.decode(raw)
     except msgspec.ValidationError:
         return decoder.decode(msgspec.json.encode(without_unknown(msgspec.json.decode(raw), decoder.type)))
+
+
+def json_object(text: str) -> Json | None:
+    """A JSON object; None for a text that is none, or nests too deeply."""
+    raw = text.encode()
+    if nests_too_deeply(raw):
+        return None
+    try:
+        return _OBJECT.decode(raw)
+    except msgspec.DecodeError:
+        return None
+
+
+def check_text(raw: bytes) -> None:
+    """Raises InvalidRequest for a body that is not UTF-8, also in what is not decoded, or that nests too deeply."""
+    if not raw.isascii():
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        try:
+            for at in range(0, len(raw), _PIECE_BYTES):
+                decoder.decode(raw[at : at + _PIECE_BYTES])
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            raise InvalidRequest(f"We could not parse the JSON body of your request: {error.reason}.") from None
+    if nests_too_deeply(raw):
+        raise InvalidRequest(
+            f"The JSON body of your request is nested too deeply: at most {NESTING_MAX} arrays and objects inside each other."
+        )
+
+
+def nests_too_deeply(raw: bytes) -> bool:
+    """Whether JSON nests deeper than NESTING_MAX. Of what is no JSON anything may be said."""
+    if raw.count(b"[") + raw.count(b"{") <= NESTING_MAX:
+        return False
+    depth, in_string, at = 0, False, 0
+    while at < len(raw):  # piece by piece, so that a thread can look at much and others go on
+        piece = raw[at : at + _PIECE_BYTES]
+        if (len(piece) - len(piece.rstrip(b"\\"))) % 2:
+            piece = piece[:-1] or piece  # an escape is not cut in two
+        at += len(piece)
+        parts = piece.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')
+        brackets = b"".join(parts[in_string::2]).translate(_STEPS, _NO_BRACKETS)
+        for reached in itertools.accumulate(memoryview(brackets).cast("b"), initial=depth):
+            if reached > NESTING_MAX:
+                return True
+            depth = reached
+        in_string ^= len(parts) % 2 == 0
+    return False
 
 
 def missing(path: str) -> InvalidParameter:

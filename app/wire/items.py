@@ -7,6 +7,7 @@ call in a replayed history) are `OpaqueItem`s: their bytes are kept, stored and 
 Optional fields are `UNSET`, never null, where strict clients reject a null.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -363,7 +364,11 @@ def _decode_item(raw: bytes | Raw, at: str) -> AnyItem:
         raw = _without_type(raw)
     if type_ is None or type_ is UNSET:
         type_ = "item_reference" if peek.role is None and peek.id is not None else "message"
-    if decoder := _DECODERS.get(type_ if isinstance(type_, str) else ""):
+    if not isinstance(type_, str):
+        raise InvalidParameter(
+            f"Invalid type for '{at}.type': expected a string.", param=f"{at}.type", code="invalid_type"
+        )
+    if decoder := _DECODERS.get(type_):
         item: AnyItem = decode(decoder, raw, at)
         return item
     if type_ == "additional_tools":
@@ -372,10 +377,6 @@ def _decode_item(raw: bytes | Raw, at: str) -> AnyItem:
     if type_ in CARRIED:
         fields = decode(_OPAQUE, raw, at)
         return OpaqueItem(id=str(fields.get("id") or ""), type=type_, fields=fields)
-    if not isinstance(type_, str):
-        raise InvalidParameter(
-            f"Invalid type for '{at}.type': expected a string.", param=f"{at}.type", code="invalid_type"
-        )
     raise UnsupportedParameter(f"Items of type '{type_}' are not supported by this server.", param=f"{at}.type")
 
 
@@ -402,6 +403,11 @@ def encode_item(item: AnyItem) -> bytes:
         fields = msgspec.to_builtins(msgspec.structs.replace(item, tools=[]))
         return msgspec.json.encode({**fields, "tools": encode_tools(item.tools)})
     return msgspec.json.encode(item.fields if isinstance(item, OpaqueItem) else item)
+
+
+def encode_items(items: Sequence[AnyItem]) -> list[tuple[str, bytes]]:
+    """Each item's id and JSON."""
+    return [(item.id, encode_item(item)) for item in items]
 
 
 def type_of(item: AnyItem) -> str:

@@ -11,6 +11,9 @@ from msgspec import inspect
 LIKENESS = 0.7
 """Of two keys, from 0 to 1; below it nothing is suggested."""
 
+NAME_CHARS_MAX = 64
+"""A longer key resembles none of ours; to compare it would take long."""
+
 _STEP = re.compile(r"\.(?P<key>[^.\[]+)|\[")
 
 
@@ -21,6 +24,8 @@ def _type(type_: Any) -> inspect.Type:
 
 def suggestion(type_: Any, path: str, name: str) -> str | None:
     """The declared key that an unknown key `name` resembles; `path` leads from `type_` to the object that holds it."""
+    if len(name) > NAME_CHARS_MAX:
+        return None
     places = list(_members(_type(type_)))
     for step in _STEP.finditer(path):
         places = [member for place in places for inner in _below(place, step["key"]) for member in _members(inner)]

@@ -13,8 +13,8 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 from msgspec.structs import asdict, replace
 
 from app.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
-from app.wire.decoding import Json, decode, missing, unknown
-from app.wire.items import AnyItem, InputText, Message, decode_item
+from app.wire.decoding import Json, check_text, decode, missing, unknown
+from app.wire.items import ID_CHARS_MAX, AnyItem, InputText, Message, decode_item
 from app.wire.keys import suggestion
 from app.wire.tools import AnyTool, McpTool, ToolChoice, decode_tool_choice, decode_tools
 
@@ -142,6 +142,8 @@ class CreateResponse(Struct, kw_only=True, frozen=True):
     tool_choice: ToolChoice
     extra: dict[str, Raw]
     """Parameters beyond the API that go to the upstream as they are."""
+    size: int = 0
+    """Bytes of the body."""
 
     @property
     def store(self) -> bool:
@@ -204,6 +206,7 @@ def decode_create(raw: bytes, passed_on: Collection[str]) -> CreateResponse:
     `passed_on` names the parameters beyond the API that the catalog lets through. Raises InvalidRequest for anything
     that can be seen to be wrong without looking at state, with the parameter's path.
     """
+    check_text(raw)
     raw = mend_surrogates(raw)
     keys = _decode_keys(raw)
     extra = {key: value for key, value in keys.items() if key not in _KNOWN and key not in HINTS}
@@ -214,8 +217,10 @@ def decode_create(raw: bytes, passed_on: Collection[str]) -> CreateResponse:
     _refuse_unsupported(body)
     if not body.model:
         raise missing("model")
-    if "\0" in body.model:
-        raise InvalidParameter("'model' may not contain NUL characters.", param="model")
+    if "\0" in body.model or len(body.model) > ID_CHARS_MAX:
+        raise InvalidParameter(
+            f"Invalid value for 'model': expected at most {ID_CHARS_MAX} characters, none of them NUL.", param="model"
+        )
     return CreateResponse(
         body=body,
         model=body.model,
@@ -223,6 +228,7 @@ def decode_create(raw: bytes, passed_on: Collection[str]) -> CreateResponse:
         tools=decode_tools(body.tools or []),
         tool_choice=decode_tool_choice(body.tool_choice),
         extra=extra,
+        size=len(raw),
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from app.domain.context import Context, resolve
-from app.domain.fold import apply
+from app.domain.fold import Fold
 from app.domain.lifecycle import NO_USAGE, Outcome, close_response, open_response
 from app.domain.toolbox import Toolbox, open_toolbox
 from app.domain.turn import Turn
@@ -16,7 +16,6 @@ from app.wire.chat import Chunk, decode_chunk
 from app.wire.events import TERMINAL, Created, Event, InProgress, encode_event
 from app.wire.items import AnyItem, decode_item, encode_item
 from app.wire.requests import CreateResponse, decode_create
-from app.wire.resources import Response
 from app.wire.tools import decode_tool_choice, decode_tools
 from tests.replay import replay
 
@@ -147,15 +146,16 @@ def heard(events: Iterable[Event]) -> list[dict[str, Any]]:
     """Events of a turn as a client hears them: between the response's first and last, numbered and encoded."""
     response = open_response(request(), id="resp_1", created_at=1)
     numbered: list[dict[str, Any]] = []
+    fold = Fold(response)
 
-    def say(event: Event) -> Response:
+    def say(event: Event) -> None:
         event.sequence_number = len(numbered)
         numbered.append(msgspec.json.decode(encode_event(event).body))
-        return apply(response, event)
+        fold.apply(event)
 
     for event in (Created(response=response), InProgress(response=response), *events):
-        response = say(event)
-    closed = close_response(response, Outcome("completed"), usage=NO_USAGE, now=2)
+        say(event)
+    closed = close_response(fold.response, Outcome("completed"), usage=NO_USAGE, now=2)
     say(TERMINAL["completed"](response=closed))
     return numbered
 

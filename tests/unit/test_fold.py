@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from app.domain.fold import apply
+from app.domain.fold import Fold
 from app.domain.groups import Manner
 from app.domain.lifecycle import NO_USAGE, Outcome, close_response, open_response
 from app.domain.turn import Turn
@@ -170,17 +170,19 @@ def test_folding_at_item_borders_gives_the_same_response():
     """The hot path's fold and the oracle agree."""
     turn = Turn(toolbox(function("f")), counting())
     chunks = [chunk(content="a"), chunk(tool_calls=[piece(0, "c1", "f", "{}")])]
-    response = open_response(request(), id="resp_1", created_at=1)
+    fold = Fold(open_response(request(), id="resp_1", created_at=1))
     events = said(turn, chunks)
     for event in events:
-        response = apply(response, event)
-    assert plain(response)["output"] == replay(heard(events))["output"]
+        fold.apply(event)
+    assert plain(fold.response)["output"] == replay(heard(events))["output"]
 
 
 def test_only_item_borders_and_snapshots_change_the_response():
     response = open_response(request(), id="resp_1", created_at=1)
-    delta = TextDelta(item_id="msg_1", output_index=0, delta="x")
-    assert apply(response, delta) is response
-    assert apply(response, Created(response=response)) is response
+    fold = Fold(response)
+    fold.apply(TextDelta(item_id="msg_1", output_index=0, delta="x"))
+    fold.apply(Created(response=response))
+    assert fold.response == response
     closed = close_response(response, Outcome("completed"), usage=NO_USAGE, now=2)
-    assert apply(response, TERMINAL["completed"](response=closed)) is closed
+    fold.apply(TERMINAL["completed"](response=closed))
+    assert fold.response == closed
