@@ -8,6 +8,7 @@ import msgspec
 import openai
 import pytest
 
+from app.wire.decoding import NESTING_MAX
 from tests.servers import Served
 
 USER = {"role": "user", "content": "x"}
@@ -49,6 +50,7 @@ BAD = [
     ({"model": ""}, MISSING, "model", "Missing required parameter: 'model'."),
     ({"model": 7}, TYPE, "model", "expected a string or null, got an integer instead"),
     ({"model": "a\0b"}, VALUE, "model", "NUL"),
+    ({"model": "m" * 513}, VALUE, "model", "at most 512 characters"),
     ({"input": None}, MISSING, "input", "Missing required parameter: 'input'."),
     ({"input": []}, "empty_array", "input", "no items"),
     ({"input": 7}, TYPE, "input", "expected a string or an array or null, got an integer instead"),
@@ -68,6 +70,8 @@ BAD = [
     ({"input": [{**USER, "id": "m" * 513}]}, VALUE, "input[0].id", "at most 512 characters"),
     ({"input": [{**USER, "id": "a"}, {**USER, "id": "a"}]}, None, "input", "Duplicate item found with id a."),
     ({"input": [{"type": 7}]}, TYPE, "input[0].type", "expected a string"),
+    ({"input": [{"type": []}]}, TYPE, "input[0].type", "expected a string"),
+    ({"input": [USER, {"type": {}, "id": "x"}]}, TYPE, "input[1].type", "expected a string"),
     ({"input": [{"type": "magic"}]}, UNSUPPORTED, "input[0].type", "'magic'"),
     ({"input": [{"type": "compaction", "encrypted_content": "x"}]}, UNSUPPORTED, "input[0].type", "'compaction'"),
     ({"input": [{"type": "program", "id": "p"}]}, UNSUPPORTED, "input[0].type", "'program'"),
@@ -267,6 +271,16 @@ def test_stream_options_without_a_stream_are_refused(http):
         (b'{"model": "m", "input": "x"} {}', "We could not parse the JSON body of your request"),
         (b'{"model": "m", "input": "x", "temperature": NaN}', "We could not parse the JSON body of your request"),
         (b'{"model": "m", "input": ' + b"[" * 100_000, "nested too deeply"),
+        (b'{"model": "m", "input": "x", "client_metadata": {"a": "\xff"}}', "could not parse the JSON body"),
+        (
+            (
+                b'{"model": "m", "input": [{"role": "assistant", "content": [{"type": "output_text", "text": "x",'
+                b' "annotations": ["\xed\xa0\x80"]}]}]}'
+            ),
+            "could not parse the JSON body",
+        ),
+        (b'{"model": "m", "input": "x", "tools": [{"type": "function", "name": "f", "parameters": {"a": 1e400}}]}', ""),
+        (b'{"model": "m", "input": "x", "temperature": ' + b"9" * 5_000 + b"}", ""),
     ],
     ids=lambda given: repr(given)[:40],
 )
@@ -276,19 +290,52 @@ def test_what_is_no_json_object_is_refused(http, body, message):
     assert message in reply.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("depth", [100, 900, 5_000])
+@pytest.mark.parametrize("depth", [100, 130, 900, 5_000])
 def test_json_of_any_depth_is_taken_whole_or_refused(http, said, depth):
-    """How deep JSON may be depends on the version of Python; what can be read can also be stored and sent."""
+    """What is taken can also be stored and sent, on every version of Python."""
     parameters = b'{"a":' * depth + b"{}" + b"}" * depth
     tools = b'[{"type":"function","name":"f","parameters":%b}]' % parameters
     reply = http.post("/responses", content=b'{"model":"m","input":%b,"tools":%b}' % (json.dumps(said).encode(), tools))
-    if depth > 900 and reply.status_code == 400:
-        assert refusal_of(reply)["message"] == "The JSON body of your request is nested too deeply."
+    if depth > NESTING_MAX:
+        assert reply.status_code == 400
+        assert refusal_of(reply)["message"].startswith(
+            "The JSON body of your request is nested too deeply: at most 128"
+        )
         return
     assert reply.status_code == 200
     assert parameters in reply.content
     id = msgspec.json.decode(reply.content, type=Made).id
     assert http.get(f"/responses/{id}").content == reply.content
+
+
+@pytest.mark.parametrize("depth", [1_000, 100_000])
+def test_arguments_of_any_depth_are_text(http, said, heard, depth):
+    """What the model is shown in their place is an object, as upstreams demand."""
+    arguments = '{"a":' * depth + "1" + "}" * depth
+    items = [
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": arguments},
+        {"type": "function_call_output", "call_id": "c", "output": "x"},
+        {"role": "user", "content": said},
+    ]
+    reply = http.post("/responses", json={"model": "m", "input": items})
+    assert reply.status_code == 200
+    [call] = heard()["messages"][0]["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {"not_json": arguments}
+    listed = http.get(f"/responses/{reply.json()['id']}/input_items", params={"order": "asc"}).json()
+    assert listed["data"][0]["arguments"] == arguments
+
+
+def test_an_error_without_its_fields_is_shown_by_its_type(http, said, heard):
+    failed = {
+        "type": "mcp_call",
+        "server_label": "box",
+        "name": "f",
+        "arguments": "{}",
+        "error": {"type": "http_error"},
+    }
+    reply = http.post("/responses", json={"model": "m", "input": [failed, {"role": "user", "content": said}]})
+    assert reply.status_code == 200
+    assert heard()["messages"][1]["content"] == "Error: http_error"
 
 
 @pytest.mark.parametrize("content_type", [None, "text/plain", "application/json; charset=utf-8"])

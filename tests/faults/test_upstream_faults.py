@@ -153,7 +153,7 @@ class Refusal(Struct):
     code: str | None
     said: str
     requests: int
-    headers: dict[str, str] = {}
+    headers: dict[str, str | None] = {}
 
 
 REFUSALS = {
@@ -192,6 +192,27 @@ REFUSALS = {
         "scripted 429",
         3,
         {"retry-after": "1"},
+    ),
+    **{
+        f"429 with the Retry-After {after!r}": Refusal(
+            [status(429, headers={"retry-after": after})],
+            429,
+            "requests",
+            "rate_limit_exceeded",
+            "scripted 429",
+            3,
+            {"retry-after": None},
+        )
+        for after in ("²", "\xe2\x80\x93", "-1", "1e400", "9" * 50, "ÿ" * 20, "Mon, 99 Foo 2026")
+    },
+    "429 with a time as its Retry-After": Refusal(
+        [status(429, headers={"retry-after": "Thu, 01 Jan 2015 00:00:00 GMT"})],
+        429,
+        "requests",
+        "rate_limit_exceeded",
+        "scripted 429",
+        3,
+        {"retry-after": "0"},
     ),
     "429 without Retry-After": Refusal([status(429)], 429, "requests", "rate_limit_exceeded", "scripted 429", 3),
     "500": Refusal([status(500)], 502, "server_error", "server_error", "failed with status 500: scripted 500", 3),
