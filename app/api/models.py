@@ -1,12 +1,13 @@
 """`/v1/models`: what the catalog names, and what the upstreams list."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import structlog
 from litestar import Controller, Response, get
 from litestar.enums import MediaType
+from msgspec.structs import replace
 
 from app.api.parts import Parts
 from app.errors import NotFound, UpstreamError
@@ -33,12 +34,23 @@ class ModelsController(Controller):
 
     @get("/{model_id:path}")
     async def retrieve(self, model_id: str, caller: Caller, parts: Parts) -> Response[bytes]:
-        """One model; its id may contain slashes."""
+        """One model, by any name that a request may give it; it may contain slashes."""
         wanted = str(model_id).removeprefix("/")
-        for model in await _models(caller, parts.catalog, parts.upstreams):
-            if model.id == wanted:
-                return Response(encode(model), media_type=MediaType.JSON)
-        raise NotFound(f"The model '{wanted}' does not exist.", param="model", code="model_not_found")
+        models = await _models(caller, parts.catalog, parts.upstreams)
+        found = next((model for model in models if model.id == wanted), None) or _routed(wanted, models, parts.catalog)
+        if found is None:
+            raise NotFound(f"The model '{wanted}' does not exist.", param="model", code="model_not_found")
+        return Response(encode(found), media_type=MediaType.JSON)
+
+
+def _routed(wanted: str, models: Sequence[Model], catalog: Catalog) -> Model | None:
+    """A model that is listed under another name: by a pattern of the catalog, its upstream's name, or the default upstream's."""
+    routes = catalog.routes(wanted)
+    if catalog.is_named(wanted):
+        return Model(id=wanted, owned_by=routes[0].upstream)
+    names = {name for route in routes for name in (f"{route.upstream}@{route.model}", route.model)}
+    listed = next((model for model in models if model.id in names), None)
+    return listed and replace(listed, id=wanted)
 
 
 async def _models(caller: Caller, catalog: Catalog, upstreams: Mapping[str, Upstream]) -> list[Model]:

@@ -62,6 +62,11 @@ def test_a_catalog_names_its_models_first_and_marks_whose_the_others_are(new_ser
             made = client.responses.create(model=listed.id, input="Hello")
             assert made.model == "local@Qwen/Qwen3-8B"
             assert local.requests[-1].body["model"] == "Qwen/Qwen3-8B"
+            # Whatever a request may say is found: by a pattern, and by its plain name at the default upstream.
+            assert client.models.retrieve("qwen-anything").owned_by == "local"
+            assert (client.models.retrieve("small").id, client.models.retrieve("small").owned_by) == ("small", "tests")
+            with pytest.raises(openai.NotFoundError):
+                client.models.retrieve("hosted@small")
             # An upstream that is down lists nothing, the others go on.
             hosted.stop()
             assert ids_of(client) == ["house/best", "local@Qwen/Qwen3-8B", "local@small"]
