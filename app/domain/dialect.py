@@ -1,6 +1,6 @@
 """How the Chat Completions of upstreams differ."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 from msgspec import Struct
 
@@ -19,6 +19,9 @@ Lack = Literal[
 ]
 
 
+PassedOn = Literal["prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "user"]
+
+
 class Dialect(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How an upstream's Chat Completions differ; the defaults suit vLLM, llama.cpp and Ollama."""
 
@@ -30,6 +33,8 @@ class Dialect(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """It knows `refusal` in assistant messages; otherwise a refusal is text."""
     verbosity: bool = False
     """It takes `verbosity`."""
+    takes: frozenset[PassedOn] = frozenset()
+    """Parameters about caches, callers and tiers that it takes; the response echoes them either way."""
     max_tokens: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     reasoning: Literal["none", "reasoning_content", "reasoning"] = "none"
     """The key under which earlier reasoning is passed back."""
@@ -48,7 +53,12 @@ class Dialect(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 HOSTED = Dialect(
-    developer_role=True, refusals=True, verbosity=True, max_tokens="max_completion_tokens", custom_tools="native"
+    developer_role=True,
+    refusals=True,
+    verbosity=True,
+    takes=frozenset(get_args(PassedOn)),
+    max_tokens="max_completion_tokens",
+    custom_tools="native",
 )
 """The hosted API's own dialect."""
 

@@ -55,6 +55,7 @@ def _sampling(request: CreateResponse, dialect: Dialect, output_tokens_max: int 
         "presence_penalty": body.presence_penalty,
         dialect.max_tokens: output_tokens_max,
     }
+    given |= {name: getattr(body, name) for name in sorted(dialect.takes)}
     if body.reasoning and "reasoning_effort" not in dialect.lacks:
         given["reasoning_effort"] = body.reasoning.effort
     if body.top_logprobs or "message.output_text.logprobs" in request.include:

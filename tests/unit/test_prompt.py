@@ -500,6 +500,13 @@ def test_the_hosted_dialect_has_its_own_names():
     assert "max_tokens" not in made
 
 
+def test_parameters_about_caches_callers_and_tiers_go_to_upstreams_that_take_them():
+    given = {"prompt_cache_key": "a", "safety_identifier": "b", "user": "c", "service_tier": "flex"}
+    assert not asked(**given).keys() & given.keys()
+    assert asked(**given, dialect=HOSTED).items() >= given.items()
+    assert asked(**given, dialect=Dialect(takes=frozenset({"user"}))).keys() & given.keys() == {"user"}
+
+
 @pytest.mark.parametrize(
     ("lack", "body", "key"),
     [
