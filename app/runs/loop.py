@@ -39,7 +39,16 @@ from app.runs.recorder import Recorder
 from app.runs.task import Task
 from app.runs.tools import Tools, unavailable
 from app.wire.events import Event
-from app.wire.items import AnyItem, FunctionCall, FunctionCallOutput, ItemStatus, McpCall, decode_stored_item, type_of
+from app.wire.items import (
+    AnyItem,
+    FunctionCall,
+    FunctionCallOutput,
+    ItemStatus,
+    McpCall,
+    call_id_of,
+    decode_stored_item,
+    type_of,
+)
 from app.wire.tools import ListedTool, McpTool
 
 log = structlog.get_logger()
@@ -68,7 +77,8 @@ class Loop:
         """`output_index` is that of the first item that this run makes; `call_ids` are used already."""
         self._turns_max = turns_max
         self._output_index = output_index
-        self._call_ids = set(call_ids)
+        # Clients tell calls apart by their ids, along the whole chain.
+        self._call_ids = {*call_ids, *filter(None, map(call_id_of, task.context.items))}
         self._task, self._recorder, self._tools = task, recorder, tools
         self._context: Context = task.context
         self._calls_made = sum(type_of(item) in SERVER_RUN for item in self._made(0))

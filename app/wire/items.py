@@ -415,6 +415,12 @@ def type_of(item: AnyItem) -> str:
     return item.type if isinstance(item, OpaqueItem) else str(item.__struct_config__.tag)
 
 
+def call_id_of(item: AnyItem) -> str:
+    """The `call_id` of a call or its output; empty for any other item."""
+    call_id = item.fields.get("call_id") if isinstance(item, OpaqueItem) else getattr(item, "call_id", "")
+    return call_id if isinstance(call_id, str) else ""
+
+
 def with_id(item: AnyItem, id: str) -> AnyItem:
     """The same item with a server-given id."""
     if isinstance(item, OpaqueItem):

@@ -84,6 +84,26 @@ def test_two_parallel_calls_are_answered_and_the_model_sees_both_outputs(client,
     ]
 
 
+def test_call_ids_are_unique_in_a_whole_chain(client, upstream):
+    """Engines count calls anew in each completion, and clients tell them apart by id along the chain."""
+    calling_again = [call("get_time", {}, id="call_0"), finish("tool_calls")]
+    given = script(calling_again, calling_again, answer("Late."))
+    first = client.responses.create(model="m", input=given, tools=[TIME])
+    second = client.responses.create(
+        model="m", previous_response_id=first.id, input=[output_of(first.output[0], "12")], tools=[TIME]
+    )
+    ids = [first.output[0].call_id, second.output[0].call_id]
+    assert ids[0] == "call_0"
+    assert ids[1].startswith("call_")
+    assert len(set(ids)) == 2
+    third = client.responses.create(
+        model="m", previous_response_id=second.id, input=[output_of(second.output[0], "13")], tools=[TIME]
+    )
+    assert third.output_text == "Late."
+    answered = [one for one in upstream.asked(given)[-1].body["messages"] if one["role"] == "tool"]
+    assert [(one["tool_call_id"], one["content"]) for one in answered] == [(ids[0], "12"), (ids[1], "13")]
+
+
 def test_what_the_model_says_before_its_call_stays_in_one_message_with_it(client, upstream):
     given = script([text("Let me see."), call("get_time", "{}", id="call_1"), finish("tool_calls")], answer("Noon."))
     first = client.responses.create(model="m", input=given, tools=[TIME])
