@@ -35,6 +35,8 @@ class ApiError(Exception):
     status = 500
     type = "server_error"
     code: str | None = None
+    is_final = False
+    """Whether the same request can't succeed, or would repeat what was done: SDKs are asked not to send it again."""
 
     def __init__(
         self,
@@ -206,6 +208,8 @@ class ToolsUnavailable(ApiError):
 
 class RunTooLong(ServerError):
     """A run met a limit on its duration or on the bytes of its output."""
+
+    is_final = True
 
 
 class Fenced(Exception):

@@ -31,7 +31,8 @@ def answer_api_error(request: Request[Any, Any, Any], error: ApiError) -> Respon
     """Our own errors."""
     if error.status >= 500:
         log.warning("A request failed.", action="request_failed", status=error.status, error=describe(error))
-    return Response(error_body(error), status_code=error.status, media_type=MediaType.JSON, headers=error.headers)
+    headers = {**error.headers, "x-should-retry": "false"} if error.is_final else error.headers
+    return Response(error_body(error), status_code=error.status, media_type=MediaType.JSON, headers=headers)
 
 
 def answer_http_error(request: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:

@@ -11,13 +11,14 @@ from typing import Any, Literal
 from msgspec import UNSET, Struct
 from msgspec.structs import replace
 
-from app.errors import ApiError
+from app.errors import ApiError, UpstreamError
 from app.wire.chat import ChatUsage
 from app.wire.requests import AnyFormat, CreateResponse, JsonSchemaFormat, ReasoningConfig, TextConfig, TextFormat
 from app.wire.resources import (
     IncompleteDetails,
     InputTokensDetails,
     OutputTokensDetails,
+    Reason,
     Response,
     ResponseError,
     Status,
@@ -43,17 +44,30 @@ class Outcome(Struct, frozen=True):
     """How a run ended, and why."""
 
     status: Literal["completed", "incomplete", "failed", "cancelled"]
-    reason: Literal["max_output_tokens", "content_filter"] | None = None
+    reason: Reason | None = None
     error: ApiError | None = None
 
 
+_FINISHED: dict[str, Outcome] = {
+    "length": Outcome("incomplete", reason="max_output_tokens"),
+    "model_length": Outcome("incomplete", reason="max_output_tokens"),
+    "content_filter": Outcome("incomplete", reason="content_filter"),
+    "abort": Outcome("cancelled"),
+} | dict.fromkeys(
+    # The API's own, and those of older engines.
+    ("stop", "tool_calls", "function_call", "eos_token", "stop_sequence", "end_turn", "tool_use"),
+    Outcome("completed"),
+)
+
+
 def outcome_of(finish_reason: str | None) -> Outcome:
-    """What an upstream's last word means."""
-    if finish_reason == "length":
-        return Outcome("incomplete", reason="max_output_tokens")
-    if finish_reason == "content_filter":
-        return Outcome("incomplete", reason="content_filter")
-    return Outcome("completed")
+    """What an upstream's `finish_reason` means: an unknown one never that the answer is whole; none, in a stream that ends
+    in order, that it is."""
+    if finish_reason is None:
+        return Outcome("completed")
+    if finish_reason == "error":
+        return Outcome("failed", error=UpstreamError("The upstream ended its answer with an error."))
+    return _FINISHED.get(finish_reason, Outcome("incomplete"))
 
 
 def open_response(request: CreateResponse, *, id: str, created_at: int, left_out: Collection[str] = ()) -> Response:

@@ -54,6 +54,8 @@ TAIL_WAIT_S = 2.0
 class _KeyRefused(UpstreamUnavailable):
     """The upstream does not accept this server's key, however often one asks."""
 
+    is_final = True
+
 
 class Upstream:
     """One Chat Completions server."""

@@ -37,6 +37,9 @@ log = structlog.get_logger()
 
 LATE_ATTEMPTS_PER_LEASE = 3
 
+RESPONSE_ID_HEADER = "x-reprise-response-id"
+"""On the error of a create that has made output: where that can be retrieved."""
+
 FOREGROUND_LEASE = 1
 """A foreground run has one owner in its life."""
 
@@ -57,6 +60,8 @@ class Run:
         self.log = MemoryLog() if work.request.stream else None
         self.response = response
         self.error: ApiError | None = None
+        self.has_output = False
+        """Whether anything was recorded of its output, by the time when it ends."""
         self.stored = False
         """Whether its row is there."""
         self.ending = False
@@ -120,9 +125,13 @@ class Executor:
     async def finished(self, run: Run) -> Response:
         """Wait until the response is ended and stored. Raises the ApiError that a failed one ended with."""
         await asyncio.shield(run.finished)
-        if run.error is not None:
-            raise run.error
-        return run.response
+        if run.error is None:
+            return run.response
+        if run.has_output:  # tools may have been called: an SDK's retry would call them again
+            run.error.is_final = True
+            if run.response.store:
+                run.error.headers[RESPONSE_ID_HEADER] = run.response.id
+        raise run.error
 
     def reader_gone(self, run: Run) -> None:
         """The policy: a foreground run ends with its reader, unless a stored one may finish."""
@@ -186,6 +195,7 @@ class Executor:
         run.ending = True
         closed = close_response(recorder.response, outcome, usage=recorder.usage, now=int(time.time()))
         run.error = outcome.error
+        run.has_output = recorder.has_output
         run.response = await recorder.finish(closed, lambda response, _: self._commit(run, response))
         log.info("A response has ended.", action="run_ended", status=run.response.status)
 

@@ -185,7 +185,7 @@ class Loop:
             calls = self._made(made + len(said))
             self._proceed([*said, *(call for call, _ in refused), *calls, *(output for _, output in refused)])
             stream = await self.open()
-        raise RunTooLong("The run took more turns than REPRISE_TURNS_MAX allows.")
+        return Outcome("incomplete", reason="max_turns")
 
     def _proceed(self, more: Sequence[AnyItem]) -> None:
         context = proceed(self._context, self._task.request, more)

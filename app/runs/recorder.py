@@ -19,6 +19,9 @@ class Log(Protocol):
         ...
 
 
+FIRST_EVENTS = 2
+"""Events that say only that a foreground run has begun."""
+
 ITEM_DONE = str(ItemDone.__struct_config__.tag)
 
 Keep = Callable[[Sequence[Entry]], Awaitable[None]]
@@ -60,6 +63,11 @@ class Recorder:
     def response(self) -> Response:
         """What the events so far say."""
         return self._fold.response
+
+    @property
+    def has_output(self) -> bool:
+        """Whether a foreground run has made more than its first two events."""
+        return self.next_number > FIRST_EVENTS
 
     async def begin(self) -> None:
         """The first events of a foreground run: created, in_progress."""

@@ -38,8 +38,12 @@ class ResponseError(Struct):
     message: str
 
 
+Reason = Literal["max_output_tokens", "content_filter", "max_turns"]
+"""Why a response is incomplete; the last is ours: the run met REPRISE_TURNS_MAX."""
+
+
 class IncompleteDetails(Struct):
-    reason: Literal["max_output_tokens", "content_filter"]
+    reason: Reason
 
 
 class TextEcho(Struct):

@@ -217,6 +217,7 @@ def test_a_caller_does_not_learn_that_the_servers_own_key_is_wrong_by_a_401(cata
         cataloged.responses.create(model="locked@x", input=said)
     assert failed.value.status_code == 502
     assert failed.value.body["message"] == "Upstream 'locked' does not accept this server's key."
+    assert failed.value.response.headers["x-should-retry"] == "false"
 
 
 def test_the_callers_key_does_not_reach_the_upstream(served, upstream, said):

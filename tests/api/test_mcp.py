@@ -12,7 +12,7 @@ import pytest
 from tests.api.streams import told, types_of
 from tests.replay import replay
 from tests.servers import Served
-from tests.upstream import answer, call, calling, finish, note, script, status, text, usage
+from tests.upstream import answer, call, calling, error, finish, note, script, status, text, usage
 
 
 def test_tools_are_listed_called_and_their_results_read(client, upstream, toolserver, name, mcp):
@@ -407,10 +407,22 @@ def test_beyond_max_tool_calls_the_model_is_told_to_stop(server, upstream, tools
         assert sum("limit of tool calls" in str(message["content"]) for message in record.body["messages"]) >= 1
 
 
+def test_a_create_that_fails_behind_a_call_is_not_sent_again(server, upstream, toolserver, name, mcp):
+    """The SDK tries a 5xx twice more by itself: here that would make the same call three times."""
+    given = script([note(name), *calling("add", {"a": 1, "b": 2})], [error("out of memory")])
+    with server.client().with_options(max_retries=2) as client:
+        with pytest.raises(openai.InternalServerError) as failed:
+            client.responses.create(model="m", input=given, tools=[mcp()])
+        assert failed.value.response.headers["x-should-retry"] == "false"
+        stored = client.responses.retrieve(failed.value.response.headers["x-reprise-response-id"])
+    assert (stored.status, [item.type for item in stored.output]) == ("failed", ["mcp_list_tools", "mcp_call"])
+    assert len(toolserver.calls(name)) == 1
+
+
 def test_turns_are_limited(impatient, upstream, toolserver, name, mcp):
     given = script(*([note(name), *calling("echo", {"x": number}), usage(1, 1)] for number in range(9)))
     _, made = told(impatient, input=given, tools=[mcp()], tool_choice="required")
-    assert (made["status"], "REPRISE_TURNS_MAX" in made["error"]["message"]) == ("failed", True)
+    assert (made["status"], made["incomplete_details"]) == ("incomplete", {"reason": "max_turns"})
     assert len(upstream.asked(given)) == 4
     assert len(toolserver.calls(name)) == 3, "nobody would read what comes of the last turn's call"
     assert made["usage"]["total_tokens"] == 8

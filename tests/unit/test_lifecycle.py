@@ -46,7 +46,8 @@ def test_the_table_knows_every_status_and_has_no_way_back():
         ("stop", "completed", None),
         ("tool_calls", "completed", None),
         ("function_call", "completed", None),
-        ("something new", "completed", None),
+        ("something new", "incomplete", None),
+        ("abort", "cancelled", None),
         (None, "completed", None),
         ("length", "incomplete", "max_output_tokens"),
         ("content_filter", "incomplete", "content_filter"),
@@ -54,6 +55,11 @@ def test_the_table_knows_every_status_and_has_no_way_back():
 )
 def test_a_finish_reason_is_an_outcome(reason: str | None, status: str, why: str | None):
     assert outcome_of(reason) == Outcome(status, reason=why)
+
+
+def test_an_upstream_that_ends_with_an_error_has_failed():
+    outcome = outcome_of("error")
+    assert (outcome.status, outcome.error and outcome.error.status) == ("failed", 502)
 
 
 @pytest.mark.parametrize("status", OUTCOMES)
