@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import asyncpg
+import redis
+import zstandard
 
 T = TypeVar("T")
 
@@ -42,6 +44,27 @@ def fetch(database_url: str, sql: str, *args: object) -> list[asyncpg.Record]:
 def count(database_url: str, table: str) -> int:
     """How many rows a table has."""
     return fetch(database_url, f"select count(*) from {table}")[0][0]
+
+
+def dumped(database_url: str) -> str:
+    """Every row of every table, as text."""
+    tables = fetch(database_url, "select table_name from information_schema.tables where table_schema = 'public'")
+    rows = [
+        row[0]
+        for (table,) in tables
+        for row in fetch(database_url, f"select (to_jsonb(one) - 'frames')::text from \"{table}\" one")
+    ]
+    journalled = [row[0] for row in fetch(database_url, "select frames from event_journal")]
+    archived = [zstandard.decompress(row[0]) for row in fetch(database_url, "select frames from event_archive")]
+    return "\n".join([*rows, *(frames.decode() for frames in (*journalled, *archived))])
+
+
+def remembered(redis_url: str, prefix: str) -> str:
+    """Everything that Redis holds of one server."""
+    with redis.Redis.from_url(redis_url) as client:
+        return b"\n".join(
+            client.dump(key) + str(client.xrange(key)).encode() for key in client.keys(f"{prefix}*")
+        ).decode("latin-1")
 
 
 def until(condition: Callable[[], T], timeout_s: float = 15.0) -> T:

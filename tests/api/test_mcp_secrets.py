@@ -5,11 +5,9 @@ import json
 
 import openai
 import pytest
-import redis
-import zstandard
 
 from tests.api.streams import told
-from tests.looking import fetch, until
+from tests.looking import dumped, fetch, remembered, until
 from tests.replay import replay
 from tests.servers import Served
 from tests.upstream import answer, call, calling, finish, note, script
@@ -43,27 +41,6 @@ def secretive(base_env, new_database):
     }
     with Served(env) as running:
         yield running
-
-
-def dumped(database_url):
-    """Every row of every table, as text."""
-    tables = fetch(database_url, "select table_name from information_schema.tables where table_schema = 'public'")
-    rows = [
-        row[0]
-        for (table,) in tables
-        for row in fetch(database_url, f"select (to_jsonb(one) - 'frames')::text from \"{table}\" one")
-    ]
-    journalled = [row[0] for row in fetch(database_url, "select frames from event_journal")]
-    archived = [zstandard.decompress(row[0]) for row in fetch(database_url, "select frames from event_archive")]
-    return "\n".join([*rows, *(frames.decode() for frames in (*journalled, *archived))])
-
-
-def remembered(redis_url, prefix):
-    """Everything that Redis holds of one server."""
-    with redis.Redis.from_url(redis_url) as client:
-        return b"\n".join(
-            client.dump(key) + str(client.xrange(key)).encode() for key in client.keys(f"{prefix}*")
-        ).decode("latin-1")
 
 
 def hidden(text):

@@ -276,10 +276,15 @@ class Cluster:
                 process.kill()
 
     @property
+    def processes(self) -> list[Served]:
+        """All that there were."""
+        return list(dict.fromkeys((*self.replicas, *self._workers, *self._dead)))
+
+    @property
     def printed(self) -> str:
         """What every process has said, for a failed test."""
         said = []
-        for process in dict.fromkeys((*self.replicas, *self._workers, *self._dead)):
+        for process in self.processes:
             said += [f"--- {process.url.strip()}\n", *process.printed[-40:]]
         return "".join(said)
 

@@ -197,7 +197,7 @@ class Script:
         if options.get("lies"):
             tools = LIES
         if options.get("echo"):
-            tools += ECHOES
+            tools = [*tools, *ECHOES]
         if options.get("loop"):
             return {"tools": tools[:1], "nextCursor": "again"}
         pages = int(options.get("pages", "1"))

@@ -16,7 +16,8 @@ alone).
 Steps are JSON objects, built by text, reasoning, refusal, size, call, delta, chunk, raw, junk, finish, usage, no_usage,
 usage_in_finish, error, status, stall, gate, cut, no_done, split, coalesce, repeat, forever, note; whole turns by answer
 and calling. Inside `repeat` and `forever`, "{i}" in a text stands for the number of the round, so that a lost or
-doubled chunk is seen; "{t}" anywhere for the monotonic clock at that moment, in seconds.
+doubled chunk is seen; "{t}" anywhere for the monotonic clock at that moment, in seconds; "{key}" in an error for the
+authorization that the request came with.
 
 `python -m tests.upstream --port N` serves other processes; there `POST /gates/<name>` opens a gate.
 """

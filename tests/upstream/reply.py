@@ -253,7 +253,7 @@ class Reply:
                 await self._emit(chunk)
             case {"error": body}:
                 self._usage_due = False
-                await self._emit({"error": body})
+                await self._emit({"error": self._with_key(body)})
             case {"usage": given}:
                 self._usage_due = False
                 if given is not None:
@@ -296,8 +296,13 @@ class Reply:
             return
         kind = "server_error" if code >= 500 else "invalid_request_error"
         shaped = {"error": {"message": f"scripted {code}", "type": kind, "param": None, "code": None}}
-        await self._wire.whole(code, step.get("body", shaped), step.get("headers"))
+        await self._wire.whole(code, self._with_key(step.get("body", shaped)), step.get("headers"))
         raise Answered
+
+    def _with_key(self, body: Any) -> Any:
+        """A body with the caller's key in the places of `{key}`."""
+        key = msgspec.json.encode(self._record.headers.get("authorization", ""))[1:-1]
+        return msgspec.json.decode(msgspec.json.encode(body).replace(b"{key}", key))
 
     async def _emit(self, chunk: Mapping[str, Any]) -> None:
         if self._whole is not None:
