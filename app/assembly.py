@@ -24,6 +24,7 @@ from app.runs.task import Tasks
 from app.runs.worker import Worker
 from app.settings import Settings, SettingsError
 from app.storage import tenants
+from app.storage.backlog import Backlogs
 from app.storage.database import Database
 from app.storage.redislog import RedisLogs
 
@@ -87,6 +88,7 @@ class Core(Struct, frozen=True):
     guard: Guard
     programs: ToolPrograms
     worker: Worker
+    backlogs: Backlogs
 
 
 @asynccontextmanager
@@ -100,9 +102,9 @@ async def core(settings: Settings, catalog: Catalog) -> AsyncIterator[tuple[Core
     guard = Guard.from_settings(settings)
     programs: ToolPrograms = Programs(settings)
     background = Background(settings, database, tasks, catalog, seal, guard, programs, logs)
+    worker = Worker(settings, database, background, logs)
     try:
-        worker = Worker(settings, database, background, logs)
-        yield Core(database, tasks, background, guard, programs, worker), upstreams
+        yield Core(database, tasks, background, guard, programs, worker, Backlogs(settings)), upstreams
     finally:
         await programs.close()
         for upstream in upstreams.values():
@@ -137,7 +139,7 @@ async def assembled(settings: Settings) -> AsyncIterator[Assembly]:
     """Everything a serving process needs, and its orderly end. Raises SettingsError."""
     async with _catalog(settings) as catalog, core(settings, catalog) as (made, upstreams):
         worker = made.worker
-        executor = Executor(settings, made.database, made.tasks, made.guard, made.programs, worker.owner)
+        executor = Executor(settings, made.database, made.tasks, made.guard, made.programs, worker.owner, made.backlogs)
 
         @asynccontextmanager
         async def lifespan(_: Any) -> AsyncIterator[None]:
@@ -157,6 +159,7 @@ async def assembled(settings: Settings) -> AsyncIterator[Assembly]:
             executor=executor,
             background=made.background,
             worker=worker,
+            backlogs=made.backlogs,
             lifespan=lifespan,
         )
 

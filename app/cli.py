@@ -86,7 +86,7 @@ async def _serve(settings: Settings, *, own: bool) -> None:
             built.app,
             lifespan="on",
             timeout_graceful_shutdown=int(settings.shutdown_grace_s) + LAST_WORDS_S,
-            **http.OPTIONS,
+            **http.options(settings.send_timeout_s),
         )
         listener = _listen(settings)
 

@@ -12,6 +12,7 @@
       TooManyRequests 429         a limit of this server is reached
       ServerError 500             our mistake
         DatabaseUnavailable 503   Postgres does not answer
+        TooMuchUnread 503         clients leave more unread than REPRISE_UNREAD_BYTES_MAX
       UpstreamError 502           the upstream failed
         UpstreamRefused           its 4xx, passed on with its status
         UpstreamBusy 429          its 429, passed on with Retry-After
@@ -145,6 +146,17 @@ class DatabaseUnavailable(ServerError):
     """Postgres does not answer; nothing was stored."""
 
     status = 503
+
+
+class TooMuchUnread(ServerError):
+    """Clients leave more unread than they may together, and this reply is too large to be added."""
+
+    status = 503
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Too much of this server's replies is not read yet; please try again.", headers={"Retry-After": "1"}
+        )
 
 
 class UpstreamError(ApiError):

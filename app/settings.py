@@ -88,6 +88,28 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         float,
         _about("how long a stream's head waits for the upstream's answer, so that its refusal is an HTTP status", ge=0),
     ] = 10.0
+    stream_backlog_bytes_max: Annotated[
+        int,
+        _about(
+            "what one client may leave unread of its stream; beyond, a background stream is read again later, "
+            "and a foreground run waits",
+            ge=1024,
+        ),
+    ] = 1024 * 1024
+    stream_wait_s: Annotated[
+        float, _about("how long a foreground run waits so; then it ends as if its client had gone", gt=0)
+    ] = 60.0
+    unread_bytes_max: Annotated[
+        int,
+        _about(
+            "what the clients of one process may leave unread together; beyond, those are disconnected that have taken "
+            "nothing for the longest",
+            ge=1024,
+        ),
+    ] = 256 * 1024 * 1024
+    send_timeout_s: Annotated[
+        float, _about("a client that takes nothing for so long of what is sent to it is disconnected", gt=0)
+    ] = 30.0
     keepalive_s: Annotated[float, _about("an SSE comment after so much silence", gt=0)] = 15.0
     keepalive_events: Annotated[
         bool, _about("whether it is a `keepalive` event instead, for clients and proxies that count events only")

@@ -20,6 +20,7 @@ from app.runs.background import Background
 from app.runs.executor import Executor
 from app.runs.worker import Worker
 from app.settings import Settings
+from app.storage.backlog import Backlogs
 from app.storage.database import Database
 
 Lifespan = Callable[[Any], AbstractAsyncContextManager[None]]
@@ -34,6 +35,7 @@ def build(
     executor: Executor,
     background: Background,
     worker: Worker,
+    backlogs: Backlogs,
     lifespan: Lifespan,
 ) -> ASGIApp:
     """The application around things that `assembly` has built."""
@@ -45,6 +47,7 @@ def build(
         executor=executor,
         background=background,
         worker=worker,
+        backlogs=backlogs,
         auth=Auth(settings, database),
     )
     app = Litestar(

@@ -13,6 +13,7 @@ from app.runs.background import Background
 from app.runs.executor import Caller, Executor
 from app.runs.worker import Worker
 from app.settings import Settings
+from app.storage.backlog import Backlogs
 from app.storage.database import Database
 
 
@@ -26,6 +27,7 @@ class Parts(Struct, frozen=True):
     executor: Executor
     background: Background
     worker: Worker
+    backlogs: Backlogs
     auth: Auth
 
 

@@ -11,6 +11,7 @@ from litestar.enums import MediaType
 
 from app.api import queries
 from app.api.parts import Parts
+from app.api.replies import json_reply
 from app.api.sse import EventStream, until_disconnect
 from app.errors import ApiError, InvalidRequest
 from app.runs.aside import aside
@@ -54,11 +55,13 @@ class ResponsesController(Controller):
         headers = _left_out(run.work.context.toolbox.left_out)
         if not create.stream:
             made = await _while_connected(request, executor, run, executor.finished(run))
-            return _reply(made, create.include, headers)
+            return _reply(parts, made, create.include, headers)
         await _while_connected(request, executor, run, executor.opened(run))
         options = create.body.stream_options
+        assert run.log
         return EventStream(
             run.follow(silence_s=parts.settings.keepalive_s),
+            run.log.backlog,
             gone=lambda: executor.reader_gone(run),
             shown=Shown(create.include),
             obfuscate=bool(options and options.include_obfuscation),
@@ -72,13 +75,15 @@ class ResponsesController(Controller):
         queued = await parts.background.enqueue(caller, create, raw)
         headers = _left_out(queued.left_out)
         if not create.stream:
-            return _reply(queued.response, (), headers)
+            return _reply(parts, queued.response, (), headers)
         kept = Kept(status="queued", background=True, streamed=True, archived=False, entries=queued.entries)
         options = create.body.stream_options
+        backlog = parts.backlogs.open()
         return EventStream(
             parts.background.follow(
-                caller.tenant_id, queued.response.id, -1, kept, silence_s=parts.settings.keepalive_s
+                caller.tenant_id, queued.response.id, -1, kept, backlog, silence_s=parts.settings.keepalive_s
             ),
+            backlog,
             gone=_nobody_cares,
             shown=Shown(create.include),
             obfuscate=bool(options and options.include_obfuscation),
@@ -87,7 +92,7 @@ class ResponsesController(Controller):
         )
 
     @get()
-    async def list(self, request: Request[Any, Any, Any], caller: Caller, parts: Parts) -> Response[bytes]:
+    async def list(self, request: Request[Any, Any, Any], caller: Caller, parts: Parts) -> Response[Any]:
         """Responses by creation; beyond the hosted API."""
         if request.headers.get("upgrade", "").lower() == "websocket":
             raise InvalidRequest("This server does not speak WebSocket; use POST.", code="websocket_not_supported")
@@ -104,7 +109,7 @@ class ResponsesController(Controller):
                 tx, caller.tenant_id, filter, after=query.after, limit=query.limit + 1, order=query.order
             )
         rows = [(id, encode(_shown(responses.response_of(stored), ()))) for id, stored in found]
-        return _page(rows, query.limit)
+        return _page(parts, rows, query.limit)
 
     @get("/{response_id:str}")
     async def retrieve(
@@ -112,19 +117,26 @@ class ResponsesController(Controller):
     ) -> Response[Any]:
         """One response as it is by now, or with `stream=true` its events, from behind `starting_after` on."""
         query = queries.parse(request, queries.Retrieve)
+        if query.stream:
+            return await self._replay(response_id, query, caller, parts)
         async with parts.database.autocommit() as tx:
             stored = await responses.get_response(tx, caller.tenant_id, response_id)
-        if not query.stream:
-            return _reply(responses.response_of(stored), query.include)
-        kept = await parts.background.kept(caller.tenant_id, response_id)
+        return _reply(parts, responses.response_of(stored), query.include)
+
+    async def _replay(self, response_id: str, query: queries.Retrieve, caller: Caller, parts: Parts) -> Response[Any]:
+        after = -1 if query.starting_after is None else query.starting_after
+        kept = await parts.background.kept(caller.tenant_id, response_id, after)
         for wanted, given in (("background", kept.background), ("stream", kept.streamed)):
             if not given:
                 raise InvalidRequest(
                     f"This response cannot be streamed because it was not created with {wanted}=true.", param="stream"
                 )
-        after = -1 if query.starting_after is None else query.starting_after
+        backlog = parts.backlogs.open()
         return EventStream(
-            parts.background.follow(caller.tenant_id, response_id, after, kept, silence_s=parts.settings.keepalive_s),
+            parts.background.follow(
+                caller.tenant_id, response_id, after, kept, backlog, silence_s=parts.settings.keepalive_s
+            ),
+            backlog,
             gone=_nobody_cares,
             shown=Shown(query.include),
             obfuscate=bool(query.include_obfuscation),
@@ -146,7 +158,7 @@ class ResponsesController(Controller):
     @get("/{response_id:str}/input_items")
     async def input_items(
         self, request: Request[Any, Any, Any], response_id: str, caller: Caller, parts: Parts
-    ) -> Response[bytes]:
+    ) -> Response[Any]:
         """The context that the response was made from: earlier inputs and outputs, and its own input."""
         query = queries.parse(request, queries.ItemPage)
         async with parts.database.autocommit() as tx:
@@ -154,16 +166,16 @@ class ResponsesController(Controller):
                 tx, caller.tenant_id, response_id, after=query.after, limit=query.limit + 1, order=query.order
             )
         shown = Shown(query.include)
-        return _page([(item.id, shown.item(_listed(item.body))) for item in found], query.limit)
+        return _page(parts, [(item.id, shown.item(_listed(item.body))) for item in found], query.limit)
 
     @post("/{response_id:str}/cancel", status_code=200)
-    async def cancel(self, response_id: str, caller: Caller, parts: Parts) -> Response[bytes]:
+    async def cancel(self, response_id: str, caller: Caller, parts: Parts) -> Response[Any]:
         """Cancel a background response; one that has ended is given as it is. A foreground one ends with its connection."""
         async with parts.database.autocommit() as tx:
             stored = await responses.get_response(tx, caller.tenant_id, response_id)
         if not responses.response_of(stored).background:
             raise InvalidRequest("Cannot cancel a synchronous response.", param="response_id")
-        return _reply(await parts.background.cancel(caller.tenant_id, response_id, parts.worker.owner), ())
+        return _reply(parts, await parts.background.cancel(caller.tenant_id, response_id, parts.worker.owner), ())
 
 
 def _nobody_cares() -> None:
@@ -183,12 +195,12 @@ def _shown(response: resources.Response, include: Collection[str]) -> resources.
 
 
 def _reply(
-    response: resources.Response, include: Collection[str], headers: dict[str, str] | None = None
-) -> Response[bytes]:
-    return Response(encode(_shown(response, include)), media_type=MediaType.JSON, headers=headers)
+    parts: Parts, response: resources.Response, include: Collection[str], headers: dict[str, str] | None = None
+) -> Response[Any]:
+    return json_reply(encode(_shown(response, include)), parts.backlogs, headers)
 
 
-def _page(rows: "list[tuple[str, bytes]]", limit: int) -> Response[bytes]:
+def _page(parts: Parts, rows: "list[tuple[str, bytes]]", limit: int) -> Response[Any]:
     """One row more than the limit was read: that tells whether there are more."""
     shown = rows[:limit]
     page = Page(
@@ -197,7 +209,7 @@ def _page(rows: "list[tuple[str, bytes]]", limit: int) -> Response[bytes]:
         last_id=shown[-1][0] if shown else None,
         has_more=len(rows) > limit,
     )
-    return Response(encode(page), media_type=MediaType.JSON)
+    return json_reply(encode(page), parts.backlogs)
 
 
 def _listed(body: str) -> bytes:

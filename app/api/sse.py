@@ -6,12 +6,13 @@ which make a well-known client fail at the next comment. The connection is close
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from litestar import Response
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.storage.backlog import PAGE_BYTES, Backlog
 from app.storage.redisclient import break_off
 from app.wire.events import DONE_FRAME, Entry
 from app.wire.shown import Shown
@@ -44,7 +45,8 @@ class EventStream(Response[None]):
 
     def __init__(
         self,
-        batches: AsyncIterator[list[Entry]],
+        batches: AsyncIterator[Sequence[Entry]],
+        backlog: Backlog,
         *,
         gone: Callable[[], None],
         shown: Shown,
@@ -53,8 +55,10 @@ class EventStream(Response[None]):
         headers: dict[str, str],
         after: int = -1,
     ) -> None:
-        """`batches` are the events behind the number `after`; an empty one stands for silence."""
+        """`batches` are the events behind the number `after`; an empty one stands for silence. `backlog` is what the client
+        has not taken of them."""
         super().__init__(None)
+        self._backlog = backlog
         self._batches, self._gone, self._shown, self._obfuscate = batches, gone, shown, obfuscate
         self._keepalive_events, self._last_number = keepalive_events, after
         self._head = HEAD + [(name.encode(), value.encode()) for name, value in headers.items()]
@@ -68,10 +72,11 @@ class EventStream(Response[None]):
         leaving = asyncio.create_task(until_disconnect(receive))
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-        def end(_: "asyncio.Task[None]") -> None:
+        def end(_: "asyncio.Task[None] | None" = None) -> None:
             if not ended.done():
                 ended.set_result(None)
 
+        self._backlog.disconnect = end
         for task in (writing, leaving):  # `asyncio.wait` would hold a kilobyte as long as it waits
             task.add_done_callback(end)
         try:
@@ -82,16 +87,22 @@ class EventStream(Response[None]):
             self._gone()
             raise
         finally:
+            self._backlog.close()
             await break_off([writing, leaving])
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self._head})
         async for batch in self._batches:
-            await send(_body(self._frames(batch), more=True))
+            frames = self._frames(batch)
             del batch  # the next one may be far away
+            for at in range(0, len(frames), PAGE_BYTES):  # each waits until the connection has taken those before
+                await send(_body(frames[at : at + PAGE_BYTES], more=True))
+                if at:
+                    self._backlog.take(0)
+            del frames
         await send(_body(DONE_FRAME, more=False))
 
-    def _frames(self, batch: list[Entry]) -> bytes:
+    def _frames(self, batch: Sequence[Entry]) -> bytes:
         if not batch:
             has_number = self._keepalive_events and self._last_number >= 0
             return KEEPALIVE_EVENT % self._last_number if has_number else KEEPALIVE

@@ -6,7 +6,8 @@ by both, and stops quietly.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AsyncExitStack, aclosing
 
 import msgspec
 import structlog
@@ -22,7 +23,6 @@ from app.errors import (
     ApiError,
     DatabaseUnavailable,
     Fenced,
-    NotFound,
     ResponseNotFound,
     RunTooLong,
     ServerError,
@@ -40,6 +40,7 @@ from app.runs.task import Task, Tasks
 from app.runs.tools import Tools
 from app.settings import Settings
 from app.storage import approvals, journal, queue, responses
+from app.storage.backlog import Backlog, pages_of, size_of
 from app.storage.database import Database
 from app.storage.journal import Kept
 from app.storage.queue import Claim, Hold, Owner, Queued
@@ -55,9 +56,6 @@ log = structlog.get_logger()
 
 GAP_PAUSE_S = 0.05
 """Before a reader looks again for events that are missing everywhere: their writer is sending them once more."""
-
-PAGE_EVENTS = 500
-"""Events that are written to a client at once."""
 
 FENCED = "Somebody else has taken this response over."
 
@@ -148,7 +146,7 @@ class Background:
         self._settings, self._database, self._tasks = settings, database, tasks
         self._guard, self._programs = guard, programs
         self._catalog, self._seal, self._logs = catalog, seal, logs
-        self._looks: dict[str, asyncio.Future[Kept]] = {}
+        self._looks: dict[tuple[str, int], asyncio.Future[Kept]] = {}
         self._released = False
 
     # -- Beginning --------------------------------------------------------------------------------------------------------
@@ -206,36 +204,61 @@ class Background:
 
     # -- Following --------------------------------------------------------------------------------------------------------
 
-    async def kept(self, tenant_id: str, response_id: str) -> Kept:
-        """What Postgres knows of a response's events. Raises NotFound."""
+    async def kept(self, tenant_id: str, response_id: str, after: int) -> Kept:
+        """What Postgres knows of a response's events behind a number, a page of it. Raises NotFound."""
         async with self._database.autocommit() as tx:
-            kept = await journal.read(tx, tenant_id, response_id)
+            kept = await journal.read(tx, tenant_id, response_id, after)
         if kept is None:
             raise ResponseNotFound(response_id)
         return kept
 
     async def follow(
-        self, tenant_id: str, response_id: str, after: int, kept: Kept, *, silence_s: float
-    ) -> AsyncIterator[list[Entry]]:
-        """Events with a greater sequence number: what is kept, what Redis still holds, what comes; to the terminal one.
+        self, tenant_id: str, response_id: str, after: int, kept: Kept, backlog: Backlog, *, silence_s: float
+    ) -> AsyncIterator[Sequence[Entry]]:
+        """Events with a greater sequence number, to the terminal one; an empty batch comes after so much silence. A client that
+        takes its time costs no more than its backlog and a page: what does not fit is read again."""
+        batches = self._batches(tenant_id, response_id, after, kept, backlog, silence_s=silence_s)
+        del kept  # it may be large, and a follower may stay for long
+        async with aclosing(batches):
+            async for batch in batches:
+                if not batch:
+                    yield batch
+                    continue
+                ends, size = batch[-1].is_terminal, size_of(batch)
+                backlog.add(size)
+                for page in pages_of(batch):
+                    yield page
+                del batch, page  # the next one may be far away
+                backlog.take(size)
+                if ends:
+                    return
+
+    async def _batches(
+        self, tenant_id: str, response_id: str, after: int, kept: Kept, backlog: Backlog, *, silence_s: float
+    ) -> AsyncGenerator[Sequence[Entry]]:
+        """What is kept, what Redis still holds, what comes.
 
         Numbers are trusted, not transport: whatever does not follow the last number is looked up in Postgres, and so is a
-        stream that is silent or away. An empty batch comes after so much silence.
+        stream that is silent or away.
         """
         cursor, silent_s = after, 0.0
-        fresh, ended = _behind(kept.entries, cursor), kept.archived
-        begins = max(after, _last(kept.entries))
-        del kept  # it may be large, and a follower may stay for long
-        async with self._logs.reading(response_id, begins, silence_s=self._settings.poll_s) as reader:
-            while True:
+        fresh, ended = kept.entries, kept.archived
+        del kept
+        async with AsyncExitStack() as stack:
+            reader: Reader | None = None
+            while fresh or not ended:
                 if fresh:
                     cursor, silent_s = fresh[-1].sequence_number, 0.0
-                    for at in range(0, len(fresh), PAGE_EVENTS):  # a slow client takes a long replay page by page
-                        yield fresh[at : at + PAGE_EVENTS]
-                if ended or (fresh and fresh[-1].is_terminal):
-                    return
+                    yield fresh
+                    fresh = []
                 if self._released:
                     raise ServerError("The server is shutting down.")
+                if ended:
+                    fresh, ended = await self._look_again(tenant_id, response_id, cursor)
+                    continue
+                if reader is None:
+                    reading = self._logs.reading(response_id, cursor, backlog, silence_s=self._settings.poll_s)
+                    reader = await stack.enter_async_context(reading)
                 came = await self._next(reader)
                 fresh, gap = _contiguous(came, cursor)
                 if fresh or (came and not gap):
@@ -264,17 +287,18 @@ class Background:
             return []
 
     async def _look_again(self, tenant_id: str, response_id: str, cursor: int) -> tuple[list[Entry], bool]:
-        """What Postgres knows by now behind the cursor, and whether nothing can follow; while it is away, nothing. Readers of
-        one response share an answer for a while."""
-        look = self._looks.get(response_id)
+        """What Postgres knows by now behind the cursor, a page of it, and whether all is there; while it is away, nothing.
+        Readers at one place share an answer for a while."""
+        place = (response_id, cursor)
+        look = self._looks.get(place)
         if look is None:
-            look = self._looks[response_id] = asyncio.ensure_future(self.kept(tenant_id, response_id))
-            asyncio.get_running_loop().call_later(self._settings.poll_s / 2, self._looks.pop, response_id, None)
+            look = self._looks[place] = asyncio.ensure_future(self.kept(tenant_id, response_id, cursor))
+            asyncio.get_running_loop().call_later(self._settings.poll_s / 2, self._looks.pop, place, None)
         try:
             kept = await asyncio.shield(look)
         except ServerError:
             return [], False
-        return _behind(kept.entries, cursor), kept.archived
+        return kept.entries, kept.archived
 
     # -- Cancelling -------------------------------------------------------------------------------------------------------
 
@@ -348,19 +372,18 @@ class Background:
         """What earlier owners have left. From now on Redis refuses their events, as Postgres does since the claim."""
         async with self._database.autocommit() as tx:
             stored = await responses.get_response(tx, claim.tenant_id, claim.response_id)
-            kept = await journal.read(tx, claim.tenant_id, claim.response_id)
-        assert kept is not None
+            kept = await journal.read_all(tx, claim.tenant_id, claim.response_id)
         life: str | None = None
         tail: list[Entry] = []
         if claim.streamed:
             try:
                 life, held = await self._logs.take(claim.response_id, claim.lease, claim.redis_run)
-                tail = [entry for entry in held if entry.sequence_number > _last(kept.entries)]
+                tail = [entry for entry in held if entry.sequence_number > _last(kept)]
             except (RedisError, OSError):
                 log.warning("Redis is unavailable; a run begins without it.", action="redis_down")
         return Found(
             response=responses.response_of(stored),
-            said=[*kept.entries, *tail],
+            said=[*kept, *tail],
             unkept=tail,
             life=life,
             # Before it has begun nothing is sent that is not kept.
@@ -429,18 +452,15 @@ class Background:
 
     async def _keep(self, claim: Claim, entries: Sequence[Entry], usage: Usage) -> None:
         """Commit entries to the journal. Raises Fenced."""
-        frames = b"".join(entry.frame for entry in entries)
+        pages = journal.paged(entries)
         async for attempt in self._database.retrying():
             with attempt:
                 async with self._database.begin() as tx:
-                    if not await journal.append(
-                        tx, claim.tenant_id, claim.response_id, claim.lease, entries[0].sequence_number, frames, usage
-                    ):
+                    if not await journal.append(tx, claim.tenant_id, claim.response_id, claim.lease, pages, usage):
                         raise Fenced
 
     async def _seal_response(self, claim: Claim, closed: Response, entries: Sequence[Entry]) -> Response:
-        frames = b"".join(entry.frame for entry in entries)
-        archive = await asyncio.to_thread(journal.pack, frames) if claim.streamed else None
+        archive = await asyncio.to_thread(journal.packed, journal.paged(entries)) if claim.streamed else []
         async for attempt in self._database.retrying():
             with attempt:
                 async with self._database.begin() as tx:
@@ -461,12 +481,10 @@ class Background:
         if not claim.streamed:
             await self._end_log(claim, None)
             return
-        try:
-            kept = await self.kept(claim.tenant_id, claim.response_id)
-        except NotFound:  # deleted meanwhile
-            await self._end_log(claim, None)
-            return
-        run_log = RunLog(self._logs, claim.response_id, claim.lease, kept.entries)
+        async with self._database.autocommit() as tx:
+            kept = await journal.read_all(tx, claim.tenant_id, claim.response_id)
+        # Of one that was deleted meanwhile nothing is kept.
+        run_log = RunLog(self._logs, claim.response_id, claim.lease, kept) if kept else None
         await self._end_log(claim, run_log)
 
     async def _end_abandoned(self, claim: Claim) -> None:
@@ -478,10 +496,6 @@ class Background:
                 closed = close_response(body, Outcome("failed", error=error), usage=NO_USAGE, now=int(time.time()))
                 await responses.finish_response(tx, claim.tenant_id, closed)
         log.warning("An abandoned response was ended.", action="run_abandoned")
-
-
-def _behind(entries: Sequence[Entry], number: int) -> list[Entry]:
-    return [entry for entry in entries if entry.sequence_number > number]
 
 
 def _last(entries: Sequence[Entry]) -> int:

@@ -25,6 +25,7 @@ from app.runs.task import Task, Tasks
 from app.runs.tools import Tools
 from app.settings import Settings
 from app.storage import approvals, responses
+from app.storage.backlog import Backlog, Backlogs
 from app.storage.database import Database, Tx
 from app.storage.eventlog import MemoryLog
 from app.storage.queue import Hold, Owner
@@ -54,10 +55,11 @@ class Caller(Struct, frozen=True):
 class Run:
     """One response in the making, as its readers see it."""
 
-    def __init__(self, tenant_id: str, response: Response, work: Task) -> None:
+    def __init__(self, tenant_id: str, response: Response, work: Task, backlog: Backlog | None) -> None:
+        """`backlog` is that of a stream's client."""
         self.tenant_id = tenant_id
         self.work = work
-        self.log = MemoryLog() if work.request.stream else None
+        self.log = MemoryLog(backlog) if backlog else None
         self.response = response
         self.error: ApiError | None = None
         self.has_output = False
@@ -89,9 +91,10 @@ class Executor:
         guard: Guard,
         programs: ToolPrograms,
         owner: Owner,
+        backlogs: Backlogs,
     ) -> None:
         self._settings, self._database, self._tasks, self._owner = settings, database, tasks, owner
-        self._guard, self._programs = guard, programs
+        self._guard, self._programs, self._backlogs = guard, programs, backlogs
         self._runs: set[Run] = set()
         self._closing = False
 
@@ -105,7 +108,7 @@ class Executor:
         response = open_response(
             request, id=new_id("resp"), created_at=int(time.time()), left_out=work.context.toolbox.left_out
         )
-        run = Run(caller.tenant_id, response, work)
+        run = Run(caller.tenant_id, response, work, self._backlogs.open() if request.stream else None)
         self._runs.add(run)
         run.task = asyncio.create_task(self._run(run), name=response.id)
         run.task.add_done_callback(lambda _: None if run.late else self._runs.discard(run))
@@ -135,6 +138,8 @@ class Executor:
 
     def reader_gone(self, run: Run) -> None:
         """The policy: a foreground run ends with its reader, unless a stored one may finish."""
+        if run.log:
+            run.log.backlog.close()
         if self._settings.on_disconnect == "cancel" or not run.response.store:
             self.cancel(run)
 
@@ -178,7 +183,8 @@ class Executor:
             bytes_max=self._settings.run_output_bytes_max,
             events_max=self._settings.run_events_max,
         )
-        loop = Loop(run.work, recorder, tools, turns_max=self._settings.turns_max)
+        reader = run.log.backlog if run.log else None
+        loop = Loop(run.work, recorder, tools, turns_max=self._settings.turns_max, reader=reader)
         try:
             opening = await self._open(run, loop)
         except ApiError as error:
@@ -310,6 +316,7 @@ def _refuse(run: Run, error: ApiError) -> None:
     run.error = error
     if run.log:
         run.log.abandon()
+        run.log.backlog.close()
     if not run.opened.done():
         run.opened.set_exception(error)
         run.opened.exception()  # the reader may have gone: nobody else need look

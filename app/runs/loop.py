@@ -38,6 +38,7 @@ from app.runs.aside import aside
 from app.runs.recorder import Recorder
 from app.runs.task import Task
 from app.runs.tools import Tools, unavailable
+from app.storage.backlog import Backlog
 from app.wire.events import Event
 from app.wire.items import (
     AnyItem,
@@ -73,8 +74,10 @@ class Loop:
         turns_max: int,
         output_index: int = 0,
         call_ids: Iterable[str] = (),
+        reader: Backlog | None = None,
     ) -> None:
-        """`output_index` is that of the first item that this run makes; `call_ids` are used already."""
+        """`output_index` is that of the first item that this run makes; `call_ids` are used already. The run waits for its
+        `reader`, if it has one that can't read later."""
         self._turns_max = turns_max
         self._output_index = output_index
         # Clients tell calls apart by their ids, along the whole chain.
@@ -85,6 +88,7 @@ class Loop:
         if self._calls_made:
             self._context = replace(self._context, toolbox=_at_will(self._context.toolbox))
         self._route = 0
+        self._reader = reader
 
     async def open(self, *, behind: int = -1, failed: ApiError | None = None) -> ChunkStream:
         """The upstream's answer to the next turn; the next route is tried where one is out of order.
@@ -312,6 +316,8 @@ class Loop:
         try:
             async for chunks in stream:
                 await self._recorder.record([event for chunk in chunks for event in turn.feed(chunk)])
+                if self._reader and self._reader.is_full:
+                    await self._reader.room()
             if outcome_of(turn.finish_reason).status == "completed":
                 status = "completed"
         finally:

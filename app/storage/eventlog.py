@@ -5,13 +5,17 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import closing
 
 from app.patience import Patience
+from app.storage.backlog import PAGE_BYTES, Backlog, first_page, size_of
 from app.wire.events import Entry
 
 
 class MemoryLog:
-    """Entries wait for their reader, and are forgotten as they are read: a long stream does not grow in memory."""
+    """Entries wait for their reader, and are forgotten as they are read. Whoever appends looks at the backlog, and waits for
+    room in it; when it is closed, nobody reads any more, and nothing is kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, backlog: Backlog) -> None:
+        self.backlog = backlog
+        backlog.let_go = self._let_go
         self._entries: list[Entry] = []
         self._grown: asyncio.Future[None] | None = None
         self._ended = False
@@ -19,9 +23,11 @@ class MemoryLog:
     def append(self, entries: Sequence[Entry]) -> None:
         """Add entries and wake the reader; after a terminal one there are no more."""
         assert not self._ended
-        self._entries += entries
         self._ended = bool(entries) and entries[-1].is_terminal
-        self._wake()
+        if not self.backlog.closed:
+            self._entries += entries
+            self.backlog.add(size_of(entries))
+            self._wake()
 
     def abandon(self) -> None:
         """End the log without a terminal entry, for a run that ended before its first event."""
@@ -32,16 +38,21 @@ class MemoryLog:
         if self._grown and not self._grown.done():
             self._grown.set_result(None)
 
+    def _let_go(self) -> None:
+        self._entries = []
+
     async def read(self, *, silence_s: float) -> AsyncIterator[list[Entry]]:
-        """All entries, in the batches that have gathered; ends with the log.
+        """All entries, in the batches that have gathered, or in pages; ends with the log.
 
         After so much silence comes an empty batch, so that the reader can show that it is alive.
         """
         with closing(Patience(silence_s)) as patience:
             while True:
-                batch, self._entries = self._entries, []
-                if batch:
+                if self._entries:
+                    batch, size = self._page()
                     yield batch
+                    del batch  # the next one may be far away
+                    self.backlog.take(size)
                 elif self._ended:
                     return
                 else:
@@ -51,3 +62,13 @@ class MemoryLog:
                             await self._grown
                     except TimeoutError:
                         yield []
+
+    def _page(self) -> tuple[list[Entry], int]:
+        """What the reader gets next, and its size."""
+        size = self.backlog.bytes
+        if size <= PAGE_BYTES:
+            page, self._entries = self._entries, []
+            return page, size
+        count = first_page(self._entries)
+        page, self._entries = self._entries[:count], self._entries[count:]
+        return page, size_of(page)

@@ -1,16 +1,22 @@
 """Events that outlive Redis: the journal of a run at work, item by item, and the archive of an ended one."""
 
+from collections.abc import Sequence
+
 import msgspec
 import zstandard
 from msgspec import Struct
 from sqlalchemy import text
 
+from app.storage.backlog import pages_of
 from app.storage.database import Query, Tx, storable
 from app.wire.events import Entry, split_frames
 from app.wire.resources import Usage
 
 ARCHIVE_LEVEL = 3
 """zstd's own default: 239 kB of events become 9 kB."""
+
+KEPT_PAGE_BYTES = 256 * 1024
+"""Of a page of events, unless a single one is larger."""
 
 _APPEND = Query(
     text("""
@@ -23,29 +29,45 @@ _APPEND = Query(
           and exists (select from run)
     ), journal as (
         insert into event_journal (tenant_id, response_id, first_number, frames)
-        select :tenant_id, :id, :first_number, :frames where exists (select from run)
+        select :tenant_id, :id, page.first_number, page.frames
+        from unnest(cast(:first_numbers as bigint[]), cast(:pages as bytea[])) as page (first_number, frames)
+        where exists (select from run)
         on conflict do nothing
     )
     select exists (select from run) as ours
     """)
 )
 
+
+def _page(table: str) -> str:
+    """The page that holds an event, or the first behind it where its number was given up; and where the next one begins."""
+    own = f"from {table} page where page.tenant_id = response.tenant_id and page.response_id = response.id"
+    return f"""
+        select frames, (select min(first_number) {own} and page.first_number > found.first_number) as next_number
+        from (
+            select page.first_number, page.frames {own} and page.first_number <= :number
+            order by page.first_number desc limit 1
+        ) found
+    """
+
+
 _READ = Query(
-    text("""
-    select response.status, response.background, run.streamed, archive.frames as archive, array(
-        select frames from event_journal journal
-        where journal.tenant_id = response.tenant_id and journal.response_id = response.id order by first_number
-    ) as journal
+    text(f"""
+    select response.status, response.background, run.streamed,
+           archive.frames as archive, archive.next_number as archive_next,
+           journal.frames as journal, journal.next_number as journal_next
     from responses response
-    left join event_archive archive on archive.tenant_id = response.tenant_id and archive.response_id = response.id
+    left join lateral ({_page("event_archive")}) archive on true
+    left join lateral ({_page("event_journal")}) journal on archive.frames is null
     left join runs run on run.tenant_id = response.tenant_id and run.response_id = response.id
     where response.tenant_id = :tenant_id and response.id = :id and response.deleted_at is null
+      and (response.background or response.status not in ('queued', 'in_progress'))
     """)
 )
 
 
 class Kept(Struct, frozen=True):
-    """What Postgres knows of a response's events: all of them once it is archived, else those of whole items."""
+    """What Postgres knows of a response's events, a page of them: of all once they are archived, else of those of whole items."""
 
     status: str
     background: bool
@@ -54,38 +76,64 @@ class Kept(Struct, frozen=True):
     entries: list[Entry]
 
 
-async def append(
-    tx: Tx, tenant_id: str, response_id: str, lease: int, first_number: int, frames: bytes, usage: Usage
-) -> bool:
+Pages = Sequence[tuple[int, bytes]]
+"""Joined frames, each page with the number of its first event."""
+
+
+def paged(entries: Sequence[Entry]) -> Pages:
+    """Events as they are kept: in pages, so that nobody who reads them need hold all."""
+    return [
+        (page[0].sequence_number, b"".join(entry.frame for entry in page))
+        for page in pages_of(entries, KEPT_PAGE_BYTES)
+    ]
+
+
+def packed(pages: Pages) -> Pages:
+    """Pages as the archive keeps them."""
+    return [(number, zstandard.compress(frames, ARCHIVE_LEVEL)) for number, frames in pages]
+
+
+async def append(tx: Tx, tenant_id: str, response_id: str, lease: int, pages: Pages, usage: Usage) -> bool:
     """Keep the events up to the end of an item, and what the turns before took. False if the lease is lost."""
     row = await tx.one(
         _APPEND,
         tenant_id=tenant_id,
         id=response_id,
         lease=lease,
-        first_number=first_number,
-        frames=frames,
+        first_numbers=[number for number, _ in pages],
+        pages=[frames for _, frames in pages],
         usage=msgspec.json.encode(usage).decode(),
     )
     return row is not None and bool(row["ours"])
 
 
-async def read(tx: Tx, tenant_id: str, response_id: str) -> Kept | None:
-    """What is kept of a response's events; None for an unknown response."""
-    row = await tx.one(_READ, tenant_id=tenant_id, id=response_id) if storable(response_id) else None
-    if row is None:
-        return None
-    archive = row["archive"]
-    frames = zstandard.decompress(archive) if archive is not None else b"".join(row["journal"])
-    return Kept(
-        status=row["status"],
-        background=row["background"],
-        streamed=bool(row["streamed"]) or archive is not None,
-        archived=archive is not None,
-        entries=split_frames(frames),
-    )
+async def read(tx: Tx, tenant_id: str, response_id: str, after: int) -> Kept | None:
+    """What is kept of a response's events behind a number, a page of it; None for an unknown response."""
+    number = after + 1
+    while True:
+        row = await tx.one(_READ, tenant_id=tenant_id, id=response_id, number=number) if storable(response_id) else None
+        if row is None:
+            return None
+        archived = row["archive"] is not None
+        frames = zstandard.decompress(row["archive"]) if archived else row["journal"] or b""
+        entries = [entry for entry in split_frames(frames) if entry.sequence_number > after]
+        next_number = row["archive_next"] if archived else row["journal_next"]
+        if entries or next_number is None:
+            return Kept(
+                status=row["status"],
+                background=row["background"],
+                streamed=bool(row["streamed"]) or archived,
+                archived=archived,
+                entries=entries,
+            )
+        number = next_number
 
 
-def pack(frames: bytes) -> bytes:
-    """Events as the archive keeps them."""
-    return zstandard.compress(frames, ARCHIVE_LEVEL)
+async def read_all(tx: Tx, tenant_id: str, response_id: str) -> list[Entry]:
+    """Every event that is kept, for the run that goes on with them."""
+    entries: list[Entry] = []
+    while True:
+        kept = await read(tx, tenant_id, response_id, entries[-1].sequence_number if entries else -1)
+        if kept is None or not kept.entries:
+            return entries
+        entries += kept.entries

@@ -14,14 +14,18 @@ from msgspec import Struct
 from redis.exceptions import RedisError
 
 from app.patience import Patience
+from app.storage.backlog import ENTRY_OVERHEAD_BYTES, Backlog
 from app.storage.redisclient import BLOCK_MS, RETRY_S
 from app.wire.events import Entry, split_frames
 
-PAGE_ENTRIES = 200
-"""Entries of one page of a replay."""
+PAGE_ENTRIES = 64
+"""Entries of one page of a replay, at most."""
 
-BACKLOG_MAX = 1_000
-"""Entries that wait for one slow reader; beyond, it reads them from Redis again when it is ready."""
+FIRST_PAGE_ENTRIES = 8
+"""Of a replay whose entries may be large; then as many as fit, and not more than twice as many as the page before."""
+
+FETCHED_BYTES_MAX = 256 * 1024
+"""What is kept of a page, beside one entry."""
 
 FETCHES_MAX = 4
 """Readers that fetch what they have missed at once; the others wait for their turn."""
@@ -35,15 +39,19 @@ class Batch(Struct, frozen=True):
 
     entries: list[Entry]
     jump: int | None
+    size: int
+    """What it weighs, in bytes."""
 
 
 def batches_of(entries: "list[tuple[bytes, dict[bytes, bytes]]]") -> list[Batch]:
     """Entries of a stream as Redis gives them, without its markers."""
-    return [
-        Batch(split_frames(fields[b"e"]), int(fields[b"j"]) if b"j" in fields else None)
-        for _, fields in entries
-        if b"e" in fields
-    ]
+    return [_batch(fields) for _, fields in entries if b"e" in fields]
+
+
+def _batch(fields: dict[bytes, bytes]) -> Batch:
+    entries = split_frames(fields[b"e"])
+    size = len(fields[b"e"]) + ENTRY_OVERHEAD_BYTES * len(entries)
+    return Batch(entries, int(fields[b"j"]) if b"j" in fields else None, size)
 
 
 class Hub:
@@ -61,10 +69,10 @@ class Hub:
         self._blocking_id: int | None = None
 
     @asynccontextmanager
-    async def reading(self, key: str, after: int, silence_s: float) -> AsyncIterator["Reader"]:
+    async def reading(self, key: str, after: int, backlog: Backlog, silence_s: float) -> AsyncIterator["Reader"]:
         """A reader of one stream, from behind a sequence number on, for the task that opens it."""
         patience = Patience(silence_s)
-        reader = Reader(self, key, after, patience)
+        reader = Reader(self, key, after, patience, backlog)
         readers = self._readers.setdefault(key, set())
         readers.add(reader)
         if key not in self._positions:
@@ -124,8 +132,9 @@ class Hub:
             if key in self._positions:
                 self._positions[key] = entries[-1][0].decode()
             batches = batches_of(entries)
+            size = sum(batch.size for batch in batches)
             for reader in self._readers.get(key, ()):
-                reader.offer(batches)
+                reader.offer(batches, size)
 
     async def _xread(self, streams: dict[Any, Any]) -> list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]]:
         reply: Any = await self._blocking.xread(streams, block=BLOCK_MS)
@@ -137,30 +146,55 @@ class Hub:
 
 
 class Reader:
-    """One follower of one stream; slow ones wait for nobody, and nobody for them."""
+    """One follower of one stream; slow ones wait for nobody, and nobody for them. What does not fit into the client's backlog
+    is read again when the client is ready."""
 
-    __slots__ = ("_hub", "_key", "_lagging", "_live", "_patience", "_position", "_woken")
+    __slots__ = (
+        "_backlog",
+        "_count",
+        "_hub",
+        "_key",
+        "_lagging",
+        "_live",
+        "_live_bytes",
+        "_patience",
+        "_position",
+        "_woken",
+    )
 
-    def __init__(self, hub: Hub, key: str, after: int, patience: Patience) -> None:
-        self._hub, self._key, self._patience = hub, key, patience
+    def __init__(self, hub: Hub, key: str, after: int, patience: Patience, backlog: Backlog) -> None:
+        self._hub, self._key, self._patience, self._backlog = hub, key, patience, backlog
         self._position = f"1-{after + 1}"
+        self._count = FIRST_PAGE_ENTRIES
         self._live: list[Batch] = []
+        self._live_bytes = 0
         self._lagging = True
+        backlog.let_go, backlog.rereads = self.lag, True
         self._woken: asyncio.Future[None] | None = None
 
-    def offer(self, batches: list[Batch]) -> None:
-        """Entries that have just come."""
-        if len(self._live) + len(batches) > BACKLOG_MAX:
-            self.lag()
-        elif not self._lagging:
+    def offer(self, batches: list[Batch], size: int) -> None:
+        """Entries that have just come, and what they weigh."""
+        if self._lagging:
+            return
+        if self._backlog.fits(size):
             self._live += batches
+            self._live_bytes += size
+            self._backlog.add(size)
             self._wake()
+        else:
+            self.lag()
 
     def lag(self) -> None:
         """It has missed entries, and shall fetch them itself."""
-        self._live = []
+        self._take_live()
         self._lagging = True
         self._wake()
+
+    def _take_live(self) -> list[Batch]:
+        batches, self._live = self._live, []
+        self._backlog.release(self._live_bytes)
+        self._live_bytes = 0
+        return batches
 
     def _wake(self) -> None:
         if self._woken and not self._woken.done():
@@ -179,7 +213,7 @@ class Reader:
                 # Bounded by Redis' own timeout; ours would be swallowed (see `break_off`).
                 batches = await self._fetch()
             else:
-                batches, self._live = self._live, []
+                batches = self._take_live()
             if batches:
                 return batches
             if asyncio.get_running_loop().time() - begun >= self._patience.seconds:
@@ -198,12 +232,25 @@ class Reader:
         self._lagging = False  # first: what comes from now on is offered, or twice seen
         try:
             async with self._hub.fetches:
-                page: Any = await self._hub.client.xrange(self._key, min=f"({self._position}", count=PAGE_ENTRIES)
+                page: Any = await self._hub.client.xrange(self._key, min=f"({self._position}", count=self._count)
         except BaseException:
             self._lagging = True
             raise
-        if page:
-            self._position = page[-1][0].decode()
-        if len(page) == PAGE_ENTRIES:
+        is_last = len(page) < self._count
+        kept = page[: _fitting(page)]
+        if kept:
+            self._position = kept[-1][0].decode()
+        if not is_last or len(kept) < len(page):
+            self._count = min(PAGE_ENTRIES, 2 * len(kept))
             self.lag()
-        return batches_of(page)
+        return batches_of(kept)
+
+
+def _fitting(entries: "list[tuple[bytes, dict[bytes, bytes]]]") -> int:
+    """How many of a page's entries are kept: one at least."""
+    size = 0
+    for count, (_, fields) in enumerate(entries):
+        size += len(fields.get(b"e", b""))
+        if size > FETCHED_BYTES_MAX:
+            return max(count, 1)
+    return len(entries)

@@ -20,6 +20,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from app.errors import Fenced
 from app.settings import Settings
+from app.storage.backlog import Backlog
 from app.storage.redisclient import RETRY_S, Hints, break_off, connect
 from app.storage.redishub import Hub, Reader, batches_of
 from app.telemetry import describe
@@ -253,9 +254,11 @@ class RedisLogs:
         """A hint to every process: `wake`, or the id of a response that changed hands."""
         self._hints.tell(hint)
 
-    def reading(self, response_id: str, after: int, *, silence_s: float) -> AbstractAsyncContextManager[Reader]:
+    def reading(
+        self, response_id: str, after: int, backlog: Backlog, *, silence_s: float
+    ) -> AbstractAsyncContextManager[Reader]:
         """A reader of one stream, from behind a sequence number on, for the task that opens it."""
-        return self.hub.reading(self.key(response_id), after, silence_s)
+        return self.hub.reading(self.key(response_id), after, backlog, silence_s)
 
     def kick(self, run: RunLog) -> None:
         """This run has something to flush."""

@@ -16,6 +16,7 @@ from app.ids import new_id, seconds_of
 from app.storage.contexts import Place
 from app.storage.database import Query, Tx, storable
 from app.storage.facets import STATUSES, facets, terms_of
+from app.storage.journal import Pages
 from app.storage.queue import Owner, Queued
 from app.storage.tables import OUTPUT_POSITION
 from app.wire.decoding import decode_stored
@@ -167,8 +168,9 @@ _SEAL = Query(
         where tenant_id = :tenant_id and id = :id and status in ('queued', 'in_progress') and exists (select from run)
         returning thread_id, turn
     ), {_OUTPUT}, archive as (
-        insert into event_archive (tenant_id, response_id, frames)
-        select :tenant_id, :id, :frames from response where cast(:frames as bytea) is not null
+        insert into event_archive (tenant_id, response_id, first_number, frames)
+        select :tenant_id, :id, page.first_number, page.frames
+        from response, unnest(cast(:first_numbers as bigint[]), cast(:pages as bytea[])) as page (first_number, frames)
     ), journal as (
         delete from event_journal where tenant_id = :tenant_id and response_id = :id and exists (select from run)
     )
@@ -198,9 +200,16 @@ async def begin_response(tx: Tx, tenant_id: str, response_id: str, lease: int, r
     return row is not None and bool(row["ours"])
 
 
-async def seal_response(tx: Tx, tenant_id: str, response: Response, lease: int, archive: bytes | None) -> bool:
+async def seal_response(tx: Tx, tenant_id: str, response: Response, lease: int, archive: Pages) -> bool:
     """End a background response: status, body, output, every event; the journal goes. False if the lease is lost."""
-    row = await tx.one(_SEAL, tenant_id=tenant_id, lease=lease, frames=archive, **_final(response, []))
+    row = await tx.one(
+        _SEAL,
+        tenant_id=tenant_id,
+        lease=lease,
+        first_numbers=[number for number, _ in archive],
+        pages=[frames for _, frames in archive],
+        **_final(response, []),
+    )
     return row is not None and bool(row["sealed"] or row["known"])
 
 

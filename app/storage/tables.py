@@ -153,7 +153,8 @@ event_archive = Table(
     metadata,
     Column("tenant_id", Text, primary_key=True),
     Column("response_id", Text, primary_key=True),
-    Column("frames", LargeBinary, nullable=False, comment="every event of an ended response, zstd"),
+    Column("first_number", BigInteger, primary_key=True, server_default=text("0")),
+    Column("frames", LargeBinary, nullable=False, comment="a page of the events of an ended response, zstd"),
 )
 
 approvals = Table(

@@ -57,7 +57,7 @@ async def serve(port: int, upstream_port: int) -> None:
     """Until killed."""
     listener = socket.create_server(("127.0.0.1", port), backlog=http.BACKLOG)
     print(listener.getsockname()[1], flush=True)
-    config = uvicorn.Config(Libraries(upstream_port), lifespan="off", **http.OPTIONS)
+    config = uvicorn.Config(Libraries(upstream_port), lifespan="off", **http.options(send_timeout_s=30))
     await uvicorn.Server(config).serve(sockets=[listener])
 
 

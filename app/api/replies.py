@@ -1,0 +1,57 @@
+"""JSON replies. A large one is sent in pieces, and counts as unread until the client's connection has taken it."""
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import closing
+from typing import Any
+
+from litestar import Response
+from litestar.enums import MediaType
+from litestar.types import ASGIApp, Receive, Scope, Send
+
+from app.errors import TooMuchUnread
+from app.storage.backlog import PAGE_BYTES, Backlog, Backlogs
+
+
+def json_reply(body: bytes, backlogs: Backlogs, headers: Mapping[str, str] | None = None) -> Response[Any]:
+    """A reply with this JSON."""
+    if len(body) <= PAGE_BYTES:
+        return Response(body, media_type=MediaType.JSON, headers=headers)
+    return LargeReply(body, backlogs, headers or {})
+
+
+class LargeReply(Response[None]):
+    """A body that the connection can't take at once."""
+
+    def __init__(self, body: bytes, backlogs: Backlogs, headers: Mapping[str, str]) -> None:
+        super().__init__(None)
+        self._large, self._backlogs = body, backlogs
+        given = {"content-type": MediaType.JSON, "content-length": str(len(body)), **headers}
+        self._head = [(name.encode(), value.encode()) for name, value in given.items()]
+
+    def to_asgi_response(self, *args: Any, **kwargs: Any) -> ASGIApp:  # type: ignore[override]
+        """The ASGI side of it."""
+        return self._answer
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        task = asyncio.current_task()
+        assert task
+        with closing(self._backlogs.open()) as backlog:
+            backlog.add(len(self._large))
+            if backlog.closed:
+                raise TooMuchUnread
+            backlog.disconnect = task.cancel
+            try:
+                await self._write(send, backlog)
+            except asyncio.CancelledError:
+                if not backlog.closed:
+                    raise
+                task.uncancel()  # the connection is closed without the rest
+
+    async def _write(self, send: Send, backlog: Backlog) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self._head})
+        for at in range(0, len(self._large), PAGE_BYTES):
+            piece = self._large[at : at + PAGE_BYTES]
+            more = at + PAGE_BYTES < len(self._large)
+            await send({"type": "http.response.body", "body": piece, "more_body": more})
+            backlog.take(0)

@@ -1,0 +1,175 @@
+"""What clients have not taken yet of what they asked for: bounded for each of them, and for all of a process together.
+
+A stream is asked for by its client, and filled by a run that may be faster. What lies between them is its backlog: it counts
+as unread until the client's connection has taken it. A full one is no fault yet: what can be read again later is let go, and
+what can't be makes its run wait (`room`). Beyond the bound of the process, clients are disconnected: those that have
+taken nothing for a while, then those that hold the most.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from app.settings import Settings
+from app.wire.events import Entry
+
+PAGE_BYTES = 64 * 1024
+"""What is handed to a connection at once."""
+
+ENTRY_OVERHEAD_BYTES = 160
+"""What an entry weighs in memory beside its frame."""
+
+STALE_S = 1.0
+"""A client that has taken nothing for so long is disconnected before one that reads."""
+
+SPARE = 1 / 8
+"""The part of the bound that is made free at once, so that room need not be made again for each event."""
+
+
+def size_of(entries: Iterable[Entry]) -> int:
+    """What entries weigh, in bytes."""
+    return sum(len(entry.frame) + ENTRY_OVERHEAD_BYTES for entry in entries)
+
+
+def first_page(entries: Sequence[Entry], page_bytes: int = PAGE_BYTES) -> int:
+    """How many of the entries one page holds: at least one, however large."""
+    size = 0
+    for count, entry in enumerate(entries):
+        size += len(entry.frame) + ENTRY_OVERHEAD_BYTES
+        if size > page_bytes:
+            return max(count, 1)
+    return len(entries)
+
+
+def pages_of(entries: Sequence[Entry], page_bytes: int = PAGE_BYTES) -> Iterator[Sequence[Entry]]:
+    """The entries in pages."""
+    while count := first_page(entries, page_bytes):
+        if count == len(entries):
+            yield entries
+            return
+        yield entries[:count]
+        entries = entries[count:]
+
+
+def nothing() -> None:
+    """Nothing to let go, and nobody to disconnect."""
+
+
+class Backlog:
+    """What one client has not taken yet. Closed when the client has gone: then it stays empty."""
+
+    __slots__ = ("_backlogs", "_shrunk", "bytes", "closed", "disconnect", "let_go", "rereads", "taken_at")
+
+    def __init__(self, backlogs: "Backlogs") -> None:
+        self._backlogs = backlogs
+        self._shrunk: asyncio.Future[None] | None = None
+        self.bytes = 0
+        self.closed = False
+        self.taken_at = asyncio.get_running_loop().time()
+        self.disconnect: Callable[[], object] = nothing
+        """Ends the reply, as if the client had gone."""
+        self.let_go: Callable[[], None] = nothing
+        """Gives up what waits in memory."""
+        self.rereads = False
+        """Whether what was let go can be read again."""
+
+    def add(self, size: int) -> None:
+        """So much more waits for the client. It may be disconnected for it."""
+        if not self.closed:
+            self.bytes += size
+            self._backlogs.grow(size)
+
+    def take(self, size: int) -> None:
+        """The client has taken so much."""
+        self.taken_at = self._backlogs.now()
+        self.release(size)
+
+    def release(self, size: int) -> None:
+        """So much does not wait any more."""
+        if not self.closed:
+            self.bytes -= size
+            self._backlogs.shrink(size)
+            self._wake()
+
+    def fits(self, size: int) -> bool:
+        """Whether so much more may wait here. Something always may, however large."""
+        return not self.bytes or self.bytes + size <= self._backlogs.each_bytes_max
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the client is so far behind that nothing more should be made for it."""
+        return self.bytes > self._backlogs.each_bytes_max
+
+    async def room(self) -> None:
+        """Wait until it is not full. A client that takes too little for too long is disconnected."""
+        try:
+            async with asyncio.timeout(self._backlogs.wait_s):
+                while self.is_full:
+                    self._shrunk = asyncio.get_running_loop().create_future()
+                    await self._shrunk
+        except TimeoutError:
+            self.drop()
+
+    def _wake(self) -> None:
+        if self._shrunk and not self._shrunk.done():
+            self._shrunk.set_result(None)
+
+    def drop(self) -> None:
+        """Disconnect the client."""
+        self.close()
+        self.disconnect()
+
+    def close(self) -> None:
+        """The client has gone."""
+        if not self.closed:
+            self.closed = True
+            self._backlogs.forget(self)
+            self.bytes = 0
+            self.let_go()
+            self._wake()
+
+
+class Backlogs:
+    """Those of one process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.each_bytes_max = settings.stream_backlog_bytes_max
+        self.wait_s = settings.stream_wait_s
+        self.now = asyncio.get_running_loop().time
+        self._all_bytes_max = self._left = settings.unread_bytes_max
+        self._open: set[Backlog] = set()
+
+    def open(self) -> Backlog:
+        """The backlog of one more client, who must close it."""
+        backlog = Backlog(self)
+        self._open.add(backlog)
+        return backlog
+
+    def grow(self, size: int) -> None:
+        """So much more waits for one of the clients."""
+        self._left -= size
+        if self._left < 0:
+            self._make_room()
+
+    def shrink(self, size: int) -> None:
+        """So much less waits."""
+        self._left += size
+
+    def forget(self, backlog: Backlog) -> None:
+        """This one is closed."""
+        self._open.discard(backlog)
+        self._left += backlog.bytes
+
+    def _make_room(self) -> None:
+        enough = self._all_bytes_max * SPARE
+        stale_since = self.now() - STALE_S
+        stale = sorted(
+            (backlog for backlog in self._open if backlog.bytes and backlog.taken_at < stale_since),
+            key=lambda backlog: backlog.taken_at,
+        )
+        milder = [backlog.let_go for backlog in stale if backlog.rereads]
+        for relieve in (*milder, *(backlog.drop for backlog in stale)):
+            if self._left >= enough:
+                return
+            relieve()
+        while self._left < 0:
+            max(self._open, key=lambda backlog: backlog.bytes).drop()

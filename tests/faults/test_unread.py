@@ -1,0 +1,178 @@
+"""Clients that take nothing of what they have asked for: what they cost, and whom."""
+
+import contextlib
+import http.client
+import os
+import socket
+import time
+import urllib.parse
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tests.faults.client import Follower, begin, connect, frames_of, get, until
+from tests.servers import Served
+from tests.upstream import finish, gate, note, repeat, script, size, text
+
+CROWD = 50
+PIECES, PIECE_BYTES = 1_000, 10_000
+LONG = repeat(PIECES, size(PIECE_BYTES))
+"""10 MB of deltas."""
+PATIENT = {"REPRISE_SEND_TIMEOUT_S": "600", "REPRISE_STREAM_WAIT_S": "600"}
+"""No deadline ends what is measured."""
+GROWTH_BYTES_MAX = 250 * 1024 * 1024
+"""What the crowd asked for are 500 MB, and several times as much in memory."""
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+
+
+class Unread:
+    """A client that sends a request over a socket with tiny buffers, and reads when it is told to."""
+
+    def __init__(self, url, method, path, body=None):
+        parts = urllib.parse.urlsplit(url)
+        sent = msgspec.json.encode(body) if body is not None else b""
+        self.socket = socket.socket()
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self.socket.settimeout(40)
+        self.socket.connect((parts.hostname, parts.port))
+        head = f"{method} {parts.path}{path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n"
+        self.socket.sendall(f"{head}content-length: {len(sent)}\r\n\r\n".encode() + sent)
+
+    def peek(self):
+        """Wait until the reply begins; its first bytes stay unread."""
+        return self.socket.recv(12, socket.MSG_PEEK)
+
+    def reply(self):
+        """Begin to read."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        reply = http.client.HTTPResponse(self.socket)
+        reply.begin()
+        return reply
+
+    def frames(self):
+        """The frames of a whole stream."""
+        *frames, done, rest = self.reply().read().split(b"\n\n")
+        assert (done, rest) == (b"data: [DONE]", b"")
+        return [frame for frame in frames if not frame.startswith(b":")]
+
+
+@contextlib.contextmanager
+def crowd_of(url, method, path, body=None, count=CROWD):
+    """So many of them; each has the beginning of its reply."""
+    with contextlib.ExitStack() as stack:
+        clients = []
+        for at in range(count):
+            client = Unread(url, method, path, body(at) if body else None)
+            stack.enter_context(client.socket)
+            clients.append(client)
+        for client in clients:
+            assert client.peek().endswith(b" 200")
+        yield clients
+
+
+def resident(process):
+    """Bytes in memory."""
+    pages = int(Path(f"/proc/{process.process.pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def settled(process, still_s=1.0):
+    """Its memory once it has not grown for a while."""
+    most, since = resident(process), time.monotonic()
+    while time.monotonic() - since < still_s:
+        time.sleep(0.02)
+        now = resident(process)
+        if now > most + 1024 * 1024:
+            most, since = now, time.monotonic()
+    return most
+
+
+@pytest.fixture(scope="module")
+def served(base_env, new_database):
+    """A server whose memory has seen a long run; the process reuses what that took."""
+    with Served({**base_env, "DATABASE_URL": new_database(), **PATIENT}) as running:
+        frames_of(running.url, ended(running.url, LONG))
+        yield running
+
+
+def ended(url, *steps):
+    """The id of a background response that has been made."""
+    response_id = begin(url, script([*steps, finish()]))
+    until(lambda: get(url, response_id)["status"] == "completed", "it has ended", 60)
+    return response_id
+
+
+def undisturbed(url):
+    """Somebody else's small stream; how long it took."""
+    begun = time.monotonic()
+    body = {"model": "m", "input": script([repeat(20, text("w{i} ")), finish()]), "stream": True}
+    connection, base = connect(url)
+    with contextlib.closing(connection):
+        connection.request("POST", f"{base}/responses", msgspec.json.encode(body))
+        assert b"response.completed" in connection.getresponse().read()
+    return time.monotonic() - begun
+
+
+@contextlib.contextmanager
+def cheap(served, capsys, what):
+    """The crowd must not cost more than this."""
+    before = settled(served)
+    yield
+    grown = settled(served) - before
+    with capsys.disabled():
+        print(f"\nFIGURE {CROWD} clients that read nothing of {what}: {grown / 2**20:+.0f} MB")
+    assert grown < GROWTH_BYTES_MAX
+
+
+def test_unread_foreground_streams_cost_little(served, upstream, capsys):
+    body = {"model": "m", "stream": True, "store": False}
+    with contextlib.ExitStack() as stack, cheap(served, capsys, "foreground streams"):
+        stack.enter_context(
+            crowd_of(
+                served.url,
+                "POST",
+                "/responses",
+                lambda at: {**body, "input": script([note(f"{at}"), LONG, finish()])},
+            )
+        )
+        undisturbed(served.url)
+    until(lambda: not upstream.connections, "their runs end with them")
+
+
+def test_unread_streams_of_a_living_run_cost_little_and_lose_nothing(served, upstream, capsys):
+    response_id = begin(served.url, script([text("begin"), gate("unread"), LONG, finish()]))
+    upstream.wait_reached("unread", 20)
+    with crowd_of(served.url, "GET", f"/responses/{response_id}?stream=true") as clients:
+        with cheap(served, capsys, "a living run"):
+            follower = Follower([served.url], response_id)
+            follower.wait_events(4)
+            upstream.open("unread")
+            follower.join(120)
+        assert follower.cuts == 0
+        assert clients[0].frames() == follower.frames
+        assert clients[-1].frames() == follower.frames
+    assert frames_of(served.url, response_id) == follower.frames
+
+
+def test_unread_replays_of_a_living_run_cost_little_and_lose_nothing(served, upstream, capsys):
+    response_id = begin(served.url, script([LONG, gate("replays"), text("end"), finish()]))
+    upstream.wait_reached("replays", 40)
+    with contextlib.ExitStack() as stack:
+        with cheap(served, capsys, "replays from Redis"):
+            clients = stack.enter_context(crowd_of(served.url, "GET", f"/responses/{response_id}?stream=true"))
+        follower = Follower([served.url], response_id)
+        upstream.open("replays")
+        follower.join(120)
+        assert clients[0].frames() == follower.frames
+
+
+def test_unread_replays_of_an_ended_run_cost_little_and_lose_nothing(served, capsys):
+    response_id = ended(served.url, LONG)
+    frames = frames_of(served.url, response_id)
+    with contextlib.ExitStack() as stack:
+        with cheap(served, capsys, "replays from Postgres"):
+            clients = stack.enter_context(crowd_of(served.url, "GET", f"/responses/{response_id}?stream=true"))
+        assert frames_of(served.url, response_id) == frames
+        assert clients[0].frames() == frames
