@@ -176,3 +176,87 @@ def test_unread_replays_of_an_ended_run_cost_little_and_lose_nothing(served, cap
             clients = stack.enter_context(crowd_of(served.url, "GET", f"/responses/{response_id}?stream=true"))
         assert frames_of(served.url, response_id) == frames
         assert clients[0].frames() == frames
+
+
+@pytest.mark.parametrize("path", ["/responses/{id}", "/responses?limit=1"])
+def test_unread_json_costs_little_and_those_who_read_get_all(served, new_server, capsys, path):
+    path = path.format(id=ended(served.url, LONG))
+    strict = new_server(DATABASE_URL=served.database_url, REPRISE_UNREAD_BYTES_MAX=str(40 * 1024 * 1024), **PATIENT)
+    whole = http_get(strict.url, path)
+    assert len(whole) > PIECES * PIECE_BYTES
+    with contextlib.ExitStack() as stack:
+        with cheap(strict, capsys, f"JSON of {len(whole) / 2**20:.0f} MB"):
+            for _ in range(CROWD):
+                stack.enter_context(Unread(strict.url, "GET", path).socket)
+        until(lambda: http_get(strict.url, path) == whole, "somebody who reads gets all")
+        assert undisturbed(strict.url) < 20
+
+
+def http_get(url, path):
+    """The body of a reply; empty where there is none, or not all of it."""
+    connection, base = connect(url, 60)
+    with contextlib.closing(connection):
+        connection.request("GET", base + path)
+        reply = connection.getresponse()
+        with contextlib.suppress(http.client.IncompleteRead, ConnectionResetError):
+            body = reply.read()
+            return body if reply.status == 200 else b""
+    return b""
+
+
+def connections_of(process):
+    """How many connections of clients a server has."""
+    port = f":{urllib.parse.urlsplit(process.url).port:04X}"
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    listening, orphan = "0A", "0"
+    return sum(row[1].endswith(port) and row[3] != listening and row[9] != orphan for row in rows)
+
+
+def test_clients_that_take_nothing_are_disconnected(served, new_server, upstream):
+    response_id = ended(served.url, LONG)
+    hasty = new_server(DATABASE_URL=served.database_url, REPRISE_SEND_TIMEOUT_S="0.5")
+    body = {"model": "m", "input": script([note("hasty"), LONG, finish()]), "metadata": {"test": "hasty"}}
+    asked = [
+        ("GET", f"/responses/{response_id}", None),
+        ("GET", f"/responses/{response_id}?stream=true", None),
+        ("POST", "/responses", {**body, "stream": True}),
+        ("POST", "/responses", {**body, "stream": True, "background": True}),
+        ("POST", "/responses", {**body, "store": False}),
+    ]
+    with contextlib.ExitStack() as stack:
+        for method, path, sent in asked:
+            stack.enter_context(Unread(hasty.url, method, path, sent).socket)
+        until(lambda: connections_of(hasty) == len(asked), "they are there")
+        until(lambda: not connections_of(hasty), "they are disconnected", 60)
+        until(lambda: not upstream.connections, "the upstream is not kept waiting", 60)
+        status = until(lambda: statuses(hasty.url, "hasty"), "both are stored", 60)
+    assert status == {("completed", True), ("cancelled", False)}
+
+
+def statuses(url, test):
+    """How two responses have ended, and which of them was made in the background."""
+    found = msgspec.json.decode(http_get(url, f"/responses?metadata[test]={test}"))["data"]
+    ends = {(one["status"], one["background"]) for one in found}
+    return ends if len(ends) == 2 and not any(status in {"queued", "in_progress"} for status, _ in ends) else None
+
+
+@pytest.mark.parametrize("policy", ["cancel", "finish"])
+def test_a_run_whose_client_does_not_read_ends_as_if_it_had_gone(served, new_server, upstream, policy):
+    server = new_server(
+        DATABASE_URL=served.database_url,
+        **{**PATIENT, "REPRISE_STREAM_WAIT_S": "0.5", "REPRISE_ON_DISCONNECT": policy},
+    )
+    body = {"model": "m", "input": script([note(policy), LONG, finish()]), "metadata": {"test": policy}, "stream": True}
+    with Unread(server.url, "POST", "/responses", body).socket:
+
+        def end():
+            found = msgspec.json.decode(http_get(server.url, f"/responses?metadata[test]={policy}"))["data"]
+            return found and found[0]
+
+        response = until(end, "it has ended", 60)
+    said = len(response["output"][0]["content"][0]["text"])
+    if policy == "finish":
+        assert (response["status"], said) == ("completed", PIECES * PIECE_BYTES)
+    else:
+        assert response["status"] == "cancelled"
+        assert 500_000 < said < PIECES * PIECE_BYTES / 2
