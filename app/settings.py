@@ -82,7 +82,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     foreground_runs_max: Annotated[int, _about("foreground runs at once in one process; beyond: 429", ge=1)] = 1_000
     turns_max: Annotated[int, _about("upstream completions in one run", ge=1)] = 32
     run_duration_max_s: Annotated[float, _about("a run's whole duration", gt=0)] = 3_600.0
-    run_output_bytes_max: Annotated[int, _about("what a run says, as encoded events", ge=1024)] = 64 * 1024 * 1024
+    turn_calls_max: Annotated[int, _about("calls in one completion; more: the run fails", ge=1)] = 1_000
+    run_output_bytes_max: Annotated[
+        int, _about("what a run says, as encoded events; and as much may its upstream send", ge=1024)
+    ] = 64 * 1024 * 1024
     run_events_max: Annotated[int, _about("what a run says, counted in events", ge=10)] = 500_000
     stream_head_wait_s: Annotated[
         float,
@@ -119,7 +122,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     upstream_connect_timeout_s: Annotated[float, _about("connecting to an upstream", gt=0)] = 5.0
     upstream_answer_timeout_s: Annotated[float, _about("an upstream's first byte", gt=0)] = 600.0
     upstream_idle_timeout_s: Annotated[float, _about("silence of an upstream in mid-stream", gt=0)] = 120.0
-    upstream_line_bytes_max: Annotated[int, _about("one line of an upstream's stream", ge=1024)] = 16 * 1024 * 1024
+    upstream_line_bytes_max: Annotated[
+        int, _about("one line of an upstream's stream, or its answer where that is no stream", ge=1024)
+    ] = 16 * 1024 * 1024
+    upstream_error_bytes_max: Annotated[int, _about("an upstream's error; longer: cut off", ge=16_384)] = 64 * 1024
     upstream_connections_max: Annotated[int, _about("open connections to one upstream", ge=1)] = 2_000
     outbound_allow: Annotated[
         str, _about("private hosts and networks that may be called for clients all the same; comma-separated")
@@ -136,6 +142,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     tool_answer_bytes_max: Annotated[
         int, _about("a tool server's answer as it travels, images included; longer: the call fails", ge=1024)
     ] = 16 * 1024 * 1024
+    tool_arguments_bytes_max: Annotated[
+        int, _about("the arguments of a call that this server makes; longer: the call fails", ge=1024)
+    ] = 1024 * 1024
     tool_output_bytes_max: Annotated[int, _about("a call's text; longer: cut off, with a note", ge=1024)] = 1024 * 1024
     tool_programs_max: Annotated[
         int, _about("programs of one tool server with a `command` in one process; more tenants, or runs, wait", ge=1)
@@ -147,6 +156,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     tools_named_max: Annotated[
         int, _about("names in one list of an MCP server's tools, such as `allowed_tools`", ge=1)
     ] = 1_000
+    tool_list_bytes_max: Annotated[
+        int, _about("a tool server's whole list, all pages together; longer: it can't be listed", ge=1024)
+    ] = 4 * 1024 * 1024
+    tool_list_pages_max: Annotated[int, _about("pages of such a list", ge=1)] = 100
     tools_listed_max: Annotated[int, _about("tools of one server; more: it can't be listed", ge=1)] = 1_000
     database_pool_size: Annotated[int, _about("Postgres connections of one process", ge=1)] = 10
     database_timeout_s: Annotated[float, _about("connecting, waiting for a connection, one statement", gt=0)] = 10.0

@@ -5,6 +5,7 @@ is complete and something follows, and what the next one has gathered meanwhile 
 whatever order an upstream streams its parallel calls in, and a single group streams without delay.
 """
 
+import sys
 from collections import deque
 from collections.abc import Iterator
 
@@ -44,22 +45,25 @@ class Turn:
         splitter: ThinkSplitter | None = None,
         call_ids: set[str] | None = None,
         sources: Sources = NO_SOURCES,
+        calls_max: int = sys.maxsize,
     ) -> None:
         """`output_index` is that of the first item that this turn makes; `call_ids` are those that its response has used, and
         this turn adds its own: clients tell calls apart by them, while upstreams may begin with `call_0` in every turn.
-        `sources` are what its messages may cite."""
+        `sources` are what its messages may cite. Calls beyond `calls_max` are dropped, and `has_too_many_calls` says so."""
         self.output_index = output_index
         self.usage: ChatUsage | None = None
         self.finish_reason: str | None = None
         self.own_calls: list[OwnCall] = []
         self.handed_over = 0
         """How many calls went to the client."""
+        self.has_too_many_calls = False
         self._toolbox, self._new_id, self._manner, self._sources = toolbox, new_id, manner, sources
         self._splitter = splitter or ThinkSplitter()
         self._call_ids = set() if call_ids is None else call_ids
         self._queue: deque[Group] = deque()
         self._opened = False
         self._calls: dict[int, CallGroup] = {}
+        self._calls_left = calls_max
         self._last_index = 0
         self._blank: list[str] = []
         self._logprobs: list[Raw] = []
@@ -69,9 +73,9 @@ class Turn:
         """The events that a chunk leads to."""
         if chunk.usage is not None:
             self.usage = chunk.usage
-        if not chunk.choices:
+        choice = chunk.choices.first if chunk.choices else None
+        if choice is None:
             return []
-        choice = chunk.choices[0]
         if choice.delta is not None:
             self._take(choice.delta, choice)
         if choice.finish_reason:
@@ -144,6 +148,9 @@ class Turn:
 
     def _call(self, delta: CallDelta) -> None:
         group = self._group_of(delta)
+        if group is None:
+            self.has_too_many_calls = True
+            return
         said = delta.function or delta.custom
         if delta.id and not group.call_id:
             call_id = delta.id[:CALL_ID_CHARS_MAX]
@@ -154,13 +161,16 @@ class Turn:
             group.take_name(said.name)
             group.take_input(_input(said))
 
-    def _group_of(self, delta: CallDelta) -> CallGroup:
+    def _group_of(self, delta: CallDelta) -> CallGroup | None:
         """By `index`; dialects without one, or with the same one for every call, begin a call with a name and either a new id or,
-        where they give none, arguments behind whole ones."""
+        where they give none, arguments behind whole ones. None for a call too many."""
         index = delta.index if delta.index is not None else self._last_index
         known = self._calls.get(index)
         said = delta.function or delta.custom
         if known is None or (said and said.name and _begins_another(delta, said, known)):
+            if not self._calls_left:
+                return None
+            self._calls_left -= 1
             known = self._calls[index] = CallGroup(self._toolbox, self._new_id)
             self._queue.append(known)
         known.upstream_id = known.upstream_id or delta.id

@@ -44,7 +44,16 @@ from app.outbound.guard import Guard, OutboundRefused
 from app.outbound.masking import Mask
 from app.outbound.program import program_streams
 from app.outbound.programs import Programs
-from app.outbound.toolserver import ToolFailure, ToolServer, closed, failure_of, garbled, refused, too_slow
+from app.outbound.toolserver import (
+    ToolFailure,
+    ToolServer,
+    closed,
+    failure_of,
+    garbled,
+    lists_too_much,
+    refused,
+    too_slow,
+)
 from app.settings import Settings
 from app.wire.requests import mend_surrogates
 
@@ -62,6 +71,9 @@ CLOSE_S = 10.0
 
 GOODBYE_S = 2.0
 """How long a server may take to answer that it has heard of the end of a session."""
+
+REQUESTS_AT_ONCE_MAX = 16
+"""Of a server to us; it reads no answers, or asks without end, where more would have to wait. We refuse all of them."""
 
 STILL_NO_MCP = frozenset({401, 403, 407, 408, 429})
 """Refusals of a greeting that are meant for us, and do not say that the server speaks another protocol."""
@@ -116,6 +128,7 @@ class ToolSessions:
         found: dict[str, Listed] = {}
         cursors: set[str] = set()
         cursor = ""
+        bytes_left = self._settings.tool_list_bytes_max
         try:
             async with asyncio.timeout(timeout_s):
                 while cursor not in cursors:
@@ -123,14 +136,15 @@ class ToolSessions:
                     page = await self._request(
                         session, server, "tools/list", {"cursor": cursor} if cursor else {}, timeout_s
                     )
+                    bytes_left -= len(msgspec.json.encode(page))
+                    if bytes_left < 0:
+                        raise lists_too_much(server, f"{self._settings.tool_list_bytes_max} bytes")
+                    if len(cursors) > self._settings.tool_list_pages_max:
+                        raise lists_too_much(server, f"{self._settings.tool_list_pages_max} pages")
                     for tool in read_tools(self._mask.json(page)):
                         found.setdefault(tool.name, tool)
                     if len(found) > self._settings.tools_listed_max:
-                        raise ToolFailure(
-                            "mcp_protocol_error",
-                            mcp_types.INVALID_REQUEST,
-                            f"The tool server '{server.label}' lists more than {self._settings.tools_listed_max} tools.",
-                        )
+                        raise lists_too_much(server, f"{self._settings.tools_listed_max} tools")
                     match page:
                         case {"nextCursor": str(following)} if following:
                             cursor = following
@@ -430,6 +444,18 @@ class _Dispatcher(JSONRPCDispatcher):
     def __init__(self, incoming: Any, outgoing: Any) -> None:
         super().__init__(incoming, outgoing)
         self.ended = asyncio.Event()
+        self._places = asyncio.Semaphore(REQUESTS_AT_ONCE_MAX)
+
+    async def _dispatch_request(self, *arguments: Any) -> None:
+        """Each request becomes a task: while there are too many, nothing more is read."""
+        await self._places.acquire()
+        await super()._dispatch_request(*arguments)
+
+    async def _handle_request(self, *arguments: Any) -> None:
+        try:
+            await super()._handle_request(*arguments)
+        finally:
+            self._places.release()
 
     def _fan_out_closed(self) -> None:
         self.ended.set()
@@ -483,17 +509,17 @@ class _Wire(httpx2.AsyncBaseTransport):
                 raise
             return self._failed(request, message, failure_of(error, self._server))
         assert isinstance(response.stream, httpx2.AsyncByteStream)
-        if request.method != "POST":
-            response.stream = _Mended(response.stream, self._bytes_max)
-            return response
-        if response.status_code >= 400:
+        if response.status_code >= 400 and request.method == "POST":
             await response.aclose()
             return self._failed(request, message, refused(response.status_code, self._server))
         if response.headers.get("content-encoding", "identity").lower() != "identity":
             await response.aclose()
             failure = garbled(self._server, "its answer is compressed, which was not asked for")
             return self._failed(request, message, failure)
-        response.stream = _Mended(_Limited(response.stream, self, message, self._bytes_max), self._bytes_max)
+        body = response.stream
+        if request.method != "GET" or response.status_code != 200:  # a GET is a stream, of events that are limited each
+            body = _Limited(body, self, message, self._bytes_max)
+        response.stream = _Mended(body, self._bytes_max)
         return response
 
     def _failed(self, request: httpx2.Request, message: _Message, failure: ToolFailure) -> httpx2.Response:

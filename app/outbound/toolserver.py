@@ -28,6 +28,9 @@ PUBLIC_VARIABLES = re.compile(
 KEY_IN_URL = re.compile(r"(?=.*\d)(?=.*[A-Za-z]).{12,}|.{32,}")
 """What a secret looks like in the middle of a URL, where most words are none."""
 
+CODE_MAX = 2**31
+"""JSON-RPC's codes have 32 bits; a longer number is none."""
+
 OURS = frozenset(
     "accept accept-encoding connection content-length content-type expect host keep-alive last-event-id "
     "mcp-protocol-version mcp-session-id te trailer transfer-encoding upgrade".split()
@@ -145,7 +148,8 @@ def _said(error: MCPError, server: ToolServer) -> ToolFailure:
             return garbled(server, "what it sends is not JSON-RPC")
         case mcp_types.CONNECTION_CLOSED, "Connection closed":  # the SDK's own words
             return closed(server)
-    return ToolFailure("mcp_protocol_error", error.code, error.message)
+    code = error.code if abs(error.code) <= CODE_MAX else mcp_types.INTERNAL_ERROR
+    return ToolFailure("mcp_protocol_error", code, error.message)
 
 
 def _unreachable(error: Exception, server: ToolServer) -> ToolFailure:
@@ -156,6 +160,13 @@ def _unreachable(error: Exception, server: ToolServer) -> ToolFailure:
         case httpx2.ConnectError() | httpx2.UnsupportedProtocol() | httpx2.InvalidURL():
             return ToolFailure("http_error", 502, f"{who} can't be reached.")
     return ToolFailure("http_error", 502, f"{who} broke off the connection.")
+
+
+def lists_too_much(server: ToolServer, most: str) -> ToolFailure:
+    """Its list of tools has no end that we wait for."""
+    return ToolFailure(
+        "mcp_protocol_error", mcp_types.INVALID_REQUEST, f"The tool server '{server.label}' lists more than {most}."
+    )
 
 
 def closed(server: ToolServer) -> ToolFailure:

@@ -3,6 +3,9 @@
 The SDK says where to ask and with which headers, and keeps the connections. Its request and stream objects are not used, which
 cost more than all the rest of a request: the body is ready bytes, and the stream's bytes are decoded by msgspec, all chunks of
 one read together.
+
+An upstream is not trusted with memory. No redirect is followed, no cookie kept and nothing decompressed: the conversation and the
+key go where the operator said, and what is read is what was counted. Every answer has a limit in bytes.
 """
 
 import asyncio
@@ -12,12 +15,16 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import closing
 from email.utils import parsedate_to_datetime
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from typing import Any
 
+import aiohttp
 import httpx2
 import msgspec
 import stamina
 from msgspec import Struct
 from openai import AsyncOpenAI, DefaultAioHttpClient
+from openai._vendor.httpx_aiohttp import AiohttpTransport
 
 from app.domain.dialect import Dialect
 from app.errors import (
@@ -34,7 +41,18 @@ from app.outbound.catalog import UpstreamEntry
 from app.outbound.masking import Mask, secrets_of
 from app.patience import Patience
 from app.settings import Settings
-from app.wire.chat import ChatError, ChatUsage, Choice, Chunk, Delta, Logprobs, ModelEntry, ModelList, decode_chunk
+from app.wire.chat import (
+    ChatError,
+    ChatUsage,
+    Choice,
+    Choices,
+    Chunk,
+    Delta,
+    Logprobs,
+    ModelEntry,
+    ModelList,
+    decode_chunk,
+)
 
 CONTEXT_TOO_LONG = "context_length_exceeded"
 _TOO_LONG = re.compile(
@@ -50,11 +68,43 @@ SDK_HEADERS = "x-stainless-"
 TAIL_WAIT_S = 2.0
 """How long the usage, or the connection's end, may come after the finish."""
 
+MESSAGE_CHARS_MAX = 1000
+"""An upstream's own words in an error; longer ones are cut."""
+
+NO_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding raises for bytes that are no JSON of the wanted form, UTF-8, or nested by the thousand."""
+
 
 class _KeyRefused(UpstreamUnavailable):
     """The upstream does not accept this server's key, however often one asks."""
 
     is_final = True
+
+
+class _Transport(AiohttpTransport):
+    """The SDK's, without a memory for cookies, and with an error of its own for heads that can't be read."""
+
+    def get_client(self) -> aiohttp.ClientSession:
+        made = super().get_client()
+        connector = made.connector
+        made.detach()
+        return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        try:
+            return await super().handle_async_request(request)
+        except (aiohttp.ClientResponseError, UnicodeError):
+            raise httpx2.RemoteProtocolError("the head can't be read") from None  # the cause quotes it
+
+
+class _Client(DefaultAioHttpClient):
+    """The SDK's, on such transports."""
+
+    def _init_transport(self, *_: Any, **options: Any) -> httpx2.AsyncBaseTransport:
+        return _Transport(**options)
+
+    def _init_proxy_transport(self, proxy: httpx2.Proxy, *_: Any, **options: Any) -> httpx2.AsyncBaseTransport:
+        return _Transport(proxy=proxy, **options)
 
 
 class Upstream:
@@ -69,6 +119,7 @@ class Upstream:
         self._retry_after_max_s = settings.upstream_retry_after_max_s
         self.idle_timeout_s = entry.idle_timeout_s or settings.upstream_idle_timeout_s
         self.line_bytes_max = settings.upstream_line_bytes_max
+        self._error_bytes_max = settings.upstream_error_bytes_max
         self._answer_timeout_s = entry.answer_timeout_s or settings.upstream_answer_timeout_s
         # How long reads may take is our own business: the transport would set a timer for each.
         timeout = httpx2.Timeout(
@@ -76,8 +127,11 @@ class Upstream:
             connect=entry.connect_timeout_s or settings.upstream_connect_timeout_s,
             read=None,
         )
-        self._http = DefaultAioHttpClient(
-            timeout=timeout, limits=httpx2.Limits(max_connections=settings.upstream_connections_max)
+        self._http = _Client(
+            timeout=timeout,
+            limits=httpx2.Limits(max_connections=settings.upstream_connections_max),
+            follow_redirects=False,
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
         )
         sdk = AsyncOpenAI(
             base_url=entry.base_url,
@@ -128,9 +182,17 @@ class Upstream:
         """The models that the upstream lists. Raises UpstreamError."""
         response = await self._ask("GET", self._models, caller_key)
         try:
-            return msgspec.json.decode(await self._whole(response), type=ModelList).data
-        except msgspec.DecodeError as error:
-            raise UpstreamGarbled(f"Upstream '{self.name}' sent no list of models: {error}") from None
+            async with asyncio.timeout(self._answer_timeout_s):
+                raw = await _read(response, self.line_bytes_max)
+            return msgspec.json.decode(raw, type=ModelList).data
+        except TimeoutError:
+            raise UpstreamStalled("The upstream did not finish its answer.") from None
+        except (httpx2.HTTPError, OSError) as error:
+            raise UpstreamUnavailable(f"Upstream '{self.name}' broke off its answer.") from error
+        except NO_JSON:
+            raise UpstreamGarbled(f"Upstream '{self.name}' sent no list of models.") from None
+        finally:
+            await response.aclose()
 
     async def _ask(
         self, method: str, url: httpx2.URL, caller_key: str | None, body: bytes | None = None
@@ -145,23 +207,31 @@ class Upstream:
                 response = await self._http.send(request, stream=True)
         except TimeoutError:
             raise UpstreamStalled("The upstream did not answer in time.") from None
+        except httpx2.RemoteProtocolError:
+            raise UpstreamGarbled(f"Upstream '{self.name}' sent an answer whose head can't be read.") from None
         except (httpx2.HTTPError, OSError) as error:
             raise UpstreamUnavailable(f"Upstream '{self.name}' can't be reached.") from error
-        if response.is_success:
+        if not response.is_success:
+            raise await self._refused(response, self.mask(caller_key))
+        if not _is_compressed(response):
             return response
-        raise _refusal(response, await self._whole(response), self, self.mask(caller_key))
+        await response.aclose()
+        raise UpstreamGarbled(f"Upstream '{self.name}' sent a compressed answer, which was not asked for.")
 
-    async def _whole(self, response: httpx2.Response) -> bytes:
-        """The whole of a short answer. Raises UpstreamError."""
+    async def _refused(self, response: httpx2.Response, mask: Mask) -> ApiError:
+        """Our error for an answer that is no success, whose body says more as far as it can be read."""
+        raw = b""
         try:
             async with asyncio.timeout(self._answer_timeout_s):
-                return await response.aread()
+                if not _is_compressed(response):
+                    raw = await _read_some(response, self._error_bytes_max)
         except TimeoutError:
-            raise UpstreamStalled("The upstream did not finish its answer.") from None
-        except (httpx2.HTTPError, OSError) as error:
-            raise UpstreamUnavailable(f"Upstream '{self.name}' broke off its answer.") from error
+            return UpstreamStalled("The upstream did not finish its answer.")
+        except (httpx2.HTTPError, OSError):
+            return UpstreamUnavailable(f"Upstream '{self.name}' broke off its answer.")
         finally:
             await response.aclose()
+        return _refusal(response, raw, self, mask)
 
     async def close(self) -> None:
         """Close every connection."""
@@ -182,9 +252,12 @@ class ChunkStream:
         self._finished = False
         self.heard = False
         """Whether a chunk has come."""
+        self.read_bytes = 0
+        """How many bytes the last list of chunks has come in."""
 
     async def __aiter__(self) -> AsyncIterator[list[Chunk]]:
-        """Raises UpstreamStalled, UpstreamGarbled, or UpstreamError for an error object inside the stream."""
+        """A list for every read, so that those without a chunk can be counted, too. Raises UpstreamStalled, UpstreamGarbled, or
+        UpstreamError for an error object inside the stream."""
         if self._unstreamed:
             yield [await self._whole(self._unstreamed)]
             return
@@ -202,9 +275,9 @@ class ChunkStream:
                         self._finished = self._finished or _is_last(chunk)
             except UpstreamError as error:
                 failed = error
-            if chunks:
-                self.heard = True
-                yield chunks
+            self.heard = self.heard or bool(chunks)
+            self.read_bytes = len(raw)
+            yield chunks
             if failed:
                 raise failed
         if not self._finished:
@@ -235,14 +308,16 @@ class ChunkStream:
         """The answer of a server that does not stream, as one chunk."""
         try:
             async with asyncio.timeout(self.upstream.idle_timeout_s):
-                raw = await response.aread()
+                raw = await _read(response, self.upstream.line_bytes_max)
             whole = msgspec.json.decode(raw, type=_Completion)
         except TimeoutError:
             raise UpstreamStalled("The upstream did not finish its answer.") from None
-        except (msgspec.DecodeError, UnicodeDecodeError, httpx2.HTTPError, OSError) as error:
-            raise UpstreamGarbled("The upstream sent neither a stream nor a chat completion.") from error
-        choices = [Choice(choice.message, choice.finish_reason or "stop", choice.logprobs) for choice in whole.choices]
-        return Chunk(choices=choices, usage=whole.usage)
+        except (*NO_JSON, httpx2.HTTPError, OSError):
+            raise UpstreamGarbled("The upstream sent neither a stream nor a chat completion.") from None
+        self.read_bytes = len(raw)
+        said = whole.choices.first
+        choice = Choice(said.message, said.finish_reason or "stop", said.logprobs) if said else None
+        return Chunk(choices=Choices(choice), usage=whole.usage)
 
     async def close(self) -> None:
         """Give the connection back, or break it off."""
@@ -255,8 +330,12 @@ class _WholeChoice(Struct):
     logprobs: Logprobs | None = None
 
 
+class _WholeChoices(Struct, array_like=True):
+    first: _WholeChoice | None = None
+
+
 class _Completion(Struct):
-    choices: list[_WholeChoice]
+    choices: _WholeChoices
     usage: ChatUsage | None = None
 
 
@@ -282,10 +361,35 @@ class LineBuffer:
         return [line[5:].strip() for line in lines if line.startswith(b"data:")]
 
 
+async def _read(response: httpx2.Response, bytes_max: int) -> bytes:
+    """A whole body. Raises UpstreamGarbled as soon as it is too long."""
+    raw = await _read_some(response, bytes_max + 1)
+    if len(raw) > bytes_max:
+        raise UpstreamGarbled(f"The upstream sent an answer of more than {bytes_max} bytes.")
+    return raw
+
+
+async def _read_some(response: httpx2.Response, bytes_max: int) -> bytes:
+    """The first so many bytes of a body, as they travel; no more are read."""
+    assert isinstance(response.stream, httpx2.AsyncByteStream)
+    parts: list[bytes] = []
+    left = bytes_max
+    async for part in response.stream:
+        parts.append(part[:left])
+        left -= len(part)
+        if left <= 0:
+            break
+    return b"".join(parts)
+
+
+def _is_compressed(response: httpx2.Response) -> bool:
+    return response.headers.get("content-encoding", "identity").lower() not in {"", "identity"}
+
+
 def _chunk(data: bytes, mask: Mask) -> Chunk:
     try:
         chunk = decode_chunk(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except NO_JSON as error:
         raise UpstreamGarbled(f"The upstream sent what is no chunk: {error}") from None
     if bytes(chunk.error) not in {b"", b"null"}:
         raise _error_in_stream(chunk.error, mask)
@@ -293,27 +397,30 @@ def _chunk(data: bytes, mask: Mask) -> Chunk:
 
 
 def _is_last(chunk: Chunk) -> bool:
-    return bool(chunk.choices and chunk.choices[0].finish_reason)
+    return bool(chunk.choices and chunk.choices.first and chunk.choices.first.finish_reason)
 
 
 def _error_in_stream(raw: msgspec.Raw, mask: Mask) -> UpstreamError:
     try:
         error = msgspec.convert(mask.json(msgspec.json.decode(raw)), ChatError | str)
-    except msgspec.DecodeError:
+    except NO_JSON:
         error = ChatError()
-    if isinstance(error, str):
-        error = ChatError(message=error)
-    status = int(str(error.code)) if str(error.code).isdigit() else 0
+    error = _cut(ChatError(message=error) if isinstance(error, str) else error)
+    status = int(str(error.code)) if str(error.code).isdecimal() else 0
     message = f"The upstream failed: {error.message or 'it gave no reason'}"
     if status == 429 or error.code == "rate_limit_exceeded":
         return UpstreamBusy(message)
-    code = error.code if isinstance(error.code, str) and not error.code.isdigit() else None
+    code = error.code if isinstance(error.code, str) and not error.code.isdecimal() else None
     return UpstreamError(message, code=code)
 
 
 def _refusal(response: httpx2.Response, raw: bytes, upstream: Upstream, mask: Mask) -> ApiError:
     """An answer that is none → our error."""
-    status, said = response.status_code, _said(raw, mask)
+    status, said = response.status_code, _cut(_said(raw, mask))
+    if status < 400:
+        return UpstreamGarbled(
+            f"Upstream '{upstream.name}' answered with status {status}, and redirects are not followed."
+        )
     if status in {401, 403} and not upstream.passes_caller:
         return _KeyRefused(f"Upstream '{upstream.name}' does not accept this server's key.")
     if status == 401:
@@ -350,10 +457,10 @@ def _said(raw: bytes, mask: Mask) -> ChatError:
     """The error object of the upstream's answer; some servers send it bare, some a text."""
     try:
         body = mask.json(msgspec.json.decode(raw))
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except NO_JSON:
         body = mask.text(raw.decode(errors="replace").strip())
     if not isinstance(body, dict):
-        return ChatError(message=body[:500] if isinstance(body, str) else None)
+        return ChatError(message=body if isinstance(body, str) else None)
     inner = body.get("error", body)
     if not isinstance(inner, dict):
         return ChatError(message=str(inner))
@@ -363,3 +470,13 @@ def _said(raw: bytes, mask: Mask) -> ChatError:
         return msgspec.convert(inner, ChatError)
     except msgspec.ValidationError:
         return ChatError(message=str(inner.get("message") or inner))
+
+
+def _cut(said: ChatError) -> ChatError:
+    """The same in bearable length."""
+    return ChatError(
+        **{
+            field: value[:MESSAGE_CHARS_MAX] if isinstance(value, str) else value
+            for field, value in msgspec.structs.asdict(said).items()
+        }
+    )

@@ -443,6 +443,7 @@ class Background:
             recorder,
             work.tools,
             turns_max=self._settings.turns_max,
+            calls_max=self._settings.turn_calls_max,
             output_index=index,
             call_ids=recovered.call_ids,
         )

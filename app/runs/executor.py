@@ -183,8 +183,14 @@ class Executor:
             bytes_max=self._settings.run_output_bytes_max,
             events_max=self._settings.run_events_max,
         )
-        reader = run.log.backlog if run.log else None
-        loop = Loop(run.work, recorder, tools, turns_max=self._settings.turns_max, reader=reader)
+        loop = Loop(
+            run.work,
+            recorder,
+            tools,
+            turns_max=self._settings.turns_max,
+            calls_max=self._settings.turn_calls_max,
+            reader=run.log.backlog if run.log else None,
+        )
         try:
             opening = await self._open(run, loop)
         except ApiError as error:

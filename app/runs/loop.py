@@ -29,6 +29,7 @@ from app.errors import (
     ToolsUnavailable,
     UpstreamBusy,
     UpstreamError,
+    UpstreamGarbled,
     UpstreamRefused,
     UpstreamUnavailable,
 )
@@ -72,13 +73,14 @@ class Loop:
         tools: Tools,
         *,
         turns_max: int,
+        calls_max: int,
         output_index: int = 0,
         call_ids: Iterable[str] = (),
         reader: Backlog | None = None,
     ) -> None:
-        """`output_index` is that of the first item that this run makes; `call_ids` are used already. The run waits for its
-        `reader`, if it has one that can't read later."""
-        self._turns_max = turns_max
+        """`output_index` is that of the first item that this run makes; `call_ids` are used already. `calls_max` are those of one
+        turn. The run waits for its `reader`, if it has one that can't read later."""
+        self._turns_max, self._calls_max = turns_max, calls_max
         self._output_index = output_index
         # Clients tell calls apart by their ids, along the whole chain.
         self._call_ids = {*call_ids, *filter(None, map(call_id_of, task.context.items))}
@@ -100,7 +102,7 @@ class Loop:
             self._route = number
             try:
                 return await self._open(upstream, route.model)
-            except (UpstreamUnavailable, UpstreamBusy) as error:
+            except (UpstreamUnavailable, UpstreamBusy, UpstreamGarbled) as error:
                 failed = error
         assert failed is not None
         raise failed
@@ -311,11 +313,16 @@ class Loop:
             splitter=ThinkSplitter(stream.upstream.dialect.think),
             call_ids=self._call_ids,
             sources=sources_of(self._context.items) if self._context.hosted else NO_SOURCES,
+            calls_max=self._calls_max,
         )
         status: ItemStatus = "incomplete"
         try:
             async for chunks in stream:
-                await self._recorder.record([event for chunk in chunks for event in turn.feed(chunk)])
+                if chunks:
+                    await self._recorder.record([event for chunk in chunks for event in turn.feed(chunk)])
+                self._recorder.hear(stream.read_bytes)
+                if turn.has_too_many_calls:
+                    raise UpstreamGarbled(f"The upstream sent more than {self._calls_max} calls in one turn.")
                 if self._reader and self._reader.is_full:
                     await self._reader.room()
             if outcome_of(turn.finish_reason).status == "completed":

@@ -24,6 +24,8 @@ FIRST_EVENTS = 2
 
 ITEM_DONE = str(ItemDone.__struct_config__.tag)
 
+TOO_MUCH = "The run made more output than REPRISE_RUN_OUTPUT_BYTES_MAX allows."
+
 Keep = Callable[[Sequence[Entry]], Awaitable[None]]
 """Commits entries to the journal."""
 
@@ -56,6 +58,8 @@ class Recorder:
         self._held: list[Entry] = []
         self._stopped: Exception | None = None
         self._bytes_left, self._events_left = bytes_max, events_max
+        self._unheard_bytes = bytes_max
+        """How much more the upstream may send, whatever comes of it."""
         for entry in said:
             self._count(entry)
 
@@ -102,9 +106,15 @@ class Recorder:
             batch, self._held = batch[:end], batch[end:]
         self._send(batch)
         if self._bytes_left < 0:
-            raise RunTooLong("The run made more output than REPRISE_RUN_OUTPUT_BYTES_MAX allows.")
+            raise RunTooLong(TOO_MUCH)
         if self._events_left < 0:
             raise RunTooLong("The run made more events than REPRISE_RUN_EVENTS_MAX allows.")
+
+    def hear(self, count: int) -> None:
+        """Count bytes that the upstream has sent: it may send as much as a run may say. Raises RunTooLong."""
+        self._unheard_bytes -= count
+        if self._unheard_bytes < 0:
+            raise RunTooLong(TOO_MUCH)
 
     def stop(self, why: Exception | None = None) -> None:
         """Record nothing any more: somebody else goes on. Whoever tries all the same meets `why`, as a rule Fenced."""

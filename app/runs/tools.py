@@ -11,6 +11,7 @@ import structlog
 from msgspec import UNSET
 
 from app.domain.calls import (
+    INVALID_PARAMS,
     Answer,
     PendingCall,
     arguments_for,
@@ -44,6 +45,7 @@ class Tools:
         servers = (*task.servers.values(), *task.tool_servers.values())
         mask = Mask(secret for server in servers for secret in server.secrets)
         self._task, self._sessions = task, ToolSessions(guard, settings, mask, programs, tenant=task.tenant_id)
+        self._arguments_bytes_max = settings.tool_arguments_bytes_max
         self._places = asyncio.Semaphore(settings.tool_calls_at_once_max)
         used = [container for item in task.context.items if (container := container_of(item))]
         self._container = used[-1] if used else new_id("cntr")
@@ -88,6 +90,9 @@ class Tools:
                 return failure(error.kind, error.code, error.message)
 
     async def _send(self, call: PendingCall) -> Answer:
+        if len(call.arguments.encode()) > self._arguments_bytes_max:
+            why = f"The arguments are longer than {self._arguments_bytes_max} bytes."
+            return failure("mcp_protocol_error", INVALID_PARAMS, why)
         server, name, arguments = self._addressed(call)
         if arguments is None:
             return not_json()

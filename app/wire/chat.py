@@ -54,6 +54,12 @@ class Choice(Struct):
     logprobs: Logprobs | None = None
 
 
+class Choices(Struct, array_like=True):
+    """A list of which only the first is read: we ask for one, and what is not read takes no memory."""
+
+    first: Choice | None = None
+
+
 class PromptTokensDetails(Struct):
     cached_tokens: int | None = None
     cache_write_tokens: int | None = None
@@ -74,7 +80,7 @@ class ChatUsage(Struct):
 class Chunk(Struct):
     """One delta of an upstream's stream; `error` is an error object sent inside it."""
 
-    choices: list[Choice] | None = None
+    choices: Choices | None = None
     usage: ChatUsage | None = None
     error: Raw = Raw()
 

@@ -12,6 +12,7 @@ import pytest
 
 from tests.faults.client import decoded, frames_of, get
 from tests.faults.cluster import SPARES, Cluster, Servers
+from tests.faults.memory import Grown
 from tests.faults.told import text_of, told
 from tests.servers import Served
 from tests.toolserver import Toolprocess
@@ -33,6 +34,12 @@ def pytest_runtest_logfinish(nodeid: str, location: object) -> None:
 
 
 Found = Callable[[Served], list[dict[str, Any]]]
+
+
+@pytest.fixture
+def grown():
+    """The peak of a server's memory."""
+    return Grown()
 
 
 @pytest.fixture(scope="session")
