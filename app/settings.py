@@ -125,7 +125,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     upstream_line_bytes_max: Annotated[
         int, _about("one line of an upstream's stream, or its answer where that is no stream", ge=1024)
     ] = 16 * 1024 * 1024
-    upstream_error_bytes_max: Annotated[int, _about("an upstream's error; longer: cut off", ge=16_384)] = 64 * 1024
+    upstream_error_bytes_max: Annotated[int, _about("an upstream's error; longer: cut off", ge=1024)] = 64 * 1024
     upstream_connections_max: Annotated[int, _about("open connections to one upstream", ge=1)] = 2_000
     outbound_allow: Annotated[
         str, _about("private hosts and networks that may be called for clients all the same; comma-separated")
