@@ -79,6 +79,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     body_bytes_max: Annotated[int, _about("size of a request body", ge=1024)] = 64 * 1024 * 1024
     input_items_max: Annotated[int, _about("items in one request's input", ge=1, le=999_999)] = 10_000
     context_items_max: Annotated[int, _about("items of a chain and its new input together", ge=1)] = 100_000
+    context_bytes_max: Annotated[
+        int, _about("items of a chain and its new input together, as JSON; longer: 400", ge=1024)
+    ] = 128 * 1024 * 1024
+    contexts_bytes_max: Annotated[
+        int,
+        _about(
+            "contexts that one process holds at once; in memory they are several times as large; more wait", ge=1024
+        ),
+    ] = 256 * 1024 * 1024
+    context_wait_s: Annotated[
+        float, _about("how long a request's context waits for the room it needs; longer: 429", gt=0)
+    ] = 30.0
     foreground_runs_max: Annotated[int, _about("foreground runs at once in one process; beyond: 429", ge=1)] = 1_000
     turns_max: Annotated[int, _about("upstream completions in one run", ge=1)] = 32
     run_duration_max_s: Annotated[float, _about("a run's whole duration", gt=0)] = 3_600.0

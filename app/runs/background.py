@@ -154,6 +154,12 @@ class Background:
     async def enqueue(self, caller: Caller, request: CreateResponse, raw: bytes) -> Enqueued:
         """Store a response with its place in the queue, in one commit. Raises ApiError."""
         work = await self._tasks.prepare(caller.tenant_id, caller.key, request)
+        try:
+            return await self._enqueue(caller, request, raw, work)
+        finally:
+            work.room.release()
+
+    async def _enqueue(self, caller: Caller, request: CreateResponse, raw: bytes, work: Task) -> Enqueued:
         work.refuse_unanswerable()
         response = open_response(
             request, id=new_id("resp"), created_at=int(time.time()), left_out=work.context.toolbox.left_out
@@ -187,7 +193,9 @@ class Background:
                 tx, tenant_id, tenant_max=settings.queued_runs_tenant_max, all_max=settings.queued_runs_max
             ):
                 raise TooManyRequests("The queue of background responses is full.", headers={"Retry-After": "5"})
-            await responses.insert_response(tx, tenant_id, response, items, parent=work.parent, run=queued)
+            await responses.insert_response(
+                tx, tenant_id, response, items, parent=work.parent, earlier_bytes=work.earlier_bytes, run=queued
+            )
             await approvals.answer_requests(tx, tenant_id, response.id, work.context.decisions)
 
     def _sealed(self, secrets: Secrets) -> str | None:
@@ -447,7 +455,10 @@ class Background:
             output_index=index,
             call_ids=recovered.call_ids,
         )
-        return await loop.outcome(None, self._settings.run_duration_max_s)
+        try:
+            return await loop.outcome(None, self._settings.run_duration_max_s)
+        finally:
+            task.room.release()
 
     # -- Storing ----------------------------------------------------------------------------------------------------------
 

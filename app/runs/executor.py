@@ -96,23 +96,37 @@ class Executor:
         self._settings, self._database, self._tasks, self._owner = settings, database, tasks, owner
         self._guard, self._programs, self._backlogs = guard, programs, backlogs
         self._runs: set[Run] = set()
+        self._preparing = 0
         self._closing = False
 
     async def start(self, caller: Caller, request: CreateResponse) -> Run:
         """Resolve the request and begin its run. Raises ApiError for everything that can be seen to be wrong by now."""
         if self._closing:
             raise ServerError("The server is shutting down.")
-        if len(self._runs) >= self._settings.foreground_runs_max:
+        if len(self._runs) + self._preparing >= self._settings.foreground_runs_max:
             raise TooManyRequests("Too many responses are being made; please try again.", headers={"Retry-After": "1"})
-        work = await self._tasks.prepare(caller.tenant_id, caller.key, request)
+        self._preparing += 1
+        try:
+            work = await self._tasks.prepare(caller.tenant_id, caller.key, request)
+        finally:
+            self._preparing -= 1
+        if self._closing:
+            work.room.release()
+            raise ServerError("The server is shutting down.")
         response = open_response(
             request, id=new_id("resp"), created_at=int(time.time()), left_out=work.context.toolbox.left_out
         )
         run = Run(caller.tenant_id, response, work, self._backlogs.open() if request.stream else None)
         self._runs.add(run)
         run.task = asyncio.create_task(self._run(run), name=response.id)
-        run.task.add_done_callback(lambda _: None if run.late else self._runs.discard(run))
+        run.task.add_done_callback(lambda _: self._ended(run))
         return run
+
+    def _ended(self, run: Run) -> None:
+        run.work.room.release()
+        del run.work  # its context: readers may stay for long
+        if not run.late:
+            self._runs.discard(run)
 
     @property
     def holds(self) -> list[Hold]:
@@ -270,7 +284,15 @@ class Executor:
         self, tx: Tx, run: Run, response: Response | None, owner: Owner | None, items: Sequence[tuple[str, bytes]]
     ) -> None:
         if response:
-            await responses.insert_response(tx, run.tenant_id, response, items, parent=run.work.parent, run=owner)
+            await responses.insert_response(
+                tx,
+                run.tenant_id,
+                response,
+                items,
+                parent=run.work.parent,
+                earlier_bytes=run.work.earlier_bytes,
+                run=owner,
+            )
 
     async def _commit(self, run: Run, closed: Response) -> Response:
         """Store the end of a response; gives what is stored in truth, which is not ours if the lease was lost."""

@@ -1,6 +1,7 @@
 """Request → task: everything that making one response takes, looked up and resolved."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from msgspec import Struct
@@ -18,13 +19,16 @@ from app.outbound.catalog import Catalog, Route
 from app.outbound.mcp import ToolServer
 from app.outbound.upstream import Upstream
 from app.runs.aside import aside
+from app.runs.rooms import Room, Rooms
 from app.settings import Settings
 from app.storage import approvals, contexts
-from app.storage.contexts import Place
+from app.storage.contexts import Chain, Place, StoredItem
 from app.storage.database import Database, Tx
 from app.wire.items import AnyItem, McpApprovalRequest, decode_stored_item
 from app.wire.requests import CreateResponse
 from app.wire.tools import AnyTool, HostedTool, McpTool
+
+T = TypeVar("T")
 
 
 class Task(Struct, frozen=True):
@@ -38,6 +42,10 @@ class Task(Struct, frozen=True):
     unseal: Unseal
     manner: Manner
     parent: Place | None
+    earlier_bytes: int
+    """What the items of the parent's context take."""
+    room: Room
+    """To be released by whoever has asked for the task, as soon as its context is not needed any more."""
     servers: Mapping[str, ToolServer]
     """The MCP servers that the request declares, by label."""
     hosted: Mapping[Kind, HostedRoute]
@@ -57,6 +65,18 @@ class Task(Struct, frozen=True):
         return self.request.generate and not (self.context.toolbox.unlisted or self.context.approved)
 
 
+class _Found(Struct):
+    """What is stored of a request's context."""
+
+    bytes: int = 0
+    """What all of it takes."""
+    parent: Place | None = None
+    earlier: list[StoredItem] = []
+    earlier_bytes: int = 0
+    referenced: dict[str, str] = {}
+    requests: dict[str, McpApprovalRequest] = {}
+
+
 class Tasks:
     """Makes tasks of requests."""
 
@@ -70,6 +90,7 @@ class Tasks:
     ) -> None:
         self._settings, self._database, self._catalog = settings, database, catalog
         self._upstreams, self._seal = upstreams, seal
+        self._rooms = Rooms(settings)
         self._tool_servers = {name: server for name in catalog.tool_servers if (server := catalog.tool_server(name))}
 
     async def prepare(self, tenant_id: str, caller_key: str | None, request: CreateResponse) -> Task:
@@ -86,45 +107,23 @@ class Tasks:
         _refuse_untaken(request, [upstream for upstream, _ in routes])
         servers = self._servers(request)
         self._refuse_hosted(request)
-        previous, wanted, answered = (
-            request.body.previous_response_id,
-            references(request),
-            answered_requests(request.input),
-        )
-        earlier: list[str] = []
-        referenced: dict[str, str] = {}
-        requests: dict[str, McpApprovalRequest] = {}
-        parent: Place | None = None
-        if previous is not None or wanted or answered:
-            async with self._database.autocommit() as tx:
-                if previous is not None:
-                    chain = await contexts.load_chain(
-                        tx, tenant_id, previous, items_max=self._settings.context_items_max
-                    )
-                    check_parent(previous, chain.status)
-                    parent = chain.place
-                    earlier = [item.body for item in chain.items]
-                if wanted:
-                    referenced = await contexts.find_items(tx, tenant_id, wanted)
-                if answered:
-                    requests = await _requests(tx, tenant_id, answered)
-        size = request.size + sum(map(len, earlier)) + sum(map(len, referenced.values()))
-        context = await aside(size, self._resolve, request, earlier, referenced, requests)
-        return self._task(tenant_id, request, context, routes, caller_key, parent, servers, size)
+        room = Room(self._rooms)
+        try:
+            found = await self._find(tenant_id, request, room)
+            size = request.size + found.bytes
+            context = await aside(size, self._resolve, request, found)
+        except BaseException:
+            room.release()
+            raise
+        return self._task(tenant_id, request, context, routes, caller_key, servers, size, room, found)
 
-    def _resolve(
-        self,
-        request: CreateResponse,
-        earlier: Sequence[str],
-        referenced: Mapping[str, str],
-        requests: Mapping[str, McpApprovalRequest],
-    ) -> Context:
+    def _resolve(self, request: CreateResponse, found: "_Found") -> Context:
         return resolve(
             request,
-            [decode_stored_item(body.encode()) for body in earlier],
-            {id: decode_stored_item(body.encode()) for id, body in referenced.items()},
+            _decoded(found.earlier),
+            {id: decode_stored_item(body.encode()) for id, body in found.referenced.items()},
             new_id,
-            requests=requests,
+            requests=found.requests,
             hosted=frozenset(self._catalog.hosted),
         )
 
@@ -132,20 +131,98 @@ class Tasks:
         self, tenant_id: str, response_id: str, caller_key: str | None, request: CreateResponse, said: Sequence[AnyItem]
     ) -> Task:
         """The task of a response that is stored already, with what earlier owners have made of it. Raises ApiError."""
-        async with self._database.autocommit() as tx:
-            chain = await contexts.load_chain(tx, tenant_id, response_id, items_max=self._settings.context_items_max)
-        size = sum(len(item.body) for item in chain.items)
-        stored = await aside(size, lambda: [decode_stored_item(item.body.encode()) for item in chain.items])
-        own = [item for item, row in zip(stored, chain.items, strict=True) if row.turn == chain.place.turn]
-        answered = answered_requests(own)
-        requests: dict[str, McpApprovalRequest] = {}
-        if answered:
+
+        async def read(bytes_max: int) -> tuple[int, Chain | None]:
             async with self._database.autocommit() as tx:
-                requests = await _requests(tx, tenant_id, answered)
-        hosted = frozenset(self._catalog.hosted)
-        context = await aside(size, restore, request, stored, own, said, requests=requests, hosted=hosted)
-        routes, servers = self._routes(request), self._servers(request)
-        return self._task(tenant_id, request, context, routes, caller_key, None, servers, size)
+                chain = await self._chain(tx, tenant_id, response_id, bytes_max)
+            return chain.bytes, None if chain.items is None else chain
+
+        room = Room(self._rooms)
+        try:
+            # A run waits like one of the queue: as long as it may last.
+            wait_s = self._settings.run_duration_max_s
+            chain = await self._fitting(room, read, wait_s=wait_s, param="previous_response_id")
+            rows, size = chain.items or [], chain.bytes
+            stored = await aside(size, _decoded, rows)
+            own = [item for item, row in zip(stored, rows, strict=True) if row.turn == chain.place.turn]
+            requests: dict[str, McpApprovalRequest] = {}
+            if answered := answered_requests(own):
+                async with self._database.autocommit() as tx:
+                    requests = await _requests(tx, tenant_id, answered, {row.id for row in rows})
+            hosted = frozenset(self._catalog.hosted)
+            context = await aside(size, restore, request, stored, own, said, requests=requests, hosted=hosted)
+            routes, servers = self._routes(request), self._servers(request)
+        except BaseException:
+            room.release()
+            raise
+        return self._task(tenant_id, request, context, routes, caller_key, servers, size, room, _Found())
+
+    async def _find(self, tenant_id: str, request: CreateResponse, room: Room) -> "_Found":
+        """What is stored of a new request's context, once there is room for all of it."""
+        previous, wanted = request.body.previous_response_id, references(request)
+        answered = answered_requests(request.input)
+
+        async def read(bytes_max: int) -> tuple[int, _Found | None]:
+            found = _Found()
+            async with self._database.autocommit() as tx:
+                if previous is not None:
+                    chain = await self._chain(tx, tenant_id, previous, bytes_max)
+                    check_parent(previous, chain.status)
+                    found.parent, found.earlier = chain.place, chain.items or []
+                    found.bytes = found.earlier_bytes = chain.bytes
+                if wanted:
+                    left = bytes_max - found.bytes
+                    taken, bodies = await contexts.find_items(tx, tenant_id, wanted, bytes_max=left)
+                    found.referenced = bodies or {}
+                    found.bytes += taken
+                if found.bytes > bytes_max:
+                    return found.bytes, None
+                if answered:
+                    known = {*wanted, *(item.id for item in found.earlier), *(item.id for item in request.input)}
+                    found.requests = await _requests(tx, tenant_id, answered, known)
+            return found.bytes, found
+
+        given = len(bytes(request.body.input))
+        wait_s = self._settings.context_wait_s
+        if previous is None and not wanted and not answered:
+            await self._take(room, given, wait_s=wait_s, param="input")
+            return _Found()
+        param = "input" if previous is None else "previous_response_id"
+        return await self._fitting(room, read, given=given, wait_s=wait_s, param=param)
+
+    async def _fitting(
+        self,
+        room: Room,
+        read: Callable[[int], Awaitable[tuple[int, T | None]]],
+        *,
+        wait_s: float,
+        param: str,
+        given: int = 0,
+    ) -> T:
+        """What `read` finds, read when there is room for it beside what is given. It says how many bytes that takes, and reads
+        it only if they are no more than its argument; as a rule the first look is enough."""
+        await self._take(room, given, room_for=self._rooms.small_max, wait_s=wait_s, param="input")
+        while True:
+            needed, found = await read(min(room.size, self._settings.context_bytes_max) - given)
+            if found is not None:
+                room.shrink(given + needed)
+                return found
+            await self._take(room, given + needed, wait_s=wait_s, param=param)
+
+    async def _take(self, room: Room, size: int, *, room_for: int = 0, wait_s: float, param: str) -> None:
+        """Wait for room; `room_for` is how much is taken at least. Raises InvalidRequest for what never fits."""
+        most = self._settings.context_bytes_max
+        if size > most:
+            raise InvalidRequest(
+                f"The context takes {size} bytes; more than {most} are not possible.",
+                param=param,
+                code="context_length_exceeded",
+            )
+        await room.take(max(size, room_for), wait_s=wait_s)
+
+    async def _chain(self, tx: Tx, tenant_id: str, response_id: str, bytes_max: int) -> Chain:
+        items_max = self._settings.context_items_max
+        return await contexts.load_chain(tx, tenant_id, response_id, items_max=items_max, bytes_max=bytes_max)
 
     def _servers(self, request: CreateResponse) -> dict[str, ToolServer]:
         """Where the declared MCP servers are. Raises InvalidParameter for one that has no URL and no name that we know."""
@@ -230,9 +307,10 @@ class Tasks:
         context: Context,
         routes: list[tuple[Upstream, Route]],
         caller_key: str | None,
-        parent: Place | None,
         servers: dict[str, ToolServer],
         size: int,
+        room: Room,
+        found: "_Found",
     ) -> Task:
         reasoning = request.body.reasoning
         manner = Manner(
@@ -247,7 +325,9 @@ class Tasks:
             caller_key=caller_key,
             unseal=self._seal.open,
             manner=manner,
-            parent=parent,
+            parent=found.parent,
+            earlier_bytes=found.earlier_bytes,
+            room=room,
             servers=servers,
             hosted=self._catalog.hosted,
             tool_servers=self._tool_servers,
@@ -255,11 +335,17 @@ class Tasks:
         )
 
 
-async def _requests(tx: Tx, tenant_id: str, ids: Sequence[str]) -> dict[str, McpApprovalRequest]:
-    """Those of the approval requests that we have made."""
-    found = await approvals.find_requests(tx, tenant_id, ids)
+async def _requests(
+    tx: Tx, tenant_id: str, ids: Sequence[str], known: Collection[str | None]
+) -> dict[str, McpApprovalRequest]:
+    """Those of the approval requests that we have made; what is not in the context is not even read."""
+    found = await approvals.find_requests(tx, tenant_id, [id for id in ids if id in known])
     items = [decode_stored_item(body.encode()) for body in found]
     return {item.id: item for item in items if isinstance(item, McpApprovalRequest)}
+
+
+def _decoded(items: Sequence[StoredItem]) -> list[AnyItem]:
+    return [decode_stored_item(item.body.encode()) for item in items]
 
 
 def _is_http(url: str) -> bool:

@@ -35,12 +35,15 @@ class Chain(Struct, frozen=True):
 
     place: Place
     status: str
-    items: list[StoredItem]
+    bytes: int
+    """What its items take as JSON."""
+    items: list[StoredItem] | None
+    """None where that is more than was asked for."""
 
 
 _PATH = """
     with recursive target as (
-        select thread_id, turn, status, background from responses
+        select thread_id, turn, status, background, context_bytes from responses
         where tenant_id = :tenant_id and id = :id and deleted_at is null
     ), path (thread_id, turn_max) as (
         select thread_id, turn from target
@@ -58,11 +61,22 @@ _CHAIN = Query(
     text(
         _PATH
         + """
-    select target.thread_id, target.turn as tip, target.status, item.turn, item.position, item.id, item.body
-    from target cross join path
+    , measured as (
+        select coalesce(context_bytes, (
+            select coalesce(sum(octet_length(cast(item.body as text))), 0) from path cross join lateral (
+                select body from items
+                where tenant_id = :tenant_id and thread_id = path.thread_id and turn <= path.turn_max
+                order by turn, position
+            ) item
+        )) as bytes from target
+    )
+    select target.thread_id, target.turn as tip, target.status, measured.bytes,
+           item.turn, item.position, item.id, item.body
+    from target cross join measured cross join path
     left join lateral (  -- ordered, so that it stays a scan of the primary key for each thread, whatever the statistics say
         select turn, position, id, body from items
         where tenant_id = :tenant_id and thread_id = path.thread_id and turn <= path.turn_max
+          and measured.bytes <= :bytes_max
         order by turn, position
     ) item on true
     order by item.turn, item.position
@@ -73,9 +87,14 @@ _CHAIN = Query(
 
 _FIND_ITEMS = Query(
     text("""
-    select distinct on (id) id, turn, position, body from items
-    where tenant_id = :tenant_id and id = any(cast(:ids as text[]))
-    order by id, thread_id desc, turn desc, position
+    with found as materialized (
+        select distinct on (id) id, body from items
+        where tenant_id = :tenant_id and id = any(cast(:ids as text[]))
+        order by id, thread_id desc, turn desc, position
+    ), measured as (
+        select coalesce(sum(octet_length(cast(body as text))), 0) as bytes from found
+    )
+    select measured.bytes, found.id, found.body from measured left join found on measured.bytes <= :bytes_max
     """)
 )
 
@@ -116,12 +135,12 @@ def _page_of_context(order: Order) -> Query:
 _PAGES = {"asc": _page_of_context("asc"), "desc": _page_of_context("desc")}
 
 
-async def load_chain(tx: Tx, tenant_id: str, response_id: str, *, items_max: int) -> Chain:
-    """The context that a response leaves behind, in one indexed read. Raises PreviousResponseNotFound, or InvalidRequest
-    if it has more items than `items_max`."""
+async def load_chain(tx: Tx, tenant_id: str, response_id: str, *, items_max: int, bytes_max: int) -> Chain:
+    """The context that a response leaves behind, in one indexed read; without its items, if they take more bytes than
+    `bytes_max`. Raises PreviousResponseNotFound, or InvalidRequest if it has more items than `items_max`."""
     if not storable(response_id):
         raise PreviousResponseNotFound(response_id)
-    rows = await tx.all(_CHAIN, tenant_id=tenant_id, id=response_id, limit=items_max + 1)
+    rows = await tx.all(_CHAIN, tenant_id=tenant_id, id=response_id, limit=items_max + 1, bytes_max=bytes_max)
     if not rows:
         raise PreviousResponseNotFound(response_id)
     if len(rows) > items_max:
@@ -131,14 +150,19 @@ async def load_chain(tx: Tx, tenant_id: str, response_id: str, *, items_max: int
             code="context_length_exceeded",
         )
     head = rows[0]
-    stored = [_stored_item(row) for row in rows if row["id"] is not None]
-    return Chain(Place(head["thread_id"], head["tip"]), head["status"], stored)
+    size = int(head["bytes"])
+    stored = [_stored_item(row) for row in rows if row["id"] is not None] if size <= bytes_max else None
+    return Chain(Place(head["thread_id"], head["tip"]), head["status"], size, stored)
 
 
-async def find_items(tx: Tx, tenant_id: str, ids: Sequence[str]) -> dict[str, str]:
-    """Stored items by id, as JSON; the newest where a client has resent one. Unknown ids are left out."""
-    rows = await tx.all(_FIND_ITEMS, tenant_id=tenant_id, ids=[id for id in ids if storable(id)])
-    return {row["id"]: row["body"] for row in rows}
+async def find_items(
+    tx: Tx, tenant_id: str, ids: Sequence[str], *, bytes_max: int
+) -> tuple[int, dict[str, str] | None]:
+    """Stored items by id, as JSON; the newest where a client has resent one. Unknown ids are left out. First comes what they
+    take; where that is more bytes than `bytes_max`, they don't come."""
+    rows = await tx.all(_FIND_ITEMS, tenant_id=tenant_id, ids=[id for id in ids if storable(id)], bytes_max=bytes_max)
+    size = int(rows[0]["bytes"])
+    return size, {row["id"]: row["body"] for row in rows if row["id"] is not None} if size <= bytes_max else None
 
 
 async def list_input_items(

@@ -43,9 +43,10 @@ _INSERT = Query(
         for key share  -- a parent that is being deleted is either gone for us, or waits and then finds its child
     ), response as (
         insert into responses (tenant_id, id, thread_id, turn, previous_response_id, status, background, model, metadata,
-                               created_at, body)
+                               created_at, body, context_bytes)
         select :tenant_id, :id, :thread_id, :turn, :previous_response_id, :status, :background, :model,
-               cast(:metadata as jsonb), :created_at, cast(:body as json)
+               cast(:metadata as jsonb), :created_at, cast(:body as json),
+               cast(:earlier_bytes as bigint) + cast(:own_bytes as bigint)
         where cast(:previous_response_id as text) is null or exists (select from parent)
         on conflict do nothing
         returning 1
@@ -86,7 +87,8 @@ _OUTPUT = """
 _FINISH = Query(
     text(f"""
     with response as (
-        update responses set status = :status, body = cast(:body as json)
+        update responses set status = :status, body = cast(:body as json),
+                             context_bytes = context_bytes + cast(:own_bytes as bigint)
         where tenant_id = :tenant_id and id = :id and status in ('queued', 'in_progress')
         returning thread_id, turn
     ), {_OUTPUT}, run as (
@@ -104,9 +106,11 @@ async def insert_response(
     input_items: Sequence[tuple[str, bytes]],
     *,
     parent: Place | None,
+    earlier_bytes: int,
     run: Owner | Queued | None,
 ) -> None:
-    """Store a response with its input items (id, JSON) and, if it is finished, its output.
+    """Store a response with its input items (id, JSON) and, if it is finished, its output. `earlier_bytes` is what the items
+    of its parent's context take.
 
     It takes the next turn of its parent's thread, or a new thread when another response has that turn. `run` is given for
     a response that is still to be made: by us, or by whoever claims it. Raises PreviousResponseNotFound if the parent is gone.
@@ -119,6 +123,7 @@ async def insert_response(
         "model": response.model,
         "metadata": encode(response.metadata).decode(),
         "created_at": response.created_at,
+        "earlier_bytes": earlier_bytes,
         **_run(run),
         **_final(response, list(enumerate(input_items))),
     }
@@ -164,7 +169,8 @@ _SEAL = Query(
         where tenant_id = :tenant_id and response_id = :id and lease = :lease and state in ('running', 'cancelled')
         returning 1
     ), response as (
-        update responses set status = :status, body = cast(:body as json)
+        update responses set status = :status, body = cast(:body as json),
+                             context_bytes = context_bytes + cast(:own_bytes as bigint)
         where tenant_id = :tenant_id and id = :id and status in ('queued', 'in_progress') and exists (select from run)
         returning thread_id, turn
     ), {_OUTPUT}, archive as (
@@ -230,6 +236,7 @@ def _final(response: Response, numbered: list[tuple[int, tuple[str, bytes]]]) ->
         "positions": [position for position, _, _ in rows],
         "item_ids": [id for _, id, _ in rows],
         "bodies": [body.decode() for _, _, body in rows],
+        "own_bytes": sum(len(body) for _, _, body in rows),
     }
 
 

@@ -65,6 +65,11 @@ responses = Table(
     Column("deleted_at", DateTime(timezone=True), comment="set while later responses still need the items"),
     # json, not jsonb: it keeps the exact bytes, and takes \u0000, which tool outputs contain.
     Column("body", JSON, nullable=False, comment="the response object without its output"),
+    Column(
+        "context_bytes",
+        BigInteger,
+        comment="of the items of its context and its own; null where that was not counted yet",
+    ),
     # Not by tenant first: of two such indexes Postgres takes any for its first plans, as long as it has not analyzed the table,
     # and may read all of a tenant's rows for one id.
     Index("responses_thread_id_tenant_id_turn_key", "thread_id", "tenant_id", "turn", unique=True),

@@ -7,16 +7,19 @@ import msgspec
 import pytest
 
 from app.storage import contexts, journal, responses
+from app.storage.database import Tx
 from app.storage.tables import OUTPUT_POSITION
 from tests.storage.plans import looked_at, nodes
 
 TURNS = 300
 ITEMS_PER_TURN = 3
 OTHER_THREADS = 60
+ITEM_BYTES = len('{"type": "message"}')
 
 FILL = f"""
-insert into responses (tenant_id, id, thread_id, turn, status, background, model, metadata, created_at, body)
-select 't', 'resp_' || thread || '_' || turn, 'thread_' || thread, turn, 'completed', false, 'm', '{{}}', 0, '{{}}'
+insert into responses (tenant_id, id, thread_id, turn, status, background, model, metadata, created_at, body, context_bytes)
+select 't', 'resp_' || thread || '_' || turn, 'thread_' || thread, turn, 'completed', false, 'm', '{{}}', 0, '{{}}',
+       turn * {ITEMS_PER_TURN * ITEM_BYTES}
 from generate_series(0, {OTHER_THREADS}) thread, generate_series(1, {TURNS}) turn;
 insert into items (tenant_id, thread_id, turn, position, id, body)
 select tenant_id, thread_id, turn, position, id || '_' || position, '{{"type": "message"}}'
@@ -49,8 +52,26 @@ async def rows_read(connection: asyncpg.Connection, query: responses.Query, **bi
 
 
 async def test_a_context_costs_only_its_own_rows(filled):
-    read = await rows_read(filled, contexts._CHAIN, id=f"resp_0_{TURNS}", limit=10**6)
+    read = await rows_read(filled, contexts._CHAIN, id=f"resp_0_{TURNS}", limit=10**6, bytes_max=10**9)
     assert read == TURNS * ITEMS_PER_TURN
+
+
+async def test_a_context_that_is_too_long_costs_none_of_its_rows(filled):
+    most = TURNS * ITEMS_PER_TURN * ITEM_BYTES - 1
+    assert await rows_read(filled, contexts._CHAIN, id=f"resp_0_{TURNS}", limit=10**6, bytes_max=most) == 0
+
+
+async def test_a_context_that_was_never_counted_is_measured(filled):
+    undone = filled.transaction()
+    await undone.start()
+    try:
+        await filled.execute("update responses set context_bytes = null where thread_id = 'thread_0'")
+        for bytes_max, items in ((0, None), (10**9, 7 * ITEMS_PER_TURN)):
+            chain = await contexts.load_chain(Tx(filled), "t", "resp_0_7", items_max=10**6, bytes_max=bytes_max)
+            assert chain.bytes == 7 * ITEMS_PER_TURN * ITEM_BYTES
+            assert (chain.items and len(chain.items)) == items
+    finally:
+        await undone.rollback()
 
 
 @pytest.mark.parametrize("order", ["asc", "desc"])

@@ -1,0 +1,117 @@
+"""Room for contexts: how many bytes of them a process holds at once. What does not fit waits for its turn.
+
+A context is in memory as long as its run, several times over while it is read and sent. Without a bound a few long chains
+together end the process, and every other run with it. Small contexts have room of their own, so that they never wait behind
+long ones, nor keep those from ever finding enough; among themselves they take turns.
+"""
+
+import asyncio
+
+from app.errors import TooManyRequests
+from app.settings import Settings
+
+SMALL_SHARE = 4
+"""One part in so many is for small contexts, the rest for the others."""
+
+SMALL_PARTS = 256
+"""A context is small up to one part of the whole in so many."""
+
+RETRY_AFTER_S = 5
+
+
+class Queue:
+    """Bytes that are taken in the order of asking."""
+
+    def __init__(self, bytes_max: int, *, waiting_max: int) -> None:
+        self.bytes_max = self.free = bytes_max
+        self._waiting_max = waiting_max
+        self._waiting: dict[asyncio.Future[None], int] = {}
+
+    async def take(self, size: int, *, wait_s: float) -> None:
+        """Wait for so many bytes. Raises TooManyRequests if they are not free in time, or too many wait already."""
+        if not self._waiting and size <= self.free:
+            self.free -= size
+            return
+        if len(self._waiting) >= self._waiting_max:
+            raise _no_room()
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting[turn] = size
+        try:
+            async with asyncio.timeout(wait_s):
+                await turn
+        except BaseException as error:
+            if turn.done() and not turn.cancelled():
+                self.give(size)  # its turn came at the moment when it was given up
+            else:
+                self._waiting.pop(turn, None)
+                self._serve()  # those behind it may fit
+            if isinstance(error, TimeoutError):
+                raise _no_room() from None
+            raise
+
+    def give(self, size: int) -> None:
+        """So many bytes are free again."""
+        self.free += size
+        self._serve()
+
+    def _serve(self) -> None:
+        while self._waiting:
+            turn, size = next(iter(self._waiting.items()))
+            if size > self.free and not turn.cancelled():
+                return
+            del self._waiting[turn]
+            if not turn.cancelled():
+                self.free -= size
+                turn.set_result(None)
+
+
+class Room:
+    """What one context has taken."""
+
+    def __init__(self, rooms: "Rooms") -> None:
+        self._rooms = rooms
+        self._queue: Queue | None = None
+        self._taken = 0
+        self.size = 0
+        """Bytes of context that may be held."""
+
+    async def take(self, size: int, *, wait_s: float) -> None:
+        """Give up what is held, and wait for so many bytes. Raises TooManyRequests."""
+        self.release()
+        queue = self._rooms.queue_for(size)
+        taken = min(size, queue.bytes_max)  # what is larger than all there is comes alone
+        await queue.take(taken, wait_s=wait_s)
+        self._queue, self._taken, self.size = queue, taken, size
+
+    def shrink(self, size: int) -> None:
+        """Fewer bytes are needed than were taken."""
+        if self._queue and size < self._taken:
+            self._queue.give(self._taken - size)
+            self._taken = self.size = size
+
+    def release(self) -> None:
+        """Nothing is held any more."""
+        if self._queue:
+            self._queue.give(self._taken)
+        self._queue, self._taken, self.size = None, 0, 0
+
+
+class Rooms:
+    """All room for contexts in this process."""
+
+    def __init__(self, settings: Settings) -> None:
+        whole = settings.contexts_bytes_max
+        self.small_max = whole // SMALL_PARTS
+        waiting_max = settings.foreground_runs_max
+        self._small = Queue(whole // SMALL_SHARE, waiting_max=waiting_max)
+        self._large = Queue(whole - whole // SMALL_SHARE, waiting_max=waiting_max)
+
+    def queue_for(self, size: int) -> Queue:
+        """Where a context of so many bytes waits."""
+        return self._small if size <= self.small_max else self._large
+
+
+def _no_room() -> TooManyRequests:
+    return TooManyRequests(
+        "Too many long contexts are being worked on; please try again.", headers={"Retry-After": str(RETRY_AFTER_S)}
+    )

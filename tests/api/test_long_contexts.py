@@ -1,0 +1,155 @@
+"""Contexts in bytes: a limit for one, and a bound on all that a process holds at once."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.looking import fetch, until
+from tests.servers import Served
+from tests.upstream import finish, gate, note, script, text
+
+MB = 1024 * 1024
+CHAIN_MB = 8
+AT_ONCE = 3
+"""So many chains of that size find room: three quarters of 36 MB are for long ones."""
+SMALL = {"REPRISE_CONTEXTS_BYTES_MAX": str(36 * MB), "REPRISE_DATABASE_POOL_SIZE": "1"}
+PEAK_MB_MAX = 8 * 36
+"""What all contexts together may take of memory: more than their bytes, since they are decoded, sent, and sent again."""
+
+
+def error_of(refused: openai.APIStatusError) -> tuple[int, str | None, str | None]:
+    return refused.status_code, refused.code, refused.param
+
+
+@pytest.fixture(scope="module")
+def limited(base_env, new_database):
+    """A server whose contexts may take 10,000 bytes."""
+    with Served({**base_env, "DATABASE_URL": new_database(), "REPRISE_CONTEXT_BYTES_MAX": "10000"}) as running:
+        yield running
+
+
+@pytest.fixture
+def roomy(new_server):
+    """A server with room for few long contexts."""
+    return new_server(**SMALL)
+
+
+@pytest.fixture
+def impatient(new_server):
+    """One where nobody waits long for room."""
+    return new_server(**SMALL, REPRISE_CONTEXT_WAIT_S="0.3")
+
+
+@pytest.fixture(scope="module")
+def short(limited):
+    """Its client."""
+    with limited.client() as made:
+        yield made
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_context_that_is_too_long_in_bytes_is_refused(short, limited, background):
+    def create(size: int, previous: str | None = None) -> openai.types.responses.Response:
+        asked = {"previous_response_id": previous} if previous else {}
+        return short.responses.create(model="m", input="x" * size, background=background, **asked)
+
+    first = create(3000)
+    if background:
+        until(lambda: short.responses.retrieve(first.id).status == "completed")
+    kept = fetch(limited.database_url, "select count(*) from responses")
+    with pytest.raises(openai.BadRequestError) as refused:  # the answer repeats the input
+        create(5000, first.id)
+    assert error_of(refused.value) == (400, "context_length_exceeded", "previous_response_id")
+    with pytest.raises(openai.BadRequestError) as refused:
+        create(10_000)
+    assert error_of(refused.value) == (400, "context_length_exceeded", "input")
+    assert fetch(limited.database_url, "select count(*) from responses") == kept
+    assert create(100, first.id).previous_response_id == first.id
+
+
+def test_items_that_are_referred_to_count(short):
+    first = short.responses.create(model="m", input="x" * 4000)
+    (item,) = short.responses.input_items.list(first.id)
+    with pytest.raises(openai.BadRequestError) as refused:
+        short.responses.create(
+            model="m", input=[{"type": "item_reference", "id": item.id}, {"role": "user", "content": "y" * 6500}]
+        )
+    assert error_of(refused.value) == (400, "context_length_exceeded", "input")
+
+
+def test_the_bytes_of_a_context_are_counted_along_its_branches(client, server):
+    root = client.responses.create(model="m", input="one")
+    client.responses.create(model="m", input="two", previous_response_id=root.id)
+    branch = client.responses.create(model="m", input="other", previous_response_id=root.id, background=True)
+    until(lambda: client.responses.retrieve(branch.id).status == "completed")
+    with client.responses.stream(model="m", input="more", previous_response_id=branch.id) as stream:
+        tip = stream.get_final_response()
+    counted = fetch(
+        server.database_url, "select id, context_bytes from responses where id = any($1)", [root.id, branch.id, tip.id]
+    )
+    taken = """
+        select sum(octet_length(item.body::text)) from items item join responses response using (tenant_id, thread_id, turn)
+        where response.id = any($1)
+    """
+    along = [root.id, branch.id, tip.id]
+    for id, bytes_ in counted:
+        assert fetch(server.database_url, taken, along[: along.index(id) + 1])[0][0] == bytes_
+
+
+async def test_long_contexts_wait_for_each_other(roomy, upstream, said):
+    async with roomy.async_client() as client:
+        chain = await client.responses.create(
+            model="m", input=script([note("x" * CHAIN_MB * MB), text("ok"), finish()])
+        )
+        asking = script([note(said), text("ok"), gate(said), finish()])
+        at_rest = peak_mb(roomy)
+        waiting = [
+            asyncio.create_task(client.responses.create(model="m", input=asking, previous_response_id=chain.id))
+            for _ in range(32)
+        ]
+        await until_async(lambda: len(upstream.asked(asking)) == AT_ONCE)
+        # Short ones neither wait, nor does whoever waits hold the only connection to Postgres.
+        for _ in range(5):
+            await client.responses.create(model="m", input=said)
+        assert len(upstream.asked(asking)) == AT_ONCE
+        upstream.open(said)
+        assert {response.status for response in await asyncio.gather(*waiting)} == {"completed"}
+    assert peak_mb(roomy) - at_rest < PEAK_MB_MAX
+
+
+async def test_who_waits_too_long_for_room_is_told_when_to_come_again(impatient, upstream, said):
+    async with impatient.async_client() as client:
+        chain = await client.responses.create(
+            model="m", input=script([note("x" * CHAIN_MB * MB), text("ok"), finish()])
+        )
+        asking = script([note(said), text("ok"), gate(said), finish()])
+
+        async def go_on() -> openai.types.responses.Response:
+            return await client.responses.create(model="m", input=asking, previous_response_id=chain.id)
+
+        held = [asyncio.create_task(go_on()) for _ in range(AT_ONCE)]
+        await until_async(lambda: len(upstream.asked(asking)) == AT_ONCE)
+        with pytest.raises(openai.RateLimitError) as refused:
+            await go_on()
+        assert int(refused.value.response.headers["retry-after"]) > 0
+        upstream.open(said)
+        await asyncio.gather(*held)
+        assert (await go_on()).status == "completed"
+
+
+def peak_mb(server: Served) -> float:
+    """The most memory that the server has ever had."""
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    (line,) = [line for line in status.splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
+
+
+async def until_async(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
