@@ -14,6 +14,7 @@ from typing import TypeVar
 import click
 import uvicorn
 
+import app
 from app import assembly, http, migrate
 from app.doctor import examine
 from app.embedded import EmbeddedError
@@ -33,7 +34,11 @@ LAST_WORDS_S = 5
 """How long readers may take to hear the end of responses that were broken off by a shutdown."""
 
 
-@click.group(help="A persistent, stateful Responses API server in front of any Chat Completions upstream.")
+@click.version_option(app.__version__, message="reprise %(version)s")
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="A persistent, stateful Responses API server in front of any Chat Completions upstream.",
+)
 def reprise() -> None:
     """The console script."""
 

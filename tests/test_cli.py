@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import alembic.command
@@ -33,6 +34,12 @@ def refused(env, *arguments):
     assert done.stderr.startswith("reprise: ")
     assert done.stderr.count("\n") == 1
     return done.stderr.removeprefix("reprise: ").rstrip("\n")
+
+
+def test_the_version_is_that_of_the_project(base_env):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert reprise(base_env, "--version").stdout == f"reprise {project['version']}\n"
+    assert "serve" in reprise(base_env, "-h").stdout
 
 
 # -- Settings ---------------------------------------------------------------------------------------------------------------
