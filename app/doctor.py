@@ -19,6 +19,7 @@ from app.outbound.toolserver import ToolFailure
 from app.outbound.upstream import Upstream
 from app.settings import Settings, SettingsError, load
 from app.storage import tenants
+from app.storage.addresses import redis_address
 from app.storage.database import Database
 
 
@@ -63,7 +64,10 @@ async def _postgres(settings: Settings) -> list[Finding]:
 
 
 async def _redis(settings: Settings) -> Finding:
-    client = redis.asyncio.from_url(settings.redis_url)
+    try:
+        client = redis.asyncio.from_url(redis_address(settings.redis_url))
+    except SettingsError as error:
+        return Finding("Redis", False, str(error))
     try:
         await client.ping()
         return Finding("Redis", True, "answers")

@@ -11,11 +11,9 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import create_async_engine
-from sqlalchemy.pool import NullPool
 
 from app.settings import SettingsError
-from app.storage.database import address
+from app.storage.addresses import unpooled_engine
 
 MIGRATIONS = Path(__file__).resolve().parent.parent / "migrations"
 
@@ -40,7 +38,7 @@ def upgrade(database_url: str, revision: str = "head") -> None:
 async def is_current(database_url: str) -> bool:
     """Whether the schema is that of this version. Raises SettingsError if the database can't be reached."""
     head = ScriptDirectory(str(MIGRATIONS)).get_current_head()
-    engine = create_async_engine(address(database_url), poolclass=NullPool)
+    engine = unpooled_engine(database_url)
     try:
         with _reached():
             async with engine.connect() as connection:

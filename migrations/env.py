@@ -4,10 +4,8 @@ import asyncio
 
 from alembic import context
 from sqlalchemy import Connection, text
-from sqlalchemy.ext.asyncio import create_async_engine
-from sqlalchemy.pool import NullPool
 
-from app.storage.database import address
+from app.storage.addresses import unpooled_engine
 from app.storage.tables import metadata
 
 ONE_AT_A_TIME = 7_236_201
@@ -23,7 +21,7 @@ def migrate(connection: Connection) -> None:
 
 
 async def main() -> None:
-    engine = create_async_engine(address(context.config.attributes["database_url"]), poolclass=NullPool)
+    engine = unpooled_engine(context.config.attributes["database_url"])
     async with engine.connect() as connection:
         await connection.run_sync(migrate)
         await connection.commit()

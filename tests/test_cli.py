@@ -45,6 +45,15 @@ def test_the_version_is_that_of_the_project(base_env):
 # -- Settings ---------------------------------------------------------------------------------------------------------------
 
 
+def test_a_database_url_may_say_all_that_libpq_knows(base_env, new_database):
+    url = new_database()
+    more = (
+        "connect_timeout=5&application_name=mine&keepalives=1&target_session_attrs=any&options=-c%20lock_timeout%3D5s"
+    )
+    done = reprise({**base_env, "DATABASE_URL": f"{url}{'&' if '?' in url else '?'}{more}"}, "migrate")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("name", "value", "line"),
     [
@@ -53,6 +62,8 @@ def test_the_version_is_that_of_the_project(base_env):
         ("REPRISE_SECRET_KEY", "short", "REPRISE_SECRET_KEY is not valid: "),
         ("REPRISE_CATALOG", "/nowhere/catalog.toml", "/nowhere/catalog.toml"),
         ("DATABASE_URL", "nonsense", "DATABASE_URL is not valid: expected postgresql://USER:PASSWORD@HOST/NAME."),
+        ("DATABASE_URL", "postgresql://h/d?channel_binding=require", "DATABASE_URL asks for channel_binding=require"),
+        ("REDIS_URL", "redis://h:port", "REDIS_URL is not valid: "),
         ("REPRISE_HOST", "256.1.2.3", "REPRISE_HOST=256.1.2.3 would let anybody in"),
     ],
 )

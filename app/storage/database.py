@@ -12,15 +12,15 @@ from typing import Any
 
 import asyncpg
 import stamina
-from sqlalchemy import URL, Executable, event
+from sqlalchemy import Executable, event
 from sqlalchemy.dialects.postgresql import asyncpg as dialect
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError
+from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from app.errors import DatabaseUnavailable
-from app.settings import Settings, SettingsError
+from app.settings import Settings
+from app.storage.addresses import connector
 
 Row = Mapping[str, Any]
 """A row, by column name."""
@@ -129,20 +129,12 @@ class Database:
         await self.engine.dispose()
 
 
-def address(database_url: str) -> URL:
-    """DATABASE_URL as SQLAlchemy wants it. Raises SettingsError."""
-    try:
-        url = make_url(database_url)
-    except ArgumentError:
-        url = None
-    if url is None or not url.drivername.startswith("postgres"):
-        raise SettingsError("DATABASE_URL is not valid: expected postgresql://USER:PASSWORD@HOST/NAME.")
-    return url.set(drivername="postgresql+asyncpg")
-
-
 def _engine(settings: Settings) -> AsyncEngine:
     engine = create_async_engine(
-        address(settings.database_url),
+        "postgresql+asyncpg://",
+        async_creator=connector(
+            settings.database_url, timeout_s=settings.database_timeout_s, application_name="reprise", jit="off"
+        ),
         isolation_level="AUTOCOMMIT",
         json_deserializer=str,  # JSON stays text: what reads it knows its type
         pool_size=settings.database_pool_size,
@@ -150,11 +142,6 @@ def _engine(settings: Settings) -> AsyncEngine:
         pool_timeout=settings.database_timeout_s,
         pool_reset_on_return=None,
         pool_use_lifo=True,  # the same few connections: what they have prepared is at hand
-        connect_args={
-            "timeout": settings.database_timeout_s,
-            "command_timeout": settings.database_timeout_s,
-            "server_settings": {"application_name": "reprise", "jit": "off"},
-        },
     )
 
     @event.listens_for(engine.sync_engine, "checkout")

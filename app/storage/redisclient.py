@@ -12,6 +12,7 @@ from redis.exceptions import ConnectionError as RedisGone
 from redis.exceptions import RedisError
 
 from app.settings import Settings
+from app.storage.addresses import redis_address
 
 log = structlog.get_logger()
 
@@ -28,9 +29,10 @@ BLOCK_MS = 5_000
 def connect(settings: Settings) -> tuple[redis.Redis, redis.Redis]:
     """A client for everything, and one whose single connection may block. A lost connection is tried once more at once; what
     is not answered in time is not."""
+    address = redis_address(settings.redis_url)
     options: dict[str, Any] = {"socket_connect_timeout": settings.redis_timeout_s, "health_check_interval": 0}
     pool: redis.BlockingConnectionPool = redis.BlockingConnectionPool.from_url(
-        settings.redis_url,
+        address,
         max_connections=CONNECTIONS_MAX,
         timeout=settings.redis_timeout_s,
         socket_timeout=settings.redis_timeout_s,
@@ -38,7 +40,7 @@ def connect(settings: Settings) -> tuple[redis.Redis, redis.Redis]:
         **options,
     )
     blocking = redis.from_url(
-        settings.redis_url,
+        address,
         single_connection_client=True,
         socket_timeout=BLOCK_MS / 1000 + settings.redis_timeout_s,
         retry=Retry(NoBackoff(), 0),

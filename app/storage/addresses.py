@@ -1,0 +1,80 @@
+"""DATABASE_URL and REDIS_URL, as libpq, SQLAlchemy and Valkey's own tools write them."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
+
+import asyncpg
+from redis.asyncio.connection import parse_url
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool
+
+from app.settings import SettingsError
+
+Connector = Callable[[], Awaitable[asyncpg.Connection]]
+
+_EXPECTED = "expected postgresql://USER:PASSWORD@HOST/NAME"
+_DRIVER_DECIDES = frozenset(
+    "channel_binding client_encoding connect_timeout fallback_application_name gssencmode keepalives keepalives_count "
+    "keepalives_idle keepalives_interval load_balance_hosts requirepeer sslcompression sslsni tcp_user_timeout".split()
+)
+"""Parameters of libpq that are no settings of the server, and that asyncpg does not know."""
+
+_REDIS_SCHEMES = {"valkey": "redis", "valkeys": "rediss"}
+
+
+def connector(database_url: str, *, timeout_s: float | None = None, **settings: str) -> Connector:
+    """Opens connections to the database of a URL.
+
+    `timeout_s` bounds connecting, and each statement; the URL's `connect_timeout` counts before it. `settings` are the server's;
+    those of the URL count before them. Raises SettingsError.
+    """
+    parts, query = _parse(database_url)
+    connect_timeout_s = float(query.get("connect_timeout") or 0) or timeout_s
+    kept = {name: value for name, value in query.items() if name not in _DRIVER_DECIDES}
+    if "ssl" in kept:  # SQLAlchemy's name for it
+        kept["sslmode"] = kept.pop("ssl")
+    dsn = parts._replace(scheme="postgresql", query=urlencode(kept)).geturl()
+    options: dict[str, Any] = {
+        "command_timeout": timeout_s,
+        "server_settings": {name: value for name, value in settings.items() if name not in kept},
+    }
+    if connect_timeout_s:
+        options["timeout"] = connect_timeout_s
+
+    async def connect() -> asyncpg.Connection:
+        return await asyncpg.connect(dsn, **options)
+
+    return connect
+
+
+def unpooled_engine(database_url: str) -> AsyncEngine:
+    """An engine for a few statements of a command. Raises SettingsError."""
+    return create_async_engine("postgresql+asyncpg://", async_creator=connector(database_url), poolclass=NullPool)
+
+
+def _parse(database_url: str) -> tuple[SplitResult, dict[str, str]]:
+    try:
+        parts = urlsplit(database_url)
+        query = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
+        float(query.get("connect_timeout") or 0)
+    except ValueError as error:
+        raise SettingsError(f"DATABASE_URL is not valid: {error}; {_EXPECTED}.") from None
+    if parts.scheme.partition("+")[0] not in {"postgres", "postgresql"} or not (
+        parts.netloc or parts.path.strip("/") or "host" in query
+    ):
+        raise SettingsError(f"DATABASE_URL is not valid: {_EXPECTED}.")
+    if query.get("channel_binding") == "require":
+        raise SettingsError("DATABASE_URL asks for channel_binding=require, which the driver can't do; leave it out.")
+    return parts, query
+
+
+def redis_address(redis_url: str) -> str:
+    """REDIS_URL as redis-py takes it. Raises SettingsError."""
+    scheme, colon, rest = redis_url.partition("://")
+    address = f"{_REDIS_SCHEMES.get(scheme.lower(), scheme.lower())}{colon}{rest}"
+    try:
+        parse_url(address)
+    except ValueError as error:
+        raise SettingsError(f"REDIS_URL is not valid: {str(error).rstrip('.')}.") from None
+    return address
