@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import structlog
 from litestar import Request
 from msgspec import Struct
 
@@ -35,4 +36,6 @@ async def provide_caller(request: Request[Any, Any, Any], parts: Parts) -> Calle
     """The dependency of every handler below /v1."""
     # Litestar keeps the headers that it has parsed as long as the reply takes, which may be long.
     sent = next((value for name, value in request.scope["headers"] if name == b"authorization"), None)
-    return await parts.auth.caller(sent.decode("latin-1") if sent else None)
+    caller = await parts.auth.caller(sent.decode("latin-1") if sent else None)
+    structlog.contextvars.bind_contextvars(tenant_id=caller.tenant_id)
+    return caller

@@ -1,5 +1,6 @@
 """Errors → HTTP, in one place; and the id that every reply carries."""
 
+import re
 import time
 from collections.abc import Awaitable
 from typing import Any
@@ -20,6 +21,14 @@ log = structlog.get_logger()
 
 API_VERSION = b"2020-10-01"
 """What the hosted API says in `openai-version`."""
+
+REQUEST_ID = b"x-request-id"
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
+
+METHOD_CHARS_MAX = 16
+
+PROBES = frozenset({"/livez", "/readyz"})
+"""Asked every few seconds: logged at the level debug only."""
 
 
 def error_body(error: ApiError) -> bytes:
@@ -62,30 +71,54 @@ def _translate(request: Request[Any, Any, Any], error: HTTPException) -> ApiErro
 
 
 def with_request_id(app: ASGIApp) -> ASGIApp:
-    """Every reply says `x-request-id` and how long it took; the id is on every log line of the request, too."""
+    """Every reply has its `x-request-id` and says how long it took; the id is on every log line of the request, too, of which
+    the last says how it was answered. Paths hold ids, so it names the route."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != ScopeType.HTTP:
             await app(scope, receive, send)
             return
         begun = time.perf_counter()
-        request_id = new_id("req")
+        request_id = _request_id(scope)
+        status = 0
+
+        def took_ms() -> int:
+            return int((time.perf_counter() - begun) * 1000)
 
         def stamped(message: Message) -> Awaitable[None]:
+            nonlocal status
             if message["type"] == "http.response.start":
-                took_ms = int((time.perf_counter() - begun) * 1000)
+                status = message["status"]
                 message["headers"] = [
                     *message.get("headers", []),
-                    (b"x-request-id", request_id.encode()),
-                    (b"openai-processing-ms", str(took_ms).encode()),
+                    (REQUEST_ID, request_id.encode()),
+                    (b"openai-processing-ms", str(took_ms()).encode()),
                     (b"openai-version", API_VERSION),
                 ]
             return send(message)
 
         structlog.contextvars.bind_contextvars(request_id=request_id)  # a request is a task with a context of its own
-        await app(scope, receive, stamped)
+        try:
+            await app(scope, receive, stamped)
+        finally:
+            route = scope.get("path_template") or "unknown"
+            write = log.debug if route in PROBES else log.info
+            write(
+                "A request was answered.",
+                action="request_answered",
+                method=scope["method"][:METHOD_CHARS_MAX],
+                route=route,
+                status=status,
+                ms=took_ms(),
+            )
 
     return answer
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's own `x-request-id` if it is one, else a new one."""
+    given = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"")
+    return given.decode() if _REQUEST_ID.fullmatch(given) else new_id("req")
 
 
 HANDLERS: dict[Any, Any] = {

@@ -33,6 +33,7 @@ from app.outbound.catalog import Catalog
 from app.outbound.guard import Guard
 from app.outbound.mcp import ToolPrograms
 from app.runs.aside import aside
+from app.runs.ended import log_ended
 from app.runs.executor import Caller
 from app.runs.loop import Loop
 from app.runs.recorder import Recorder
@@ -373,7 +374,7 @@ class Background:
             outcome = await self._outcome(work, recorder, recovered, skip=found.lost)
         closed = close_response(recorder.response, outcome, usage=recorder.usage, now=int(time.time()))
         await recorder.finish(closed, lambda ended, entries: self._seal_response(claim, ended, entries))
-        log.info("A response has ended.", action="run_ended", status=closed.status, lease=claim.lease)
+        log_ended(closed, recorder, attempts=claim.lease - claim.handed_over)
         await self._end_log(claim, work.log)
 
     async def _find(self, claim: Claim) -> Found:

@@ -19,6 +19,7 @@ from app.outbound.guard import Guard
 from app.outbound.mcp import ToolPrograms
 from app.outbound.upstream import ChunkStream
 from app.runs.aside import aside
+from app.runs.ended import log_ended
 from app.runs.loop import Loop, drop_opening
 from app.runs.recorder import Recorder
 from app.runs.task import Task, Tasks
@@ -223,7 +224,7 @@ class Executor:
         run.error = outcome.error
         run.has_output = recorder.has_output
         run.response = await recorder.finish(closed, lambda response, _: self._commit(run, response))
-        log.info("A response has ended.", action="run_ended", status=run.response.status)
+        log_ended(run.response, recorder)
 
     async def _open(self, run: Run, loop: Loop) -> "asyncio.Task[ChunkStream] | None":
         """Reach the upstream and store the row. A stream's head waits only so long for the upstream's answer."""

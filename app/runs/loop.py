@@ -305,6 +305,7 @@ class Loop:
                 stream = await self.open(behind=self._route, failed=error)
 
     async def _follow(self, stream: ChunkStream) -> Turn:
+        self._recorder.upstream = stream.upstream.name
         turn = Turn(
             self._context.toolbox,
             new_id,

@@ -1,6 +1,7 @@
 """The single writer of one response: stamp, fold, encode once, append. The row is committed before the terminal entry, and the
 items of a background run before their readers hear that they are done."""
 
+import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Protocol
 
@@ -49,6 +50,9 @@ class Recorder:
         """Without a log nobody follows. With `keep` every item is journalled before it is done for readers; `said` is then
         what earlier owners have recorded, and `unkept` the end of it that is in no journal."""
         self._fold = Fold(response)
+        self.upstream: str | None = None
+        """The name of the upstream that has answered last."""
+        self._begun = time.monotonic()
         self.usage = usage
         """What the finished turns took, those of earlier owners included."""
         self.next_number = next_number
@@ -67,6 +71,11 @@ class Recorder:
     def response(self) -> Response:
         """What the events so far say."""
         return self._fold.response
+
+    @property
+    def duration_s(self) -> float:
+        """How long this process has worked on the response."""
+        return time.monotonic() - self._begun
 
     @property
     def has_output(self) -> bool:
