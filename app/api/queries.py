@@ -61,6 +61,7 @@ IGNORED = frozenset({"beta"})
 def parse(request: Request[Any, Any, Any], type_: type[Q]) -> Q:
     """The query of a request. Raises InvalidParameter, also for names that this path does not know."""
     values: dict[str, Any] = {}
+    maps: dict[str, dict[str, str]] = {}
     for name, value in request.query_params.multi_items():
         if "\0" in name + value:
             raise InvalidParameter("Query parameters may not contain NUL characters.", param=name.partition("[")[0])
@@ -70,9 +71,10 @@ def parse(request: Request[Any, Any, Any], type_: type[Q]) -> Q:
         if base in LISTS:
             values.setdefault(base, []).append(value)
         elif base in MAPS and key:
-            values.setdefault(base, {})[key] = value
+            maps.setdefault(base, {})[key] = value
         else:
             values[name] = _boolean(value)
+    values = {**maps, **values}
     known = {field.name for field in msgspec.structs.fields(type_)}  # type: ignore[arg-type]
     for name in values:
         if name not in known:

@@ -26,7 +26,7 @@ NESTING_MAX = 128
 than decoders, and both in a crash."""
 
 _OBJECT = msgspec.json.Decoder(Json)
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 18
 _STEPS = bytes.maketrans(b"[{]}", bytes([1, 1, 255, 255]))
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
 
@@ -98,10 +98,10 @@ def nests_too_deeply(raw: bytes) -> bool:
         at += len(piece)
         parts = piece.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')
         brackets = b"".join(parts[in_string::2]).translate(_STEPS, _NO_BRACKETS)
-        for reached in itertools.accumulate(memoryview(brackets).cast("b"), initial=depth):
-            if reached > NESTING_MAX:
-                return True
-            depth = reached
+        depths = list(itertools.accumulate(memoryview(brackets).cast("b"), initial=depth))
+        if max(depths) > NESTING_MAX:
+            return True
+        depth = depths[-1]
         in_string ^= len(parts) % 2 == 0
     return False
 

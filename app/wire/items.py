@@ -327,6 +327,8 @@ _ADDITIONAL_TOOLS = msgspec.json.Decoder(_RawAdditionalTools)
 def decode_item(raw: bytes | Raw, at: str = "") -> AnyItem:
     """One item of an `input` array, or a stored one. Raises InvalidParameter with the path below `at`."""
     item = _decode_item(raw, at)
+    if at and isinstance(item, FunctionCall | CustomToolCall | McpCall | McpApprovalRequest) and not item.name:
+        raise InvalidParameter(f"Invalid value for '{at}.name': it is empty.", param=f"{at}.name")
     if not isinstance(item, ItemReference) and (len(item.id) > ID_CHARS_MAX or "\0" in item.id):
         raise InvalidParameter(
             f"Invalid value for '{at}.id': expected at most {ID_CHARS_MAX} characters, none of them NUL.",

@@ -111,6 +111,12 @@ BAD = [
         "input",
         "No tool output found for custom tool call c.",
     ),
+    (
+        {"input": [{"type": "function_call", "call_id": "c", "name": "", "arguments": ""}]},
+        VALUE,
+        "input[0].name",
+        "empty",
+    ),
     # parts
     (part({"type": "input_text", "text": 7}), TYPE, "input[1].content[0].text", "got an integer instead"),
     (part({"type": "input_text"}), MISSING, "input[1].content[0].text", ""),
@@ -515,6 +521,8 @@ def test_a_bad_query_of_a_list_is_named(http, client, path, query, code, param):
         ("created_before=99999999999999999999", VALUE, "created_before"),
         ("model=%00", VALUE, "model"),
         ("metadata=x", TYPE, "metadata"),
+        ("metadata=x&metadata[a]=b", TYPE, "metadata"),
+        ("metadata[a]=b&metadata=x", TYPE, "metadata"),
         ("metadata[a]=%00", VALUE, "metadata"),
         ("metadata[%00]=a", VALUE, "metadata"),
         ("include[]=message.output_text.logprobs", UNKNOWN, "include"),
