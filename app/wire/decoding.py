@@ -28,7 +28,7 @@ than decoders, and both in a crash."""
 _OBJECT = msgspec.json.Decoder(Json)
 _PIECE_BYTES = 1 << 18
 _STEPS = bytes.maketrans(b"[{]}", bytes([1, 1, 255, 255]))
-_NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
+_NO_STEPS = bytes(set(range(256)) - set(b'[{]}"'))
 
 
 def join(base: str, path: str) -> str:
@@ -96,8 +96,10 @@ def nests_too_deeply(raw: bytes) -> bool:
         if (len(piece) - len(piece.rstrip(b"\\"))) % 2:
             piece = piece[:-1] or piece  # an escape is not cut in two
         at += len(piece)
-        parts = piece.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')
-        brackets = b"".join(parts[in_string::2]).translate(_STEPS, _NO_BRACKETS)
+        if b"\\" in piece:
+            piece = piece.replace(b"\\\\", b"").replace(b'\\"', b"")
+        parts = piece.translate(_STEPS, _NO_STEPS).split(b'"')
+        brackets = b"".join(parts[in_string::2])
         depths = list(itertools.accumulate(memoryview(brackets).cast("b"), initial=depth))
         if max(depths) > NESTING_MAX:
             return True

@@ -89,6 +89,7 @@ class Fuzzer:
         parts = urlsplit(served.url)
         self._address = (str(parts.hostname), int(parts.port or 0))
         self._local = threading.local()
+        self._wires: list[Wire] = []
         self._known = self._prepare()
         self.statuses: Counter[int] = Counter()
 
@@ -110,7 +111,10 @@ class Fuzzer:
     def run(self, first: int, count: int, at_once: int) -> list[str]:
         """Send so many, by number; gives what was wrong."""
         with ThreadPoolExecutor(at_once) as threads:
-            return [said for said in threads.map(self._try, range(first, first + count)) if said]
+            said = list(threads.map(self._try, range(first, first + count)))
+        for one in self._wires:
+            one.close()
+        return [one for one in said if one]
 
     def _try(self, number: int) -> str | None:
         random = Random(f"{self._seed} {number}")
@@ -134,6 +138,7 @@ class Fuzzer:
     def _wire(self) -> Wire:
         if not hasattr(self._local, "wire"):
             self._local.wire = Wire(self._address)
+            self._wires.append(self._local.wire)
         made: Wire = self._local.wire
         return made
 
