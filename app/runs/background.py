@@ -6,8 +6,7 @@ by both, and stops quietly.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import AsyncIterator, Sequence
 
 import msgspec
 import structlog
@@ -41,7 +40,7 @@ from app.runs.task import Task, Tasks
 from app.runs.tools import Tools
 from app.settings import Settings
 from app.storage import approvals, journal, queue, responses
-from app.storage.backlog import Backlog, pages_of, size_of
+from app.storage.backlog import Backlog, pages_of
 from app.storage.database import Database
 from app.storage.journal import Kept
 from app.storage.queue import Claim, Hold, Owner, Queued
@@ -224,57 +223,37 @@ class Background:
     async def follow(
         self, tenant_id: str, response_id: str, after: int, kept: Kept, backlog: Backlog, *, silence_s: float
     ) -> AsyncIterator[Sequence[Entry]]:
-        """Events with a greater sequence number, to the terminal one; an empty batch comes after so much silence. A client that
-        takes its time costs no more than its backlog and a page: what does not fit is read again."""
-        batches = self._batches(tenant_id, response_id, after, kept, backlog, silence_s=silence_s)
-        del kept  # it may be large, and a follower may stay for long
-        async with aclosing(batches):
-            async for batch in batches:
-                if not batch:
-                    yield batch
-                    continue
-                ends, size = batch[-1].is_terminal, size_of(batch)
-                backlog.add(size)
-                for page in pages_of(batch):
-                    yield page
-                del batch, page  # the next one may be far away
-                backlog.take(size)
-                if ends:
-                    return
-
-    async def _batches(
-        self, tenant_id: str, response_id: str, after: int, kept: Kept, backlog: Backlog, *, silence_s: float
-    ) -> AsyncGenerator[Sequence[Entry]]:
-        """What is kept, what Redis still holds, what comes.
+        """Events with a greater sequence number: what is kept, what Redis still holds, what comes; to the terminal one.
 
         Numbers are trusted, not transport: whatever does not follow the last number is looked up in Postgres, and so is a
-        stream that is silent or away.
+        stream that is silent or away. An empty batch comes after so much silence. A client that takes its time costs no more
+        than its backlog and a page: what does not fit is read again.
         """
         cursor, silent_s = after, 0.0
         fresh, ended = kept.entries, kept.archived
-        del kept
-        async with AsyncExitStack() as stack:
-            reader: Reader | None = None
+        begins = max(after, _last(fresh))
+        del kept  # it may be large, and a follower may stay for long
+        async with self._logs.reading(response_id, begins, backlog, silence_s=self._settings.poll_s) as reader:
+            fresh = reader.hand_out(fresh)
             while fresh or not ended:
                 if fresh:
-                    cursor, silent_s = fresh[-1].sequence_number, 0.0
-                    yield fresh
-                    fresh = []
-                if self._released:
-                    raise ServerError("The server is shutting down.")
+                    cursor, silent_s, ends = fresh[-1].sequence_number, 0.0, fresh[-1].is_terminal
+                    for page in pages_of(fresh, reader.given):
+                        yield page
+                    fresh = page = []  # what comes next may be far away
+                    if ends:
+                        return
+                self._check_released()
                 if ended:
-                    fresh, ended = await self._look_again(tenant_id, response_id, cursor)
+                    fresh, ended = await self._look_again(reader, tenant_id, response_id, cursor)
                     continue
-                if reader is None:
-                    reading = self._logs.reading(response_id, cursor, backlog, silence_s=self._settings.poll_s)
-                    reader = await stack.enter_async_context(reading)
                 came = await self._next(reader)
                 fresh, gap = _contiguous(came, cursor)
                 if fresh or (came and not gap):
                     if gap:
                         reader.rewind(fresh[-1].sequence_number)
                     continue
-                fresh, ended = await self._look_again(tenant_id, response_id, cursor)
+                fresh, ended = await self._look_again(reader, tenant_id, response_id, cursor)
                 if gap:
                     await asyncio.sleep(0 if fresh else GAP_PAUSE_S)
                     reader.rewind(_last(fresh) if fresh else cursor)
@@ -283,6 +262,10 @@ class Background:
                 if silent_s >= silence_s:
                     silent_s = 0.0
                     yield []
+
+    def _check_released(self) -> None:
+        if self._released:
+            raise ServerError("The server is shutting down.")
 
     def release(self) -> None:
         """Followers shall go elsewhere: their streams break off, and they resume."""
@@ -295,7 +278,9 @@ class Background:
             await asyncio.sleep(self._settings.poll_s)  # Redis is away: Postgres is asked, no faster than this
             return []
 
-    async def _look_again(self, tenant_id: str, response_id: str, cursor: int) -> tuple[list[Entry], bool]:
+    async def _look_again(
+        self, reader: Reader, tenant_id: str, response_id: str, cursor: int
+    ) -> tuple[list[Entry], bool]:
         """What Postgres knows by now behind the cursor, a page of it, and whether all is there; while it is away, nothing.
         Readers at one place share an answer for a while."""
         place = (response_id, cursor)
@@ -307,7 +292,7 @@ class Background:
             kept = await asyncio.shield(look)
         except ServerError:
             return [], False
-        return kept.entries, kept.archived
+        return reader.hand_out(kept.entries), kept.archived
 
     # -- Cancelling -------------------------------------------------------------------------------------------------------
 
@@ -465,7 +450,7 @@ class Background:
 
     async def _keep(self, claim: Claim, entries: Sequence[Entry], usage: Usage) -> None:
         """Commit entries to the journal. Raises Fenced."""
-        pages = journal.paged(entries)
+        pages = journal.paged(list(entries))
         async for attempt in self._database.retrying():
             with attempt:
                 async with self._database.begin() as tx:
@@ -473,7 +458,7 @@ class Background:
                         raise Fenced
 
     async def _seal_response(self, claim: Claim, closed: Response, entries: Sequence[Entry]) -> Response:
-        archive = await asyncio.to_thread(journal.packed, journal.paged(entries)) if claim.streamed else []
+        archive = await asyncio.to_thread(journal.packed, journal.paged(list(entries))) if claim.streamed else []
         async for attempt in self._database.retrying():
             with attempt:
                 async with self._database.begin() as tx:

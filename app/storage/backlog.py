@@ -27,7 +27,10 @@ SPARE = 1 / 8
 
 def size_of(entries: Iterable[Entry]) -> int:
     """What entries weigh, in bytes."""
-    return sum(len(entry.frame) + ENTRY_OVERHEAD_BYTES for entry in entries)
+    size = 0
+    for entry in entries:  # most often there is one: a `sum` costs several times as much
+        size += len(entry.frame) + ENTRY_OVERHEAD_BYTES
+    return size
 
 
 def first_page(entries: Sequence[Entry], page_bytes: int = PAGE_BYTES) -> int:
@@ -40,12 +43,14 @@ def first_page(entries: Sequence[Entry], page_bytes: int = PAGE_BYTES) -> int:
     return len(entries)
 
 
-def pages_of(entries: Sequence[Entry], page_bytes: int = PAGE_BYTES) -> Iterator[Sequence[Entry]]:
-    """The entries in pages."""
-    while count := first_page(entries, page_bytes):
-        if count == len(entries):
-            yield entries
-            return
+def pages_of(entries: list[Entry], size: int, page_bytes: int = PAGE_BYTES) -> Iterable[list[Entry]]:
+    """Entries that weigh so much, in pages."""
+    return (entries,) if size <= page_bytes else _cut(entries, page_bytes)
+
+
+def _cut(entries: list[Entry], page_bytes: int) -> Iterator[list[Entry]]:
+    while entries:
+        count = first_page(entries, page_bytes)
         yield entries[:count]
         entries = entries[count:]
 
@@ -55,16 +60,34 @@ def nothing() -> None:
 
 
 class Backlog:
-    """What one client has not taken yet. Closed when the client has gone: then it stays empty."""
+    """What one client has not taken yet. Closed when the client has gone.
 
-    __slots__ = ("_backlogs", "_shrunk", "bytes", "closed", "disconnect", "let_go", "rereads", "taken_at")
+    Only what is more than a page counts towards the bound of all: most clients take what comes at once.
+    """
+
+    __slots__ = (
+        "_backlogs",
+        "_counted_to",
+        "_shrunk",
+        "bytes",
+        "closed",
+        "counted",
+        "disconnect",
+        "let_go",
+        "rereads",
+        "taken_at",
+    )
 
     def __init__(self, backlogs: "Backlogs") -> None:
         self._backlogs = backlogs
+        self._counted_to = backlogs.uncounted_bytes
         self._shrunk: asyncio.Future[None] | None = None
         self.bytes = 0
+        self.counted = 0
+        """What counts towards the bound of all."""
         self.closed = False
-        self.taken_at = asyncio.get_running_loop().time()
+        self.taken_at = 0.0
+        """When a client that is behind has taken something, or fell behind."""
         self.disconnect: Callable[[], object] = nothing
         """Ends the reply, as if the client had gone."""
         self.let_go: Callable[[], None] = nothing
@@ -74,21 +97,34 @@ class Backlog:
 
     def add(self, size: int) -> None:
         """So much more waits for the client. It may be disconnected for it."""
-        if not self.closed:
-            self.bytes += size
-            self._backlogs.grow(size)
+        self.bytes += size
+        if self.bytes > self._counted_to:
+            if not self.counted:
+                self.taken_at = self._backlogs.now()
+            self._count(self.bytes)
 
     def take(self, size: int) -> None:
         """The client has taken so much."""
-        self.taken_at = self._backlogs.now()
-        self.release(size)
+        self.bytes -= size
+        if self.counted:
+            self.taken_at = self._backlogs.now()
+            self._shrink()
 
     def release(self, size: int) -> None:
         """So much does not wait any more."""
+        self.bytes -= size
+        if self.counted:
+            self._shrink()
+
+    def _shrink(self) -> None:
+        self._count(self.bytes if self.bytes > self._backlogs.uncounted_bytes else 0)
+        self._wake()
+
+    def _count(self, size: int) -> None:
         if not self.closed:
-            self.bytes -= size
-            self._backlogs.shrink(size)
-            self._wake()
+            more, self.counted = size - self.counted, size
+            self._counted_to = size + self._backlogs.uncounted_bytes
+            self._backlogs.count(more)
 
     def fits(self, size: int) -> bool:
         """Whether so much more may wait here. Something always may, however large."""
@@ -121,10 +157,11 @@ class Backlog:
     def close(self) -> None:
         """The client has gone."""
         if not self.closed:
+            self._count(0)
             self.closed = True
             self._backlogs.forget(self)
-            self.bytes = 0
             self.let_go()
+            self.bytes = 0
             self._wake()
 
 
@@ -133,6 +170,7 @@ class Backlogs:
 
     def __init__(self, settings: Settings) -> None:
         self.each_bytes_max = settings.stream_backlog_bytes_max
+        self.uncounted_bytes = min(PAGE_BYTES, self.each_bytes_max)
         self.wait_s = settings.stream_wait_s
         self.now = asyncio.get_running_loop().time
         self._all_bytes_max = self._left = settings.unread_bytes_max
@@ -144,26 +182,21 @@ class Backlogs:
         self._open.add(backlog)
         return backlog
 
-    def grow(self, size: int) -> None:
-        """So much more waits for one of the clients."""
-        self._left -= size
-        if self._left < 0:
+    def count(self, more: int) -> None:
+        """So much more waits for one of the clients, or less."""
+        self._left -= more
+        if self._left < 0 < more:
             self._make_room()
-
-    def shrink(self, size: int) -> None:
-        """So much less waits."""
-        self._left += size
 
     def forget(self, backlog: Backlog) -> None:
         """This one is closed."""
         self._open.discard(backlog)
-        self._left += backlog.bytes
 
     def _make_room(self) -> None:
         enough = self._all_bytes_max * SPARE
         stale_since = self.now() - STALE_S
         stale = sorted(
-            (backlog for backlog in self._open if backlog.bytes and backlog.taken_at < stale_since),
+            (backlog for backlog in self._open if backlog.counted and backlog.taken_at < stale_since),
             key=lambda backlog: backlog.taken_at,
         )
         milder = [backlog.let_go for backlog in stale if backlog.rereads]
@@ -172,4 +205,4 @@ class Backlogs:
                 return
             relieve()
         while self._left < 0:
-            max(self._open, key=lambda backlog: backlog.bytes).drop()
+            max(self._open, key=lambda backlog: backlog.counted).drop()

@@ -49,7 +49,11 @@ class MemoryLog:
         with closing(Patience(silence_s)) as patience:
             while True:
                 if self._entries:
-                    batch, size = self._page()
+                    size = self.backlog.bytes
+                    if size <= PAGE_BYTES:
+                        batch, self._entries = self._entries, []
+                    else:
+                        batch, size = self._page()
                     yield batch
                     del batch  # the next one may be far away
                     self.backlog.take(size)
@@ -64,11 +68,7 @@ class MemoryLog:
                         yield []
 
     def _page(self) -> tuple[list[Entry], int]:
-        """What the reader gets next, and its size."""
-        size = self.backlog.bytes
-        if size <= PAGE_BYTES:
-            page, self._entries = self._entries, []
-            return page, size
+        """The beginning of a long backlog, and its size."""
         count = first_page(self._entries)
         page, self._entries = self._entries[:count], self._entries[count:]
         return page, size_of(page)

@@ -7,7 +7,7 @@ import zstandard
 from msgspec import Struct
 from sqlalchemy import text
 
-from app.storage.backlog import pages_of
+from app.storage.backlog import pages_of, size_of
 from app.storage.database import Query, Tx, storable
 from app.wire.events import Entry, split_frames
 from app.wire.resources import Usage
@@ -80,11 +80,11 @@ Pages = Sequence[tuple[int, bytes]]
 """Joined frames, each page with the number of its first event."""
 
 
-def paged(entries: Sequence[Entry]) -> Pages:
+def paged(entries: list[Entry]) -> Pages:
     """Events as they are kept: in pages, so that nobody who reads them need hold all."""
     return [
         (page[0].sequence_number, b"".join(entry.frame for entry in page))
-        for page in pages_of(entries, KEPT_PAGE_BYTES)
+        for page in pages_of(entries, size_of(entries), KEPT_PAGE_BYTES)
     ]
 
 

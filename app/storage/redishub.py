@@ -14,7 +14,7 @@ from msgspec import Struct
 from redis.exceptions import RedisError
 
 from app.patience import Patience
-from app.storage.backlog import ENTRY_OVERHEAD_BYTES, Backlog
+from app.storage.backlog import ENTRY_OVERHEAD_BYTES, Backlog, size_of
 from app.storage.redisclient import BLOCK_MS, RETRY_S
 from app.wire.events import Entry, split_frames
 
@@ -73,20 +73,23 @@ class Hub:
         """A reader of one stream, from behind a sequence number on, for the task that opens it."""
         patience = Patience(silence_s)
         reader = Reader(self, key, after, patience, backlog)
-        readers = self._readers.setdefault(key, set())
-        readers.add(reader)
-        if key not in self._positions:
-            self._positions[key] = ""
-            self._unblock.set()
-            self._filled.set()
         try:
             yield reader
         finally:
             patience.close()
+            readers = self._readers.get(key, set())
             readers.discard(reader)
             if not readers:
                 self._readers.pop(key, None)
                 self._positions.pop(key, None)
+
+    def hear(self, reader: "Reader", key: str) -> None:
+        """From now on it is offered what comes."""
+        self._readers.setdefault(key, set()).add(reader)
+        if key not in self._positions:
+            self._positions[key] = ""
+            self._unblock.set()
+            self._filled.set()
 
     async def interrupt_for_ever(self) -> None:
         """New streams: the blocked read shall look at its streams again."""
@@ -132,7 +135,7 @@ class Hub:
             if key in self._positions:
                 self._positions[key] = entries[-1][0].decode()
             batches = batches_of(entries)
-            size = sum(batch.size for batch in batches)
+            size = batches[0].size if len(batches) == 1 else sum(batch.size for batch in batches)
             for reader in self._readers.get(key, ()):
                 reader.offer(batches, size)
 
@@ -152,6 +155,7 @@ class Reader:
     __slots__ = (
         "_backlog",
         "_count",
+        "_hears",
         "_hub",
         "_key",
         "_lagging",
@@ -160,6 +164,7 @@ class Reader:
         "_patience",
         "_position",
         "_woken",
+        "given",
     )
 
     def __init__(self, hub: Hub, key: str, after: int, patience: Patience, backlog: Backlog) -> None:
@@ -169,6 +174,9 @@ class Reader:
         self._live: list[Batch] = []
         self._live_bytes = 0
         self._lagging = True
+        self._hears = False
+        self.given = 0
+        """What the client has been given last, in bytes: it has taken that when more is asked for."""
         backlog.let_go, backlog.rereads = self.lag, True
         self._woken: asyncio.Future[None] | None = None
 
@@ -186,15 +194,18 @@ class Reader:
 
     def lag(self) -> None:
         """It has missed entries, and shall fetch them itself."""
-        self._take_live()
+        self._live = []
+        self._backlog.release(self._live_bytes)
+        self._live_bytes = 0
         self._lagging = True
         self._wake()
 
-    def _take_live(self) -> list[Batch]:
-        batches, self._live = self._live, []
-        self._backlog.release(self._live_bytes)
-        self._live_bytes = 0
-        return batches
+    def hand_out(self, entries: list[Entry]) -> list[Entry]:
+        """The client is given these, which come from elsewhere."""
+        self._backlog.take(self.given)
+        self.given = size_of(entries)
+        self._backlog.add(self.given)
+        return entries
 
     def _wake(self) -> None:
         if self._woken and not self._woken.done():
@@ -207,13 +218,19 @@ class Reader:
 
     async def next(self) -> list[Batch]:
         """The batches that have come, a page of them if it lags; none if patience ends first. Raises RedisError."""
+        self._backlog.take(self.given)
+        self.given = 0
+        if not self._hears:  # whoever replays what has ended never asks
+            self._hears = True
+            self._hub.hear(self, self._key)
         begun = asyncio.get_running_loop().time()
         while True:
             if self._lagging:
                 # Bounded by Redis' own timeout; ours would be swallowed (see `break_off`).
                 batches = await self._fetch()
             else:
-                batches = self._take_live()
+                batches, self._live = self._live, []
+                self.given, self._live_bytes = self._live_bytes, 0
             if batches:
                 return batches
             if asyncio.get_running_loop().time() - begun >= self._patience.seconds:
@@ -243,7 +260,10 @@ class Reader:
         if not is_last or len(kept) < len(page):
             self._count = min(PAGE_ENTRIES, 2 * len(kept))
             self.lag()
-        return batches_of(kept)
+        batches = batches_of(kept)
+        self.given = sum(batch.size for batch in batches)
+        self._backlog.add(self.given)
+        return batches
 
 
 def _fitting(entries: "list[tuple[bytes, dict[bytes, bytes]]]") -> int:

@@ -10,10 +10,10 @@ from app.storage.backlog import ENTRY_OVERHEAD_BYTES, PAGE_BYTES, Backlogs, page
 from app.storage.eventlog import MemoryLog
 from app.wire.events import Entry
 
-SETTINGS = Settings(stream_backlog_bytes_max=10_000, unread_bytes_max=40_000, stream_wait_s=0.05)
+SETTINGS = Settings(stream_backlog_bytes_max=1_000_000, unread_bytes_max=4_000_000, stream_wait_s=0.05)
 
 
-def entry(number, size=1_000, type="response.output_text.delta"):
+def entry(number, size=100_000, type="response.output_text.delta"):
     return Entry(number, type, b"x" * (size - ENTRY_OVERHEAD_BYTES))
 
 
@@ -22,38 +22,37 @@ def backlogs(**settings):
 
 
 class Client:
-    """Somebody who can be disconnected."""
+    """Somebody who can be disconnected, and has taken nothing of `unread` bytes for a while."""
 
-    def __init__(self, all_of_them, *, stale=False):
+    def __init__(self, all_of_them, unread=0, *, idle_s=0):
+        self.heard = []
         self.backlog = all_of_them.open()
         self.backlog.disconnect = lambda: self.heard.append("disconnected")
-        self.heard = []
-        if stale:
-            self.backlog.taken_at -= 60
+        self.backlog.add(unread)
+        self.backlog.taken_at -= idle_s
 
 
 @pytest.mark.parametrize("sizes", [[1], [PAGE_BYTES + 1], [PAGE_BYTES - 1, 2], [40_000] * 5, [10, 10**6, 10]])
 def test_pages_are_small_unless_one_entry_is_large(sizes):
     entries = [entry(at, ENTRY_OVERHEAD_BYTES + size) for at, size in enumerate(sizes)]
-    pages = [list(page) for page in pages_of(entries)]
+    pages = [list(page) for page in pages_of(entries, size_of(entries))]
     assert [one for page in pages for one in page] == entries
     assert all(len(page) == 1 or size_of(page) <= PAGE_BYTES for page in pages)
-    assert list(pages_of([])) == []
 
 
 async def test_a_log_counts_as_unread_until_the_next_page_is_asked_for():
     backlog = backlogs().open()
     log = MemoryLog(backlog)
-    log.append([entry(0), entry(1)])
+    log.append([entry(0, 1_000), entry(1, 1_000)])
     assert backlog.bytes == 2_000
     reading = log.read(silence_s=60)
     assert [one.sequence_number for one in await anext(reading)] == [0, 1]
-    log.append([entry(2)])
+    log.append([entry(2, 1_000)])
     assert backlog.bytes == 3_000
     assert [one.sequence_number for one in await anext(reading)] == [2]
     assert backlog.bytes == 1_000
-    log.append([entry(3, type="response.completed")])
-    assert [one.sequence_number for batch in [await anext(reading)] for one in batch] == [3]
+    log.append([entry(3, 1_000, type="response.completed")])
+    assert [one.sequence_number for one in await anext(reading)] == [3]
     with pytest.raises(StopAsyncIteration):
         await anext(reading)
     assert backlog.bytes == 0
@@ -62,7 +61,7 @@ async def test_a_log_counts_as_unread_until_the_next_page_is_asked_for():
 async def test_a_long_backlog_is_read_in_pages():
     log = MemoryLog(backlogs(unread_bytes_max=10**9).open())
     log.append([entry(at, 10_000) for at in range(100)])
-    log.append([entry(100, type="response.completed")])
+    log.append([entry(100, 10_000, type="response.completed")])
     batches = [batch async for batch in log.read(silence_s=60)]
     assert [one.sequence_number for batch in batches for one in batch] == list(range(101))
     assert max(map(size_of, batches)) <= PAGE_BYTES
@@ -86,7 +85,7 @@ async def test_a_run_waits_for_room_and_goes_on_when_its_client_reads():
 
 
 async def test_a_client_that_makes_a_run_wait_for_too_long_is_disconnected():
-    client = Client(backlogs())
+    client = Client(backlogs(unread_bytes_max=10**9))
     log = MemoryLog(client.backlog)
     log.append([entry(at) for at in range(11)])
     await client.backlog.room()
@@ -98,7 +97,7 @@ async def test_a_client_that_makes_a_run_wait_for_too_long_is_disconnected():
 
 async def test_a_closed_backlog_wakes_its_run():
     backlog = backlogs(stream_wait_s=60).open()
-    backlog.add(10_001)
+    backlog.add(1_000_001)
     waiting = asyncio.create_task(backlog.room())
     await asyncio.sleep(0)
     backlog.close()
@@ -107,47 +106,46 @@ async def test_a_closed_backlog_wakes_its_run():
 
 async def test_something_always_fits():
     backlog = backlogs().open()
-    assert backlog.fits(1_000_000)
+    assert backlog.fits(10_000_000)
     backlog.add(1)
-    assert backlog.fits(9_999)
-    assert not backlog.fits(10_000)
+    assert backlog.fits(999_999)
+    assert not backlog.fits(1_000_000)
 
 
 async def test_beyond_the_bound_of_all_the_stalest_are_disconnected_first():
     every = backlogs()
-    old, older, fresh = Client(every, stale=True), Client(every, stale=True), Client(every)
-    older.backlog.taken_at -= 60
-    for client in (old, older, fresh):
-        client.backlog.add(12_000)
-    Client(every).backlog.add(4_001)
-    assert (older.heard, old.heard, fresh.heard) == (["disconnected"], [], [])
+    old, older, fresh = (Client(every, 1_200_000, idle_s=idle_s) for idle_s in (60, 120, 0))
+    new = Client(every, 400_001)
+    assert [client.heard for client in (old, older, fresh, new)] == [[], ["disconnected"], [], []]
 
 
 async def test_what_can_be_read_again_is_let_go_before_anybody_is_disconnected():
     every = backlogs()
-    lagging, other = Client(every, stale=True), Client(every, stale=True)
+    lagging, other = Client(every, 2_000_000, idle_s=60), Client(every, 1_900_000, idle_s=120)
     lagging.backlog.rereads = True
-    lagging.backlog.let_go = lambda: lagging.backlog.release(lagging.backlog.bytes)
-    other.backlog.taken_at -= 60
-    lagging.backlog.add(20_000)
-    other.backlog.add(20_000)
-    Client(every).backlog.add(1)
-    assert (lagging.heard, other.heard, lagging.backlog.bytes) == ([], [], 0)
+    lagging.backlog.let_go = lambda: lagging.backlog.release(2_000_000)
+    new = Client(every, 100_001)
+    assert (lagging.heard, other.heard, new.heard, lagging.backlog.bytes) == ([], [], [], 0)
 
 
 async def test_when_all_read_the_largest_is_disconnected():
     every = backlogs()
-    small, large = Client(every), Client(every)
-    small.backlog.add(1_000)
-    large.backlog.add(39_001)
+    small, large = Client(every, 100_000), Client(every, 3_900_001)
     assert (small.heard, large.heard) == ([], ["disconnected"])
+
+
+async def test_idle_clients_do_not_count_as_stale():
+    every = backlogs()
+    idle = Client(every, idle_s=3_600)
+    idle.backlog.add(100_000)
+    large = Client(every, 3_900_001)
+    assert (idle.heard, large.backlog.closed) == ([], True)
 
 
 async def test_what_is_closed_is_free_again():
     every = backlogs()
     for _ in range(100):
-        client = Client(every)
-        client.backlog.add(30_000)
+        client = Client(every, 3_000_000)
         client.backlog.close()
-        client.backlog.take(30_000)  # the reader had not heard of it
+        client.backlog.take(3_000_000)  # the reader had not heard of it
         assert client.heard == []
