@@ -96,13 +96,14 @@ async def core(settings: Settings, catalog: Catalog) -> AsyncIterator[tuple[Core
     """Everything below the API, and its orderly end. Raises SettingsError."""
     seal = open_seal(settings)
     database = Database(settings)
+    heartbeats = Database(msgspec.structs.replace(settings, database_pool_size=1))
     upstreams = {name: Upstream(name, entry, settings) for name, entry in catalog.upstreams.items()}
     logs = RedisLogs(settings)
     tasks = Tasks(settings, database, catalog, upstreams, seal)
     guard = Guard.from_settings(settings)
     programs: ToolPrograms = Programs(settings)
     background = Background(settings, database, tasks, catalog, seal, guard, programs, logs)
-    worker = Worker(settings, database, background, logs)
+    worker = Worker(settings, database, heartbeats, background, logs)
     try:
         yield Core(database, tasks, background, guard, programs, worker, Backlogs(settings)), upstreams
     finally:
@@ -110,6 +111,7 @@ async def core(settings: Settings, catalog: Catalog) -> AsyncIterator[tuple[Core
         for upstream in upstreams.values():
             await upstream.close()
         await database.close()
+        await heartbeats.close()
 
 
 @asynccontextmanager

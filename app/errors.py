@@ -11,7 +11,8 @@
       MethodNotAllowed 405        the path exists, the method does not
       TooManyRequests 429         a limit of this server is reached
       ServerError 500             our mistake
-        DatabaseUnavailable 503   Postgres does not answer
+        DatabaseUnavailable 503   Postgres does not answer, or not now
+          OutcomeUnknown          it was lost in the middle of a commit
         TooMuchUnread 503         clients leave more unread than REPRISE_UNREAD_BYTES_MAX
       UpstreamError 502           the upstream failed
         UpstreamRefused           its 4xx, passed on with its status
@@ -143,9 +144,13 @@ class ServerError(ApiError):
 
 
 class DatabaseUnavailable(ServerError):
-    """Postgres does not answer; nothing was stored."""
+    """Postgres does not answer, or not now."""
 
     status = 503
+
+
+class OutcomeUnknown(DatabaseUnavailable):
+    """Postgres was lost before it could say whether it has stored what was asked."""
 
 
 class TooMuchUnread(ServerError):

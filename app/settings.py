@@ -173,7 +173,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 4 * 1024 * 1024
     tool_list_pages_max: Annotated[int, _about("pages of such a list", ge=1)] = 100
     tools_listed_max: Annotated[int, _about("tools of one server; more: it can't be listed", ge=1)] = 1_000
-    database_pool_size: Annotated[int, _about("Postgres connections of one process", ge=1)] = 10
+    database_pool_size: Annotated[
+        int, _about("Postgres connections of one process, beside one for heartbeats", ge=1)
+    ] = 10
     database_timeout_s: Annotated[float, _about("connecting, waiting for a connection, one statement", gt=0)] = 10.0
     database_retry_s: Annotated[
         float, _about("how long a finished run tries to be stored while Postgres is away", gt=0)

@@ -13,7 +13,7 @@ from typing import Self
 import openai
 
 ROOT = Path(__file__).resolve().parent.parent
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 180.0
 
 
 WAIT = """

@@ -1,4 +1,4 @@
-"""A tap on the wire between a server and its Postgres or Redis: what it asks is counted from outside."""
+"""A tap on the wire between a server and its Postgres or Redis: what it asks is counted from outside, and an answer can be lost."""
 
 import asyncio
 import struct
@@ -48,6 +48,34 @@ def redis(data: bytes) -> tuple[list[str], bytes]:
     return found, data
 
 
+class Statements:
+    """The prepared statements of one connection to Postgres."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._texts: dict[bytes, bytes] = {}
+
+    def run(self, data: bytes) -> list[bytes]:
+        """The texts of statements that these bytes of the client execute."""
+        self._rest += data
+        texts = []
+        while len(self._rest) >= 5:
+            begins = 0 if self._rest[0] == 0 else 1
+            (length,) = struct.unpack_from("!I", self._rest, begins)
+            if len(self._rest) < begins + length:
+                break
+            kind, body = self._rest[:begins], self._rest[begins + 4 : begins + length]
+            self._rest = self._rest[begins + length :]
+            if kind == b"Q":
+                texts.append(body)
+            elif kind == b"P":
+                name, text = body.split(b"\0")[:2]
+                self._texts[name] = text
+            elif kind == b"B":
+                texts.append(self._texts.get(body.split(b"\0")[1], b""))
+        return texts
+
+
 class Tap:
     """Listens on a unix socket, passes everything on to another, and counts. A context manager."""
 
@@ -59,6 +87,13 @@ class Tap:
         self.path = self.directory / name
         self.requests: list[str] = []
         self.bytes = 0
+        self._to_lose: bytes | None = None
+        self.lost = 0
+        """How many answers were lost."""
+
+    def lose_answer_of(self, text: str) -> None:
+        """Pass the next statement with this text on to Postgres, and break the connection off in the place of its answer."""
+        self._to_lose = text.encode()
 
     @contextmanager
     def counting(self) -> Iterator[Self]:
@@ -91,8 +126,11 @@ class Tap:
         async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             passing.add(asyncio.current_task())  # type: ignore[arg-type]
             theirs, ours = await asyncio.open_unix_connection(self._target)
+            doomed = asyncio.Event()
             try:
-                await asyncio.gather(self._pass(reader, ours, self._parse), self._pass(theirs, writer, None))
+                await asyncio.gather(
+                    self._pass(reader, ours, self._parse, doomed), self._pass(theirs, writer, None, doomed)
+                )
             finally:
                 ours.close()
                 writer.close()
@@ -105,12 +143,25 @@ class Tap:
             task.cancel()
         await asyncio.gather(*passing, return_exceptions=True)
 
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, parse: Parse | None) -> None:
-        rest = b""
+    async def _pass(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, parse: Parse | None, doomed: asyncio.Event
+    ) -> None:
+        rest, statements = b"", Statements()
         while data := await reader.read(65536):
             if parse and data != SSL_ASKED:
                 self.bytes += len(data)
                 found, rest = parse(rest + data)
                 self.requests += found
+                if parse is postgres and any(self._is_to_lose(text) for text in statements.run(data)):
+                    doomed.set()
+            elif doomed.is_set():
+                self.lost += 1
+                break
             writer.write(data)
         writer.close()
+
+    def _is_to_lose(self, text: bytes) -> bool:
+        if self._to_lose is None or self._to_lose not in text:
+            return False
+        self._to_lose = None
+        return True

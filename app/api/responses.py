@@ -151,8 +151,10 @@ class ResponsesController(Controller):
     ) -> Response[bytes]:
         """Delete a response; later ones that build on it keep their context."""
         queries.parse(request, queries.Nothing)
-        async with parts.database.begin() as tx:
-            await responses.delete_response(tx, caller.tenant_id, response_id)
+        async for attempt in parts.database.settling():
+            with attempt:
+                async with parts.database.begin() as tx:
+                    await responses.delete_response(tx, caller.tenant_id, response_id, again=attempt.num > 1)
         return Response(encode(Deleted(response_id)), media_type=MediaType.JSON)
 
     @get("/{response_id:str}/input_items")

@@ -246,6 +246,7 @@ class _Session:
         self.forgotten = False
         """The server no longer knows it."""
         self._task = asyncio.create_task(self._run(), name=f"tool server {server.label}")
+        self._task.add_done_callback(lambda _: self._opened.set())  # also if it ends before its first step
 
     @property
     def over(self) -> bool:
@@ -346,7 +347,6 @@ class _Session:
         except Exception as error:  # noqa: BLE001 - whatever it is, callers hear of it
             self._failure = failure_of(error, self._server)
         finally:
-            self._opened.set()
             if self._doubt is not None:
                 self._doubt.cancel()
 

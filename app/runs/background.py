@@ -147,6 +147,7 @@ class Background:
         self._guard, self._programs = guard, programs
         self._catalog, self._seal, self._logs = catalog, seal, logs
         self._looks: dict[tuple[str, int], asyncio.Future[Kept]] = {}
+        self._ending: set[asyncio.Task[None]] = set()
         self._released = False
 
     # -- Beginning --------------------------------------------------------------------------------------------------------
@@ -175,21 +176,20 @@ class Background:
             streamed=request.stream,
             frames=b"".join(entry.frame for entry in entries),
         )
-        if work.context.decisions:
-            # An approval must not be used up for nothing, so this is tried again where a commit's answer was lost.
-            async for attempt in self._database.retrying():
-                with attempt:
-                    await self._store(caller.tenant_id, work, response, queued)
-        else:
-            await self._store(caller.tenant_id, work, response, queued)
+        # An approval must not be used up for nothing, so with one this is tried again whatever has happened.
+        database = self._database
+        async for attempt in database.retrying() if work.context.decisions else database.settling():
+            with attempt:
+                await self._store(caller.tenant_id, work, response, queued, again=attempt.num > 1)
         self._logs.tell("wake")
         return Enqueued(response, entries, work.context.toolbox.left_out)
 
-    async def _store(self, tenant_id: str, work: Task, response: Response, queued: Queued) -> None:
+    async def _store(self, tenant_id: str, work: Task, response: Response, queued: Queued, *, again: bool) -> None:
+        """`again` if an earlier attempt may have stored it: then it has its place."""
         items = await aside(work.size, encode_items, work.context.input)
         settings = self._settings
         async with self._database.begin() as tx:
-            if await queue.is_full(
+            if not again and await queue.is_full(
                 tx, tenant_id, tenant_max=settings.queued_runs_tenant_max, all_max=settings.queued_runs_max
             ):
                 raise TooManyRequests("The queue of background responses is full.", headers={"Retry-After": "5"})
@@ -298,11 +298,14 @@ class Background:
 
     async def cancel(self, tenant_id: str, response_id: str, owner: Owner) -> Response:
         """End a background response as cancelled; an ended one is given as it is. Raises NotFound."""
-        async with self._database.autocommit() as tx:
-            claim = await queue.cancel(tx, tenant_id, response_id, owner)
+        claim: Claim | None = None
+        async for attempt in self._database.settling():
+            with attempt:
+                async with self._database.autocommit() as tx:
+                    claim = await queue.cancel(tx, tenant_id, response_id, owner, again=attempt.num > 1)
         if claim is not None:
             self._logs.tell(response_id)
-            await asyncio.shield(asyncio.ensure_future(self.execute(Work(claim))))
+            await self._end_cancelled(Work(claim))
         deadline = time.monotonic() + CANCEL_WAIT_S
         while True:
             async with self._database.autocommit() as tx:
@@ -310,6 +313,15 @@ class Background:
             if response.status not in {"queued", "in_progress"} or time.monotonic() > deadline:
                 return response
             await asyncio.sleep(0.02)
+
+    async def _end_cancelled(self, work: Work) -> None:
+        """Wait for the end of what is decided, no longer than Postgres may be away; whoever asked need not wait for it."""
+        ending = asyncio.create_task(self.execute(work), name=work.claim.response_id)
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
+        await asyncio.wait({ending}, timeout=self._settings.database_retry_s)
+        if ending.done():
+            ending.result()
 
     # -- Making -----------------------------------------------------------------------------------------------------------
 
@@ -449,9 +461,10 @@ class Background:
     # -- Storing ----------------------------------------------------------------------------------------------------------
 
     async def _keep(self, claim: Claim, entries: Sequence[Entry], usage: Usage) -> None:
-        """Commit entries to the journal. Raises Fenced."""
+        """Commit entries to the journal, however long Postgres is away: as long as it is, no other worker can go on either, and
+        what only we know would be lost. Raises Fenced."""
         pages = journal.paged(list(entries))
-        async for attempt in self._database.retrying():
+        async for attempt in self._database.retrying(for_ever=True):
             with attempt:
                 async with self._database.begin() as tx:
                     if not await journal.append(tx, claim.tenant_id, claim.response_id, claim.lease, pages, usage):
@@ -459,7 +472,7 @@ class Background:
 
     async def _seal_response(self, claim: Claim, closed: Response, entries: Sequence[Entry]) -> Response:
         archive = await asyncio.to_thread(journal.packed, journal.paged(list(entries))) if claim.streamed else []
-        async for attempt in self._database.retrying():
+        async for attempt in self._database.retrying(for_ever=True):
             with attempt:
                 async with self._database.begin() as tx:
                     if not await responses.seal_response(tx, claim.tenant_id, closed, claim.lease, archive):

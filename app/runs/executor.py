@@ -39,6 +39,8 @@ log = structlog.get_logger()
 
 LATE_ATTEMPTS_PER_LEASE = 3
 
+NOT_BEGUN = "The run broke off before it began."
+
 RESPONSE_ID_HEADER = "x-reprise-response-id"
 """On the error of a create that has made output: where that can be retrieved."""
 
@@ -65,8 +67,10 @@ class Run:
         self.error: ApiError | None = None
         self.has_output = False
         """Whether anything was recorded of its output, by the time when it ends."""
+        self.leased = False
+        """Whether its row may be there, with our lease."""
         self.stored = False
-        """Whether its row is there."""
+        """Whether it surely is there."""
         self.ending = False
         """Whether its outcome is decided: then it can't be broken off any more."""
         self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -124,6 +128,11 @@ class Executor:
         return run
 
     def _ended(self, run: Run) -> None:
+        """Its task is over, perhaps before its first step: then nothing of its own has run, and its readers still wait."""
+        for waited in (run.opened, run.finished):
+            if not waited.done():
+                waited.set_exception(ServerError(NOT_BEGUN))
+                waited.exception()
         run.work.room.release()
         del run.work  # its context: readers may stay for long
         if not run.late:
@@ -132,7 +141,7 @@ class Executor:
     @property
     def holds(self) -> list[Hold]:
         """The leases of rows that are being made here."""
-        return [Hold(run.tenant_id, run.response.id, FOREGROUND_LEASE, 0) for run in self._runs if run.stored]
+        return [Hold(run.tenant_id, run.response.id, FOREGROUND_LEASE, 0) for run in self._runs if run.leased]
 
     # -- Reading ----------------------------------------------------------------------------------------------------------
 
@@ -212,7 +221,7 @@ class Executor:
             _refuse(run, error)
             return
         except BaseException as error:
-            _refuse(run, ServerError("The run broke off before it began."))
+            _refuse(run, ServerError(NOT_BEGUN))
             if not isinstance(error, asyncio.CancelledError):
                 log.exception("A run could not begin.", action="run_refused")
             return
@@ -224,6 +233,8 @@ class Executor:
         run.error = outcome.error
         run.has_output = recorder.has_output
         run.response = await recorder.finish(closed, lambda response, _: self._commit(run, response))
+        if run.error is None and run.response.error is not None:  # another process has ended it meanwhile
+            run.error = ServerError(run.response.error.message)
         log_ended(run.response, recorder)
 
     async def _open(self, run: Run, loop: Loop) -> "asyncio.Task[ChunkStream] | None":
@@ -268,12 +279,15 @@ class Executor:
 
     async def _insert(self, run: Run, response: Response | None, owner: Owner | None) -> None:
         """Store a response, and which approvals it uses up; without a response only these. An approval must not be used up
-        for nothing, so this is tried again where a commit's answer was lost."""
+        for nothing, so with one this is tried again whatever has happened."""
         decisions = run.work.context.decisions
         items = await aside(run.work.size, encode_items, run.work.context.input) if response else []
+        run.leased = run.leased or owner is not None
         if not decisions:
-            async with self._database.autocommit() as tx:
-                await self._insert_response(tx, run, response, owner, items)
+            async for attempt in self._database.settling():
+                with attempt:
+                    async with self._database.autocommit() as tx:
+                        await self._insert_response(tx, run, response, owner, items)
             return
         async for attempt in self._database.retrying():
             with attempt:

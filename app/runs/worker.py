@@ -6,50 +6,49 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
-from app.errors import DatabaseUnavailable
+from app.errors import DatabaseUnavailable, OutcomeUnknown
 from app.ids import new_id
 from app.runs.background import FENCED, Background, Work
+from app.runs.leases import BEATS_PER_LEASE, RETRIES_PER_LEASE, Watch
 from app.settings import Settings
 from app.storage import queue
 from app.storage.database import Database
-from app.storage.queue import Hold, Owner
+from app.storage.queue import Claim, Hold, Owner
 from app.storage.redisclient import break_off
 from app.storage.redislog import RedisLogs
 
 log = structlog.get_logger()
 
-BEATS_PER_LEASE = 3
-SELF_FENCE = 0.8
-"""The part of a lease after which a process that can't prolong it stops by itself."""
-
 
 class Worker:
     """One process's right to write, and its share of the queue."""
 
-    def __init__(self, settings: Settings, database: Database, background: Background, logs: RedisLogs) -> None:
+    def __init__(
+        self, settings: Settings, database: Database, heartbeats: Database, background: Background, logs: RedisLogs
+    ) -> None:
+        """`heartbeats` has a connection that no request can keep busy."""
         self._settings, self._database, self._background, self._logs = settings, database, background, logs
+        self._heartbeats = heartbeats
         self.owner = Owner(new_id("worker"), settings.lease_s)
+        self._watch = Watch(settings.lease_s)
         self._works: dict[str, Work] = {}
+        self._given_up: list[Claim] = []
+        """Runs that broke off without Postgres, and that any worker may go on with."""
+        self._claims_lost = False
+        """Whether we may own runs of which the answer of a claim was lost."""
         self._wake = asyncio.Event()
         self._handing_over = False
         self._others: Callable[[], Sequence[Hold]] = list
-        self._beaten_at = time.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
         self._grace_ends_at: float | None = None
 
     def start(self, others: Callable[[], Sequence[Hold]], *, claims: bool) -> None:
         """Begin to beat, for our runs and `others`, and to claim."""
         self._others = others
-        self._logs.start(self._told, lambda: self.is_sure)
-        self._beaten_at = time.monotonic()
+        self._logs.start(self._told, lambda: self._watch.is_sure)
         self._tasks = [asyncio.create_task(self._beat_for_ever()), asyncio.create_task(self._refresh_for_ever())]
         if claims:
             self._tasks.append(asyncio.create_task(self._claim_for_ever()))
-
-    @property
-    def is_sure(self) -> bool:
-        """Whether our leases surely stand: the last heartbeat is not too old. If not, nothing may be said."""
-        return time.monotonic() - self._beaten_at < SELF_FENCE * self.owner.lease_s
 
     def drain(self) -> None:
         """Claim no more; the grace period begins."""
@@ -72,15 +71,16 @@ class Worker:
 
     async def _hand_over(self) -> None:
         works = list(self._works.values())
-        if not works:
+        claims = [*(work.claim for work in works), *self._given_up]
+        if not claims:
             return
         for work in works:
             work.stop()
         await break_off(work.task for work in works if work.task)
         try:
             async with self._database.autocommit() as tx:
-                for work in works:
-                    await queue.hand_back(tx, work.claim.tenant_id, work.claim.response_id, work.claim.lease)
+                for claim in claims:
+                    await queue.hand_back(tx, claim)
         except DatabaseUnavailable:
             log.warning("The database is unavailable; leases run out by themselves.", action="hand_over_failed")
         self._logs.tell("wake")
@@ -99,6 +99,8 @@ class Worker:
             self._wake.clear()
             try:
                 claimed = await self._claim()
+            except OutcomeUnknown:
+                claimed, self._claims_lost = 0, True
             except DatabaseUnavailable:
                 claimed = 0
             except Exception:
@@ -112,61 +114,95 @@ class Worker:
                     pass
 
     async def _claim(self) -> int:
+        if not self._watch.is_on_time:
+            return 0
+        await self._clear_up()
         free = self._settings.worker_runs_max - len(self._works)
         if free <= 0:
             return 0
         async with self._database.begin() as tx:
-            claims = await queue.claim(tx, self.owner, limit=free)
+            claims = await queue.claim(
+                tx, self.owner, limit=free, horizon=self._watch.horizon, watched_s=self._watch.watched_s
+            )
         for claim in claims:
             if former := self._works.get(claim.response_id):
                 former.stop()  # we were frozen for longer than our own lease
-            work = Work(claim)
-            self._works[claim.response_id] = work
-            work.task = asyncio.create_task(self._work(work), name=claim.response_id)
+            self._begin(Work(claim))
         return len(claims)
 
-    async def _work(self, work: Work) -> None:
-        try:
-            await self._background.execute(work)
-        except asyncio.CancelledError:
-            if self._handing_over:
-                raise  # it stays ours until it is handed over
-            log.info(FENCED, action="run_fenced", lease=work.claim.lease, response_id=work.claim.response_id)
-        except DatabaseUnavailable:
-            log.warning("The database is unavailable; a run is given up until its lease ends.", action="run_given_up")
-        except Exception:
-            log.exception("A run failed by our own mistake.", action="run_failed")
+    async def _clear_up(self) -> None:
+        """Give back what is ours in Postgres and is not being made, so that it neither waits for a lease nor counts as an attempt."""
+        if self._given_up:
+            async with self._database.autocommit() as tx:
+                while self._given_up:
+                    await queue.hand_back(tx, self._given_up[-1], after_s=self._settings.poll_s)
+                    self._given_up.pop()
+        if self._claims_lost:
+            async with self._database.autocommit() as tx:
+                await queue.disown(tx, self.owner.worker, holding=list(self._works))
+            self._claims_lost = False
+
+    def _begin(self, work: Work) -> None:
+        self._works[work.claim.response_id] = work
+        work.task = asyncio.create_task(self._work(work), name=work.claim.response_id)
+        # Not by the task itself: one that is cancelled before its first step runs nothing of its own.
+        work.task.add_done_callback(lambda _: self._ended(work))
+
+    def _ended(self, work: Work) -> None:
+        if self._handing_over:
+            return  # it stays ours until it is handed over
         if work.log:
             work.log.fenced = True
         if self._works.get(work.claim.response_id) is work:
             del self._works[work.claim.response_id]
         self._wake.set()
 
+    async def _work(self, work: Work) -> None:
+        try:
+            await self._background.execute(work)
+        except asyncio.CancelledError:
+            if not self._handing_over:
+                log.info(FENCED, action="run_fenced", lease=work.claim.lease, response_id=work.claim.response_id)
+            raise
+        except DatabaseUnavailable:
+            log.warning("The database is unavailable; a run is given up.", action="run_given_up")
+            self._given_up.append(work.claim)
+        except Exception:
+            log.exception("A run failed by our own mistake.", action="run_failed")
+
     # -- Beating ----------------------------------------------------------------------------------------------------------
 
     async def _beat_for_ever(self) -> None:
+        fails = False
         while True:
-            begun = time.monotonic()  # the lease counts from no earlier than this
             try:
                 await self._beat()
-                self._beaten_at = begun
+                fails = False
             except DatabaseUnavailable:
                 # The runs go on, and are silent as soon as we are not sure; if a lease is lost, the next heartbeat tells.
-                log.warning("The database is unavailable; leases are not prolonged.", action="beat_failed")
+                if not fails:
+                    log.warning("The database is unavailable; leases are not prolonged.", action="beat_failed")
+                fails = True
             except Exception:
                 log.exception("A heartbeat failed by our own mistake.", action="beat_failed")
-            await asyncio.sleep(self.owner.lease_s / BEATS_PER_LEASE)
+                fails = True
+            await asyncio.sleep(self.owner.lease_s / (RETRIES_PER_LEASE if fails else BEATS_PER_LEASE))
 
     async def _beat(self) -> None:
+        """Prolong what is held; also with nothing to hold, for that is how we know what other processes can do."""
         works = list(self._works.values())
         holds = [*(work.hold for work in works), *self._others()]
-        if not holds:
-            return
-        async with self._database.autocommit() as tx:
-            standing = await queue.beat(tx, holds, self.owner.lease_s)
+        begun_at = time.monotonic()  # the lease counts from no earlier than this
+        async with self._heartbeats.autocommit() as tx:
+            standing, clock = await queue.beat(tx, holds, self.owner.lease_s)
+            was_on_time = self._watch.is_on_time
+            self._watch.beaten(begun_at, time.monotonic(), clock)
+            await queue.shorten(tx)
         for work in works:
             if (work.claim.tenant_id, work.claim.response_id) not in standing:
                 work.stop()
+        if not was_on_time:
+            self._wake.set()
 
     async def _refresh_for_ever(self) -> None:
         """Apart from the heartbeat, which must not wait for a Redis that does not answer."""

@@ -6,7 +6,7 @@ so that a test can demand of each that it names the tenant.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from app.errors import DatabaseUnavailable
+from app.errors import DatabaseUnavailable, OutcomeUnknown
 from app.settings import Settings
 from app.storage.addresses import connector
 
@@ -28,16 +28,47 @@ Row = Mapping[str, Any]
 _DIALECT = dialect.dialect()  # type: ignore[no-untyped-call]
 _LOST = (
     OSError,
-    asyncpg.PostgresConnectionError,
-    asyncpg.OperatorInterventionError,
-    asyncpg.TooManyConnectionsError,
     asyncpg.InterfaceError,
     asyncpg.InternalClientError,
-    asyncpg.DeadlockDetectedError,
     DBAPIError,
     dialect.AsyncAdapt_asyncpg_dbapi.Error,  # what opening a raw connection raises
     PoolTimeout,
 )
+"""What is raised on this side of the wire for a connection that is lost or can't be had."""
+
+_NOT_NOW = (
+    "08",  # connections
+    "25006",  # read-only: a standby, or a primary that an operator has closed
+    "25P03",  # idle in a transaction for too long
+    "25P04",  # a transaction for too long
+    "40",  # deadlocks, serialization
+    "53",  # disk full, memory, connections
+    "55P03",  # a lock was not to be had in time
+    "57",  # an operator, a shutdown, a timeout of the server's own
+    "58",  # input and output
+    "XX000",  # what poolers and proxies say of a server that they have lost
+)
+"""How SQLSTATEs begin with which Postgres says "not now": the same statement may succeed later, perhaps on another connection."""
+
+_CONNECTION_LOST = ("08", "40003", "57P")
+"""Those among them that come in the place of an answer; after the others nothing is stored."""
+
+
+def _is_outage(error: BaseException) -> bool:
+    """The one place that tells an outage from a mistake of ours."""
+    if isinstance(error, asyncpg.PostgresError):
+        return str(error.sqlstate).startswith(_NOT_NOW)
+    is_mistake = isinstance(error, ValueError)  # arguments that asyncpg can't encode
+    return isinstance(error, _LOST) and not is_mistake
+
+
+def _unavailable(error: BaseException) -> DatabaseUnavailable:
+    """What is raised for an outage in the middle of a statement."""
+    stored_nothing = isinstance(error, asyncpg.PostgresError) and not str(error.sqlstate).startswith(_CONNECTION_LOST)
+    return (DatabaseUnavailable if stored_nothing else OutcomeUnknown)(_UNAVAILABLE)
+
+
+_UNAVAILABLE = "The database is unavailable; please try again."
 
 
 class Query:
@@ -97,31 +128,62 @@ class Database:
 
     @asynccontextmanager
     async def autocommit(self) -> AsyncIterator[Tx]:
-        """A connection without a transaction: each statement commits by itself. Raises DatabaseUnavailable."""
+        """A connection without a transaction: each statement commits by itself. Raises DatabaseUnavailable, OutcomeUnknown."""
         try:
             pooled = await self.engine.raw_connection()
-            driver: Any = pooled.driver_connection
-            try:
-                yield Tx(driver)
-            except (asyncio.CancelledError, *_LOST):
-                # Broken off in mid-statement, it may still be in a transaction, whose locks it would keep in the pool.
-                driver.terminate()
+        except Exception as error:
+            if not _is_outage(error):
                 raise
-            finally:
-                pooled.close()  # only goes back to the pool, which does not reset it: nothing to wait for
-        except _LOST as error:
-            raise DatabaseUnavailable("The database is unavailable; please try again.") from error
+            raise DatabaseUnavailable(_UNAVAILABLE) from error
+        driver: Any = pooled.driver_connection
+        try:
+            yield Tx(driver)
+        except BaseException as error:
+            is_outage = _is_outage(error)
+            if is_outage or isinstance(error, asyncio.CancelledError):
+                # Broken off in mid-statement, it may still be in a transaction, whose locks it would keep in the pool. And
+                # after a failover another connection may lead to the server that takes writes.
+                driver.terminate()
+            if is_outage:
+                raise _unavailable(error) from error
+            raise
+        finally:
+            pooled.close()  # only goes back to the pool, which does not reset it: nothing to wait for
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[Tx]:
-        """A transaction: committed at the end of the block, rolled back by an error. Raises DatabaseUnavailable."""
-        async with self.autocommit() as tx, tx.transaction():
-            yield tx
+        """A transaction: committed at the end of the block, rolled back by an error. Raises DatabaseUnavailable, and
+        OutcomeUnknown only if the answer to the commit is lost."""
+        commits = False
+        try:
+            async with self.autocommit() as tx, tx.transaction():
+                yield tx
+                commits = True
+        except OutcomeUnknown as error:
+            if commits:
+                raise
+            raise DatabaseUnavailable(error.message) from error.__cause__
 
-    def retrying(self) -> AsyncIterator[stamina.Attempt]:
-        """Attempts at an idempotent write while Postgres is away, for at most REPRISE_DATABASE_RETRY_S."""
+    def retrying(self, *, for_ever: bool = False) -> AsyncIterator[stamina.Attempt]:
+        """Attempts at an idempotent write while Postgres is away, for at most REPRISE_DATABASE_RETRY_S, or for ever."""
+        return self._attempts(DatabaseUnavailable, timeout_s=None if for_ever else self._retry_s)
+
+    def settling(self) -> AsyncIterator[stamina.Attempt]:
+        """Attempts at an idempotent write that go on, as long, only from when on nobody knows whether it is stored."""
+        unknown = False
+
+        def goes_on(error: Exception) -> bool:
+            nonlocal unknown
+            unknown = unknown or isinstance(error, OutcomeUnknown)
+            return unknown and isinstance(error, DatabaseUnavailable)
+
+        return self._attempts(goes_on, timeout_s=self._retry_s)
+
+    def _attempts(
+        self, on: type[Exception] | Callable[[Exception], bool], *, timeout_s: float | None
+    ) -> AsyncIterator[stamina.Attempt]:
         return stamina.retry_context(
-            on=DatabaseUnavailable, attempts=None, timeout=self._retry_s, wait_initial=0.05, wait_max=1.0
+            on=on, attempts=None, timeout=timeout_s, wait_initial=0.05, wait_max=1.0
         ).__aiter__()
 
     async def close(self) -> None:

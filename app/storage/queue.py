@@ -1,10 +1,11 @@
 """The queue of runs, which is also their lease and their fence: one row per run that is waiting or being made.
 
-`due_at` says when a queued run may begin, and when a running one's lease ends; so recovery after a crash is the same claim as
-the first. Each owner gets the next `lease` number, and every later write of a run demands that its number still stands.
+`due_at` orders queued runs, and says when a running one's lease ends; so recovery after a crash is the same claim as the first.
+Each owner gets the next `lease` number, and every later write of a run demands that its number still stands.
 """
 
 from collections.abc import Sequence
+from datetime import datetime
 
 from msgspec import Struct
 from msgspec.structs import asdict
@@ -65,11 +66,16 @@ NUMBERS_AHEAD = 1_000_000
 """How far a claim and each heartbeat raise a run's ceiling: more events than a run can make in between."""
 
 
+_DUE_AT = "due_at = clock_timestamp() + cast(:lease_s as float8) * interval '1 second'"
+"""Not `now()`: the statement may have waited for a lock, for longer than the lease."""
+
+
 def _ours(state: str) -> str:
     """The runs that `free` has locked become ours, in this state; what is given of numbers is the former owner's word."""
     return f"""
     update runs set state = {state}, lease = runs.lease + 1,
-        worker = :worker, due_at = now() + cast(:lease_s as float8) * interval '1 second',
+        handed_over = runs.handed_over + case when runs.worker = :worker then 1 else 0 end,  -- to ourselves, alive
+        worker = :worker, lease_s = :lease_s, {_DUE_AT},
         number_ceiling = runs.number_ceiling + {NUMBERS_AHEAD}
     from free where runs.tenant_id = free.tenant_id and runs.response_id = free.response_id
     returning runs.tenant_id, runs.response_id, runs.lease, runs.handed_over, runs.state, runs.request, runs.secrets,
@@ -79,11 +85,13 @@ def _ours(state: str) -> str:
 
 _LOCKED = "tenant_id, response_id, number_ceiling"
 
+# Rows of our own are due only if nothing here makes them: a heartbeat has just prolonged the others.
 _CLAIM_DUE = Query(
     text(f"""
     with free as (
-        select {_LOCKED} from runs where state <> 'queued' and due_at < now()
-          and (request is not null or worker <> :worker)  -- a foreground run of ours ends by itself, be it late
+        select {_LOCKED} from runs where state <> 'queued' and due_at <= now()
+          and (worker is null or (due_at < cast(:horizon as timestamptz)
+                                  and (worker = :worker or coalesce(lease_s, 0) <= :watched_s)))
         order by due_at limit :limit for update skip locked
     ) {_ours("runs.state")}
     """),
@@ -106,7 +114,7 @@ _CLAIM_QUEUED = Query(
         from waiting left join busy using (tenant_id) cross join lateral (
             select tenant_id, response_id, due_at, row_number() over (order by due_at) as rank
             from (select tenant_id, response_id, due_at from runs
-                  where state = 'queued' and tenant_id = waiting.tenant_id and due_at <= now()
+                  where state = 'queued' and tenant_id = waiting.tenant_id
                   order by due_at limit :limit) as oldest
         ) one
         order by coalesce(busy.runs, 0) + one.rank, one.due_at limit :limit
@@ -123,29 +131,54 @@ _CANCEL = Query(
     text(f"""
     with free as (
         select {_LOCKED} from runs
-        where tenant_id = :tenant_id and response_id = :id and request is not null and state in ('queued', 'running')
+        where tenant_id = :tenant_id and response_id = :id and request is not null
+          and (state in ('queued', 'running') or (:again and state = 'cancelled' and worker = :worker))
         for update
     ) {_ours("'cancelled'")}
     """)
 )
 
 _BEAT = Query(
-    text("""
-    update runs set due_at = now() + cast(:lease_s as float8) * interval '1 second',
-                    redis_run = coalesce(held.redis_run, runs.redis_run),
-                    number_ceiling = greatest(runs.number_ceiling, held.number_ceiling)
-    from unnest(cast(:tenants as text[]), cast(:ids as text[]), cast(:leases as int[]), cast(:ceilings as bigint[]),
-                cast(:redis_runs as text[])) as held (tenant_id, response_id, lease, number_ceiling, redis_run)
-    where runs.tenant_id = held.tenant_id and runs.response_id = held.response_id and runs.lease = held.lease
-    returning runs.tenant_id, runs.response_id
+    text(f"""
+    with standing as (
+        update runs set lease_s = :lease_s, {_DUE_AT},
+                        redis_run = coalesce(held.redis_run, runs.redis_run),
+                        number_ceiling = greatest(runs.number_ceiling, held.number_ceiling)
+        from unnest(cast(:tenants as text[]), cast(:ids as text[]), cast(:leases as int[]), cast(:ceilings as bigint[]),
+                    cast(:redis_runs as text[])) as held (tenant_id, response_id, lease, number_ceiling, redis_run)
+        where runs.tenant_id = held.tenant_id and runs.response_id = held.response_id and runs.lease = held.lease
+        returning runs.tenant_id, runs.response_id
+    )
+    select present.clock, standing.tenant_id, standing.response_id
+    from (select clock_timestamp() as clock) present left join standing on true
     """)
+)
+
+_SHORTEN = Query(
+    text("""
+    update runs set due_at = now() + lease_s * interval '1 second'
+    from (select tenant_id, response_id from runs
+          where state <> 'queued' and due_at > now() and due_at > now() + (lease_s + 1) * interval '1 second'
+          for update skip locked) as far
+    where runs.tenant_id = far.tenant_id and runs.response_id = far.response_id
+    """),
+    across_tenants="the clock is that of all tenants",
 )
 
 _HAND_BACK = Query(
     text("""
-    update runs set due_at = now() - interval '1 second', worker = null, handed_over = handed_over + 1
+    update runs set due_at = now() + cast(:after_s as float8) * interval '1 second', worker = null,
+                    handed_over = handed_over + 1
     where tenant_id = :tenant_id and response_id = :id and lease = :lease returning 1
     """)
+)
+
+_DISOWN = Query(
+    text("""
+    update runs set due_at = now(), worker = null, handed_over = handed_over + 1
+    where worker = :worker and state = 'running' and request is not null and response_id <> all (cast(:holding as text[]))
+    """),
+    across_tenants="a worker makes responses of every tenant",
 )
 
 _FORGET = Query(
@@ -164,22 +197,29 @@ _DEPTH = Query(
 )
 
 
-async def claim(tx: Tx, owner: Owner, *, limit: int) -> list[Claim]:
-    """Up to `limit` runs become ours: first those whose owner is gone, then queued ones in fair order."""
-    rows = await tx.all(_CLAIM_DUE, **asdict(owner), limit=limit)
+async def claim(tx: Tx, owner: Owner, *, limit: int, horizon: datetime, watched_s: float) -> list[Claim]:
+    """Up to `limit` runs become ours: first those whose owner is gone, then queued ones in fair order.
+
+    A lease has ended if it ends before `horizon` by the database's clock. That of another process must not be longer than
+    the `watched_s` for which we have seen that it could have been prolonged.
+    """
+    rows = await tx.all(_CLAIM_DUE, **asdict(owner), limit=limit, horizon=horizon, watched_s=watched_s)
     if len(rows) < limit:
         rows += await tx.all(_CLAIM_QUEUED, **asdict(owner), limit=limit - len(rows))
     return [_claim(row) for row in rows]
 
 
-async def cancel(tx: Tx, tenant_id: str, response_id: str, owner: Owner) -> Claim | None:
-    """The run becomes ours, to be cancelled: this commit decides the race with its completion. None if it is decided already."""
-    row = await tx.one(_CANCEL, tenant_id=tenant_id, id=response_id, **asdict(owner))
+async def cancel(tx: Tx, tenant_id: str, response_id: str, owner: Owner, *, again: bool = False) -> Claim | None:
+    """The run becomes ours, to be cancelled: this commit decides the race with its completion. None if it is decided already.
+
+    `again` if the answer of our first attempt was lost: then what that one has decided counts.
+    """
+    row = await tx.one(_CANCEL, tenant_id=tenant_id, id=response_id, again=again, **asdict(owner))
     return _claim(row) if row else None
 
 
-async def beat(tx: Tx, holds: Sequence[Hold], lease_s: float) -> set[tuple[str, str]]:
-    """Prolong every lease that we hold, in one statement; gives those that still stand."""
+async def beat(tx: Tx, holds: Sequence[Hold], lease_s: float) -> tuple[set[tuple[str, str]], datetime]:
+    """Prolong every lease that we hold, in one statement; gives those that still stand, and the database's time."""
     rows = await tx.all(
         _BEAT,
         tenants=[hold.tenant_id for hold in holds],
@@ -189,12 +229,23 @@ async def beat(tx: Tx, holds: Sequence[Hold], lease_s: float) -> set[tuple[str, 
         redis_runs=[hold.redis_run for hold in holds],
         lease_s=lease_s,
     )
-    return {(row["tenant_id"], row["response_id"]) for row in rows}
+    standing = {(row["tenant_id"], row["response_id"]) for row in rows if row["response_id"] is not None}
+    return standing, rows[0]["clock"]
 
 
-async def hand_back(tx: Tx, tenant_id: str, response_id: str, lease: int) -> None:
-    """Somebody else shall go on with this run, at once."""
-    await tx.one(_HAND_BACK, tenant_id=tenant_id, id=response_id, lease=lease)
+async def shorten(tx: Tx) -> None:
+    """No lease ends later than its owner could have asked for: the database's clock may have been set back."""
+    await tx.all(_SHORTEN)
+
+
+async def hand_back(tx: Tx, claim: Claim, *, after_s: float = 0.0) -> None:
+    """Another worker shall go on with this run, in so many seconds."""
+    await tx.one(_HAND_BACK, tenant_id=claim.tenant_id, id=claim.response_id, lease=claim.lease, after_s=after_s)
+
+
+async def disown(tx: Tx, worker: str, *, holding: Sequence[str]) -> None:
+    """Any worker shall make the background runs that this one owns, but for those that it holds."""
+    await tx.all(_DISOWN, worker=worker, holding=list(holding))
 
 
 async def forget(tx: Tx, tenant_id: str, response_id: str, lease: int) -> None:

@@ -60,9 +60,10 @@ _INSERT = Query(
         select :tenant_id, :thread_id, :parent_thread_id, :parent_turn
         where cast(:parent_thread_id as text) is not null and exists (select from response)
     ), run as (
-        insert into runs (tenant_id, response_id, state, due_at, lease, worker, request, secrets, streamed, number_ceiling)
-        select :tenant_id, :id, :run_state, now() + cast(:lease_s as float8) * interval '1 second', :lease, :worker,
-               cast(:request as json), :secrets, :streamed, 0
+        insert into runs (tenant_id, response_id, state, due_at, lease_s, lease, worker, request, secrets, streamed,
+                          number_ceiling)
+        select :tenant_id, :id, :run_state, clock_timestamp() + cast(:lease_s as float8) * interval '1 second', :lease_s,
+               :lease, :worker, cast(:request as json), :secrets, :streamed, 0
         where cast(:run_state as text) is not null and exists (select from response)
     ), journal as (
         insert into event_journal (tenant_id, response_id, first_number, frames)
@@ -408,13 +409,15 @@ _PURGE = Query(
 )
 
 
-async def delete_response(tx: Tx, tenant_id: str, response_id: str) -> None:
+async def delete_response(tx: Tx, tenant_id: str, response_id: str, *, again: bool = False) -> None:
     """Delete a response: gone at once for everyone. Its items stay as long as a later response's context holds them.
 
-    Needs a transaction. Raises NotFound, or InvalidRequest for one that is still being made.
+    Needs a transaction. `again` if an earlier attempt may have deleted it. Raises NotFound, or InvalidRequest for one that is still being made.
     """
     row = await tx.one(_LOCK, tenant_id=tenant_id, id=response_id) if storable(response_id) else None
     if row is None or row["deleted"]:
+        if again:
+            return
         raise ResponseNotFound(response_id)
     if row["in_flight"]:
         raise InvalidRequest("Cannot delete an in-flight response.", param="response_id")

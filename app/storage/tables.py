@@ -10,6 +10,7 @@ from sqlalchemy import (
     Boolean,
     Column,
     DateTime,
+    Float,
     ForeignKey,
     Index,
     Integer,
@@ -120,8 +121,9 @@ runs = Table(
         comment="queued, running, cancelled: its end is decided, not yet made; sealed: its last event is not yet out",
     ),
     Column(
-        "due_at", DateTime(timezone=True), nullable=False, comment="queued: not before; else: when the lease runs out"
+        "due_at", DateTime(timezone=True), nullable=False, comment="queued: since when; else: when the lease runs out"
     ),
+    Column("lease_s", Float, comment="how long that lease lasts without a heartbeat"),
     Column("lease", Integer, nullable=False, comment="one more with each owner; 0: never owned"),
     Column(
         "handed_over", Integer, nullable=False, server_default=text("0"), comment="owners that gave it back in peace"

@@ -93,6 +93,23 @@ class Servers:
         self.wait_postgres()
 
     @contextlib.contextmanager
+    def read_only(self) -> Iterator[None]:
+        """Postgres takes no writes for the duration of the block, as a standby."""
+        self._set_read_only("on")
+        try:
+            yield
+        finally:
+            self._set_read_only("off")
+
+    def _set_read_only(self, value: str) -> None:
+        url = self._running.database_url
+        query(url, f"alter system set default_transaction_read_only = {value}")
+        query(url, "select pg_reload_conf()")
+        until(
+            lambda: query(url, "show default_transaction_read_only")[0]["default_transaction_read_only"] == value, value
+        )
+
+    @contextlib.contextmanager
     def without_valkey(self) -> Iterator[None]:
         """Nobody listens there for the duration of the block; then it comes back with its append-only file."""
         with frozen([self._supervisor]):

@@ -115,3 +115,25 @@ def test_what_cannot_be_cancelled(cluster):
     response_id = begin(cluster.urls[0], script(answer("done")), stream=False)
     done = cluster.ended(response_id)
     assert cancel(cluster.urls[1], response_id) == done
+
+
+CANCELS = 300
+PLACES = 4
+
+
+def test_cancels_right_after_creates_take_no_place_of_a_worker(cluster):
+    """A run may be cancelled before its task's first step; where that leaks, the places are gone after some dozens."""
+    cluster.kill_workers()
+    serving = cluster.start_replica(REPRISE_WORKERS_IN_API="true", REPRISE_WORKER_RUNS_MAX=str(PLACES))
+    said = script(answer("as if nothing had been"))
+
+    def begin_and_cancel(number):
+        response_id = begin(serving.url, said, stream=bool(number % 2))
+        time.sleep(number % 7 * 0.001)
+        assert cancel(serving.url, response_id)["status"] in {"cancelled", "completed"}
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(begin_and_cancel, range(CANCELS)))
+    for _ in range(2 * PLACES):
+        cluster.ended(begin(serving.url, said, stream=False))
+    serving.kill()
