@@ -1,7 +1,8 @@
 """python -m tests.faults.chaos --seconds N: random faults at random moments, and after each round every promise is checked.
 
 A round: two replicas, two workers, 20 responses, half of them with a call of an MCP tool, 50 clients that leave and come back,
-one to four faults. One line is printed per round; the first broken promise ends it all, with its seed and what every process
+foreground streams, one to four faults: also outages that are longer than a lease, read-only Postgres, and cancels within
+milliseconds of creates. One line is printed per round; the first broken promise ends it all, with its seed and what every process
 has said.
 """
 
@@ -21,18 +22,28 @@ from pathlib import Path
 from typing import Any
 
 from app.outbound.mcp import IDEMPOTENCY_KEY
-from tests.faults.client import Follower, begin, call, decoded, frames_of, get
+from tests.faults.client import Follower, begin, call, decoded, frames_of, get, stream
 from tests.faults.cluster import LEASE_S, Cluster, Servers, frozen
 from tests.faults.told import closed_as, rounds_of, text_of, told
+from tests.servers import Served
 from tests.toolserver import Toolprocess
-from tests.upstream import Upstream, calling, finish, note, reasoning, repeat, script, text
+from tests.upstream import Upstream, answer, calling, finish, note, reasoning, repeat, script, text
 
 RESPONSES = 20
 CLIENTS = 50
-STUCK_S = 15.0
-"""No fault of a round takes so long, so a client that heard nothing for so long was forgotten."""
+STREAMS = 6
+"""Foreground ones: as long as its replica lives, nothing may happen to any."""
 
-LONGEST_S = 30.0
+CANCELS = 30
+"""Of one fault, each within milliseconds of its create."""
+
+RUNS_MAX = 12
+"""Places of a worker: so few that a place which leaks is missed."""
+
+STUCK_S = 25.0
+"""The faults of a round do not take so long, so a client that heard nothing for so long was forgotten."""
+
+LONGEST_S = 45.0
 """Within this ends what nobody follows, however often it is begun anew."""
 
 JUMPS_MAX = 4
@@ -56,10 +67,13 @@ class Chaos:
             self.replica_killed,
             self.postgres_killed,
             self.postgres_frozen,
+            self.postgres_gone,
+            self.postgres_read_only,
             self.redis_killed,
             self.redis_frozen,
             self.redis_emptied,
             self.response_cancelled,
+            self.responses_cancelled_at_once,
         ]
         return self._chance.sample(every, self._chance.randint(1, 4))
 
@@ -99,6 +113,17 @@ class Chaos:
         with contextlib.suppress(ProcessLookupError), frozen(self._cluster.servers.postgres()):
             self._pass()
 
+    def postgres_gone(self) -> None:
+        """Nobody listens there, for longer than a lease."""
+        with self._cluster.servers.without_postgres():
+            self._pass_a_lease()
+
+    def postgres_read_only(self) -> None:
+        """It takes no writes, for longer than a lease."""
+        self._cluster.servers.wait_postgres()
+        with self._cluster.servers.read_only():
+            self._pass_a_lease()
+
     def redis_killed(self) -> None:
         """Kill -9; it comes back with its append-only file."""
         self.may_jump = True
@@ -126,6 +151,18 @@ class Chaos:
                 lambda: call(self._chance.choice(self._cluster.urls), "POST", f"/responses/{response_id}/cancel")
             )
 
+    def responses_cancelled_at_once(self) -> None:
+        """So soon that a worker may not have begun what it has claimed."""
+        for number in range(CANCELS):
+            with contextlib.suppress(OSError, http.client.HTTPException, AssertionError, IndexError):
+                said = script(answer(f"cancelled {number}"))
+                response_id = begin(self._chance.choice(self._cluster.urls), said, stream=bool(number % 2))
+                time.sleep(self._chance.uniform(0, 0.006))
+                call(self._chance.choice(self._cluster.urls), "POST", f"/responses/{response_id}/cancel")
+
+    def _pass_a_lease(self) -> None:
+        time.sleep(self._chance.uniform(1.1, 2.5) * LEASE_S)
+
     def _pass(self) -> None:
         time.sleep(self._chance.uniform(0.1, 2 * LEASE_S))
 
@@ -137,6 +174,36 @@ class Chaos:
         raise AssertionError("nobody answers")
 
 
+class Foreground:
+    """A foreground stream, which lives and dies with its replica."""
+
+    def __init__(self, replica: Served, said: str) -> None:
+        self._replica = replica
+        self._ended = ""
+        self._seen: list[Any] = []
+        self._thread = threading.Thread(target=self._follow, args=(replica.url, said), daemon=True)
+        self._thread.start()
+
+    def _follow(self, url: str, said: str) -> None:
+        try:
+            status, self._seen = stream(url, said)
+            self._ended = "heard" if status == 200 else "refused"
+        except (OSError, http.client.HTTPException):
+            self._ended = "cut"
+
+    def check(self, urls: list[str]) -> str:
+        """How it went. Raises AssertionError if it should have gone better."""
+        self._thread.join(90)
+        assert self._ended, "a foreground stream has not ended"
+        if self._ended == "heard":
+            response = told(self._seen)
+            assert response["status"] == "completed", f"a stream of a living replica has ended otherwise: {response}"
+            assert get(urls[0], response["id"]) == response
+        if self._ended == "cut":
+            assert self._replica.process.poll() is not None, "a living replica has cut a stream off"
+        return self._ended
+
+
 class Round:
     """Responses, clients and faults at once; then the promises."""
 
@@ -146,6 +213,7 @@ class Round:
         self.seed = seed
         self.counts: Counter[str] = Counter()
         self._followers: list[Follower] = []
+        self._streams: list[Foreground] = []
         self._boxes: dict[str, str] = {}
         """Response → the name under which the tool server finds its calls."""
 
@@ -166,6 +234,8 @@ class Round:
         for follower in self._followers:
             follower.urls[:] = self._cluster.urls
         self._cluster.servers.wait_postgres()
+        for one in self._streams:
+            self.counts[f"streams_{one.check(self._cluster.urls)}"] += 1
         for follower in self._followers:
             self._check(follower, JUMPS_MAX if chaos.may_jump else 0)
         self._cluster.assert_nothing_is_left(LONGEST_S)  # also of responses of whose beginning nobody heard
@@ -193,6 +263,10 @@ class Round:
             else:
                 ids.append(self._begun(script([note(name), thinking, *talk])))
             self._followers.append(Follower(self._cluster.urls, ids[-1], drops=self._chance.randint(0, 8), seed=number))
+        for number in range(STREAMS):
+            talking = repeat(self._chance.randint(20, 120), text("w{i} "), every_ms=self._chance.randint(5, 40))
+            said = script([note(f"{self.seed} stream {number}"), talking, finish()])
+            self._streams.append(Foreground(self._chance.choice(self._cluster.replicas), said))
         for number in range(CLIENTS - RESPONSES):
             drops = self._chance.randint(0, 8)
             self._followers.append(Follower(self._cluster.urls, self._chance.choice(ids), drops=drops, seed=number))
@@ -268,7 +342,8 @@ def main() -> None:
             "REPRISE_DATA_DIR": f"{home}/data",
             "REPRISE_OUTBOUND_ALLOW": "127.0.0.1/32",
         }
-        cluster = Cluster(servers, env, REPRISE_RUN_ATTEMPTS_MAX="50", REPRISE_SHUTDOWN_GRACE_S="0.5")
+        patience = {"REPRISE_RUN_ATTEMPTS_MAX": "50", "REPRISE_SHUTDOWN_GRACE_S": "0.5"}
+        cluster = Cluster(servers, env, REPRISE_WORKER_RUNS_MAX=str(RUNS_MAX), **patience)
         try:
             while time.monotonic() < ends:
                 try:

@@ -68,6 +68,17 @@ def begin(url: str, said: str, *, key: str = "none", stream: bool = True, **more
     return msgspec.json.decode(created.split(b"data: ")[1])["response"]["id"]
 
 
+def stream(url: str, said: str) -> tuple[int, list[dict[str, Any]]]:
+    """A foreground stream: the status and every event."""
+    connection, base = connect(url, 60)
+    with contextlib.closing(connection):
+        body = msgspec.json.encode({"model": "m", "stream": True, "input": said})
+        connection.request("POST", f"{base}/responses", body, {"content-type": "application/json"})
+        reply = connection.getresponse()
+        *frames, _, _ = reply.read().split(b"\n\n") if reply.status == 200 else [b"", b""]
+    return reply.status, [decoded(frame) for frame in frames if not frame.startswith(b":")]
+
+
 def cancel(url: str, response_id: str) -> dict[str, Any]:
     """Cancel a response; gives the answer."""
     status, body = call(url, "POST", f"/responses/{response_id}/cancel")

@@ -6,11 +6,10 @@ import time
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-import msgspec
 import pytest
 
 from tests import tap
-from tests.faults.client import Follower, begin, call, cancel, connect, decoded, get, until
+from tests.faults.client import Follower, begin, call, cancel, get, stream, until
 from tests.faults.cluster import LEASE_S, Cluster, frozen, locked
 from tests.faults.told import closed_as, rounds_of, text_of, told
 from tests.tap import Tap
@@ -43,15 +42,9 @@ class Beside:
 
 def streamed(url, said):
     """Every event of a foreground stream."""
-    connection, base = connect(url, 60)
-    with contextlib.closing(connection):
-        body = msgspec.json.encode({"model": "m", "stream": True, "input": said})
-        connection.request("POST", f"{base}/responses", body, {"content-type": "application/json"})
-        reply = connection.getresponse()
-        body = reply.read()
-    assert reply.status == 200, body
-    *frames, _, _ = body.split(b"\n\n")
-    return [decoded(frame) for frame in frames if not frame.startswith(b":")]
+    status, events = stream(url, said)
+    assert status == 200
+    return events
 
 
 @pytest.fixture
@@ -71,13 +64,11 @@ def serving(cluster):
 
 @contextlib.contextmanager
 def starved(cluster, serving):
-    """Requests wait for a lock, with every connection that a process has for them."""
+    """Requests of one process wait for a lock, with every connection that it has for them; the other could claim its runs."""
     with locked(cluster.database_url, "responses"):
         body = {"model": "m", "input": script(answer("waited")), "background": True}
         waiting = [
-            Beside(lambda one=one: call(one.url, "POST", "/responses", body, timeout_s=60))
-            for one in serving
-            for _ in range(POOL_SIZE + 2)
+            Beside(lambda: call(serving[0].url, "POST", "/responses", body, timeout_s=60)) for _ in range(POOL_SIZE + 2)
         ]
         yield
     for one in waiting:
@@ -122,8 +113,8 @@ def test_an_outage_longer_than_a_lease_takes_nothing_from_living_owners(cluster,
     until(lambda: time.monotonic() > begun + 1.2 * LEASE_S, "whoever would take something has done so")
     upstream.open(f"outage {outage}")
     box.open(outage)
-    for stream in streams:
-        response = told(stream.join())
+    for one in streams:
+        response = told(one.join())
         assert response["status"] == "completed"
         assert rounds_of(text_of(response)) == list(range(ROUNDS))
         assert get(cluster.urls[0], response["id"]) == response
@@ -179,7 +170,7 @@ def refusing(cluster, state, *tables):
 def test_what_postgres_refuses_for_now_is_done_later(cluster, serving, upstream, check, state):
     talk = [repeat(ROUNDS, text("w{i} ")), gate(f"state {state}"), text("end"), finish()]
     foreground, background = (script([note(f"{kind} {state}"), *talk]) for kind in ("front", "back"))
-    stream = Beside(lambda: streamed(serving[0].url, foreground))
+    streaming = Beside(lambda: streamed(serving[0].url, foreground))
     follower = Follower(cluster.urls, begin(cluster.urls[0], background))
     upstream.wait_reached(f"state {state}", 20)
     until(lambda: len(cluster.query("select from runs where state = 'running'")) == 2, "both are being made")
@@ -189,7 +180,7 @@ def test_what_postgres_refuses_for_now_is_done_later(cluster, serving, upstream,
             body = {"model": "m", "input": script([note(f"refused {state}"), *answer("x")]), **more}
             status, reply = call(serving[1].url, "POST", "/responses", body, timeout_s=60)
             assert (status, reply) == (503, {"error": UNAVAILABLE})
-    response = told(stream.join())
+    response = told(streaming.join())
     assert response["status"] == "completed"
     check(follower)
     assert closed_as(follower.seen) == ["completed"]
@@ -211,7 +202,7 @@ def test_an_outage_counts_no_attempt_while_no_owner_has_died(cluster, upstream, 
 def test_read_only_postgres_is_an_outage(cluster, serving, upstream, check):
     """As after a failover, while the old primary is still asked."""
     said = script([note("read-only"), text("half "), gate("read-only"), text("said"), finish()])
-    stream = Beside(lambda: streamed(serving[0].url, said))
+    streaming = Beside(lambda: streamed(serving[0].url, said))
     upstream.wait_reached("read-only", 20)
     done = call(serving[0].url, "POST", "/responses", {"model": "m", "input": script(answer("done"))})[1]
     until(lambda: cluster.query("select from runs"), "its row is there")
@@ -223,7 +214,7 @@ def test_read_only_postgres_is_an_outage(cluster, serving, upstream, check):
             assert (status, reply) == (503, {"error": UNAVAILABLE})
         assert get(serving[1].url, done["id"]) == done
         assert call(serving[1].url, "DELETE", f"/responses/{done['id']}")[0] == 503
-    assert told(stream.join())["status"] == "completed"
+    assert told(streaming.join())["status"] == "completed"
 
 
 # -- Rows that are left over ------------------------------------------------------------------------------------------------
