@@ -14,7 +14,12 @@ With namespaces, which Linux gives to unprivileged users too unless it is told n
 Without namespaces it has resource limits and a process group, and nothing else: it reads and writes whatever this program's
 user can, and reaches the network.
 
-Either way it shares the kernel with the host, and its system calls are not filtered: a hole in the kernel is a way out.
+Either way system calls that it does not need are refused (`seccomp.py`), and it has a session keyring of its own, which is
+empty. It shares the kernel with the host all the same: a hole in the kernel is a way out.
+
+Its memory is counted, not only limited: a limit of each process says nothing about all of them, nor about pages that are in
+none. What all processes hold (resident, swapped out, tables of pages) and what their sockets and pipes could hold is looked
+at every STEP_S seconds, so for moments it can be more than the limit. What could hide from the count is refused.
 
 Its files come in and go out as tar archives, so that nothing it makes is ever a file of the host by itself; only regular files
 are taken along.
@@ -22,6 +27,7 @@ are taken along.
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import resource
@@ -42,13 +48,24 @@ MNT_DETACH = 2
 SYS_MOUNT_SETATTR = 442  # the same on every architecture
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID = 1, 2
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
+SECCOMP_MODE_FILTER = 2
+RLIMIT_MSGQUEUE = 12
+SYS_KEYCTL = {"x86_64": 250, "aarch64": 219}
+KEYCTL_JOIN_SESSION_KEYRING = 1
 
-DEVICES = ("null", "zero", "full", "random", "urandom")
+# What is read from /dev/full are zeros as well; and it can't be mapped, which would be memory that is in no process.
+DEVICES = {"null": "null", "zero": "full", "full": "full", "random": "random", "urandom": "urandom"}
+SECRETIVE = ("/proc/keys", "/proc/key-users")
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
 ETC = ("/etc/alternatives", "/etc/fonts", "/etc/ld.so.cache", "/etc/localtime", "/etc/mime.types", "/etc/ssl/certs")
 ETC_NETWORK = ("/etc/hosts", "/etc/nsswitch.conf", "/etc/resolv.conf")
 STEP_S = 0.05
+HELD_BYTES = {"pipe:": 64 * 1024, "anon_inode:inotify": 6 * 1024 * 1024}
+"""What the kernel may hold for a descriptor, besides sockets: a pipe's pages, and events with long names."""
+LOCKS_MAX = 2000
+"""Locks of files, which take little memory each, but have no other limit; more count as all the memory there is."""
+COUNTED = ("VmRSS:", "VmSwap:", "VmPTE:")
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -57,6 +74,7 @@ class Order(TypedDict):
     """What to run, and within which limits."""
 
     command: list[str]
+    filter: str  # of system calls, in hexadecimal digits
     env: dict[str, str]
     visible: list[str]  # directories that the program may read, besides the system's
     namespaces: bool
@@ -68,6 +86,7 @@ class Order(TypedDict):
     wall_s: float
     cpu_s: int
     memory_bytes: int  # of one process' address space, and of what all processes use together
+    socket_bytes: int  # that one socket may hold
     processes: int  # and threads
     open_files: int
     file_bytes: int  # of one file
@@ -155,12 +174,14 @@ def build_root(order: Order, uid: int, gid: int) -> None:
         if not any(path == one or path.startswith(one + "/") for one in seen):
             show(f"/old{sources[path]}", path, read_only=True)
             seen.append(path)
-    for device in DEVICES:
-        show(f"/old/dev/{device}", f"/dev/{device}", read_only=False)
+    for device, real in DEVICES.items():
+        show(f"/old/dev/{real}", f"/dev/{device}", read_only=False)
     for name, target in {"fd": "", "stdin": "/0", "stdout": "/1", "stderr": "/2"}.items():
         Path("/dev", name).symlink_to(f"/proc/self/fd{target}")
     Path("/proc").mkdir()
     call("mount", b"proc", b"/proc", b"proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, None)
+    for path in filter(os.path.exists, SECRETIVE):
+        call("mount", b"/old/dev/null", path.encode(), None, MS_BIND, None)
     call("umount2", b"/old", MNT_DETACH)
     Path("/old").rmdir()
     Path("/etc/passwd").write_text(f"sandbox:x:{uid}:{gid}::/tmp:/bin/sh\n")
@@ -211,6 +232,7 @@ def become(order: Order, home: str, user: tuple[int, int] | None) -> NoReturn:
             os.setresgid(user[1], user[1], user[1])
             os.setresuid(user[0], user[0], user[0])
         call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        call("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0)  # our parent counts our memory
         call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         os.umask(0o077)
         for descriptor in order["files_in"]:
@@ -224,13 +246,36 @@ def become(order: Order, home: str, user: tuple[int, int] | None) -> NoReturn:
             resource.RLIMIT_NPROC: order["processes"],
             resource.RLIMIT_NOFILE: order["open_files"],
             resource.RLIMIT_FSIZE: order["file_bytes"],
+            RLIMIT_MSGQUEUE: 0,
         }.items():
             resource.setrlimit(limit, (value, value))
         signal.pthread_sigmask(signal.SIG_SETMASK, set())
+        forget_keys()
+        filter_calls(bytes.fromhex(order["filter"]))
         os.execve(order["command"][0], order["command"], order["env"] | {"PWD": home})  # noqa: S606
     except Exception as error:  # noqa: BLE001 there is nobody above to catch it
         tell(order, {"failure": f"{type(error).__name__}: {error}"})
     os._exit(127)
+
+
+def forget_keys() -> None:
+    """Join a new session keyring, if the kernel has such."""
+    if libc.syscall(SYS_KEYCTL[os.uname().machine], KEYCTL_JOIN_SESSION_KEYRING, None) < 0:
+        error = ctypes.get_errno()
+        # Where containers are not allowed to use keys, the filter says the same to the program.
+        if error not in (errno.ENOSYS, errno.EPERM):
+            raise OSError(error, f"keyctl: {os.strerror(error)}")
+
+
+class FilterProgram(ctypes.Structure):
+    """`struct sock_fprog`."""
+
+    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
+
+
+def filter_calls(program: bytes) -> None:
+    """Let the kernel judge this process' system calls from now on, and those of what it starts."""
+    call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(FilterProgram(len(program) // 8, program)), 0, 0)
 
 
 def watch(order: Order, started: int) -> tuple[int, str]:
@@ -240,7 +285,7 @@ def watch(order: Order, started: int) -> tuple[int, str]:
     while (status := reaped(started)) is None:
         if time.monotonic() > deadline:
             stopped = "time"
-        elif order["namespaces"] and memory_used() > order["memory_bytes"]:
+        elif order["namespaces"] and memory_used(order) > order["memory_bytes"]:
             stopped = "memory"
         if stopped:
             os.kill(started, signal.SIGKILL)
@@ -278,16 +323,43 @@ def descendants(*, everybody: bool) -> bool:
     return True
 
 
-def memory_used() -> int:
-    """Bytes that all processes of the namespace but this one use together."""
-    pages = 0
+def memory_used(order: Order) -> int:
+    """Bytes that the processes of the namespace but this one use together, or may have the kernel use for them."""
+    used = order["memory_bytes"] + 1 if too_many_locks() else 0
+    holders: set[str] = set()
     for path in Path("/proc").iterdir():
         if path.name.isdigit() and path.name != "1":
-            try:
-                pages += int((path / "statm").read_text().split()[1])
-            except (FileNotFoundError, ProcessLookupError):
-                continue  # it has ended meanwhile
-    return pages * resource.getpagesize()
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+                used += memory_of(path, holders, order)
+    sockets = sum(one.startswith("socket:") for one in holders)
+    if not order["network"]:  # then all are ours, also those in a message, which are in no process
+        sockets = int(Path("/proc/net/sockstat").read_text().split()[2])
+    held = sum(size for one in holders for kind, size in HELD_BYTES.items() if one.startswith(kind))
+    return used + held + sockets * order["socket_bytes"]
+
+
+def too_many_locks() -> bool:
+    """Whether the namespace has more than LOCKS_MAX; all of them would take too long to read."""
+    count = 0
+    with Path("/proc/locks").open("rb", buffering=0) as file:
+        while count <= LOCKS_MAX and (chunk := file.read(64 * 1024)):
+            count += chunk.count(b"\n")
+    return count > LOCKS_MAX
+
+
+def memory_of(process: Path, holders: set[str], order: Order) -> int:
+    """Bytes of one process; adds what its descriptors are to `holders`."""
+    found = [0]
+    for task in (process / "task").iterdir():  # the first may have ended, and each may have descriptors of its own
+        lines = map(str.split, (task / "status").read_text().splitlines())
+        found.append(sum(int(line[1]) * 1024 for line in lines if line and line[0] in COUNTED))
+        try:
+            holders.update(os.readlink(one.path) for one in os.scandir(task / "fd"))  # noqa: PTH115 they are no paths
+        except FileNotFoundError:
+            continue  # closed meanwhile
+        except PermissionError:  # a program that its user may not read
+            found[0] = order["open_files"] * order["socket_bytes"]
+    return found[0] + max(found[1:], default=0)
 
 
 def unpack(descriptor: int, home: str) -> None:

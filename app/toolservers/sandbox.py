@@ -4,15 +4,16 @@
 
 What the isolation is worth: each run gets Linux namespaces of its own (`jail.py` says what they hide), so code cannot reach the
 network, see the host's files or processes, or leave a process behind; CPU and wall time, memory, processes, files and output are
-bounded. That is what a container gives, not what a virtual machine gives: the kernel is shared and its system calls are not
-filtered. For code of strangers run this server on a machine, or in a virtual machine, that holds nothing of value.
+bounded. That is what a container gives, not what a virtual machine gives: the kernel is shared, though system calls that code
+does not need are refused (`seccomp.py`). For code of strangers run this server on a machine, or in a virtual machine, that holds nothing of value.
 
 Where namespaces can't be had (a Docker container with the default profile is such a place) the server does not start, unless
 `--allow-network` says that code may reach the network: then it runs with namespaces where they can be had, else with resource
 limits alone, and reads whatever this server's user can read.
 
 What a container remembers between calls are its files, kept as one tar archive in `--directory`, for `--idle` seconds after its
-last use. Who knows a container's id can use it: ids must be unguessable. Interpreters do not survive a call, variables are gone.
+last use, at most `--containers` of them and `--all-disk` MiB together: the one that was not used for the longest time goes
+first, and never one in use; several servers may share a directory. Who knows a container's id can use it: ids must be unguessable. Interpreters do not survive a call, variables are gone.
 """
 
 import asyncio
@@ -45,14 +46,17 @@ from mcp_types import CallToolResult, ImageContent, TextContent, ToolAnnotations
 from pydantic import BaseModel, Field
 
 from app.toolservers.jail import Order, Report
+from app.toolservers.seccomp import MACHINES, filter_for
 from app.toolservers.serving import http_option, serve
 
 JAIL = Path(__file__).with_name("jail.py")
 CELL = Path(__file__).with_name("cell.py").read_text()
+WMEM_DEFAULT = Path("/proc/sys/net/core/wmem_default")
 HOME = "/mnt/data"  # where models expect their files
 CONTAINER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{15,127}")
 IMAGES = ("image/png", "image/jpeg", "image/gif", "image/webp")
-CODE_BYTES_MAX = 1024 * 1024
+MIB = 1024**2
+CODE_BYTES_MAX = MIB
 IMAGE_BYTES_MAX = 5 * 1024 * 1024
 IMAGES_MAX = 10
 TEXT_BYTES_MAX = 16 * 1024
@@ -104,6 +108,10 @@ class Run(BaseModel):
     files: list[MadeFile] = Field(description="Files that the run has made or changed.")
 
 
+class NoRoom(Exception):
+    """There are too many containers, or too large ones, and all are in use."""
+
+
 class JailFailed(Exception):
     """Code could not be run in a jail; the message says why."""
 
@@ -123,12 +131,18 @@ class Sandbox:
         allow_network: bool = False,
         idle_s: float = 1200.0,
         runs_max: int = 4,
+        containers_max: int = 1000,
+        all_disk_bytes: int = 10 * 1024**3,
     ) -> None:
         """`python` is an interpreter, with whatever packages the code may use."""
+        self._containers_max, self._all_disk_bytes = containers_max, all_disk_bytes
         self._directory, self._python, self._limits = directory, python, limits
         self.network, self._idle_s = allow_network, idle_s
         self._turns = asyncio.Semaphore(runs_max)
         self._visible: list[str] = []
+        self._filter = b""
+        # The kernel lets one message more into a buffer that is not full.
+        self._socket_bytes = 2 * int(WMEM_DEFAULT.read_text())
         self.isolated = True
         """Whether runs get namespaces; without them there are resource limits and nothing else."""
 
@@ -142,6 +156,10 @@ class Sandbox:
         if asked.returncode:
             raise JailFailed(f"{self._python} is no working Python.")
         self._visible = json.loads(answer)
+        machine = os.uname().machine
+        if machine not in MACHINES:
+            raise JailFailed(f"the system calls of {machine} are not known here.")
+        self._filter = filter_for(machine)
         try:
             await self._try_out()
         except JailFailed:
@@ -151,14 +169,14 @@ class Sandbox:
             await self._try_out()
 
     async def _try_out(self) -> None:
-        seen, _ = await self.run("import socket\nprint(*(name for _, name in socket.if_nameindex()))")
+        seen, _ = await self.run("print(*(line.split(':')[0] for line in open('/proc/net/dev').readlines()[2:]))")
         if seen.exit_code or (seen.stdout.split() != ["lo"] and not self.network):
             raise JailFailed(f"a trial run went wrong: {seen.stderr or seen.stdout}".strip())
 
     async def run(
         self, code: str, container: str = "", files: Mapping[str, bytes] | None = None
     ) -> tuple[Run, list[ImageContent]]:
-        """Run one cell, and give how it went and the images that it made. Raises JailFailed.
+        """Run one cell, and give how it went and the images that it made. Raises JailFailed, NoRoom.
 
         `container` is a valid id, or empty for a run whose files are forgotten; the names of `files` are valid.
         """
@@ -168,12 +186,18 @@ class Sandbox:
             before = [stack.enter_context(archive_of(files or {}))]
             if state and state.exists():
                 before.insert(0, stack.enter_context(state.open("rb")))
-            after = stack.enter_context(replacing(state) if state else scratch())
+            after = stack.enter_context(fresh(self._directory) if state else scratch())
             report, stdout, stderr = await self._jailed(code, before, after)
             made, images = await asyncio.to_thread(changes, before, after)
+            said = [*notes(report, self._limits)]
+            if state:
+                try:
+                    await asyncio.to_thread(self._keep, Path(after.name), state)
+                except NoRoom as error:
+                    said.append(f"the files are as they were before: {error}")
         run = Run(
             stdout=stdout,
-            stderr=stderr + "".join(f"[sandbox: {note}]\n" for note in notes(report, self._limits)),
+            stderr=stderr + "".join(f"[sandbox: {note}]\n" for note in said),
             exit_code=report["exit_code"],
             timed_out=report["stopped"] == "time" or report["exit_code"] == -signal.SIGXCPU,
             files=made,
@@ -219,6 +243,7 @@ class Sandbox:
         limits = self._limits
         return {
             "command": [str(self._python), "-B", "-s", "-u", "-X", "utf8", "-c", CELL],
+            "filter": self._filter.hex(),
             "env": {
                 "PATH": f"{self._python.parent}:/usr/local/bin:/usr/bin:/bin",
                 "HOME": "/tmp" if self.isolated else home,  # noqa: S108 in a file system of its own
@@ -235,6 +260,7 @@ class Sandbox:
             "wall_s": limits.wall_s,
             "cpu_s": limits.cpu_s,
             "memory_bytes": limits.memory_bytes,
+            "socket_bytes": self._socket_bytes,
             "processes": limits.processes,
             "open_files": limits.open_files,
             "file_bytes": limits.file_bytes,
@@ -246,10 +272,10 @@ class Sandbox:
 
     @asynccontextmanager
     async def _held(self, container: str) -> AsyncIterator[Path]:
-        """The archive of a container, which nobody else uses meanwhile, in whatever process."""
+        """The archive of a container, which nobody else uses meanwhile, in whatever process. Raises NoRoom."""
         lock = self._directory / f"{container}.lock"
         while True:
-            with lock.open("a") as file:
+            with await asyncio.to_thread(self._admitted, lock) as file:
                 if locked(file, lock):
                     os.utime(file.fileno())
                     yield lock.with_suffix(".tar")
@@ -257,13 +283,43 @@ class Sandbox:
                     return
             await asyncio.sleep(LOCK_POLL_S)
 
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        """Containers come, grow and go one at a time, in whatever process."""
+        with (self._directory / "counting").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _admitted(self, lock: Path) -> IO[str]:
+        """Open the lock of a container, which may be a new one, if need be in the place of another. Raises NoRoom."""
+        with suppress(FileNotFoundError):
+            return lock.open("r+")
+        with self._counting():
+            while not lock.exists() and len([*self._directory.glob("*.lock")]) >= self._containers_max:
+                self._drop_oldest(f"there are {self._containers_max} containers, and all are in use.")
+            return lock.open("a")
+
+    def _keep(self, archive: Path, state: Path) -> None:
+        """A container's files are those of the archive from now on; others make room. Raises NoRoom."""
+        with self._counting():
+            while archive.stat().st_size + self._size_without(state) > self._all_disk_bytes:
+                self._drop_oldest(f"containers have more than {self._all_disk_bytes // MIB} MiB, and all are in use.")
+            archive.replace(state)
+
+    def _size_without(self, state: Path) -> int:
+        return sum(path.stat().st_size for path in self._directory.glob("*.tar") if path != state)
+
+    def _drop_oldest(self, otherwise: str) -> None:
+        """Remove the container whose last use is the longest ago. Raises NoRoom, saying `otherwise`, if all are in use."""
+        locks = [(lock.stat().st_mtime, lock) for lock in self._directory.glob("*.lock")]
+        if not any(drop(lock) for _, lock in sorted(locks)):
+            raise NoRoom(otherwise)
+
     def sweep(self) -> None:
         """Remove the containers that nobody has used for long."""
-        for lock in self._directory.glob("*.lock"):
-            with lock.open("a") as file:
-                if locked(file, lock) and time.time() - os.fstat(file.fileno()).st_mtime > self._idle_s:
-                    lock.with_suffix(".tar").unlink(missing_ok=True)
-                    lock.unlink()
+        with self._counting():
+            for lock in self._directory.glob("*.lock"):
+                drop(lock, idle_s=self._idle_s)
         for left in self._directory.glob("*.new"):  # of a server that was killed
             with suppress(FileNotFoundError):
                 if time.time() - left.stat().st_mtime > self._idle_s:
@@ -274,6 +330,16 @@ class Sandbox:
         while True:
             await asyncio.to_thread(self.sweep)
             await asyncio.sleep(SWEEP_S)
+
+
+def drop(lock: Path, *, idle_s: float = 0.0) -> bool:
+    """Remove a container, unless it is in use or was less than so many seconds ago."""
+    with lock.open("a") as file:
+        if not locked(file, lock) or time.time() - os.fstat(file.fileno()).st_mtime < idle_s:
+            return False
+        lock.with_suffix(".tar").unlink(missing_ok=True)
+        lock.unlink()
+        return True
 
 
 def locked(file: IO[str], path: Path) -> bool:
@@ -339,15 +405,13 @@ def scratch(text: str = "") -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A new file that takes the place of another at the end of the block, unless it raised."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".new", delete=False) as file:
+def fresh(directory: Path) -> Iterator[IO[bytes]]:
+    """A new file, which must be moved elsewhere in the block to remain."""
+    with tempfile.NamedTemporaryFile(dir=directory, suffix=".new", delete=False) as file:
         try:
             yield file
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink()
-            raise
+        finally:
+            Path(file.name).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -481,7 +545,7 @@ def tool_server(sandbox: Sandbox) -> MCPServer[Any]:
             run, images = await sandbox.run(code, checked_container(container), checked_files(files))
         except UnicodeEncodeError as error:
             raise ToolError(f"code is not text: {error}") from error
-        except JailFailed as error:
+        except (JailFailed, NoRoom) as error:
             raise ToolError(f"The code could not be run: {error}") from error
         return CallToolResult(content=[TextContent(text=said(run)), *images], structured_content=run.model_dump())
 
@@ -489,8 +553,6 @@ def tool_server(sandbox: Sandbox) -> MCPServer[Any]:
 
 
 # -- the program ------------------------------------------------------------------------------------------------------------
-
-MIB = 1024**2
 
 
 @click.command()
@@ -505,6 +567,8 @@ MIB = 1024**2
 @click.option("--cpu", default=Limits.cpu_s, show_default=True, help="Seconds of CPU time of each process.")
 @click.option("--memory", default=Limits.memory_bytes // MIB, show_default=True, help="MiB of memory of a run.")
 @click.option("--disk", default=Limits.disk_bytes // MIB, show_default=True, help="MiB of all files of a container.")
+@click.option("--containers", default=1000, show_default=True, help="Containers; beyond: the oldest idle one goes.")
+@click.option("--all-disk", default=10 * 1024, show_default=True, help="MiB of all files of all containers; likewise.")
 @click.option("--processes", default=Limits.processes, show_default=True, help="Processes and threads of a run.")
 @click.option(
     "--allow-network", is_flag=True, help="Let code reach the network, and run it even where only limits hold it."
@@ -519,10 +583,14 @@ def main(
     cpu: int,
     memory: int,
     disk: int,
+    containers: int,
+    all_disk: int,
     processes: int,
     allow_network: bool,
 ) -> None:
     """Serve the tool run_python over MCP, on stdio or HTTP."""
+    if all_disk < disk:
+        raise click.UsageError("--all-disk must be as much as --disk at least.")
     limits = Limits(wall_s=wall, cpu_s=cpu, memory_bytes=memory * MIB, disk_bytes=disk * MIB, processes=processes)
     sandbox = Sandbox(
         private(directory or Path(tempfile.gettempdir(), f"reprise-sandbox-{os.getuid()}")),
@@ -531,6 +599,8 @@ def main(
         allow_network=allow_network,
         idle_s=idle,
         runs_max=runs,
+        containers_max=containers,
+        all_disk_bytes=all_disk * MIB,
     )
     try:
         asyncio.run(sandbox.prepare())
