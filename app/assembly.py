@@ -13,7 +13,8 @@ from msgspec import Struct
 from app import echo, embedded
 from app.api import asgi
 from app.domain.sealed import KEY_BYTES, Seal, parse_key
-from app.outbound.catalog import Catalog, load_catalog
+from app.outbound.catalog import Catalog
+from app.outbound.catalog_file import load_catalog
 from app.outbound.guard import Guard
 from app.outbound.mcp import ToolPrograms
 from app.outbound.programs import Programs

@@ -11,7 +11,8 @@ from redis.exceptions import RedisError
 from app import assembly, echo, migrate
 from app.embedded import EmbeddedError
 from app.errors import ApiError
-from app.outbound.catalog import Catalog, load_catalog
+from app.outbound.catalog import Catalog
+from app.outbound.catalog_file import load_catalog
 from app.outbound.guard import Guard
 from app.outbound.masking import Mask
 from app.outbound.mcp import ToolSessions

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
 import msgspec
 from msgspec import Meta
@@ -210,6 +210,18 @@ def variable(field: str) -> str:
     return PLAIN_NAMES.get(field) or f"REPRISE_{field.upper()}"
 
 
+_SPELLINGS = {"yes": "true", "on": "true", "no": "false", "off": "false", "warn": "warning"}
+
+
+def _spelt(text: str, type_: Any) -> str:
+    """A switch or a choice in small letters, and by its usual name."""
+    plain = getattr(type_, "__origin__", type_)
+    if plain is not bool and get_origin(plain) is not Literal:
+        return text
+    small = text.strip().lower()
+    return _SPELLINGS.get(small, small)
+
+
 def load(environ: Mapping[str, str]) -> Settings:
     """Settings from the environment. Raises SettingsError for an unknown `REPRISE_` name or a bad value."""
     fields = {variable(field.name): field for field in msgspec.structs.fields(Settings)}
@@ -224,7 +236,7 @@ def load(environ: Mapping[str, str]) -> Settings:
     for name, text in given.items():
         field = fields[name]
         try:
-            values[field.name] = msgspec.convert(text, field.type, strict=False)
+            values[field.name] = msgspec.convert(_spelt(text, field.type), field.type, strict=False)
         except msgspec.ValidationError as error:
             raise SettingsError(f"{name}={text!r} is not valid: {error}") from None
     try:

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from app.domain.dialect import Dialect
-from app.outbound.catalog import load_catalog
+from app.outbound.catalog_file import load_catalog
 from app.settings import Settings, load, variable
 from tests.servers import ROOT, Served
 

@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from app.errors import UnsupportedParameter
 from app.wire.decoding import Json, nests_too_deeply
+from app.wire.hosted_tools import declared_keys
 from app.wire.tools import FunctionTool, HostedTool
 
 Kind = Literal["web_search", "file_search", "code_interpreter", "image_generation", "shell"]
@@ -132,6 +133,13 @@ class HostedRoute(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 RESTRICTING = ("filters",)
 """Keys of a declaration that a client may rely on to keep things out of the results."""
+
+
+def placeholders(kind: Kind) -> frozenset[str]:
+    """The names that `arguments` may use, without their `$`."""
+    given = {*(SEEN[kind].parameters or {})["properties"], "tenant", "container"}
+    given |= {"query", "queries"} if kind in {"web_search", "file_search"} else set()
+    return frozenset(given | {key for type_, of in KINDS.items() if of == kind for key in declared_keys(type_)})
 
 
 class Asked(Struct, frozen=True):

@@ -21,10 +21,7 @@
 A model that no entry names goes to the `default` upstream, or to the only one; `local@qwen3` names an upstream directly.
 """
 
-import tomllib
-from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
 
@@ -35,7 +32,6 @@ from app.domain.dialect import HOSTED, Dialect
 from app.domain.hosted import HostedRoute, Kind
 from app.errors import NotFound
 from app.outbound.toolserver import Shared, ToolServer
-from app.settings import Settings, SettingsError
 
 ENGINE_PARAMETERS = frozenset(
     # sampling and stopping, common to the engines
@@ -167,61 +163,3 @@ class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
     def model_names(self) -> list[str]:
         """Models that are named in full, not by a pattern."""
         return [entry.name for entry in self.models if not set("*?[") & set(entry.name)]
-
-
-def load_catalog(settings: Settings, environ: Mapping[str, str], *, demo_url: str = "") -> Catalog:
-    """The file of REPRISE_CATALOG; without it one upstream from OPENAI_BASE_URL, or the demo at `demo_url`.
-
-    Raises SettingsError with one line that says where the file is wrong.
-    """
-    if not settings.catalog:
-        if settings.openai_base_url:
-            if not settings.openai_base_url.startswith(("http://", "https://")):
-                raise SettingsError(f"OPENAI_BASE_URL={settings.openai_base_url!r} is no http:// or https:// URL.")
-            entry = UpstreamEntry(base_url=settings.openai_base_url, key=settings.openai_api_key)
-            return Catalog(upstreams={"default": entry})
-        return Catalog(upstreams={"echo": UpstreamEntry(base_url=demo_url)})
-    catalog = _read(Path(settings.catalog))
-    for model in catalog.models:
-        for route in model.routes:
-            if route.upstream not in catalog.upstreams:
-                raise SettingsError(
-                    f"{settings.catalog}: model '{model.name}' names an unknown upstream '{route.upstream}'."
-                )
-    if catalog.default and catalog.default not in catalog.upstreams:
-        raise SettingsError(f"{settings.catalog}: 'default' names an unknown upstream '{catalog.default}'.")
-    _check_tools(settings.catalog, catalog)
-    upstreams = {}
-    for name, upstream in catalog.upstreams.items():
-        key = _secret(settings.catalog, f"upstream '{name}'", upstream.key_env, environ) or upstream.key
-        upstreams[name] = msgspec.structs.replace(upstream, key=key)
-    tool_servers = {}
-    for name, server in catalog.tool_servers.items():
-        token = _secret(settings.catalog, f"tool server '{name}'", server.authorization_env, environ)
-        tool_servers[name] = msgspec.structs.replace(server, authorization=token or server.authorization)
-    return msgspec.structs.replace(catalog, upstreams=upstreams, tool_servers=tool_servers)
-
-
-def _check_tools(path: str, catalog: Catalog) -> None:
-    for name, server in catalog.tool_servers.items():
-        if bool(server.url) == bool(server.command):
-            raise SettingsError(f"{path}: tool server '{name}' needs either 'url' or 'command'.")
-    for kind, route in catalog.hosted.items():
-        if route.server not in catalog.tool_servers:
-            raise SettingsError(f"{path}: hosted '{kind}' names an unknown tool server '{route.server}'.")
-
-
-def _secret(path: str, of: str, name: str, environ: Mapping[str, str]) -> str:
-    """The value of the environment variable that an entry names, if it names one."""
-    if name and not environ.get(name):
-        raise SettingsError(f"{path}: {of} needs the environment variable {name}.")
-    return environ[name] if name else ""
-
-
-def _read(path: Path) -> Catalog:
-    try:
-        return msgspec.toml.decode(path.read_bytes(), type=Catalog)
-    except OSError as error:
-        raise SettingsError(f"REPRISE_CATALOG={str(path)!r} can't be read: {error.strerror}.") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SettingsError(f"{path}: {error}") from None

@@ -140,6 +140,11 @@ _DECODERS = {type_: msgspec.json.Decoder(struct) for type_, struct in _DECLARATI
 _FIELDS = msgspec.json.Decoder(Json)
 
 
+def declared_keys(type_: str) -> frozenset[str]:
+    """The keys that the declaration of a hosted tool may have."""
+    return frozenset(_DECLARATIONS[type_].__struct_encode_fields__)
+
+
 def decode_declaration(type_: str, raw: Raw, at: str) -> Json:
     """The keys of a hosted tool's declaration, as they came. Raises InvalidParameter with the path of the one that is wrong."""
     decode(_DECODERS[type_], raw, at)

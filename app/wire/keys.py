@@ -26,12 +26,24 @@ def suggestion(type_: Any, path: str, name: str) -> str | None:
     """The declared key that an unknown key `name` resembles; `path` leads from `type_` to the object that holds it."""
     if len(name) > NAME_CHARS_MAX:
         return None
-    places = list(_members(_type(type_)))
-    for step in _STEP.finditer(path):
-        places = [member for place in places for inner in _below(place, step["key"]) for member in _members(inner)]
+    places = _places(type_, path)
     known = [field.encode_name for place in places if isinstance(place, inspect.StructType) for field in place.fields]
     near = difflib.get_close_matches(name, known, n=1, cutoff=LIKENESS)
     return near[0] if near else None
+
+
+def choices(type_: Any, path: str) -> list[str]:
+    """The strings of which one must stand at a path."""
+    literals = [place for place in _places(type_, path) if isinstance(place, inspect.LiteralType)]
+    return sorted(str(value) for literal in literals for value in literal.values)
+
+
+def _places(type_: Any, path: str) -> list[inspect.Type]:
+    """What may stand at a path."""
+    places = list(_members(_type(type_)))
+    for step in _STEP.finditer(path):
+        places = [member for place in places for inner in _below(place, step["key"]) for member in _members(inner)]
+    return places
 
 
 def _members(type_: inspect.Type) -> Iterator[inspect.Type]:
@@ -49,7 +61,7 @@ def _below(place: inspect.Type, key: str | None) -> list[inspect.Type]:
     match place:
         case inspect.StructType(fields=fields):
             return [field.type for field in fields if field.encode_name == key]
-        case inspect.ListType(item_type=item):
+        case inspect.ListType(item_type=item) | inspect.FrozenSetType(item_type=item):
             return [item]
         case inspect.DictType(value_type=value):
             return [value]

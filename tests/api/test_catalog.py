@@ -10,7 +10,8 @@ import openai
 import pytest
 
 from app.domain.dialect import HOSTED, Dialect
-from app.outbound.catalog import UpstreamEntry, load_catalog
+from app.outbound.catalog import UpstreamEntry
+from app.outbound.catalog_file import load_catalog
 from app.settings import Settings, SettingsError
 from tests.servers import ROOT, Served
 from tests.upstream import Upstream, answer, call, error, finish, note, reasoning, refusal, script, status, text
@@ -526,15 +527,21 @@ GOOD = '[upstreams.a]\nbase_url = "http://127.0.0.1:1/v1"\n'
         ("[upstreams]", "Expected `object` of length >= 1 - at `$.upstreams`"),
         ("upstreams = 7", "Expected `object`, got `int` - at `$.upstreams`"),
         ("[upstreams.a", "Expected ']' at the end of a table declaration"),
-        ("[upstreams.a]", "missing required field `base_url` - at `$.upstreams[...]`"),
+        ("[upstreams.a]", "[upstreams.a]: Object missing required field `base_url`"),
         (GOOD + 'colour = "red"', "unknown field `colour`"),
         (GOOD + "attempts_max = 0", "attempts_max"),
         (GOOD + 'dialect = { lacks = ["everything"] }', "everything"),
         (GOOD + 'key_env = "NOT_THERE"', "upstream 'a' needs the environment variable NOT_THERE."),
-        ('default = "b"\n' + GOOD, "'default' names an unknown upstream 'b'."),
+        ('default = "b"\n' + GOOD, "'default' names an unknown upstream 'b'; there are a."),
         (GOOD + '[[models]]\nname = "m"\nroutes = []', "length >= 1"),
-        (GOOD + '[[models]]\nname = "m"\nroutes = [{ upstream = "b" }]', "model 'm' names an unknown upstream 'b'."),
-        ('[upstreams.a]\nbase_url = "127.0.0.1:1/v1"', "at `$.upstreams[...].base_url`"),
+        (
+            GOOD + '[[models]]\nname = "m"\nroutes = [{ upstream = "b" }]',
+            "model 'm' names an unknown upstream 'b'; there are a.",
+        ),
+        (
+            '[upstreams.a]\nbase_url = "127.0.0.1:1/v1"',
+            "[upstreams.a]: Expected `str` matching regex '^https?://' - at `$.base_url`",
+        ),
     ],
 )
 def test_a_bad_catalog_is_told_in_one_line_that_names_the_file(catalog_file, toml, message):
@@ -579,5 +586,5 @@ def test_a_server_with_a_bad_catalog_does_not_start_and_says_why_in_one_line(bas
     assert (ended.returncode, ended.stdout, ended.stderr) == (
         1,
         "",
-        f"reprise: {path}: 'default' names an unknown upstream 'b'.\n",
+        f"reprise: {path}: 'default' names an unknown upstream 'b'; there are a.\n",
     )

@@ -7,7 +7,8 @@ import pytest
 
 from app.domain.dialect import HOSTED, Dialect
 from app.errors import NotFound
-from app.outbound.catalog import ENGINE_PARAMETERS, Catalog, Route, load_catalog
+from app.outbound.catalog import ENGINE_PARAMETERS, Catalog, Route
+from app.outbound.catalog_file import load_catalog
 from app.settings import Settings, SettingsError
 
 ONE = """
@@ -71,13 +72,14 @@ name = "qwen*"
 routes = [{ upstream = "local" }, { upstream = "spare", model = "other" }]
 
 [[models]]
-name = "qwen3"
+name = "*"
 routes = [{ upstream = "spare" }]
 """
     )
     assert catalog.routes("qwen-exact") == [Route("spare", "q")]
     assert catalog.routes("qwen3") == [Route("local", "qwen3"), Route("spare", "other")]
-    assert catalog.model_names == ["qwen-exact", "qwen3"]
+    assert catalog.routes("llama") == [Route("spare", "llama")]
+    assert catalog.model_names == ["qwen-exact"]
 
 
 def test_patterns_see_the_case(read: Read):
@@ -193,3 +195,46 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path):
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(SettingsError, match=r"catalog\.toml: "):
         load_catalog(Settings(catalog=str(path)), {})
+
+
+# -- Faults -----------------------------------------------------------------------------------------------------------------
+
+SERVER = '[tool_servers.s]\nurl = "http://x/mcp"\n'
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ('[upstreams.near]\nbase_url = "x"', r"\[upstreams\.near\]: .*base_url"),
+        (
+            ONE + 'dialect = { lacks = ["everything"] }',
+            r"\[upstreams\.a\]: .*'everything'.*; it may be content_parts, .*strict",
+        ),
+        (ONE + 'dialect = { reasoning = "loud" }', "it may be none, reasoning, reasoning_content"),
+        (ONE + "atempts_max = 3", r"\[upstreams\.a\]: .*`atempts_max`.*did you mean `attempts_max`"),
+        (ONE + '[[models]]\nname = "m"\nroute = []', r"\[\[models\]\] 'm': .*`route`.*did you mean `routes`"),
+        (ONE + "[[models]]\nroutes = []", r"\[\[models\]\] number 1: "),
+        (ONE + '[hosted.web_search]\nserver = "s"\ntol = "t"', r"\[hosted\.web_search\]: .*`tol`.*did you mean `tool`"),
+        (
+            ONE + SERVER + '[hosted.web_search]\nserver = "s"\ntool = "t"\narguments = { q = "$qeury" }',
+            r"hosted 'web_search': there is no '\$qeury'; there are \$allowed_callers.*\$query",
+        ),
+        (ONE + SERVER + '[hosted.shell]\nserver = "t"\ntool = "t"', "unknown tool server 't'; there are s"),
+        (ONE + 'headers = { "x team" = "a" }', r"\[upstreams\.a\]: 'x team' is no name of a header"),
+        (ONE + 'headers = { x = "a\\nb" }', r"\[upstreams\.a\]: the value of header 'x' holds characters"),
+        (
+            TWO + '[[models]]\nname = "q*"\nroutes = [{ upstream = "up" }]',
+            "unknown upstream 'up'; there are local, spare",
+        ),
+        (
+            ONE
+            + '[[models]]\nname = "q*"\nroutes = [{ upstream = "a" }]\n[[models]]\nname = "q3"\nroutes = [{ upstream = "a" }]',
+            r"model 'q3' is never reached: 'q\*' stands before it and matches",
+        ),
+        ('[upstreams."a@b"]\nbase_url = "http://x/v1"', "neither spaces nor '@'"),
+        (ONE + '[tool_servers."a b"]\nurl = "http://x"', "letters, digits, '_' and '-'"),
+    ],
+)
+def test_a_fault_names_its_entry_and_what_may_stand_there(read: Read, toml: str, message: str):
+    with pytest.raises(SettingsError, match=rf"^[^\n]*catalog\.toml: [^\n]*{message}[^\n]*$"):
+        read(toml)

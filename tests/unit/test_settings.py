@@ -85,7 +85,7 @@ def test_a_bad_number_is_refused_by_name(name: str, value: str):
         ("port", "80.5"),
         ("durable", "perhaps"),
         ("upstream_auth", "anyone"),
-        ("on_disconnect", "Cancel"),
+        ("on_disconnect", "sometimes"),
         ("log_level", "loud"),
         ("turns_max", "0"),
         ("body_bytes_max", "1023"),
@@ -96,6 +96,18 @@ def test_a_bad_number_is_refused_by_name(name: str, value: str):
 def test_a_value_out_of_range_is_refused_by_name(name: str, value: str):
     with pytest.raises(SettingsError, match=f"^{variable(name)}='{value}' is not valid: "):
         load({variable(name): value})
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("Yes", True), ("on", True), ("1", True), ("NO", False), ("off", False), ("False", False)]
+)
+def test_a_switch_may_be_spelt_in_any_usual_way(text: str, value: bool):
+    assert load({"REPRISE_DURABLE": text}).durable is value
+
+
+@pytest.mark.parametrize(("text", "level"), [("INFO", "info"), ("Warn", "warning"), ("ERROR", "error")])
+def test_a_choice_may_be_spelt_in_any_case(text: str, level: str):
+    assert load({"REPRISE_LOG_LEVEL": text}).log_level == level
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_one():

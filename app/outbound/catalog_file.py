@@ -1,0 +1,171 @@
+"""Reading the catalog's file: whatever is wrong is one line that names the file, the entry and what may stand there."""
+
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec.structs import replace
+
+from app.domain.hosted import placeholders
+from app.outbound.catalog import Catalog, ModelEntry, ToolServerEntry, UpstreamEntry
+from app.settings import Settings, SettingsError
+from app.wire.keys import choices, suggestion
+
+_AT = re.compile(r" - at `(?:key` in `)?\$(?P<path>[^`]*)`$")
+_UNKNOWN_KEY = re.compile(r"unknown field `(?P<name>[^`]*)`")
+_UPSTREAM_NAME = re.compile(r"[^\s@]{1,64}")
+_LABEL = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+
+
+def load_catalog(settings: Settings, environ: Mapping[str, str], *, demo_url: str = "") -> Catalog:
+    """The file of REPRISE_CATALOG; without it one upstream from OPENAI_BASE_URL, or the demo at `demo_url`.
+
+    Raises SettingsError.
+    """
+    if not settings.catalog:
+        if settings.openai_base_url:
+            if not settings.openai_base_url.startswith(("http://", "https://")):
+                raise SettingsError(f"OPENAI_BASE_URL={settings.openai_base_url!r} is no http:// or https:// URL.")
+            entry = UpstreamEntry(base_url=settings.openai_base_url, key=settings.openai_api_key)
+            return Catalog(upstreams={"default": entry})
+        return Catalog(upstreams={"echo": UpstreamEntry(base_url=demo_url)})
+    catalog = _read(Path(settings.catalog))
+    fault = next(_faults(catalog), None)
+    if fault:
+        raise SettingsError(f"{settings.catalog}: {fault}.")
+    return _with_secrets(settings.catalog, catalog, environ)
+
+
+# -- Reading ----------------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> Catalog:
+    try:
+        raw = tomllib.loads(path.read_bytes().decode())
+    except OSError as error:
+        raise SettingsError(f"REPRISE_CATALOG={str(path)!r} can't be read: {error.strerror}.") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"{path}: {error}") from None
+    for entry, value, type_ in _entries(raw):
+        _convert(path, value, type_, entry)
+    catalog: Catalog = _convert(path, raw, Catalog, "")
+    return catalog
+
+
+def _entries(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Each entry by itself: as a whole the catalog's errors would not say which one is meant."""
+    types = {field.name: field.type for field in msgspec.structs.fields(Catalog)}
+    sections = {"upstreams": UpstreamEntry, "tool_servers": ToolServerEntry, "hosted": types["hosted"].__args__[1]}
+    for section, type_ in sections.items():
+        entries = raw.get(section)
+        for name, value in entries.items() if isinstance(entries, dict) else ():
+            yield f"[{section}.{name}]", value, type_
+    models = raw.get("models")
+    for number, value in enumerate(models if isinstance(models, list) else (), 1):
+        name = value.get("name") if isinstance(value, dict) else None
+        yield f"[[models]] {name!r}" if isinstance(name, str) else f"[[models]] number {number}", value, ModelEntry
+
+
+def _convert(path: Path, value: Any, type_: Any, entry: str) -> Any:
+    try:
+        return msgspec.convert(value, type_)
+    except msgspec.ValidationError as error:
+        message = f"{entry}: {error}" if entry else str(error)
+        raise SettingsError(f"{path}: {message}{_hint(str(error), type_)}") from None
+
+
+def _hint(message: str, type_: Any) -> str:
+    """What may stand where the value is wrong."""
+    at = _AT.search(message)
+    path = at["path"] if at else ""
+    if unknown := _UNKNOWN_KEY.search(message):
+        near = suggestion(type_, path, unknown["name"])
+        return f"; did you mean `{near}`?" if near else ""
+    known = choices(type_, path) if "enum value" in message else []
+    return f"; it may be {', '.join(known)}" if known else ""
+
+
+# -- Checking ---------------------------------------------------------------------------------------------------------------
+
+
+def _faults(catalog: Catalog) -> Iterator[str]:
+    yield from _faults_of_names(catalog)
+    yield from _faults_of_models(catalog)
+    yield from _faults_of_headers(catalog)
+    yield from _faults_of_tools(catalog)
+
+
+def _faults_of_names(catalog: Catalog) -> Iterator[str]:
+    for name in catalog.upstreams:
+        if not _UPSTREAM_NAME.fullmatch(name):
+            yield f"[upstreams.{name!r}]: a name has up to 64 characters, and neither spaces nor '@'"
+    for name in catalog.tool_servers:
+        if not _LABEL.fullmatch(name):
+            yield f"[tool_servers.{name!r}]: a name has up to 64 letters, digits, '_' and '-'"
+    if catalog.default and catalog.default not in catalog.upstreams:
+        yield f"'default' names an unknown upstream '{catalog.default}'; there are {', '.join(catalog.upstreams)}"
+
+
+def _faults_of_models(catalog: Catalog) -> Iterator[str]:
+    for index, model in enumerate(catalog.models):
+        for route in model.routes:
+            if route.upstream not in catalog.upstreams:
+                known = ", ".join(catalog.upstreams)
+                yield f"model '{model.name}' names an unknown upstream '{route.upstream}'; there are {known}"
+        for earlier in catalog.models[:index]:
+            if fnmatchcase(model.name, earlier.name):
+                yield f"model '{model.name}' is never reached: '{earlier.name}' stands before it and matches"
+
+
+def _faults_of_headers(catalog: Catalog) -> Iterator[str]:
+    entries = {f"[upstreams.{name}]": entry.headers for name, entry in catalog.upstreams.items()}
+    entries |= {f"[tool_servers.{name}]": entry.headers for name, entry in catalog.tool_servers.items()}
+    for entry, headers in entries.items():
+        for name, value in headers.items():
+            if not _HEADER_NAME.fullmatch(name):
+                yield f"{entry}: {name!r} is no name of a header"
+            if not _HEADER_VALUE.fullmatch(value):
+                yield f"{entry}: the value of header '{name}' holds characters that no header may"
+
+
+def _faults_of_tools(catalog: Catalog) -> Iterator[str]:
+    for name, server in catalog.tool_servers.items():
+        if bool(server.url) == bool(server.command):
+            yield f"tool server '{name}' needs either 'url' or 'command'"
+    for kind, route in catalog.hosted.items():
+        if route.server not in catalog.tool_servers:
+            known = ", ".join(catalog.tool_servers) or "none"
+            yield f"hosted '{kind}' names an unknown tool server '{route.server}'; there are {known}"
+        known_names = placeholders(kind)
+        for value in route.arguments.values():
+            if isinstance(value, str) and value.startswith("$") and value[1:] not in known_names:
+                known = ", ".join(f"${name}" for name in sorted(known_names))
+                yield f"hosted '{kind}': there is no '{value}'; there are {known}"
+
+
+# -- Secrets ----------------------------------------------------------------------------------------------------------------
+
+
+def _with_secrets(path: str, catalog: Catalog, environ: Mapping[str, str]) -> Catalog:
+    upstreams = {}
+    for name, upstream in catalog.upstreams.items():
+        key = _secret(path, f"upstream '{name}'", upstream.key_env, environ) or upstream.key
+        upstreams[name] = replace(upstream, key=key)
+    tool_servers = {}
+    for name, server in catalog.tool_servers.items():
+        token = _secret(path, f"tool server '{name}'", server.authorization_env, environ)
+        tool_servers[name] = replace(server, authorization=token or server.authorization)
+    return replace(catalog, upstreams=upstreams, tool_servers=tool_servers)
+
+
+def _secret(path: str, of: str, name: str, environ: Mapping[str, str]) -> str:
+    """The value of the environment variable that an entry names, if it names one."""
+    if name and not environ.get(name):
+        raise SettingsError(f"{path}: {of} needs the environment variable {name}.")
+    return environ[name] if name else ""
