@@ -107,9 +107,9 @@ def weights(cluster: Cluster, response_id: str) -> str:
     """What one run weighs in Redis and in Postgres."""
     until(lambda: cluster.run_of(response_id) is None, "all is stored")
     in_redis = cluster.servers.redis.memory_usage(cluster.key(response_id))
-    row = cluster.query("select octet_length(frames) as bytes from event_archive where response_id = $1", response_id)[
-        0
-    ]
+    row = cluster.query(
+        "select sum(octet_length(frames)) as bytes from event_archive where response_id = $1", response_id
+    )[0]
     frames = frames_of(cluster.urls[0], response_id)
     said = sum(len(frame) + 2 for frame in frames)
     return f"{len(frames)} events of {said:,} bytes: {in_redis:,} bytes in Redis, {row['bytes']:,} in the archive"
