@@ -107,6 +107,13 @@ class _Client(DefaultAioHttpClient):
         return _Transport(proxy=proxy, **options)
 
 
+class _Sending(Struct):
+    """What is sent, until it is: stamina's attempts are cycles, which keep their arguments until they are collected."""
+
+    body: bytes
+    caller_key: str | None
+
+
 class Upstream:
     """One Chat Completions server."""
 
@@ -157,7 +164,11 @@ class Upstream:
 
         Connection errors, 429 and 5xx are tried again, because nothing was sent to anybody yet. Raises UpstreamError.
         """
-        return await self._opened(body, caller_key)
+        sending = _Sending(body, caller_key)
+        try:
+            return await self._opened(sending)
+        finally:
+            sending.body, sending.caller_key = b"", None
 
     def _backoff(self, error: Exception) -> bool | float:
         if not isinstance(error, UpstreamUnavailable | UpstreamBusy) or isinstance(error, _KeyRefused):
@@ -167,9 +178,10 @@ class Upstream:
             return True
         return float(after) if after.isdigit() and float(after) <= self._retry_after_max_s else False
 
-    async def _open(self, body: bytes, caller_key: str | None) -> "ChunkStream":
+    async def _open(self, sending: "_Sending") -> "ChunkStream":
+        key = sending.caller_key
         try:
-            return ChunkStream(self, await self._ask("POST", self._chat, caller_key, body), self.mask(caller_key))
+            return ChunkStream(self, await self._ask("POST", self._chat, key, sending.body), self.mask(key))
         except UpstreamError as error:
             error.upstream = self.name
             raise

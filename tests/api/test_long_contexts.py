@@ -17,7 +17,7 @@ CHAIN_MB = 8
 AT_ONCE = 3
 """So many chains of that size find room: three quarters of 36 MB are for long ones."""
 SMALL = {"REPRISE_CONTEXTS_BYTES_MAX": str(36 * MB), "REPRISE_DATABASE_POOL_SIZE": "1"}
-PEAK_MB_MAX = 8 * 36
+PEAK_MB_MAX = 4 * 36
 """What all contexts together may take of memory: more than their bytes, since they are decoded, sent, and sent again."""
 
 
@@ -119,6 +119,23 @@ async def test_long_contexts_wait_for_each_other(roomy, upstream, said):
         upstream.open(said)
         assert {response.status for response in await asyncio.gather(*waiting)} == {"completed"}
     assert peak_mb(roomy) - at_rest < PEAK_MB_MAX
+
+
+def test_a_context_is_forgotten_with_its_run(roomy, said):
+    """One after the other: what had stayed of each would add up."""
+    with roomy.client() as client:
+        chain = client.responses.create(model="m", input=script([note("x" * CHAIN_MB * MB), text("ok"), finish()]))
+
+        def go_on(times: int) -> None:
+            for _ in range(times):
+                client.responses.create(
+                    model="m", input=script([note(said), text("ok"), finish()]), previous_response_id=chain.id
+                )
+
+        go_on(3)
+        settled = peak_mb(roomy)
+        go_on(12)
+        assert peak_mb(roomy) - settled < 4 * CHAIN_MB
 
 
 async def test_who_waits_too_long_for_room_is_told_when_to_come_again(impatient, upstream, said):
