@@ -11,7 +11,8 @@ drops a lock with its last holder however that dies, and a lock, unlike a pid in
 
 The supervisor (`python -m app.embedded`, detached, for it outlives the client that started it) starts every server whose
 lock is free, again if it was killed, and so adopts what a killed supervisor left running. It also keeps trying to get the
-lease exclusively. Once it does, no client is left: it stops the servers and exits, while newcomers wait at the lease.
+lease exclusively. Once it does, no client is left: it stops the servers and exits, while newcomers wait at the lease. Beside it
+a child, the deputy, waits for the supervisor's lock. It gets that when the supervisor is killed, and is the supervisor then.
 
 Postgres refuses to run as root. As root, both servers therefore run in a user namespace in which root's files are nobody's
 (nothing changes hands), or else as the user nobody, who is then given `DATA_DIR/embedded`.
@@ -25,6 +26,7 @@ import importlib.util
 import os
 import pwd
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -117,7 +119,7 @@ def _spawn_supervisor(home: Path, lock: int, *, durable: bool) -> None:
         log.replace(home / "log.old")
     with log.open("wb") as output:
         subprocess.run(
-            [sys.executable, "-m", "app.embedded", str(home), "durable" if durable else "fast"],
+            [sys.executable, "-m", "app.embedded", str(home), "durable" if durable else "fast", str(lock)],
             cwd=Path(__file__).parents[1],
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -260,8 +262,42 @@ class _Server:
             return None
 
 
-def _supervise(home: Path, *, durable: bool) -> None:
+class _Deputy:
+    """The child that takes over from a supervisor that was killed. There is always one, also if it is killed itself."""
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._pid = 0
+
+    def keep_waiting(self) -> None:
+        """Make one, if there is none."""
+        if self._pid and os.waitpid(self._pid, os.WNOHANG) == (0, 0):
+            return
+        self._pid = os.fork()
+        if self._pid == 0:
+            try:
+                self._succeed()
+            finally:
+                os._exit(1)  # never back into what the supervisor does
+
+    def _succeed(self) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.closerange(3, resource.getrlimit(resource.RLIMIT_NOFILE)[0])  # among them the supervisor's locks
+        lock = _open(self._home / "supervisor")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.set_inheritable(lock, True)
+        os.execv(sys.executable, [*sys.orig_argv[:-1], str(lock)])
+
+    def dismiss(self) -> None:
+        """The supervisor ends by itself: nobody takes over."""
+        if self._pid:
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+
+
+def _supervise(home: Path, deputy: _Deputy, *, durable: bool) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    deputy.keep_waiting()
     (home / "supervisor").write_text(f"{os.getpid()}\n")  # for people; what counts is the lock on the file
     sockets = _socket_directory(home)
     binaries = _postgres_binaries(home)
@@ -277,6 +313,7 @@ def _supervise(home: Path, *, durable: bool) -> None:
         while not _lock(lease, fcntl.LOCK_EX):
             for server in servers:
                 server.keep_running()
+            deputy.keep_waiting()
             time.sleep(SUPERVISOR_POLL_S)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -288,8 +325,9 @@ def _supervise(home: Path, *, durable: bool) -> None:
 
 def _initialize(initdb: list[str], home: Path, *, durable: bool) -> None:
     """Make Postgres' directory under another name and move it into place whole, lest one half made be taken for one."""
-    unfinished = home / "postgres.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
+    for left in home.glob("postgres.unfinished*"):
+        shutil.rmtree(left, ignore_errors=True)
+    unfinished = home / f"postgres.unfinished.{os.getpid()}"  # a killed supervisor's initdb may still write to its own
     options = [
         "-U",
         DATABASE_USER,
@@ -414,10 +452,14 @@ def _environment() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    # The supervisor's lock is an inherited open file that nothing here names; it closes with the process.
+    # The last argument is the supervisor's lock, an inherited open file that closes with the process.
     if os.fork():
         os._exit(0)
+    home = Path(sys.argv[1])
+    deputy = _Deputy(home)
     try:
-        _supervise(Path(sys.argv[1]), durable=sys.argv[2] == "durable")
+        _supervise(home, deputy, durable=sys.argv[2] == "durable")
     except (EmbeddedError, OSError) as error:
         sys.exit(str(error))
+    finally:
+        deputy.dismiss()

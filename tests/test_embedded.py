@@ -186,6 +186,55 @@ def test_killed_servers_come_back_while_a_client_stays(data_dir: Path) -> None:
     assert before[1] != after[1]
 
 
+def test_a_killed_supervisor_has_a_successor_at_once(data_dir: Path) -> None:
+    """It keeps the servers alive, and stops them after the last client; also the successor's successor."""
+    client = Client(data_dir)
+    servers = client.urls()
+    before = identity(*servers)
+    supervisor_file = data_dir / "embedded" / "supervisor"
+    for _ in range(3):
+        killed = pids(data_dir)["supervisor"]
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda killed=killed: (supervisor_file.read_text() or f"{killed}\n") != f"{killed}\n")
+        assert identity(*servers) == before
+    os.kill(pids(data_dir)["valkey"], signal.SIGKILL)
+    wait_until(lambda: listening(servers) and connects(Path(servers[1].removeprefix("unix://"))))
+    assert identity(*servers)[0] == before[0]
+    assert identity(*servers)[1] != before[1]
+    client.kill()
+    wait_until(lambda: not listening(servers))
+
+
+def test_servers_stop_when_their_supervisor_and_their_only_client_are_killed(data_dir: Path) -> None:
+    """Nothing is left running for the next start to find."""
+    client = Client(data_dir)
+    servers = client.urls()
+    os.kill(pids(data_dir)["supervisor"], signal.SIGKILL)
+    client.kill()
+    wait_until(lambda: not listening(servers))
+    wait_until(lambda: not running(data_dir / "embedded" / "supervisor"))
+
+
+def test_a_killed_deputy_has_a_successor(data_dir: Path) -> None:
+    """There is always one process more than needed."""
+    client = Client(data_dir)
+    servers = client.urls()
+    supervisor = pids(data_dir)["supervisor"]
+    [deputy] = deputies(supervisor)
+    os.kill(deputy, signal.SIGKILL)
+    wait_until(lambda: len(deputies(supervisor)) == 1 and deputies(supervisor) != [deputy])
+    os.kill(supervisor, signal.SIGKILL)
+    client.kill()
+    wait_until(lambda: not listening(servers))
+
+
+def deputies(supervisor: int) -> list[int]:
+    """Children of a supervisor that are no servers."""
+    children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
+    commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
+    return [pid for pid, command in commands.items() if b"app.embedded" in command]
+
+
 def test_recovers_when_everything_was_killed_and_its_pids_were_reused(data_dir: Path) -> None:
     """Committed rows and written keys are there again, whoever has the old pids and whatever sockets lie around."""
     client = Client(data_dir)
