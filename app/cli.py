@@ -1,11 +1,14 @@
 """`reprise serve | worker | migrate | keys | doctor`."""
 
 import asyncio
+import contextlib
 import gc
+import math
 import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from types import FrameType
@@ -19,6 +22,8 @@ from app import assembly, http, migrate
 from app.doctor import examine
 from app.embedded import EmbeddedError
 from app.errors import ApiError
+from app.http.door import Door
+from app.http.listener import accept_last, listen
 from app.outbound.catalog import Catalog
 from app.settings import Settings, SettingsError, load
 from app.storage import tenants
@@ -87,19 +92,16 @@ def serve() -> None:
 async def _serve(settings: Settings, *, own: bool) -> None:
     await _demand_schema(settings)
     async with assembly.assembled(settings) as built:
-        config = uvicorn.Config(
-            built.app,
-            lifespan="on",
-            timeout_graceful_shutdown=int(settings.shutdown_grace_s) + LAST_WORDS_S,
-            **http.options(settings.send_timeout_s),
-        )
-        listener = _listen(settings)
+        door = Door(settings)
+        door.fit_open_files()
+        config = uvicorn.Config(built.app, lifespan="on", **http.options(door))
+        listener = listen(settings)
 
         def listening() -> None:
             _settle()
             click.echo(_welcome(settings, built.catalog, listener.getsockname()[1], own=own))
 
-        server = _Server(config, listening, built.drain, built.break_off, grace_s=settings.shutdown_grace_s)
+        server = _Server(config, door, listening, built.drain, built.break_off)
         await server.serve(sockets=[listener])
 
 
@@ -121,14 +123,16 @@ class _Server(uvicorn.Server):
     def __init__(
         self,
         config: uvicorn.Config,
+        door: Door,
         listening: Callable[[], None],
         stopping: Callable[[], None],
         break_off: Callable[[], Awaitable[None]],
-        *,
-        grace_s: float,
     ) -> None:
         super().__init__(config)
-        self._listening, self._stopping, self._break_off, self._grace_s = listening, stopping, break_off, grace_s
+        self._door = door
+        self._listening, self._stopping, self._break_off = listening, stopping, break_off
+        self._loop, self._interrupted = asyncio.get_running_loop(), asyncio.Event()
+        self._grace_s, self._delay_s = door.settings.shutdown_grace_s, door.settings.shutdown_delay_s
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -136,12 +140,24 @@ class _Server(uvicorn.Server):
             self._listening()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ends_at = time.monotonic() + self._grace_s
         self._stopping()
+        self._door.close(self.server_state.connections)
         # Responses that are not done in time end as failed, and their readers are still there to hear it.
         ending = asyncio.create_task(self._end_responses())
+        await self._listen_on()
+        for listener in sockets or []:
+            await accept_last(listener)
+        self.config.timeout_graceful_shutdown = math.ceil(max(0.0, ends_at - time.monotonic()) + LAST_WORDS_S)
         await super().shutdown(sockets)
         ending.cancel()
         await asyncio.gather(ending, return_exceptions=True)
+
+    async def _listen_on(self) -> None:
+        """Give who balances the load time to see that this process is not ready; not after Ctrl-C, for that is a person."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(self._delay_s, self._grace_s)):
+                await self._interrupted.wait()
 
     async def _end_responses(self) -> None:
         await asyncio.sleep(self._grace_s)
@@ -149,16 +165,9 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
+        if sig == signal.SIGINT:
+            self._loop.call_soon_threadsafe(self._interrupted.set)
         self._captured_signals.clear()  # else uvicorn would die of them after its orderly end
-
-
-def _listen(settings: Settings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=http.BACKLOG)
-    except OSError as error:
-        why = str(error.strerror or error).partition(" (")[0]
-        raise SettingsError(f"can't listen on {settings.host}:{settings.port}: {why}.") from None
 
 
 def _welcome(settings: Settings, catalog: Catalog, port: int, *, own: bool) -> str:

@@ -101,12 +101,41 @@ class BodyTooLarge(InvalidRequest):
     code = "request_too_large"
 
 
+class HeadTooLarge(InvalidRequest):
+    """The headers are over a limit."""
+
+    status = 431
+    code = "request_headers_too_large"
+
+
+class UriTooLong(InvalidRequest):
+    """The request's line alone is over the limit of a head."""
+
+    status = 414
+    code = "uri_too_long"
+
+
+class RequestTooSlow(InvalidRequest):
+    """The head or the body did not come in time."""
+
+    status = 408
+    code = "request_timeout"
+
+
 class AuthenticationFailed(ApiError):
     """No key, an unknown one, a revoked one."""
 
     status = 401
     type = "invalid_request_error"
     code = "invalid_api_key"
+
+
+class ForeignSite(ApiError):
+    """A web page or a name that is not this machine's calls a server that asks for no key."""
+
+    status = 403
+    type = "invalid_request_error"
+    code = "foreign_site"
 
 
 class NotFound(ApiError):
@@ -141,6 +170,15 @@ class TooManyRequests(ApiError):
 
 class ServerError(ApiError):
     """Our mistake. The message never carries internals."""
+
+
+class ServerUnavailable(ServerError):
+    """This process takes no more: it has too many connections, or is about to end. Another try may meet another one."""
+
+    status = 503
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, headers={"Retry-After": "1"})
 
 
 class DatabaseUnavailable(ServerError):

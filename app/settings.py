@@ -58,6 +58,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     host: Annotated[str, _about("address to listen on; without keys only a loopback one")] = "127.0.0.1"
     port: Annotated[int, _about("port to listen on", ge=0, le=65535)] = 8000
+    reuse_port: Annotated[
+        bool, _about("whether another process may listen on the same port, for a restart without a gap")
+    ] = False
     data_dir: Annotated[str, _about("where the embedded servers and the secret key live")] = ".data"
     catalog: Annotated[str, _about("TOML file of upstreams and models")] = ""
     database_url: Annotated[str, _about("Postgres; not set: an embedded one")] = ""
@@ -76,7 +79,23 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = "cancel"
     log_level: Annotated[Literal["debug", "info", "warning", "error"], _about("the least that is logged")] = "info"
 
-    body_bytes_max: Annotated[int, _about("size of a request body", ge=1024)] = 64 * 1024 * 1024
+    connections_max: Annotated[
+        int,
+        _about("open connections of one process, or as many as its limit of open files allows; beyond: 503", ge=1),
+    ] = 4_096
+    head_bytes_max: Annotated[
+        int, _about("a request's line and headers; longer: 431, or 414 if the line alone is", ge=1024)
+    ] = 32 * 1024
+    headers_max: Annotated[int, _about("headers of one request; beyond: 431", ge=1)] = 100
+    head_timeout_s: Annotated[
+        float, _about("from a request's first byte to the end of its headers; longer: 408", gt=0)
+    ] = 10.0
+    idle_timeout_s: Annotated[float, _about("a connection's wait for its next request", gt=0)] = 75.0
+    body_timeout_s: Annotated[
+        float, _about("a request's body, which gets longer with what has come at the least rate; then 408", gt=0)
+    ] = 30.0
+    body_bytes_per_s_min: Annotated[int, _about("that least rate", ge=1)] = 16 * 1024
+    body_bytes_max: Annotated[int, _about("size of a request body; larger: 413", ge=1024)] = 64 * 1024 * 1024
     input_items_max: Annotated[int, _about("items in one request's input", ge=1, le=999_999)] = 10_000
     context_items_max: Annotated[int, _about("items of a chain and its new input together", ge=1)] = 100_000
     context_bytes_max: Annotated[
@@ -198,6 +217,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     lease_s: Annotated[float, _about("a process that is silent for longer loses its runs", gt=0)] = 15.0
     key_cache_s: Annotated[float, _about("how long a revoked key may still be accepted", ge=0)] = 5.0
     shutdown_grace_s: Annotated[float, _about("how long running requests may finish after SIGTERM", ge=0)] = 10.0
+    shutdown_delay_s: Annotated[
+        float,
+        _about("the part of it in which new connections are still taken, while `/readyz` is 503 already", ge=0),
+    ] = 1.0
 
     @property
     def data_path(self) -> Path:

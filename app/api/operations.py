@@ -5,6 +5,7 @@ from litestar.enums import MediaType
 from sqlalchemy import text
 
 from app.api.parts import Parts
+from app.errors import ServerUnavailable
 from app.storage.database import Query
 
 _PING = Query(text("select 1 as ready"), across_tenants="asks only whether Postgres answers")
@@ -18,7 +19,9 @@ async def livez() -> str:
 
 @get("/readyz", media_type=MediaType.TEXT)
 async def readyz(parts: Parts) -> Response[str]:
-    """Requests can be served: Postgres answers. Else 503."""
+    """Requests can be served: the process does not end, and Postgres answers. Else 503."""
+    if parts.worker.draining:
+        raise ServerUnavailable("The server is shutting down.")
     async with parts.database.autocommit() as tx:
         await tx.one(_PING)
     return Response("ok", media_type=MediaType.TEXT)

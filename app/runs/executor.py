@@ -13,7 +13,7 @@ import structlog
 from msgspec import Struct
 
 from app.domain.lifecycle import NO_USAGE, Outcome, close_response, open_response
-from app.errors import ApiError, DatabaseUnavailable, ServerError, TooManyRequests
+from app.errors import ApiError, DatabaseUnavailable, ServerError, ServerUnavailable, TooManyRequests
 from app.ids import new_id
 from app.outbound.guard import Guard
 from app.outbound.mcp import ToolPrograms
@@ -107,7 +107,7 @@ class Executor:
     async def start(self, caller: Caller, request: CreateResponse) -> Run:
         """Resolve the request and begin its run. Raises ApiError for everything that can be seen to be wrong by now."""
         if self._closing:
-            raise ServerError("The server is shutting down.")
+            raise ServerUnavailable("The server is shutting down.")
         if len(self._runs) + self._preparing >= self._settings.foreground_runs_max:
             raise TooManyRequests("Too many responses are being made; please try again.", headers={"Retry-After": "1"})
         self._preparing += 1
@@ -117,7 +117,7 @@ class Executor:
             self._preparing -= 1
         if self._closing:
             work.room.release()
-            raise ServerError("The server is shutting down.")
+            raise ServerUnavailable("The server is shutting down.")
         response = open_response(
             request, id=new_id("resp"), created_at=int(time.time()), left_out=work.context.toolbox.left_out
         )

@@ -50,6 +50,11 @@ class Worker:
         if claims:
             self._tasks.append(asyncio.create_task(self._claim_for_ever()))
 
+    @property
+    def draining(self) -> bool:
+        """Whether this process is about to end."""
+        return self._grace_ends_at is not None
+
     def drain(self) -> None:
         """Claim no more; the grace period begins."""
         if self._grace_ends_at is None:

@@ -15,6 +15,8 @@ from litestar.types import Receive, Scope, Send
 from openai import DefaultAioHttpClient
 
 from app import http
+from app.http.door import Door
+from app.settings import load
 from tests.bench.floor import to_chat
 
 HEADERS = {"content-type": "application/json", "accept-encoding": "identity"}
@@ -57,7 +59,7 @@ async def serve(port: int, upstream_port: int) -> None:
     """Until killed."""
     listener = socket.create_server(("127.0.0.1", port), backlog=http.BACKLOG)
     print(listener.getsockname()[1], flush=True)
-    config = uvicorn.Config(Libraries(upstream_port), lifespan="off", **http.options(send_timeout_s=30))
+    config = uvicorn.Config(Libraries(upstream_port), lifespan="off", **http.options(Door(load({}))))
     await uvicorn.Server(config).serve(sockets=[listener])
 
 

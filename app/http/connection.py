@@ -1,0 +1,352 @@
+"""One connection of a client: uvicorn's protocol, which gets one whole head at a time and is not fed beyond a request's end.
+
+What a client may send is bounded here, before a key is looked at: a head in bytes, headers and time, a body in time (its size
+is the application's business), requests that come before the reply to the one before. Whatever is over a limit is refused with
+a status in OpenAI's shape. Only here is uvicorn's inside used; `tests/unit/test_connection.py` names what.
+"""
+
+import asyncio
+from collections.abc import Callable
+from enum import Enum, auto
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from app.api.problems import error_body
+from app.errors import ApiError, HeadTooLarge, InvalidRequest, RequestTooSlow, ServerUnavailable, UriTooLong
+from app.http.door import REFUSED_MAX, Door
+from app.ids import new_id
+
+HEAD_ENDS = b"\r\n\r\n"
+
+FAREWELL_S = 2.0
+"""How long a client may take to read a reply that came before its request was whole. What it still sends is thrown away."""
+
+UNSENT_BYTES_MAX = 16 * 1024
+"""What a connection holds beside the system's own buffers before a sender waits."""
+
+LAST_REQUEST_S = 1.0
+"""How long a connection without a request waits for one while the server ends."""
+
+
+class Stage(Enum):
+    """Where a connection is in the exchange of a request and its reply."""
+
+    HEAD = auto()
+    """It waits for a head, or has a part of one."""
+    BODY = auto()
+    REPLY = auto()
+    """The request is whole; what comes belongs to the next one, and waits."""
+    FAREWELL = auto()
+    """The reply is sent, and the connection ends."""
+
+
+class Connection(HttpToolsProtocol):
+    """See above. All times are those of the loop's clock."""
+
+    def __init__(self, door: Door, **given: Any) -> None:
+        super().__init__(**given)
+        self._door, self._limits = door, door.settings
+        self._stage = Stage.HEAD
+        self._received = b""
+        """What the parser has not seen yet."""
+        self._searched = 0
+        """So much of it holds no end of a head."""
+        self._body_left: int | None = 0
+        """Of the body's bytes; None: it comes in chunks."""
+        self._body_bytes = 0
+        self._bare_bytes = 0
+        """What has come of a body in chunks since its last byte: sizes, extensions, trailers."""
+        self._body_begun = 0.0
+        self._reusable = False
+        """Whether the client may send another request after this one, if it is whole by the reply."""
+        self._refused = False
+        self._deadline: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._unsent = 0
+
+    # -- The transport's side ---------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client has connected."""
+        self._wire = transport
+        transport.set_write_buffer_limits(high=UNSENT_BYTES_MAX)
+        super().connection_made(_Wire(transport, self._leave))  # type: ignore[arg-type]
+        if len(self.connections) - self._door.refused > self._door.connections_max:
+            self._refuse(ServerUnavailable("Too many connections; please try again."))
+        else:
+            self._expect_request(self._limits.head_timeout_s)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It is gone."""
+        self._stage, self._received = Stage.FAREWELL, b""
+        self._door.refused -= self._refused
+        if self._timer:
+            self._timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """A part of something."""
+        if self._stage is Stage.FAREWELL:
+            return
+        self._received = self._received + data if self._received else data
+        self._parse()
+
+    # -- From bytes to requests -------------------------------------------------------------------------------------------
+
+    def _parse(self) -> None:
+        while self._received and self._stage in {Stage.HEAD, Stage.BODY}:
+            if self._stage is Stage.BODY:
+                self._take_body()
+            elif not self._take_head():
+                break
+        if self._stage is Stage.REPLY and len(self._received) > self._limits.head_bytes_max:
+            self._wire.pause_reading()
+
+    def _take_head(self) -> bool:
+        """Hand a whole head to the parser; whether there was one."""
+        ends = self._received.find(HEAD_ENDS, max(0, self._searched - len(HEAD_ENDS) + 1))
+        size = ends + len(HEAD_ENDS) if ends >= 0 else len(self._received)
+        if self._received.count(b"\n", 0, size) > self._limits.headers_max + 2:  # the request's line and the empty one
+            self._refuse(HeadTooLarge("The request has more headers than this server takes (REPRISE_HEADERS_MAX)."))
+            return False
+        if size > self._limits.head_bytes_max:
+            line_fits = self._received.find(b"\r\n", 0, self._limits.head_bytes_max) >= 0
+            what = "headers are" if line_fits else "URL is"
+            error = (HeadTooLarge if line_fits else UriTooLong)(
+                f"The request's {what} longer than this server takes (REPRISE_HEAD_BYTES_MAX)."
+            )
+            self._refuse(error)
+            return False
+        if ends < 0:
+            if self._searched == 0:
+                self._end_by(self._limits.head_timeout_s)
+            self._searched = size
+            return False
+        head, self._received, self._searched = self._received[:size], self._received[size:], 0
+        super().data_received(head)
+        return True
+
+    def _take_body(self) -> None:
+        size = len(self._received) if self._body_left is None else min(self._body_left, len(self._received))
+        part, self._received = self._received[:size], self._received[size:]
+        if self._body_left is None:
+            self._bare_bytes += size
+        else:
+            self._body_left -= size
+        super().data_received(part)
+        if self._stage is Stage.BODY and self._bare_bytes > self._limits.head_bytes_max + size:
+            self._refuse(
+                HeadTooLarge("The body's trailers are longer than this server takes (REPRISE_HEAD_BYTES_MAX).")
+            )
+
+    def send_400_response(self, msg: str) -> None:
+        """What the parser does not understand. Behind a body in chunks that may be the next request, which came too early: then
+        the client reads that the connection closes, and sends it again."""
+        if self._stage is Stage.REPLY:
+            self._received = b""
+            self._close_after_reply()
+        elif self._stage is not Stage.FAREWELL:
+            self._refuse(InvalidRequest(msg))
+
+    # -- The parser's side ------------------------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        """Raises ValueError where a request would begin in the middle of another."""
+        if self._stage is not Stage.HEAD:
+            raise ValueError
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header, or a trailer, which nothing here reads."""
+        if self._stage is Stage.HEAD:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """The request begins to be answered."""
+        super().on_headers_complete()
+        self._stage, self._deadline = Stage.BODY, None
+        self._body_left, self._body_bytes, self._bare_bytes = _body_length(self.headers), 0, 0
+        self._reusable = self.cycle.keep_alive and not self._door.closing
+        self.cycle.keep_alive = False
+        if self._body_left != 0:
+            self._body_begun = self.loop.time()
+            self._end_by(self._limits.body_timeout_s)
+
+    def on_body(self, body: bytes) -> None:
+        """A part of the body."""
+        self._body_bytes += len(body)
+        self._bare_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The request is whole."""
+        self._stage, self._deadline = Stage.REPLY, None
+        if not self.cycle.response_started:
+            self.cycle.keep_alive = self._reusable
+        super().on_message_complete()
+
+    # -- The reply's side -------------------------------------------------------------------------------------------------
+
+    def on_response_complete(self) -> None:
+        """The reply is written. What comes next on this connection is read now."""
+        self.server_state.total_requests += 1
+        if self._stage is Stage.REPLY:
+            self._wire.resume_reading()
+            self.flow.resume_reading()
+            self._expect_request(self._limits.send_timeout_s if self.flow.write_paused else self._idle_s)
+            self._parse()
+
+    @property
+    def _idle_s(self) -> float:
+        return LAST_REQUEST_S if self._door.closing else self._limits.idle_timeout_s
+
+    def pause_writing(self) -> None:
+        """The client has much to read yet."""
+        super().pause_writing()
+        if self._stage is Stage.REPLY or (self._stage is Stage.HEAD and not self._received):
+            self._end_by(self._limits.send_timeout_s)
+
+    def resume_writing(self) -> None:
+        """It has read most of it."""
+        super().resume_writing()
+        if self._stage is Stage.REPLY:
+            self._deadline = None
+        elif self._stage is Stage.HEAD and not self._received:
+            self._end_by(self._idle_s)
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer what can't be answered by the application, and end."""
+        self._door.refused += not self._refused
+        self._refused = True
+        cycle = self.cycle
+        if cycle and not cycle.response_complete:
+            cycle.disconnected = True
+            cycle.message_event.set()
+            if cycle.response_started or self._stage is not Stage.BODY:
+                self._wire.abort()
+                return
+        if self._door.refused > REFUSED_MAX:
+            self._wire.abort()
+            return
+        body = error_body(error)
+        headers = [
+            *self.server_state.default_headers,
+            *((name.lower().encode(), value.encode()) for name, value in error.headers.items()),
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+            (b"x-request-id", new_id("req").encode()),
+        ]
+        self._wire.write(
+            STATUS_LINE[error.status] + b"".join(b"%b: %b\r\n" % pair for pair in headers) + b"\r\n" + body
+        )
+        self._leave(unread=True)
+
+    def _leave(self, *, unread: bool = False) -> None:
+        """End the connection when its client has the reply: to close while there is something unread would take it away."""
+        unread = unread or self._stage is Stage.BODY or self._received != b""
+        self._stage, self._received = Stage.FAREWELL, b""
+        if self._wire.is_closing():
+            return
+        if not unread:
+            self._wire.close()
+            self._end_by(self._limits.send_timeout_s)
+            return
+        self._wire.resume_reading()
+        self._wire.write_eof()
+        self._end_by(FAREWELL_S)
+
+    # -- The end of the server --------------------------------------------------------------------------------------------
+
+    def wind_down(self) -> None:
+        """The server is about to end: the next reply closes the connection, as long as its head does not say otherwise yet."""
+        if self._stage is Stage.HEAD and not self._received:
+            self._end_by(max(LAST_REQUEST_S, self._limits.shutdown_delay_s))
+        else:
+            self._close_after_reply()
+
+    def _close_after_reply(self) -> None:
+        self._reusable = False
+        if self.cycle and not self.cycle.response_started:
+            self.cycle.keep_alive = False
+
+    def shutdown(self) -> None:
+        """Idle connections have their time, see `wind_down`; uvicorn would cut them off."""
+
+    # -- Time -------------------------------------------------------------------------------------------------------------
+
+    def _expect_request(self, timeout_s: float) -> None:
+        self._stage, self._searched = Stage.HEAD, 0
+        self._end_by(timeout_s)
+
+    def _end_by(self, seconds: float) -> None:
+        """Be patient for so long. A timer that rings too early looks again, which costs less than a timer for each request."""
+        self._unsent = self._wire.get_write_buffer_size()
+        self._deadline = self.loop.time() + seconds
+        if self._timer and self._timer.when() > self._deadline:
+            self._timer.cancel()
+            self._timer = None
+        if not self._timer:
+            self._timer = self.loop.call_at(self._deadline, self._ring)
+
+    def _ring(self) -> None:
+        self._timer = None
+        if self._deadline is None:
+            return
+        if self.loop.time() < self._deadline:
+            self._timer = self.loop.call_at(self._deadline, self._ring)
+        elif self._is_slow():
+            self._deadline = None
+            self._expire()
+
+    def _is_slow(self) -> bool:
+        """Whether the client makes no progress either; if it does, it gets more time."""
+        if self._stage is Stage.BODY:
+            allowed_s = self._limits.body_timeout_s + self._body_bytes / self._limits.body_bytes_per_s_min
+            left_s = self._body_begun + allowed_s - self.loop.time()
+            if self.flow.read_paused:  # it waits for us
+                left_s = self._limits.body_timeout_s
+            if left_s > 0:
+                self._end_by(left_s)
+                return False
+        if 0 < self._wire.get_write_buffer_size() < self._unsent:
+            self._end_by(self._limits.send_timeout_s)
+            return False
+        return True
+
+    def _expire(self) -> None:
+        if self._stage is Stage.FAREWELL or self._wire.get_write_buffer_size():
+            self._wire.abort()
+        elif self._stage is Stage.BODY:
+            self._refuse(RequestTooSlow("The request's body did not come in time."))
+        elif self._received:
+            self._refuse(RequestTooSlow("The request's headers did not come in time."))
+        else:
+            self._wire.close()
+
+
+class _Wire:
+    """The transport as uvicorn sees it: its close is a leave."""
+
+    __slots__ = ("close", "get_extra_info", "is_closing", "pause_reading", "resume_reading", "write")
+
+    def __init__(self, transport: asyncio.Transport, leave: Callable[[], None]) -> None:
+        self.close = leave
+        self.write, self.is_closing, self.get_extra_info = (
+            transport.write,
+            transport.is_closing,
+            transport.get_extra_info,
+        )
+        self.pause_reading, self.resume_reading = transport.pause_reading, transport.resume_reading
+
+
+def _body_length(headers: list[tuple[bytes, bytes]]) -> int | None:
+    """In bytes; None for one in chunks. The parser has checked both headers."""
+    length = 0
+    for name, value in headers:
+        if name == b"transfer-encoding":
+            return None
+        if name == b"content-length":
+            length = int(value)
+    return length
