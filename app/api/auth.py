@@ -3,6 +3,7 @@
 import hashlib
 import time
 
+from app.api.sites import Headers, refuse_foreign
 from app.errors import AuthenticationFailed
 from app.runs.executor import Caller
 from app.settings import Settings
@@ -22,11 +23,13 @@ class Auth:
         self._known: dict[bytes, tuple[float, str | None]] = {}
         self._in_use: tuple[float, bool] = (0.0, False)
 
-    async def caller(self, authorization: str | None) -> Caller:
-        """Who asks. Raises AuthenticationFailed."""
-        scheme, _, key = (authorization or "").partition(" ")
+    async def caller(self, headers: Headers, *, http_version: str) -> Caller:
+        """Who asks. Raises AuthenticationFailed, and ForeignSite where there are no keys."""
+        sent = next((value for name, value in headers if name == b"authorization"), b"")
+        scheme, _, key = sent.decode("latin-1").partition(" ")
         key = key.strip() if scheme.lower() == "bearer" else ""
         if not await self._keys_in_use():
+            refuse_foreign(headers, http_version=http_version)
             return await self._open_caller(key or None)
         if not key:
             raise AuthenticationFailed(

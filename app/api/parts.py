@@ -35,7 +35,6 @@ class Parts(Struct, frozen=True):
 async def provide_caller(request: Request[Any, Any, Any], parts: Parts) -> Caller:
     """The dependency of every handler below /v1."""
     # Litestar keeps the headers that it has parsed as long as the reply takes, which may be long.
-    sent = next((value for name, value in request.scope["headers"] if name == b"authorization"), None)
-    caller = await parts.auth.caller(sent.decode("latin-1") if sent else None)
+    caller = await parts.auth.caller(request.scope["headers"], http_version=request.scope["http_version"])
     structlog.contextvars.bind_contextvars(tenant_id=caller.tenant_id)
     return caller

@@ -13,6 +13,7 @@ FIELDS = {field.name: field for field in msgspec.structs.fields(Settings)}
 GOOD: dict[str, tuple[str, Any]] = {
     "host": ("0.0.0.0", "0.0.0.0"),
     "port": ("0", 0),
+    "reuse_port": ("true", True),
     "data_dir": ("/x", "/x"),
     "catalog": ("c.toml", "c.toml"),
     "database_url": ("postgresql://x", "postgresql://x"),
