@@ -21,10 +21,8 @@ def chunked(data: bytes) -> bytes:
 def request(path: str, body: bytes | None = None) -> bytes:
     """A POST with a JSON body, a GET without one."""
     if body is None:
-        return f"GET {path} HTTP/1.1\r\nhost: bench\r\n\r\n".encode()
-    head = (
-        f"POST {path} HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-    )
+        return f"GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     return head.encode() + body
 
 

@@ -28,7 +28,7 @@ async def read_stream(url, response_id):
     """The raw body of a stream over a socket of its own, without chunk sizes."""
     parts = urllib.parse.urlsplit(url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
-    writer.write(f"GET {parts.path}/responses/{response_id}?stream=true HTTP/1.0\r\nhost: x\r\n\r\n".encode())
+    writer.write(f"GET {parts.path}/responses/{response_id}?stream=true HTTP/1.0\r\nhost: localhost\r\n\r\n".encode())
     body = await asyncio.wait_for(reader.read(), 60)
     writer.close()
     head, _, body = body.partition(b"\r\n\r\n")
@@ -85,7 +85,9 @@ def test_a_client_that_does_not_read_slows_nobody(cluster, upstream, check):
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.settimeout(20)
         slow.connect((parts.hostname, parts.port))
-        slow.sendall(f"GET {parts.path}/responses/{response_id}?stream=true HTTP/1.0\r\nhost: x\r\n\r\n".encode())
+        slow.sendall(
+            f"GET {parts.path}/responses/{response_id}?stream=true HTTP/1.0\r\nhost: localhost\r\n\r\n".encode()
+        )
         assert slow.recv(10)
         follower = Follower(cluster.urls[:1], response_id)
         follower.wait_events(4)

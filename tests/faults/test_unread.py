@@ -37,7 +37,7 @@ class Unread:
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         self.socket.settimeout(40)
         self.socket.connect((parts.hostname, parts.port))
-        head = f"{method} {parts.path}{path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n"
+        head = f"{method} {parts.path}{path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\n"
         self.socket.sendall(f"{head}content-length: {len(sent)}\r\n\r\n".encode() + sent)
 
     def peek(self):
