@@ -24,7 +24,7 @@ class Retrieve(Struct, forbid_unknown_fields=True, frozen=True):
 
     include: list[Include] = []
     stream: bool = False
-    starting_after: Annotated[int, Meta(ge=0)] | None = None
+    starting_after: Annotated[int, Meta(ge=0, lt=2**62)] | None = None
     include_obfuscation: bool | None = None
 
 

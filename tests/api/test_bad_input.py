@@ -541,6 +541,7 @@ def test_a_bad_filter_is_named(http, query, code, param):
         ("include=everything", VALUE, "include[0]"),
         ("stream=maybe", TYPE, "stream"),
         ("starting_after=-1", VALUE, "starting_after"),
+        ("stream=true&starting_after=999999999999999999999999999999", VALUE, "starting_after"),
         ("nonsense=1", UNKNOWN, "nonsense"),
     ],
 )

@@ -118,7 +118,7 @@ class Fuzzer:
 
     def _try(self, number: int) -> str | None:
         random = Random(f"{self._seed} {number}")
-        mark = f"mark-{self._seed}-{number}-"
+        mark = f"mark-{random.getrandbits(64):016x}-"  # no other becomes this one when a byte of it is flipped
         sent = valid(random, self._known, mark)
         whole = random.random() < WHOLE and sent.method != "DELETE"
         if whole:
