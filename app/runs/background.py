@@ -400,21 +400,25 @@ class Background:
         """Say what lies between the former owner's last word and ours; the outcome, if the run ends with that."""
         claim = work.claim
         end = self._end(claim)
+        begun_from = replace(recorder.response, output=recovered.output)
         if found.lost:
             # Kept, so that no later owner goes back to the numbers that are given up here. Nobody may have heard of items that
             # were open, but for calls: they are kept from their beginning, and so are ended.
             said = recovered.done if end or recovered.ending else recovered.output
             snapshot = replace(recorder.response, output=said)
             await recorder.record([InProgress(response=snapshot), *recovered.ending], keep=True)
-        else:
+        elif end:
             await recorder.record(recovered.closing, keep=True)
+        elif recovered.closing:
+            # In one commit with what leaves them out: else a later owner would take them for done.
+            await recorder.record([*recovered.closing, InProgress(response=begun_from)], keep=True)
         if end:
             return end
         async with self._database.autocommit() as tx:
             if not await responses.begin_response(tx, claim.tenant_id, claim.response_id, claim.lease, found.life):
                 raise Fenced
-        if not found.lost:
-            await recorder.record([InProgress(response=replace(recorder.response, output=recovered.output))])
+        if not found.lost and not recovered.closing:
+            await recorder.record([InProgress(response=begun_from)])
         return None
 
     def _end(self, claim: Claim) -> Outcome | None:

@@ -143,6 +143,26 @@ def test_a_worker_killed_between_the_last_item_and_the_commit(cluster, upstream,
     assert [item["type"] for item in response["output"]] == ["reasoning", "message"]
 
 
+def test_a_worker_killed_between_the_close_of_a_partial_and_its_next_attempt(cluster, upstream, check):
+    """What was closed for the next attempt is no part of what that one goes on from, whoever makes it."""
+    cluster.ensure(workers=2)
+    said = script([repeat(5, text("w{i} ")), gate("closed"), text("end"), finish()])
+    response_id = begin(cluster.urls[0], said)
+    follower = Follower(cluster.urls, response_id)
+    until(lambda: len(deltas(follower)) == 5, "the text has come")
+    with locked(cluster.database_url, "responses"):  # which the next attempt begins with, and no item is written to
+        cluster.kill_owner(response_id)
+        waiting = "select from pg_locks where not granted and relation = 'responses'::regclass"
+        until(lambda: cluster.query(waiting), "its successor has closed the partial item, and waits to begin")
+        cluster.kill_workers()
+    cluster.ensure(workers=1)
+    upstream.open("closed")
+    response = check(follower)
+    assert closed_as(follower.seen) == ["incomplete", "completed"]
+    assert [item["type"] for item in response["output"]] == ["message"]
+    assert len(upstream.asked(said)) == 2
+
+
 def test_nothing_of_a_zombie_is_visible(cluster, upstream, check):
     cluster.ensure(workers=2)
     said = script([repeat(10, text("w{i} ")), gate("zombie"), repeat(10, text("v{i} ")), gate("zombie2"), finish()])
