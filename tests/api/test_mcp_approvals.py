@@ -409,4 +409,4 @@ def test_what_is_approved_is_called_whatever_becomes_of_other_servers(client, to
 
 @pytest.mark.parametrize("wanted", [{"never": {"tool_name": ["echo"]}}, {"nevr": {"tool_names": ["echo"]}}])
 def test_a_mistyped_filter_is_refused(client, mcp, wanted):
-    assert refused(client, "unknown field", input="x", tools=[mcp(require_approval=wanted)]).startswith("tools[0]")
+    assert refused(client, "Unknown parameter", input="x", tools=[mcp(require_approval=wanted)]).startswith("tools[0]")
