@@ -155,7 +155,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     upstream_idle_timeout_s: Annotated[float, _about("silence of an upstream in mid-stream", gt=0)] = 120.0
     upstream_line_bytes_max: Annotated[
         int, _about("one line of an upstream's stream, or its answer where that is no stream", ge=1024)
-    ] = 16 * 1024 * 1024
+    ] = 4 * 1024 * 1024
     upstream_error_bytes_max: Annotated[int, _about("an upstream's error; longer: cut off", ge=1024)] = 64 * 1024
     upstream_connections_max: Annotated[int, _about("open connections to one upstream", ge=1)] = 2_000
     outbound_allow: Annotated[

@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import structlog
-from litestar import Controller, Response, get
+from litestar import Controller, Request, Response, get
 from litestar.enums import MediaType
 from msgspec.structs import replace
 
+from app.api.connected import while_connected
 from app.api.parts import Parts
 from app.errors import NotFound, UpstreamError
 from app.outbound.catalog import Catalog
@@ -26,17 +27,18 @@ class ModelsController(Controller):
     path = "/v1/models"
 
     @get()
-    async def list(self, caller: Caller, parts: Parts) -> Response[bytes]:
+    async def list(self, request: Request[Any, Any, Any], caller: Caller, parts: Parts) -> Response[bytes]:
         """Every model, those of the catalog first."""
-        return Response(
-            encode(Models(await _models(caller, parts.catalog, parts.upstreams))), media_type=MediaType.JSON
-        )
+        models = await while_connected(request.receive, _models(caller, parts.catalog, parts.upstreams))
+        return Response(encode(Models(models)), media_type=MediaType.JSON)
 
     @get("/{model_id:path}")
-    async def retrieve(self, model_id: str, caller: Caller, parts: Parts) -> Response[bytes]:
+    async def retrieve(
+        self, request: Request[Any, Any, Any], model_id: str, caller: Caller, parts: Parts
+    ) -> Response[bytes]:
         """One model, by any name that a request may give it; it may contain slashes."""
         wanted = str(model_id).removeprefix("/")
-        models = await _models(caller, parts.catalog, parts.upstreams)
+        models = await while_connected(request.receive, _models(caller, parts.catalog, parts.upstreams))
         found = next((model for model in models if model.id == wanted), None) or _routed(wanted, models, parts.catalog)
         if found is None:
             raise NotFound(f"The model '{wanted}' does not exist.", param="model", code="model_not_found")

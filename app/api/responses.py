@@ -10,10 +10,11 @@ from litestar import Controller, Request, Response, delete, get, post
 from litestar.enums import MediaType
 
 from app.api import queries
+from app.api.connected import ClientGone, while_connected
 from app.api.parts import Parts
 from app.api.replies import json_reply
-from app.api.sse import EventStream, until_disconnect
-from app.errors import ApiError, InvalidRequest
+from app.api.sse import EventStream
+from app.errors import InvalidRequest
 from app.runs.aside import aside
 from app.runs.executor import Caller, Executor, Run
 from app.storage import contexts, responses
@@ -30,12 +31,6 @@ T = TypeVar("T")
 
 LEFT_OUT_HEADER = "x-reprise-left-out-tools"
 """Names the declared tools that the model does not see, because nobody here runs them."""
-
-
-class ClientGone(ApiError):
-    """Nobody reads this reply."""
-
-    status = 499
 
 
 class ResponsesController(Controller):
@@ -224,18 +219,8 @@ def _listed(body: str) -> bytes:
 
 async def _while_connected(request: Request[Any, Any, Any], executor: Executor, run: Run, work: Awaitable[T]) -> T:
     """Wait for work on behalf of a client; if the client leaves meanwhile, the policy decides about the run."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.create_task(until_disconnect(request.receive))
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        executor.reader_gone(run)
-        raise ClientGone("The client has gone.")
-    except asyncio.CancelledError:
+        return await while_connected(request.receive, work)
+    except (ClientGone, asyncio.CancelledError):
         executor.reader_gone(run)
         raise
-    finally:
-        working.cancel()
-        leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)

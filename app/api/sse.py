@@ -12,6 +12,7 @@ from typing import Any
 from litestar import Response
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.api.connected import until_disconnect
 from app.storage.backlog import PAGE_BYTES, Backlog
 from app.storage.redisclient import break_off
 from app.wire.events import DONE_FRAME, Entry
@@ -32,12 +33,6 @@ HEAD: list[tuple[bytes, bytes]] = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
-
-
-async def until_disconnect(receive: Receive) -> None:
-    """Returns when the client has gone."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 class EventStream(Response[None]):

@@ -81,6 +81,21 @@ class _KeyRefused(UpstreamUnavailable):
     is_final = True
 
 
+class _Request(aiohttp.ClientRequest):
+    """One that is given up leaves nothing to send: an upstream that reads nothing would keep the conversation in memory."""
+
+    async def send(self, conn: aiohttp.connector.Connection) -> aiohttp.ClientResponse:
+        transport = conn.transport
+        assert transport is not None
+
+        def drop_unsent() -> None:
+            if transport.get_write_buffer_size():
+                transport.abort()
+
+        conn.add_callback(drop_unsent)
+        return await super().send(conn)
+
+
 class _Transport(AiohttpTransport):
     """The SDK's, without a memory for cookies, and with an error of its own for heads that can't be read."""
 
@@ -88,7 +103,7 @@ class _Transport(AiohttpTransport):
         made = super().get_client()
         connector = made.connector
         made.detach()
-        return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+        return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), request_class=_Request)
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         try:

@@ -4,9 +4,12 @@ import asyncio
 import gzip
 import itertools
 import json
+import select
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import httpx
 import pytest
@@ -338,6 +341,9 @@ def test_a_list_of_models_that_is_none_lists_nothing(http, served, rogue, grown,
 
 LEAVE_WITHIN_S = 1.0
 
+ESTABLISHED = "01"
+"""In /proc/net/tcp."""
+
 WAITS: dict[str, Answer] = {
     "before the head": lambda _: [None],
     "in the head": lambda _: [b"HTTP/1.1 200 OK\r\n", None],
@@ -349,10 +355,12 @@ WAITS: dict[str, Answer] = {
 }
 
 
-async def leave(served: Served, model: str, until_s: Callable[[], bool], *, stream: bool) -> float:
+async def leave(
+    served: Served, model: str, until_s: Callable[[], object], *, stream: bool, asking: str = "hi"
+) -> float:
     """Ask, wait for something, and leave; gives when that was."""
     async with httpx.AsyncClient(base_url=served.url, timeout=60) as client:
-        body = {"model": model, "input": "hi", "stream": stream}
+        body = {"model": model, "input": asking, "stream": stream}
         asked = asyncio.create_task(client.post("/responses", json=body))
         await asyncio.to_thread(until, until_s)
         asked.cancel()
@@ -371,6 +379,21 @@ async def test_reading_stops_when_the_client_leaves(served, rogue, answer, strea
     assert visit.closed_s - left_s < LEAVE_WITHIN_S
 
 
+@pytest.mark.parametrize("path", ["/models", "/models/some"])
+async def test_models_are_listed_no_longer_than_the_client_waits(served, rogue, path):
+    rogue.answers["models"] = lambda _: [JSON, b"{", None]
+    before = len(rogue.asked("models"))
+    async with httpx.AsyncClient(base_url=served.url, timeout=60) as client:
+        asked = asyncio.create_task(client.get(path))
+        await asyncio.to_thread(until, lambda: len(rogue.asked("models")) > before)
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+        left_s = time.monotonic()
+    [visit] = rogue.asked("models")[before:]
+    assert await asyncio.to_thread(visit.closed.wait, 5)
+    assert visit.closed_s - left_s < LEAVE_WITHIN_S
+
+
 async def test_a_client_that_leaves_is_not_asked_for_again(served, rogue):
     refused = threading.Event()
 
@@ -384,3 +407,28 @@ async def test_a_client_that_leaves_is_not_asked_for_again(served, rogue):
         time.sleep, max(0.0, left_s + 3 - time.monotonic())
     )  # that nothing comes can only be waited for
     assert len(rogue.asked("backoff")) == 1
+
+
+@needs_proc
+async def test_a_request_that_an_upstream_does_not_read_is_dropped(new_server):
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        served = await asyncio.to_thread(new_server, OPENAI_BASE_URL=f"http://127.0.0.1:{deaf.getsockname()[1]}/v1")
+        taken: list[socket.socket] = []
+
+        def begun() -> bool:
+            if not taken and select.select([deaf], [], [], 0)[0]:
+                taken.append(deaf.accept()[0])
+            return bool(taken and select.select(taken, [], [], 0)[0])
+
+        await leave(served, "m", begun, stream=False, asking="x" * 8_000_000)
+        with taken[0] as connection:
+            await asyncio.to_thread(until, lambda: not _is_open(connection.getpeername()[1]), 5)
+
+
+def _is_open(port: int) -> bool:
+    """Whether the end of a connection that has this port is not closed by its process."""
+    rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()]
+    return any(row[1].endswith(f":{port:04X}") and row[3] == ESTABLISHED for row in rows)
