@@ -1,5 +1,6 @@
 """The one place that builds things: settings → database, upstreams, executor, application."""
 
+import asyncio
 import os
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -111,8 +112,7 @@ async def core(settings: Settings, catalog: Catalog) -> AsyncIterator[tuple[Core
         await programs.close()
         for upstream in upstreams.values():
             await upstream.close()
-        await database.close()
-        await heartbeats.close()
+        await asyncio.gather(database.close(), heartbeats.close())
 
 
 @asynccontextmanager

@@ -27,9 +27,10 @@ from app.runs.tools import Tools
 from app.settings import Settings
 from app.storage import approvals, responses
 from app.storage.backlog import Backlog, Backlogs
-from app.storage.database import Database, Tx
+from app.storage.database import UNAVAILABLE, Database, Tx
 from app.storage.eventlog import MemoryLog
 from app.storage.queue import Hold, Owner
+from app.storage.redisclient import break_off
 from app.wire.events import Entry
 from app.wire.items import encode_items
 from app.wire.requests import CreateResponse
@@ -38,6 +39,9 @@ from app.wire.resources import Response
 log = structlog.get_logger()
 
 LATE_ATTEMPTS_PER_LEASE = 3
+
+CLOSE_STORE_S = 2.0
+"""How long runs that a shutdown has broken off may take to be stored."""
 
 NOT_BEGUN = "The run broke off before it began."
 
@@ -173,12 +177,15 @@ class Executor:
             run.task.cancel()
 
     async def close(self) -> None:
-        """Break off every run, and wait until each is stored."""
+        """Break off every run, and wait until each is stored, or for CLOSE_STORE_S: then Postgres is away, and clients hear that."""
         self._closing = True
         runs = list(self._runs)
         for run in runs:
             self.cancel(run)
-        await asyncio.gather(*(run.task for run in runs if run.task), return_exceptions=True)
+        tasks = [run.task for run in runs if run.task]
+        if tasks:
+            _, unstored = await asyncio.wait(tasks, timeout=CLOSE_STORE_S)
+            await break_off(unstored)
         late = [run.late for run in runs if run.late]
         for task in late:
             task.cancel()
@@ -314,7 +321,7 @@ class Executor:
         if not closed.store:
             return closed
         try:
-            return await self._store(run, closed)
+            return await self._store_unless_closed(run, closed)
         except Exception as error:
             log.exception("A response could not be stored.", action="commit_failed")
             unstored: ApiError = ServerError("The response could not be stored.")
@@ -327,6 +334,15 @@ class Executor:
             if run.stored:
                 run.late = asyncio.create_task(self._store_late(run, failed))
             return failed
+
+    async def _store_unless_closed(self, run: Run, closed: Response) -> Response:
+        """While the executor closes, time may be over: only `close` breaks off a run whose outcome is decided."""
+        try:
+            return await self._store(run, closed)
+        except asyncio.CancelledError as error:
+            if not self._closing:
+                raise
+            raise DatabaseUnavailable(UNAVAILABLE) from error
 
     async def _store(self, run: Run, closed: Response) -> Response:
         async for attempt in self._database.retrying():

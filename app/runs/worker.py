@@ -19,6 +19,9 @@ from app.storage.redislog import RedisLogs
 
 log = structlog.get_logger()
 
+HAND_OVER_S = 1.5
+"""How long the handing over may take; after that the leases run out by themselves."""
+
 
 class Worker:
     """One process's right to write, and its share of the queue."""
@@ -83,10 +86,10 @@ class Worker:
             work.stop()
         await break_off(work.task for work in works if work.task)
         try:
-            async with self._database.autocommit() as tx:
+            async with asyncio.timeout(HAND_OVER_S), self._database.autocommit() as tx:
                 for claim in claims:
                     await queue.hand_back(tx, claim)
-        except DatabaseUnavailable:
+        except (DatabaseUnavailable, TimeoutError):
             log.warning("The database is unavailable; leases run out by themselves.", action="hand_over_failed")
         self._logs.tell("wake")
 

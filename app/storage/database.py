@@ -65,10 +65,13 @@ def _is_outage(error: BaseException) -> bool:
 def _unavailable(error: BaseException) -> DatabaseUnavailable:
     """What is raised for an outage in the middle of a statement."""
     stored_nothing = isinstance(error, asyncpg.PostgresError) and not str(error.sqlstate).startswith(_CONNECTION_LOST)
-    return (DatabaseUnavailable if stored_nothing else OutcomeUnknown)(_UNAVAILABLE)
+    return (DatabaseUnavailable if stored_nothing else OutcomeUnknown)(UNAVAILABLE)
 
 
-_UNAVAILABLE = "The database is unavailable; please try again."
+CLOSE_S = 0.5
+"""How long connections may take to close in peace."""
+
+UNAVAILABLE = "The database is unavailable; please try again."
 
 
 class Query:
@@ -134,7 +137,7 @@ class Database:
         except Exception as error:
             if not _is_outage(error):
                 raise
-            raise DatabaseUnavailable(_UNAVAILABLE) from error
+            raise DatabaseUnavailable(UNAVAILABLE) from error
         driver: Any = pooled.driver_connection
         try:
             yield Tx(driver)
@@ -187,8 +190,12 @@ class Database:
         ).__aiter__()
 
     async def close(self) -> None:
-        """Close every connection."""
-        await self.engine.dispose()
+        """Close every connection; Postgres may be away."""
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                await self.engine.dispose()
+        except TimeoutError:
+            await self.engine.dispose(close=False)
 
 
 def _engine(settings: Settings) -> AsyncEngine:

@@ -425,3 +425,49 @@ def test_a_response_that_can_never_be_stored_fails_and_says_why(base_env, postgr
         assert ended.to_dict() == last.response.to_dict()
         assert text_of(ended) == "a"
         assert count(postgres.url, "runs") == 0
+
+
+@pytest.mark.parametrize("away", ["down", "frozen"])
+@pytest.mark.parametrize("runs", ["go on", "have ended"])
+def test_the_server_ends_in_time_while_postgres_is_away_and_its_clients_hear_so(
+    base_env, postgres, upstream, said, away, runs, capsys
+):
+    grace_s = 1.5
+    env = {**base_env, "DATABASE_URL": postgres.url, "REPRISE_SHUTDOWN_GRACE_S": f"{grace_s}", "REPRISE_LEASE_S": "30"}
+    with Served(env) as served, served.client() as client:
+        streamed = client.responses.create(
+            model="m", input=script([note(said), text("a"), gate(f"{said} stream"), finish()]), stream=True
+        )
+        events, streaming = heard_in_thread(streamed)
+        wait_for_delta(events)
+        parent = client.responses.create(model="m", input="hi").id
+        refused: list[openai.APIStatusError] = []
+
+        def wait():
+            asking = script([note("whole"), text("a"), gate(said), finish()])
+            with pytest.raises(openai.InternalServerError) as caught:
+                client.responses.create(model="m", input=asking, previous_response_id=parent)
+            refused.append(caught.value)
+
+        waiting = threading.Thread(target=wait, daemon=True)
+        waiting.start()
+        upstream.wait_reached(said)
+        client.responses.create(model="m", input=script([note("bg"), text("a"), gate(f"{said} bg")]), background=True)
+        upstream.wait_reached(f"{said} bg")
+        postgres.down() if away == "down" else postgres.freeze()
+        if runs == "have ended":
+            upstream.open(said)
+            upstream.open(f"{said} stream")
+        begun_s = time.monotonic()
+        assert served.stop() == 0
+        took_s = time.monotonic() - begun_s
+        for thread in (streaming, waiting):
+            thread.join(10)
+        with capsys.disabled():
+            print(f"\n  Postgres {away}, runs {runs}: gone after {took_s:.1f} s, with a grace of {grace_s} s")
+        assert took_s < grace_s + 5
+        last = events[-1][1]
+        assert (last.type, last.response.status) == ("response.failed", "failed")
+        assert last.response.error.message == UNAVAILABLE["error"]["message"]
+        assert refused[0].body == UNAVAILABLE["error"]
+        assert refused[0].status_code == 503
