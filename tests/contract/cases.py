@@ -437,7 +437,9 @@ CASES: dict[str, Case] = {
     "content_filter at once": Case(turns=[[finish("content_filter")]], made=[], ends="incomplete:content_filter"),
     "tool_calls without calls": Case(turns=[[text("Hi"), finish("tool_calls")]], made=["says Hi"]),
     "stop with calls": Case(turns=[[call("f", {"a": 1}, id="c1"), finish("stop")]], made=TWO_CALLS[:1], body=F),
-    "a finish reason of its own": Case(turns=[[text("Hi"), finish("eos")]], made=["says Hi"]),
+    "a finish reason of its own": Case(
+        turns=[[text("Hi"), finish("eos")]], made=["[incomplete] says Hi"], ends="incomplete"
+    ),
     "no finish reason": Case(turns=[[text("Hi")]], made=["says Hi"]),
     "no [DONE]": Case(turns=[[text("Hi"), finish(), no_done()]], made=["says Hi"]),
     # -- The stream itself --

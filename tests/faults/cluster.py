@@ -156,11 +156,12 @@ def _children(pid: int) -> list[int]:
 
 @contextlib.contextmanager
 def frozen(pids: list[int]) -> Iterator[None]:
-    """SIGSTOP for the duration of the block."""
+    """SIGSTOP for the duration of the block, for those that still run: backends of Postgres come and go."""
     hesitate()
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
     try:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
         yield
     finally:
         for pid in pids:

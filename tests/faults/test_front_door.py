@@ -290,15 +290,17 @@ def test_a_reply_that_nobody_takes_does_not_stay(served):
     large = [{"role": "developer", "content": "large " * 500_000}, {"role": "user", "content": "hi"}]
     made = httpx.post(f"{served.url}/responses", json={"model": "m", "input": large}, timeout=30).json()
     asked = f"GET /v1/responses/{made['id']}/input_items HTTP/1.1\r\nhost: localhost\r\n\r\n".encode()
-    before = open_files(served)
     with Peer(served) as peer:
         peer.send(asked * 8)
-        until(lambda: open_files(served) > before)
-        until(lambda: open_files(served) <= before)
+        assert is_open(peer)
+        until(lambda: not is_open(peer))
 
 
-def open_files(served):
-    return len(list(Path(f"/proc/{served.process.pid}/fd").iterdir()))
+def is_open(peer):
+    """Whether the server's side of a connection is still established."""
+    ends = f":{peer.socket.getpeername()[1]:04X}", f":{peer.socket.getsockname()[1]:04X}"
+    sides = [line.split()[1:4] for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return any(here.endswith(ends[0]) and there.endswith(ends[1]) and state == "01" for here, there, state in sides)
 
 
 def test_a_key_is_asked_for_before_the_body(base_env, new_database):
