@@ -10,7 +10,7 @@ from app.wire.resources import Response
 log = structlog.get_logger()
 
 MODEL_CHARS_MAX = 100
-"""A client may write what it likes where a model's name should stand."""
+"""Of a model's name. A name that no model has may be anything that a client has written, and is not logged at all."""
 
 _CODE = re.compile(r"[a-z_]{1,64}")
 
@@ -22,7 +22,7 @@ def log_ended(response: Response, recorder: Recorder, *, attempts: int = 1) -> N
         "A response has ended.",
         action="run_ended",
         status=response.status,
-        model=response.model[:MODEL_CHARS_MAX],
+        model=None if error and error.code == "model_not_found" else response.model[:MODEL_CHARS_MAX],
         upstream=recorder.upstream,
         error=error.code if error and _CODE.fullmatch(error.code) else error and "other",
         reason=incomplete.reason if incomplete else None,

@@ -27,8 +27,9 @@ NOWHERE = {**TOKYO, "target_timezone": "Asia/Nowhere"}
 
 @pytest.fixture
 def clocked(new_server, upstream, catalog_file) -> Served:
-    """A server whose operator has the program in the catalog."""
-    return new_server(REPRISE_CATALOG=catalog_file(CATALOG.format(upstream=upstream.base_url, python=sys.executable)))
+    """A server whose operator has the program in the catalog; nobody keeps it running between two runs."""
+    catalog = catalog_file(CATALOG.format(upstream=upstream.base_url, python=sys.executable))
+    return new_server(REPRISE_CATALOG=catalog, REPRISE_TOOL_PROGRAM_IDLE_S="0")
 
 
 def programs_of(served: Served) -> list[str]:

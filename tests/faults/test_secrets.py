@@ -89,7 +89,10 @@ FAULTS = {
     "the upstream echoes in its stream": Fault([[text(ANSWER), error(f"{PROMPT} {{key}}", code="{key}")]]),
     "no upstream": Fault([[]], fields={"model": "dead@m"}),
     "an upstream that refuses the key": Fault([[]], fields={"model": "locked@m"}),
-    "no such model": Fault([[]], fields={"model": f"{PROMPT}@m"}),
+    "no such model": Fault(
+        [[status(404, {"error": {"message": f"no model {PROMPT}@m", "code": "model_not_found"}})]],
+        fields={"model": f"{PROMPT}@m"},
+    ),
     "tools: an answer": tool("echo"),
     "tools: an upstream that fails after a call": Fault([calling("echo", {"x": ARGUMENT}), [status(500)]]),
     "tools: an echo": tool("raw", result=SAID),
