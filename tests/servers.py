@@ -1,68 +1,22 @@
-"""The server under test, as users run it: `python -m app serve` in a process of its own, on a port and a data set of its own."""
+"""The server under test: `reprise serve` in a process of its own, on a port and a data set of its own."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Self
 
 import openai
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.forked import ROOT, ForkServer, Process
+
 START_TIMEOUT_S = 180.0
 
 
-WAIT = """
-import json, os, sys
-from app import cli
-given = json.loads(sys.stdin.readline() or sys.exit())
-os.environ.clear()
-os.environ.update(given["env"])
-sys.argv = ["reprise", given["command"]]
-cli.main()
-"""
-"""A process that has imported the server, which takes a second, and waits to hear what it is. It ends with whom it waits for."""
-
-
-class Spares:
-    """Such processes, for tests that start dozens."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._waiting: list[subprocess.Popen[str]] = []
-
-    def take(self, env: Mapping[str, str], command: str) -> subprocess.Popen[str]:
-        """One of them becomes this; another takes its place."""
-        while len(self._waiting) <= self._count:
-            self._waiting.append(_started(["-c", WAIT], os.environ, stdin=subprocess.PIPE))
-        process = self._waiting.pop(0)
-        assert process.stdin
-        with process.stdin as told:
-            told.write(json.dumps({"env": dict(env), "command": command}) + "\n")
-        return process
-
-    def close(self) -> None:
-        """End those that wait."""
-        for process in self._waiting:
-            process.kill()
-            process.communicate()
-        self._waiting = []
-
-
-def _started(arguments: list[str], env: Mapping[str, str], stdin: int | None = None) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=env,
-        stdin=stdin,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+FORKS = ForkServer()
+"""Where servers come from, unless a test needs more of one than its settings."""
 
 
 def reprise(env: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -86,9 +40,12 @@ def _inherited() -> dict[str, str]:
 class Served:
     """One server process; a context manager. `env` are its settings."""
 
-    def __init__(self, env: Mapping[str, str], *, command: str = "serve", spares: Spares | None = None) -> None:
+    def __init__(
+        self, env: Mapping[str, str], *, command: str = "serve", files_max: tuple[int, int] | None = None
+    ) -> None:
+        """With a PYTHONPATH it is no fork, so that Python reads that first; `files_max` are limits of open files."""
         self._env = {**_inherited(), "REPRISE_PORT": "0", **env}
-        self._command, self._spares = command, spares
+        self._command, self._is_fork, self._files_max = command, "PYTHONPATH" not in env, files_max
         self.printed: list[str] = []
         self.start()
 
@@ -96,17 +53,26 @@ class Served:
         """Start it, or start it again, and wait until it listens."""
         listening = threading.Event()  # its own: the reader of a process before may still have its end to tell
         self.url = ""
-        if self._spares:
-            self.process = self._spares.take(self._env, self._command)
-        else:
-            self.process = _started(["-m", "app", self._command], self._env)
+        self.process = self._started()
         self._reader = threading.Thread(target=self._read, args=(self.process, listening), daemon=True)
         self._reader.start()
         if not listening.wait(START_TIMEOUT_S) or not self.url:
             self.kill()
             raise RuntimeError("the server did not start:\n" + "".join(self.printed))
 
-    def _read(self, process: subprocess.Popen[str], listening: threading.Event) -> None:
+    def _started(self) -> Process | subprocess.Popen[str]:
+        if self._is_fork:
+            return FORKS.start(self._env, self._command, files_max=self._files_max)
+        return subprocess.Popen(
+            [sys.executable, "-m", "app", self._command],
+            cwd=ROOT,
+            env=self._env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def _read(self, process: Process | subprocess.Popen[str], listening: threading.Event) -> None:
         assert process.stdout is not None
         with process.stdout:
             for line in process.stdout:

@@ -333,13 +333,10 @@ def test_a_worker_ends_what_a_dead_server_left(new_server, upstream, base_env):
         stream = client.responses.create(model="m", input=script([{"text": "a"}, {"stall": None}]), stream=True)
         id = next(stream).response.id
         served.kill()
-    env = {**os.environ, **base_env, "DATABASE_URL": served.database_url, "REPRISE_LEASE_S": "0.5"}
-    worker = subprocess.Popen([sys.executable, "-m", "app", "worker"], cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
-    try:
+    env = {**base_env, "DATABASE_URL": served.database_url, "REPRISE_LEASE_S": "0.5"}
+    with Served(env, command="worker") as worker:
         until(lambda: fetch(served.database_url, "select status from responses where id = $1", id)[0][0] == "failed")
-    finally:
-        worker.terminate()
-    assert worker.wait(20) in {0, -signal.SIGTERM}
+        assert worker.stop() in {0, -signal.SIGTERM}
 
 
 def test_help_names_every_command():

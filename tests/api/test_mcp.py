@@ -191,7 +191,7 @@ def impatient(base_env, new_database):
     env = {
         **base_env,
         "DATABASE_URL": new_database(),
-        "REPRISE_TOOL_CALL_TIMEOUT_S": "0.5",
+        "REPRISE_TOOL_CALL_TIMEOUT_S": "2",
         "REPRISE_TOOL_ANSWER_BYTES_MAX": "100000",
         "REPRISE_TOOL_OUTPUT_BYTES_MAX": "1024",
         "REPRISE_TOOL_CALLS_AT_ONCE_MAX": "2",

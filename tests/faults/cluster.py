@@ -18,12 +18,10 @@ import redis
 
 from app import embedded, migrate
 from tests.faults.client import get, until
-from tests.servers import Served, Spares
+from tests.servers import Served
 
 LEASE_S = 1.5
 POLL_S = 0.2
-
-SPARES = Spares(2)
 
 INSIDE = {"PYTHONPATH": str(Path(__file__).parent / "inside")}
 """Settings of a process that is to be looked into, or lied to."""
@@ -245,7 +243,7 @@ class Cluster:
 
     def start_worker(self, **env: str) -> Served:
         """One more worker; one with settings of its own does not outlive its test."""
-        worker = Served({**self._env, **env}, command="worker", spares=self._spares_for(env))
+        worker = Served({**self._env, **env}, command="worker")
         self._workers.append(worker)
         if env:
             self._odd.add(worker.url)
@@ -258,10 +256,7 @@ class Cluster:
         return replica
 
     def _start_replica(self, **env: str) -> Served:
-        return Served({**self._env, "REPRISE_WORKERS_IN_API": "false", **env}, spares=self._spares_for(env))
-
-    def _spares_for(self, env: Mapping[str, str]) -> Spares | None:
-        return None if INSIDE.items() <= env.items() else SPARES  # that is read before a spare begins to wait
+        return Served({**self._env, "REPRISE_WORKERS_IN_API": "false", **env})
 
     def kill(self, process: Served) -> None:
         """Kill -9."""

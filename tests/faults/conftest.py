@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from tests.faults.client import decoded, frames_of, get
-from tests.faults.cluster import SPARES, Cluster, Servers
+from tests.faults.cluster import Cluster, Servers
 from tests.faults.memory import Grown
 from tests.faults.told import text_of, told
 from tests.servers import Served
@@ -47,7 +47,6 @@ def own_servers(tmp_path_factory):
     """A Postgres and a Valkey that may be killed."""
     servers = Servers(tmp_path_factory.mktemp("faults"))
     yield servers
-    SPARES.close()
     servers.close()
 
 

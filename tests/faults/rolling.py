@@ -19,7 +19,7 @@ import httpx
 import uvloop
 
 from app import embedded, migrate
-from tests.servers import Served, Spares
+from tests.servers import Served
 from tests.upstream import Upstream
 
 CLIENTS = 16
@@ -173,7 +173,6 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--requests", type=int, default=10_000)
     requests = parser.parse_args().requests
-    spares = Spares(2)
     with (
         tempfile.TemporaryDirectory() as home,
         embedded.start(Path(home), durable=False) as servers,
@@ -188,14 +187,11 @@ def main() -> None:
         }
         for through_proxy in (False, True):
             found, replaced = uvloop.run(
-                roll(
-                    lambda more: Served({**env, **more}, spares=spares), requests=requests, through_proxy=through_proxy
-                )
+                roll(lambda more: Served({**env, **more}), requests=requests, through_proxy=through_proxy)
             )
             where = "through a proxy" if through_proxy else "directly"
             failed = sum(found.values()) - found["200"]
             print(f"{where}: {failed} failed of {sum(found.values())}, {replaced} restarts: {dict(found)}", flush=True)
-    spares.close()
 
 
 if __name__ == "__main__":

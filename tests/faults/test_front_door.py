@@ -3,10 +3,8 @@ answer, none costs memory, and others are answered meanwhile."""
 
 import contextlib
 import json
-import os
 import resource
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +14,7 @@ import httpx
 import pytest
 
 from tests.looking import until
-from tests.servers import WAIT, Served, Spares, _started
+from tests.servers import Served
 
 GROWTH_BYTES_MAX = 24 * 1024 * 1024
 FLOOD_BYTES = 96 * 1024 * 1024
@@ -342,20 +340,10 @@ def test_more_connections_than_allowed_are_refused_and_places_become_free(new_se
     until(lambda: httpx.get(f"{served.url}/responses").status_code == 200)
 
 
-class FewFiles(Spares):
-    """Processes that may hold few files, and fewer unless they raise their limit."""
-
-    def take(self, env, command):
-        process = _started(["-c", WAIT], os.environ, stdin=subprocess.PIPE)
-        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (128, 300))
-        self._waiting.append(process)
-        return super().take(env, command)
-
-
 def test_a_low_limit_of_open_files_bounds_the_connections(base_env, new_database):
     """Postgres and upstreams are reached however many connect."""
     env = {**base_env, "DATABASE_URL": new_database()}
-    with Served(env, spares=FewFiles(0)) as served, contextlib.ExitStack() as stack:
+    with Served(env, files_max=(128, 300)) as served, contextlib.ExitStack() as stack:
         assert any("connections_limited" in line for line in served.printed)
         first = stack.enter_context(Peer(served))
         first.send(b"GET /livez HTTP/1.1\r\nhost: localhost\r\n\r\n")

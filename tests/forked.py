@@ -1,0 +1,147 @@
+"""Server processes that need not import the server first, which takes longer than most tests: forks of one that has.
+
+python -m tests.forked FD    forks on request; a request and two pipes come on the socket FD
+"""
+
+import atexit
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+ROOT = Path(__file__).resolve().parent.parent
+REQUEST_BYTES_MAX = 128 * 1024
+
+
+class ForkServer:
+    """One per test process, started when it is first needed; it ends with whoever has started it."""
+
+    def __init__(self) -> None:
+        self._socket: socket.socket | None = None
+        self._lock = threading.Lock()
+
+    def start(self, env: Mapping[str, str], command: str, *, files_max: tuple[int, int] | None = None) -> "Process":
+        """`reprise COMMAND` in this environment; `files_max` are its soft and hard limits of open files."""
+        request = json.dumps({"env": dict(env), "command": command, "files_max": files_max}).encode()
+        assert len(request) <= REQUEST_BYTES_MAX
+        output, output_end = os.pipe()
+        status, status_end = os.pipe()
+        with self._lock:
+            if self._socket is None:
+                self._socket = _forking()
+            socket.send_fds(self._socket, [request], [output_end, status_end])
+        os.close(output_end)
+        os.close(status_end)
+        return Process(output, status)
+
+
+def _forking() -> socket.socket:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for one in (ours, theirs):
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * REQUEST_BYTES_MAX)
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(theirs.fileno())], cwd=ROOT, pass_fds=[theirs.fileno()]
+        )
+
+    def end() -> None:
+        ours.close()
+        process.wait()
+
+    atexit.register(end)
+    return ours
+
+
+class Process:
+    """What `subprocess.Popen` says of a child, of one that is somebody else's."""
+
+    def __init__(self, output: int, status: int) -> None:
+        self.stdout: TextIO = os.fdopen(output, encoding="utf-8", errors="replace")
+        self._status = os.fdopen(status)
+        self.pid = int(self._status.readline())
+        self.returncode: int | None = None
+        self._ended = threading.Event()
+        threading.Thread(target=self._await_end, daemon=True).start()
+
+    def _await_end(self) -> None:
+        with self._status:
+            self.returncode = int(self._status.readline() or -signal.SIGKILL)
+        self._ended.set()
+
+    def poll(self) -> int | None:
+        """Its exit status, if it has ended; the negative signal where that has ended it."""
+        return self.returncode if self._ended.is_set() else None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit status once it has ended. Raises subprocess.TimeoutExpired."""
+        if not self._ended.wait(timeout) or self.returncode is None:
+            raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """A signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL, unless it has ended."""
+        self.send_signal(signal.SIGKILL)
+
+
+def fork_for_ever(requests: socket.socket) -> None:
+    """Fork for every request until nobody can make one."""
+    from app import cli  # noqa: F401 - this is what takes so long
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that watch
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the tests
+    while True:
+        request, files, _, _ = socket.recv_fds(requests, REQUEST_BYTES_MAX, 2)
+        if not request:
+            return
+        if os.fork() == 0:
+            requests.close()
+            _watch(json.loads(request), *files)
+        for file in files:
+            os.close(file)
+
+
+def _watch(request: dict[str, Any], output: int, status: int) -> None:
+    """Fork the server, and write its pid, then how it has ended."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    pid = os.fork()
+    if pid == 0:
+        os.close(status)
+        _become(request, output)
+    os.close(output)
+    os.write(status, f"{pid}\n".encode())
+    _, ended = os.waitpid(pid, 0)
+    os.write(status, f"{os.waitstatus_to_exitcode(ended)}\n".encode())
+    os._exit(0)
+
+
+def _become(request: dict[str, Any], output: int) -> None:
+    from app import cli
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
+    os.environ.clear()
+    os.environ.update(request["env"])
+    if request["files_max"]:
+        resource.setrlimit(resource.RLIMIT_NOFILE, tuple(request["files_max"]))
+    sys.argv = ["reprise", request["command"]]
+    cli.main()
+    sys.exit()
+
+
+if __name__ == "__main__":
+    fork_for_ever(socket.socket(fileno=int(sys.argv[1])))
