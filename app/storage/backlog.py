@@ -193,16 +193,20 @@ class Backlogs:
         self._open.discard(backlog)
 
     def _make_room(self) -> None:
-        enough = self._all_bytes_max * SPARE
+        """What can be read again is let go before anybody is disconnected; in both, clients that take nothing come first."""
+        enough = int(self._all_bytes_max * SPARE)
         stale_since = self.now() - STALE_S
-        stale = sorted(
-            (backlog for backlog in self._open if backlog.counted and backlog.taken_at < stale_since),
-            key=lambda backlog: backlog.taken_at,
-        )
-        milder = [backlog.let_go for backlog in stale if backlog.rereads]
-        for relieve in (*milder, *(backlog.drop for backlog in stale)):
-            if self._left >= enough:
-                return
-            relieve()
+        behind = sorted((one for one in self._open if one.counted), key=lambda one: one.taken_at)
+        stale = [one for one in behind if one.taken_at < stale_since]
+        self._relieve([one.let_go for one in stale if one.rereads], enough)
+        self._relieve([one.let_go for one in behind if one.rereads], 0)
+        if self._left < 0:
+            self._relieve([one.drop for one in stale], enough)
         while self._left < 0:
             max(self._open, key=lambda backlog: backlog.counted).drop()
+
+    def _relieve(self, measures: Iterable[Callable[[], None]], wanted: int) -> None:
+        for measure in measures:
+            if self._left >= wanted:
+                return
+            measure()

@@ -246,9 +246,9 @@ class Reader:
 
     async def _fetch(self) -> list[Batch]:
         """What it has missed, a page at most."""
-        self._lagging = False  # first: what comes from now on is offered, or twice seen
         try:
             async with self._hub.fetches:
+                self._lagging = False  # first: what comes from now on is offered, or twice seen
                 page: Any = await self._hub.client.xrange(self._key, min=f"({self._position}", count=self._count)
         except BaseException:
             self._lagging = True

@@ -128,6 +128,19 @@ async def test_what_can_be_read_again_is_let_go_before_anybody_is_disconnected()
     assert (lagging.heard, other.heard, new.heard, lagging.backlog.bytes) == ([], [], [], 0)
 
 
+async def test_also_clients_that_read_read_again_before_anybody_is_disconnected():
+    """A single event may be so large that all who hear it at once are beyond the bound."""
+    every = backlogs()
+    clients = [Client(every) for _ in range(5)]
+    for client in clients:
+        client.backlog.rereads = True
+        client.backlog.let_go = lambda backlog=client.backlog: backlog.release(backlog.bytes)
+    for client in clients:
+        client.backlog.add(1_000_000)
+    assert [client.heard for client in clients] == [[]] * 5
+    assert sum(client.backlog.bytes for client in clients) <= 4_000_000
+
+
 async def test_when_all_read_the_largest_is_disconnected():
     every = backlogs()
     small, large = Client(every, 100_000), Client(every, 3_900_001)
