@@ -32,9 +32,7 @@ class Auth:
             refuse_foreign(headers, http_version=http_version)
             return await self._open_caller(key or None)
         if not key:
-            raise AuthenticationFailed(
-                "You didn't provide an API key. Send it as 'Authorization: Bearer KEY'.", code="missing_api_key"
-            )
+            raise _missing()
         tenant_id = await self._tenant(key)
         if tenant_id is None:
             raise AuthenticationFailed(f"Incorrect API key provided: {_masked(key)}.")
@@ -50,8 +48,10 @@ class Auth:
         return in_use
 
     async def _open_caller(self, key: str | None) -> Caller:
-        """Where callers bring the upstream's keys, each key sees its own data only."""
-        if self._per_caller and key:
+        """Where callers bring the upstream's keys, each key sees its own data only. Raises AuthenticationFailed."""
+        if self._per_caller:
+            if not key:
+                raise _missing()
             return Caller(f"caller_{hashlib.sha256(key.encode()).hexdigest()[:32]}", key)
         return Caller(tenants.DEFAULT_TENANT, key)
 
@@ -66,6 +66,12 @@ class Auth:
             self._known.clear()
         self._known[digest] = (time.monotonic() + self._cache_s, tenant_id)
         return tenant_id
+
+
+def _missing() -> AuthenticationFailed:
+    return AuthenticationFailed(
+        "You didn't provide an API key. Send it as 'Authorization: Bearer KEY'.", code="missing_api_key"
+    )
 
 
 def _masked(key: str) -> str:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from msgspec import UNSET, Struct
 from msgspec.structs import replace
 
+from app.domain.approvals import was_asked
 from app.domain.hosted import Kind
+from app.domain.sealed import TenantSeal
 from app.domain.toolbox import Toolbox, open_toolbox
 from app.errors import InvalidRequest
 from app.ids import NewId
@@ -105,20 +107,22 @@ def resolve(
     referenced: Mapping[str, AnyItem],
     new_id: NewId,
     *,
+    seal: TenantSeal,
     requests: Mapping[str, McpApprovalRequest] | None = None,
     hosted: frozenset[Kind] = frozenset(),
 ) -> Context:
     """The context of a run. `chain` holds the items of all earlier responses, oldest first; `requests` are the approval
-    requests among those that the input answers which this server has made for this tenant.
+    requests among those that the input answers which this server has made for this tenant, and stored; `seal` is the tenant's.
 
     Raises InvalidRequest for an unknown reference, a duplicate item, an unanswered call, an output without its call, an
-    approval of what was not asked.
+    approval of what was not asked, reasoning that this server did not seal.
     """
+    _refuse_unsealed(request.input, seal)
     given = [_dereference(item, referenced) for item in request.input]
     _refuse_duplicates(chain, given)
     fresh = tuple(normalise(item, new_id) for item in given)
     every = (*chain, *fresh)
-    decided = _decided(every, fresh, requests or {})
+    decided = _decided(every, fresh, requests or {}, seal)
     _refuse_undeclared(request, decided)
     return _context(request, every, fresh, decided, hosted)
 
@@ -129,13 +133,14 @@ def restore(
     own: Sequence[AnyItem],
     said: Sequence[AnyItem],
     *,
+    seal: TenantSeal,
     requests: Mapping[str, McpApprovalRequest],
     hosted: frozenset[Kind],
 ) -> Context:
     """The context of a run that goes on elsewhere: `stored` are all its items, `own` its own input among them, `said` what
     earlier owners have made."""
     every = (*stored, *said)
-    return _context(request, every, (), _decided(every, own, requests, said), hosted)
+    return _context(request, every, (), _decided(every, own, requests, seal, said), hosted)
 
 
 def proceed(context: Context, request: CreateResponse, more: Sequence[AnyItem]) -> Context:
@@ -170,9 +175,10 @@ def _decided(
     every: Sequence[AnyItem],
     fresh: Sequence[AnyItem],
     requests: Mapping[str, McpApprovalRequest],
+    seal: TenantSeal,
     said: Sequence[AnyItem] = (),
 ) -> dict[str, McpApprovalRequest | None]:
-    """The approval requests that the fresh items answer: as they were stored, or None for one that is denied. Those whose
+    """The approval requests that the fresh items answer: as they were made, or None for one that is denied. Those whose
     call is among the fresh items, since a whole history was sent again, or was made by an earlier owner, are not among them."""
     asked = {item.id: item for item in every if isinstance(item, McpApprovalRequest)}
     made = {item.approval_request_id for item in (*fresh, *said) if isinstance(item, McpCall)}
@@ -184,6 +190,8 @@ def _decided(
         if id in decided:
             raise InvalidRequest(f"Approval request '{id}' is answered twice.", param=param)
         stored, copy = requests.get(id), asked.get(id)
+        if stored is None and copy and was_asked(seal, copy):
+            stored = copy
         if stored is None or copy is None:
             raise InvalidRequest(
                 f"Approval request with id '{id}' not found. Requests are not persisted when `store` is set to false.",
@@ -215,6 +223,16 @@ def _same_call(one: McpApprovalRequest, other: McpApprovalRequest) -> bool:
 def _is_same_json(one: str, other: str) -> bool:
     given = json_object(one)
     return given is not None and given == json_object(other)
+
+
+def _refuse_unsealed(given: Sequence[AnyItem], seal: TenantSeal) -> None:
+    for index, item in enumerate(given):
+        if isinstance(item, Reasoning) and item.encrypted_content and seal.open(item.encrypted_content) is None:
+            raise InvalidRequest(
+                f"The encrypted content of item '{item.id}' could not be verified: this server did not make it.",
+                param=f"input[{index}].encrypted_content",
+                code="invalid_encrypted_content",
+            )
 
 
 def _dereference(item: AnyItem, referenced: Mapping[str, AnyItem]) -> AnyItem:

@@ -120,7 +120,7 @@ class Loop:
                 self._context,
                 model=model,
                 dialect=upstream.dialect,
-                unseal=task.unseal,
+                unseal=task.seal.open,
                 output_tokens_max=self._tokens_left,
                 halvings=halvings,
             )
@@ -252,7 +252,8 @@ class Loop:
                 case Refuse(reason):
                     refused.append(_refused(own, reason))
                 case Ask(name, label):
-                    events += approval_request(new_id, label, name, own.arguments, self._output_index)
+                    asked = self._task.ids_of_requests(label, name, own.arguments)
+                    events += approval_request(asked, label, name, own.arguments, self._output_index)
                     self._output_index += 1
                 case Run() as run if most is None or self._calls_made + len(calls) < most:
                     calls.append(self._tools.pending(run, own.arguments, ids))

@@ -8,13 +8,14 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from app.domain import limits
-from app.domain.context import Context, Unseal, answered_requests, check_parent, references, resolve, restore
+from app.domain.approvals import signing
+from app.domain.context import Context, answered_requests, check_parent, references, resolve, restore
 from app.domain.groups import Manner
 from app.domain.hosted import HostedRoute, Kind, kind_of, missing_server, names_data
 from app.domain.prompt import chat_request
-from app.domain.sealed import Seal
+from app.domain.sealed import Seal, TenantSeal
 from app.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
-from app.ids import new_id
+from app.ids import NewId, new_id
 from app.outbound.catalog import Catalog, Route
 from app.outbound.mcp import ToolServer
 from app.outbound.upstream import Upstream
@@ -39,7 +40,7 @@ class Task(Struct, frozen=True):
     context: Context
     routes: Sequence[tuple[Upstream, Route]]
     caller_key: str | None
-    unseal: Unseal
+    seal: TenantSeal
     manner: Manner
     parent: Place | None
     earlier_bytes: int
@@ -57,7 +58,11 @@ class Task(Struct, frozen=True):
     def refuse_unanswerable(self) -> None:
         """Raises UnsupportedParameter for what the first upstream can't be asked: before a run is queued for it."""
         upstream, route = self.routes[0]
-        chat_request(self.request, self.context, model=route.model, dialect=upstream.dialect, unseal=self.unseal)
+        chat_request(self.request, self.context, model=route.model, dialect=upstream.dialect, unseal=self.seal.open)
+
+    def ids_of_requests(self, label: str, name: str, arguments: str) -> NewId:
+        """Gives an id to the request to approve this call: a signed one, where the request is not stored."""
+        return new_id if self.request.store else signing(new_id, self.seal, label, name, arguments)
 
     @property
     def begins_with_upstream(self) -> bool:
@@ -111,18 +116,19 @@ class Tasks:
         try:
             found = await self._find(tenant_id, request, room)
             size = request.size + found.bytes
-            context = await aside(size, self._resolve, request, found)
+            context = await aside(size, self._resolve, self._seal.of(tenant_id), request, found)
         except BaseException:
             room.release()
             raise
         return self._task(tenant_id, request, context, routes, caller_key, servers, size, room, found)
 
-    def _resolve(self, request: CreateResponse, found: "_Found") -> Context:
+    def _resolve(self, seal: TenantSeal, request: CreateResponse, found: "_Found") -> Context:
         return resolve(
             request,
             _decoded(found.earlier),
             {id: decode_stored_item(body.encode()) for id, body in found.referenced.items()},
             new_id,
+            seal=seal,
             requests=found.requests,
             hosted=frozenset(self._catalog.hosted),
         )
@@ -150,7 +156,10 @@ class Tasks:
                 async with self._database.autocommit() as tx:
                     requests = await _requests(tx, tenant_id, answered, {row.id for row in rows})
             hosted = frozenset(self._catalog.hosted)
-            context = await aside(size, restore, request, stored, own, said, requests=requests, hosted=hosted)
+            seal = self._seal.of(tenant_id)
+            context = await aside(
+                size, restore, request, stored, own, said, seal=seal, requests=requests, hosted=hosted
+            )
             routes, servers = self._routes(request), self._servers(request)
         except BaseException:
             room.release()
@@ -312,10 +321,12 @@ class Tasks:
         room: Room,
         found: "_Found",
     ) -> Task:
-        reasoning = request.body.reasoning
+        reasoning, seal = request.body.reasoning, self._seal.of(tenant_id)
+        # Whoever keeps the history itself has to keep reasoning, too.
+        is_sealed = not request.store or "reasoning.encrypted_content" in request.include
         manner = Manner(
             summarize=bool(reasoning and (reasoning.summary or reasoning.generate_summary)),
-            seal=self._seal.close if "reasoning.encrypted_content" in request.include else None,
+            seal=seal.close if is_sealed else None,
         )
         return Task(
             tenant_id=tenant_id,
@@ -323,7 +334,7 @@ class Tasks:
             context=context,
             routes=routes,
             caller_key=caller_key,
-            unseal=self._seal.open,
+            seal=seal,
             manner=manner,
             parent=found.parent,
             earlier_bytes=found.earlier_bytes,

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 
@@ -246,6 +247,12 @@ def test_the_callers_own_key_is_passed_on_where_that_is_set(new_server, catalog_
         assert client.responses.retrieve(made.id).id == made.id
         with pytest.raises(openai.NotFoundError):
             other.responses.retrieve(made.id)
+    # Without one there is nobody whose data this could be, and the upstream has nothing to check.
+    for method, path in (("POST", "/responses"), ("GET", f"/responses/{made.id}"), ("GET", "/models")):
+        reply = httpx.request(
+            method, f"{own.url}{path}", json={"model": "m", "input": said} if method == "POST" else None
+        )
+        assert (reply.status_code, reply.json()["error"]["code"]) == (401, "missing_api_key")
 
 
 # -- Parameters beyond the API ----------------------------------------------------------------------------------------------
@@ -456,7 +463,6 @@ def test_sealed_reasoning_of_a_client_that_keeps_its_own_history_is_opened(catal
         model="reasoner@x",
         input=script([reasoning("A long thought."), text("Hi"), finish()]),
         store=False,
-        include=["reasoning.encrypted_content"],
     )
     thought, message = first.output
     sealed = {"type": "reasoning", "id": thought.id, "summary": [], "encrypted_content": thought.encrypted_content}
@@ -468,17 +474,19 @@ def test_sealed_reasoning_of_a_client_that_keeps_its_own_history_is_opened(catal
     assert heard()["messages"][1] == {"role": "assistant", "content": "Hi", "reasoning": "A long thought."}
 
 
-def test_reasoning_that_another_server_sealed_is_dropped(cataloged, said, heard):
-    cataloged.responses.create(
-        model="reasoner@x",
-        input=[
-            {"role": "user", "content": "Hi"},
-            {"type": "reasoning", "id": "rs_x", "summary": [], "encrypted_content": "gAAAAABother"},
-            {"role": "assistant", "content": "Hello"},
-            {"role": "user", "content": said},
-        ],
+@pytest.mark.parametrize("background", [False, True])
+def test_reasoning_that_this_server_did_not_seal_is_refused(cataloged, background):
+    first = cataloged.responses.create(
+        model="reasoner@x", input=script([reasoning("Hm."), text("Hi"), finish()]), store=False
     )
-    assert heard()["messages"][1] == {"role": "assistant", "content": "Hello"}
+    thought = first.output[0].encrypted_content
+    for sealed in ("gAAAAABother", thought[:-9] + "A" + thought[-8:]):
+        item = {"type": "reasoning", "id": "rs_x", "summary": [], "encrypted_content": sealed}
+        with pytest.raises(openai.BadRequestError) as refused:
+            cataloged.responses.create(
+                model="reasoner@x", input=[{"role": "user", "content": "Hi"}, item], background=background
+            )
+        assert (refused.value.code, refused.value.param) == ("invalid_encrypted_content", "input[1].encrypted_content")
 
 
 @pytest.mark.parametrize(

@@ -485,9 +485,10 @@ def test_the_old_name_of_the_summary_is_understood(client):
     assert made.to_dict()["reasoning"] == {"effort": None, "summary": "concise"}
 
 
-def test_encrypted_reasoning_comes_when_asked_for_and_does_not_show_the_text(client):
+@pytest.mark.parametrize("options", [{"store": False}, {"include": ["reasoning.encrypted_content"]}])
+def test_encrypted_reasoning_comes_where_it_is_needed_and_does_not_show_the_text(client, options):
     given = script([reasoning("The secret thought."), text("Hi"), finish()])
-    made = client.responses.create(model="m", input=given, store=False, include=["reasoning.encrypted_content"])
+    made = client.responses.create(model="m", input=given, **options)
     sealed = made.output[0].encrypted_content
     assert len(sealed) > len("The secret thought.")
     assert b"secret" not in base64.b64decode(sealed + "==", altchars=b"-_")

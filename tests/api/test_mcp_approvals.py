@@ -286,9 +286,65 @@ def test_a_resent_history_makes_nothing_again(client, toolserver, name, tools, a
     assert len(toolserver.calls(name)) == 1
 
 
-def test_a_request_of_an_unstored_response_says_why_it_is_not_found(client, tools, ask):
+@pytest.mark.parametrize("mode", [{"store": False}, {"store": False, "stream": True}, {}, {"background": True}])
+def test_what_an_unstored_response_asks_for_is_approved_once(client, toolserver, name, tools, ask, mode):
+    first, [request], given = ask(("echo", {"x": 1.0}), store=False)
+    *before, copy = resent(given, first)
+    copy["arguments"] = json.dumps(json.loads(copy["arguments"]), indent=1)
+    body = {"input": [*before, copy, approval(request)], "tools": tools}
+    second = _made(client, client.responses.create(model="m", **body, **mode))
+    assert [item.type for item in second.output] == ["mcp_call", "message"]
+    assert second.output[0].approval_request_id == request.id
+    for again in ({"store": False}, {}, {"background": True}):
+        refused(client, "answered already", **body, **again)
+    history = resent(given, first, approval(request), *(item.to_dict() for item in second.output))
+    third = client.responses.create(
+        model="m", input=[*history, {"role": "user", "content": "And?"}], tools=tools, store=False
+    )
+    assert [item.type for item in third.output] == ["message"]
+    assert [one.arguments for one in toolserver.calls(name)] == [{"x": 1.0}]
+
+
+def test_what_an_unstored_response_asks_for_can_be_approved_later_in_a_chain(client, toolserver, name, tools, ask):
     first, [request], given = ask(("echo", {"x": 1}), store=False)
-    refused(client, "not persisted", input=resent(given, first, approval(request)), tools=tools)
+    second = client.responses.create(
+        model="m", input=[*resent(given, first), {"role": "user", "content": "Wait."}], tools=tools
+    )
+    third = client.responses.create(model="m", input=[approval(request)], tools=tools, previous_response_id=second.id)
+    assert [item.type for item in third.output] == ["mcp_call", "message"]
+    assert len(toolserver.calls(name)) == 1
+
+
+def test_a_denial_of_what_an_unstored_response_asks_for_reaches_the_model(
+    client, upstream, toolserver, name, tools, ask
+):
+    first, [request], given = ask(("echo", {"x": 1}), store=False)
+    body = {"tools": tools, "store": False}
+    client.responses.create(model="m", input=resent(given, first, approval(request, False, reason="Because.")), **body)
+    assert "Because." in upstream.asked(given)[1].body["messages"][-1]["content"]
+    refused(client, "answered already", input=resent(given, first, approval(request)), **body)
+    assert toolserver.calls(name) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "add"},
+        {"arguments": '{"x": 2}'},
+        {"server_label": "other"},
+        {"id": "mcpr_" + "0" * 68},
+    ],
+)
+def test_forged_approvals_of_unstored_responses_are_refused(client, toolserver, name, tools, mcp, ask, change):
+    first, [request], given = ask(("echo", {"x": 1}), store=False)
+    *before, copy = resent(given, first)
+    copy |= change
+    asking = [*before, copy, approval(copy["id"])]
+    at = refused(client, "not found", input=asking, tools=[*tools, mcp("other")], store=False)
+    assert at == f"input[{len(asking) - 1}].approval_request_id"
+    # Alone, without the request.
+    refused(client, "not found", input=[approval(request)], tools=tools, store=False)
+    assert toolserver.calls(name) == []
 
 
 def test_an_approved_call_that_was_broken_off_is_not_made_again(client, upstream, toolserver, name, tools, ask):
@@ -334,6 +390,13 @@ def test_approvals_in_the_background(client, server, toolserver, name, tools, as
     with pytest.raises(openai.BadRequestError, match="answered already"):
         client.responses.create(**body, background=True)
     assert len(toolserver.calls(name)) == 1
+
+
+def _made(client, begun):
+    """A response at its end, however it is made."""
+    if isinstance(begun, openai.Stream):
+        return list(begun)[-1].response
+    return begun if begun.status == "completed" else _ended(client, begun)
 
 
 def _ended(client, begun):

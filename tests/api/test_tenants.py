@@ -8,7 +8,7 @@ from msgspec import Struct
 
 from tests.looking import fetch, until
 from tests.servers import Served, reprise
-from tests.upstream import answer, calling, note, script
+from tests.upstream import answer, calling, note, reasoning, script
 
 KEY_CACHE_S = 0.5
 UNKNOWN = "resp_0123456789abcdef"
@@ -291,9 +291,10 @@ def test_callers_keys_are_not_passed_on_where_they_are_keys_of_this_server(house
     assert line.startswith("reprise: REPRISE_UPSTREAM_AUTH=caller")
 
 
-def test_another_tenant_s_approval_request_is_not_found(a, b, toolserver, name, mcp):
+@pytest.mark.parametrize("store", [True, False])
+def test_another_tenant_s_approval_request_is_not_found(a, b, toolserver, name, mcp, store):
     given = script([note(name), *calling("echo", {"x": 1})], answer("Then."))
-    body = {"tools": [mcp(require_approval="always")], "input": given}
+    body = {"tools": [mcp(require_approval="always")], "input": given, "store": store}
     first = create(a, **body)
     approval = {"type": "mcp_approval_response", "approval_request_id": first["output"][-1]["id"], "approve": True}
     asking = [{"role": "user", "content": given}, *first["output"], approval]
@@ -302,3 +303,11 @@ def test_another_tenant_s_approval_request_is_not_found(a, b, toolserver, name, 
     assert toolserver.calls(name) == []
     create(a, **{**body, "input": asking})
     assert len(toolserver.calls(name)) == 1
+
+
+def test_another_tenant_s_sealed_reasoning_is_not_opened(a, b):
+    made = create(a, input=script([reasoning("Hm."), *answer("Hi")]), store=False)
+    body = {"model": "m", "input": [*made["output"], {"role": "user", "content": "Repeat it."}]}
+    reply = b.post("/responses", json=body)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_encrypted_content")
+    create(a, **body)

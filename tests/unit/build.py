@@ -9,6 +9,7 @@ import msgspec
 from app.domain.context import Context, resolve
 from app.domain.fold import Fold
 from app.domain.lifecycle import NO_USAGE, Outcome, close_response, open_response
+from app.domain.sealed import KEY_BYTES, Seal
 from app.domain.toolbox import Toolbox, open_toolbox
 from app.domain.turn import Turn
 from app.ids import NewId
@@ -51,6 +52,9 @@ ECHO: dict[str, Any] = {
 """What a response to nothing but model and input says of its request."""
 
 
+SEAL = Seal(bytes(KEY_BYTES)).of("tenant")
+
+
 def counting() -> NewId:
     """Ids that count: msg_1, fc_2 and so on."""
     numbers = itertools.count(1)
@@ -87,6 +91,7 @@ def context(
         [item(one) for one in chain],
         {id: item(one) for id, one in (referenced or {}).items()},
         counting(),
+        seal=SEAL,
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from app.domain.context import Context, check_parent, pair, references, resolve, restore
 from app.errors import InvalidRequest
-from tests.unit.build import assistant, call, context, counting, function, item, output, plain_item, request, user
+from tests.unit.build import SEAL, assistant, call, context, counting, function, item, output, plain_item, request, user
 
 
 def refused(*items: dict[str, Any], **options: Any) -> InvalidRequest:
@@ -241,7 +241,7 @@ def decided(*given: dict[str, Any], stored: Sequence[dict[str, Any]] = (asked(),
     """The context of a request whose input answers these stored approval requests."""
     chain = [item(one) for one in options.pop("chain", ())]
     requests = {one["id"]: item(one) for one in stored}
-    return resolve(request(input=list(given), tools=[MCP]), chain, {}, counting(), requests=requests)
+    return resolve(request(input=list(given), tools=[MCP]), chain, {}, counting(), seal=SEAL, requests=requests)
 
 
 def test_what_is_approved_is_the_stored_request():
@@ -303,7 +303,9 @@ def test_a_request_is_answered_by_its_call_or_else_by_what_the_client_said():
 def pair_of(*given: dict[str, Any]) -> dict[int, Any]:
     """The answers of a context that is there already."""
     return dict(
-        restore(request(tools=[MCP]), [item(one) for one in given], [], [], requests={}, hosted=frozenset()).answers
+        restore(
+            request(tools=[MCP]), [item(one) for one in given], [], [], seal=SEAL, requests={}, hosted=frozenset()
+        ).answers
     )
 
 
@@ -317,6 +319,7 @@ def test_a_restored_run_makes_what_was_approved_and_not_made():
             stored,
             stored[1:],
             [item(one) for one in said],
+            seal=SEAL,
             requests=requests,
             hosted=frozenset(),
         )

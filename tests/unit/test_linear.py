@@ -16,6 +16,7 @@ import msgspec
 import pytest
 from msgspec import Raw
 
+from app.domain.approvals import was_asked
 from app.domain.calls import Answer, close_call, error_text, given_of, hosted_call
 from app.domain.citations import Sources, sources_of
 from app.domain.context import pair, proceed, resolve
@@ -26,7 +27,6 @@ from app.domain.lifecycle import open_response
 from app.domain.prompt import chat_request
 from app.domain.recovery import recover
 from app.domain.retold import answer_for_model
-from app.domain.sealed import KEY_BYTES, Seal
 from app.domain.think import ThinkSplitter
 from app.domain.toolbox import ByHost, open_toolbox
 from app.domain.turn import Turn
@@ -46,11 +46,24 @@ from app.wire.events import (
     encode_event,
     split_frames,
 )
-from app.wire.items import CallError, FileSearchCall, McpCall, WebSearchCall
+from app.wire.items import CallError, FileSearchCall, McpApprovalRequest, McpCall, WebSearchCall
 from app.wire.requests import decode_create, without_secrets
 from app.wire.shown import Shown
 from app.wire.tools import decode_tool_choice, decode_tools
-from tests.unit.build import assistant, call, chunk, counting, function, item, output, piece, request, toolbox, user
+from tests.unit.build import (
+    SEAL,
+    assistant,
+    call,
+    chunk,
+    counting,
+    function,
+    item,
+    output,
+    piece,
+    request,
+    toolbox,
+    user,
+)
 
 Work = Callable[[], object]
 Make = Callable[[int], Work]
@@ -148,12 +161,12 @@ TOOLS: dict[str, tuple[int, Make]] = {
 
 def resolved(items: list[dict[str, Any]], chain: Sequence[dict[str, Any]] = (), **body: Any) -> Work:
     asked, earlier = request(input=items, **body), [item(one) for one in chain]
-    return lambda: resolve(asked, earlier, {}, counting())
+    return lambda: resolve(asked, earlier, {}, counting(), seal=SEAL)
 
 
 def prompted(items: list[dict[str, Any]], dialect: Dialect | None = None, halvings: int = 0, **body: Any) -> Work:
     asked = request(input=items, **body)
-    context = resolve(asked, [], {}, counting())
+    context = resolve(asked, [], {}, counting(), seal=SEAL)
     speaks = dialect or Dialect()
     return lambda: chat_request(asked, context, model="m", dialect=speaks, unseal=lambda _: None, halvings=halvings)
 
@@ -166,7 +179,7 @@ def calls(n: int, *, one_id: bool = False, **more: Any) -> list[dict[str, Any]]:
 def referenced(n: int) -> Work:
     asked = request(input=[{"type": "item_reference", "id": name} for name in words(n)])
     stored = {name: item({**user("x"), "id": name}) for name in words(n)}
-    return lambda: resolve(asked, [], stored, counting())
+    return lambda: resolve(asked, [], stored, counting(), seal=SEAL)
 
 
 def approved(n: int) -> Work:
@@ -177,12 +190,12 @@ def approved(n: int) -> Work:
     answers = [{"type": "mcp_approval_response", "approval_request_id": name, "approve": True} for name in words(n)]
     asked = request(input=[*asks, *answers], tools=[server()])
     requests = {one["id"]: item(one) for one in asks}
-    return lambda: resolve(asked, [], {}, counting(), requests=requests)  # type: ignore[arg-type]
+    return lambda: resolve(asked, [], {}, counting(), seal=SEAL, requests=requests)  # type: ignore[arg-type]
 
 
 def grown(n: int) -> Work:
     asked = request(input="x")
-    context = resolve(asked, [], {}, counting())
+    context = resolve(asked, [], {}, counting(), seal=SEAL)
     more = [item(one) for one in calls(n)]
     return lambda: proceed(context, asked, more)
 
@@ -392,7 +405,10 @@ RECORDED: dict[str, tuple[int, Make]] = {
 # -- What is read -------------------------------------------------------------------------------------------------------------
 
 ROUTE = HostedRoute(server="s", tool="t", fields={"url": "link"})
-SEAL = Seal(b"x" * KEY_BYTES)
+
+
+def approval(arguments: str) -> McpApprovalRequest:
+    return McpApprovalRequest(id="mcpr_1", server_label="box", name="f", arguments=arguments)
 
 
 def body(**fields: Any) -> Work:
@@ -459,6 +475,10 @@ READ: dict[str, tuple[int, Make]] = {
     ),
     "commands": (1000, ran),
     "sealed": (100_000, lambda n: lambda: SEAL.open(SEAL.close("x" * n))),
+    "a request that was asked": (
+        4000,
+        lambda n: partial(was_asked, SEAL, approval(json.dumps(dict.fromkeys(words(n), 1.0)))),
+    ),
 }
 
 CASES = {

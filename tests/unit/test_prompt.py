@@ -341,26 +341,25 @@ def reasoning(**fields: Any) -> dict[str, Any]:
 )
 def test_reasoning_goes_back_where_the_upstream_takes_it(item: dict[str, Any], text: str):
     dialect = Dialect(reasoning="reasoning_content")
-    assert said(item, assistant("yes"), dialect=dialect) == [
+    assert said(assistant("yes"), chain=[item], dialect=dialect) == [
         {"role": "assistant", "content": "yes", "reasoning_content": text}
     ]
-    assert said(item, call("c1"), output("c1"), dialect=Dialect(reasoning="reasoning"))[0] == turn(
+    assert said(output("c1"), chain=[item, call("c1")], dialect=Dialect(reasoning="reasoning"))[0] == turn(
         tool_call("c1"), reasoning=text
     )
-    assert said(item, assistant("yes")) == [{"role": "assistant", "content": "yes"}]
+    assert said(assistant("yes"), chain=[item]) == [{"role": "assistant", "content": "yes"}]
 
 
 def test_reasoning_that_nothing_followed_is_not_said():
-    assert said(user("hi"), reasoning(encrypted_content="sealed hm"), user("again")) == [
-        {"role": "user", "content": "hi"},
-        {"role": "user", "content": "again"},
+    assert said(user("again"), chain=[reasoning(encrypted_content="sealed hm")]) == [
+        {"role": "user", "content": "again"}
     ]
 
 
 def test_reasoning_begins_another_turn():
     dialect = Dialect(reasoning="reasoning")
     first, second = reasoning(encrypted_content="sealed a"), reasoning(id="rs_2", encrypted_content="sealed b")
-    assert said(first, assistant("one"), second, assistant("two"), dialect=dialect) == [
+    assert said(assistant("two"), chain=[first, assistant("one"), second], dialect=dialect) == [
         {"role": "assistant", "content": "one", "reasoning": "a"},
         {"role": "assistant", "content": "two", "reasoning": "b"},
     ]

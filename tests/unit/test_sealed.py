@@ -57,3 +57,21 @@ def test_a_bad_key_is_refused(text: str):
 def test_a_key_of_another_length_is_refused():
     with pytest.raises(ValueError, match="32"):
         Seal(bytes(KEY_BYTES - 1))
+
+
+def test_what_one_tenant_was_given_opens_for_no_other():
+    ours, others = SEAL.of("one"), SEAL.of("two")
+    sealed = ours.close("a thought")
+    assert (ours.open(sealed), others.open(sealed), SEAL.open(sealed)) == ("a thought", None, None)
+    assert ours.open(SEAL.close("sealed before tenants had keys")) == "sealed before tenants had keys"
+
+
+def test_a_signature_is_of_its_texts_its_tenant_and_its_server():
+    ours = SEAL.of("one")
+    signature = ours.sign("a", "bc")
+    assert ours.has_signed(signature, "a", "bc")
+    assert not ours.has_signed(signature, "ab", "c")
+    assert not ours.has_signed("", "a", "bc")
+    assert not ours.has_signed("\u00e9" * len(signature), "a", "bc")
+    assert not SEAL.of("two").has_signed(signature, "a", "bc")
+    assert not Seal(bytes(KEY_BYTES)).of("one").has_signed(signature, "a", "bc")

@@ -1,0 +1,48 @@
+"""Approval requests of responses that are not stored: their ids are signatures of what was asked.
+
+The client sends the request again together with its answer. What it sends counts if it is what this server has asked for, by
+the id; arguments are compared as JSON, since clients decode and encode them.
+"""
+
+from typing import Any
+
+import msgspec
+
+from app.domain.sealed import SIGNATURE_DIGITS, TenantSeal
+from app.ids import NewId
+from app.wire.decoding import json_object
+from app.wire.items import McpApprovalRequest
+
+EXACT = 2**53
+"""A float below this and without a fraction is an integer to clients that know only one kind of number."""
+
+
+def signing(new_id: NewId, seal: TenantSeal, label: str, name: str, arguments: str) -> NewId:
+    """Makes the id of the request to approve this call."""
+
+    def make(prefix: str) -> str:
+        id = new_id(prefix)
+        return id + seal.sign(id, label, name, _canonical(arguments))
+
+    return make
+
+
+def was_asked(seal: TenantSeal, request: McpApprovalRequest) -> bool:
+    """Whether this server has asked this tenant for this approval, in a response that is not stored."""
+    id, signature = request.id[:-SIGNATURE_DIGITS], request.id[-SIGNATURE_DIGITS:]
+    return seal.has_signed(signature, id, request.server_label, request.name, _canonical(request.arguments))
+
+
+def _whole(digits: str) -> Any:
+    number = float(digits)
+    return int(number) if abs(number) < EXACT and number.is_integer() else number
+
+
+_OBJECT = msgspec.json.Decoder(dict[str, Any], float_hook=_whole)
+
+
+def _canonical(arguments: str) -> str:
+    """The same text for arguments that are the same JSON object."""
+    if json_object(arguments) is None:
+        return arguments
+    return msgspec.json.encode(_OBJECT.decode(arguments), order="deterministic").decode()
