@@ -92,10 +92,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 10.0
     idle_timeout_s: Annotated[float, _about("a connection's wait for its next request", gt=0)] = 75.0
     body_timeout_s: Annotated[
-        float, _about("a request's body, which gets longer with what has come at the least rate; then 408", gt=0)
+        float,
+        _about(
+            "a request's body, which gets longer with what has come at the least rate, but not for silence; then 408",
+            gt=0,
+        ),
     ] = 30.0
     body_bytes_per_s_min: Annotated[int, _about("that least rate", ge=1)] = 16 * 1024
     body_bytes_max: Annotated[int, _about("size of a request body; larger: 413", ge=1024)] = 64 * 1024 * 1024
+    bodies_bytes_max: Annotated[
+        int,
+        _about(
+            "the bodies of one process that are arriving or wait for room, at least one; beyond, those that have arrived "
+            "for longer than REPRISE_BODY_TIMEOUT_S are given up, then new ones refused: 429",
+            ge=1024,
+        ),
+    ] = 256 * 1024 * 1024
     input_items_max: Annotated[int, _about("items in one request's input", ge=1, le=999_999)] = 10_000
     context_items_max: Annotated[int, _about("items of a chain and its new input together", ge=1)] = 100_000
     context_bytes_max: Annotated[

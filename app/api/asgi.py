@@ -9,6 +9,7 @@ from litestar.di import Provide
 from litestar.types import ASGIApp
 
 from app.api.auth import Auth
+from app.api.bodies import Bodies
 from app.api.models import ModelsController
 from app.api.operations import livez, readyz
 from app.api.parts import Parts, provide_caller
@@ -48,6 +49,7 @@ def build(
         background=background,
         worker=worker,
         backlogs=backlogs,
+        bodies=Bodies(settings),
         auth=Auth(settings, database),
     )
     app = Litestar(

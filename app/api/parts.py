@@ -8,6 +8,7 @@ from litestar import Request
 from msgspec import Struct
 
 from app.api.auth import Auth
+from app.api.bodies import Bodies
 from app.outbound.catalog import Catalog
 from app.outbound.upstream import Upstream
 from app.runs.background import Background
@@ -29,6 +30,7 @@ class Parts(Struct, frozen=True):
     background: Background
     worker: Worker
     backlogs: Backlogs
+    bodies: Bodies
     auth: Auth
 
 

@@ -41,12 +41,14 @@ class ResponsesController(Controller):
     @post(status_code=200)
     async def create(self, request: Request[Any, Any, Any], caller: Caller, parts: Parts) -> Response[Any]:
         """Make a response: JSON when it is done, SSE while it is made, or later, in the background."""
-        raw = b"".join([part async for part in request.stream()])  # `body()` would keep it as long as the reply takes
-        create = await aside(len(raw), decode_create, raw, parts.catalog.passed_on)
-        if create.background:
-            return await self._create_in_background(caller, create, raw, parts)
-        executor = parts.executor
-        run = await executor.start(caller, create)
+        with parts.bodies.reading(request) as body:
+            raw = await body.read()
+            create = await aside(len(raw), decode_create, raw, parts.catalog.passed_on)
+            if create.background:
+                return await self._create_in_background(caller, create, raw, parts)
+            del raw  # what is asked for may take long
+            executor = parts.executor
+            run = await executor.start(caller, create)
         headers = _left_out(run.work.context.toolbox.left_out)
         if not create.stream:
             made = await _while_connected(request, executor, run, executor.finished(run))

@@ -6,6 +6,7 @@ a status in OpenAI's shape. Only here is uvicorn's inside used; `tests/unit/test
 """
 
 import asyncio
+import re
 from collections.abc import Callable
 from enum import Enum, auto
 from typing import Any
@@ -18,6 +19,9 @@ from app.http.door import REFUSED_MAX, Door
 from app.ids import new_id
 
 HEAD_ENDS = b"\r\n\r\n"
+
+UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*(?:\r\n[ \t][^\r\n]*)*", re.IGNORECASE)
+"""A header that the parser believes, and then takes the body for another protocol."""
 
 FAREWELL_S = 2.0
 """How long a client may take to read a reply that came before its request was whole. What it still sends is thrown away."""
@@ -58,6 +62,8 @@ class Connection(HttpToolsProtocol):
         self._bare_bytes = 0
         """What has come of a body in chunks since its last byte: sizes, extensions, trailers."""
         self._body_begun = 0.0
+        self._body_heard = 0
+        """Of the body's bytes when its deadline was last looked at."""
         self._reusable = False
         """Whether the client may send another request after this one, if it is whole by the reply."""
         self._refused = False
@@ -124,6 +130,8 @@ class Connection(HttpToolsProtocol):
             self._searched = size
             return False
         head, self._received, self._searched = self._received[:size], self._received[size:], 0
+        if not head.startswith(b"GET "):  # no request for another protocol has a body, and this server speaks none
+            head = UPGRADE.sub(b"", head)
         super().data_received(head)
         return True
 
@@ -166,7 +174,8 @@ class Connection(HttpToolsProtocol):
         """The request begins to be answered."""
         super().on_headers_complete()
         self._stage, self._deadline = Stage.BODY, None
-        self._body_left, self._body_bytes, self._bare_bytes = _body_length(self.headers), 0, 0
+        self._body_left = _body_length(self.headers)
+        self._body_bytes = self._body_heard = self._bare_bytes = 0
         self._reusable = self.cycle.keep_alive and not self._door.closing
         self.cycle.keep_alive = False
         if self._body_left != 0:
@@ -182,6 +191,9 @@ class Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """The request is whole."""
         self._stage, self._deadline = Stage.REPLY, None
+        if self.parser.should_upgrade():  # what comes is no request
+            self._received = b""
+            self._reusable = False
         if not self.cycle.response_started:
             self.cycle.keep_alive = self._reusable
         super().on_message_complete()
@@ -302,18 +314,22 @@ class Connection(HttpToolsProtocol):
 
     def _is_slow(self) -> bool:
         """Whether the client makes no progress either; if it does, it gets more time."""
-        if self._stage is Stage.BODY:
-            allowed_s = self._limits.body_timeout_s + self._body_bytes / self._limits.body_bytes_per_s_min
-            left_s = self._body_begun + allowed_s - self.loop.time()
-            if self.flow.read_paused:  # it waits for us
-                left_s = self._limits.body_timeout_s
-            if left_s > 0:
-                self._end_by(left_s)
-                return False
+        if self._stage is Stage.BODY and (left_s := self._body_left_s()) > 0:
+            self._end_by(left_s)
+            return False
         if 0 < self._wire.get_write_buffer_size() < self._unsent:
             self._end_by(self._limits.send_timeout_s)
             return False
         return True
+
+    def _body_left_s(self) -> float:
+        """How long the body may still take, or be silent; nothing if it has been silent for too long."""
+        if self.flow.read_paused:  # it waits for us
+            return self._limits.body_timeout_s
+        is_silent, self._body_heard = self._body_bytes == self._body_heard, self._body_bytes
+        allowed_s = self._limits.body_timeout_s + self._body_bytes / self._limits.body_bytes_per_s_min
+        left_s = self._body_begun + allowed_s - self.loop.time()
+        return 0.0 if is_silent else min(left_s, self._limits.body_timeout_s)
 
     def _expire(self) -> None:
         if self._stage is Stage.FAREWELL or self._wire.get_write_buffer_size():

@@ -32,6 +32,7 @@ def served(base_env, new_database) -> Iterator[Served]:
         "REPRISE_SEND_TIMEOUT_S": "1",
         "REPRISE_BODY_TIMEOUT_S": "1",
         "REPRISE_BODY_BYTES_MAX": "4000000",
+        "REPRISE_BODIES_BYTES_MAX": "10000000",
     }
     with Served({**base_env, "DATABASE_URL": new_database(), **env}) as running:
         assert httpx.get(f"{running.url}/responses").status_code == 200
@@ -271,6 +272,83 @@ def test_a_body_at_the_least_rate_may_take_longer(served):
             peer.send(body[at : at + 3_000])
             time.sleep(0.1)  # the very thing under test: 30 kB/s for two seconds
         assert peer.read_reply()[0] == 200
+
+
+def test_a_body_that_came_fast_may_not_be_silent_for_its_credit(served):
+    with Peer(served) as peer:
+        peer.send(HEAD + b"content-length: 3000000\r\n\r\n" + b" " * 2_000_000)  # two minutes at the least rate
+        begun_s = time.monotonic()
+        refused(peer, 408, "request_timeout", "body")
+        assert time.monotonic() - begun_s < 10
+
+
+def test_long_bodies_are_bounded_together(served):
+    """New ones are refused as long as the others are not late; short ones always come through."""
+    with contextlib.ExitStack() as stack:
+        holding = [stack.enter_context(Peer(served)) for _ in range(3)]
+        for peer in holding:
+            peer.send(HEAD + b"content-length: 4000000\r\n\r\n" + b" " * 3_100_000)
+        answers = []
+        until(lambda: answers.append(create(served, b" " * 3_000_000)) or answers[-1][0] == 429)
+        assert create(served, b"") == (200, None)
+        assert answers[-1][1] == "5"
+
+
+def test_bodies_that_are_late_make_room_for_new_ones(served):
+    with contextlib.ExitStack() as stack:
+        late = [stack.enter_context(Peer(served)) for _ in range(3)]
+        for peer in late:
+            peer.send(HEAD + b"content-length: 4000000\r\n\r\n" + b" " * 3_100_000)
+        begun_s = time.monotonic()
+        while time.monotonic() - begun_s < 1.2:
+            for peer in late:
+                peer.send(b" " * 2_000)  # they are slow, and not silent
+            time.sleep(0.05)  # the very thing under test
+        assert create(served, b" " * 3_000_000) == (200, None)
+        assert late[0].read_reply()[0] == 429
+
+
+def create(served, padding):
+    """A request of so many bytes; its status, and when to come again."""
+    with Peer(served) as peer:
+        body = json.dumps({"model": "m", "input": "x"}).encode() + padding
+        with contextlib.suppress(ConnectionError):
+            peer.send(HEAD + b"content-length: %d\r\n\r\n" % len(body) + body)
+        status, headers, _ = peer.read_reply()
+        return status, headers.get("retry-after")
+
+
+@pytest.mark.parametrize("method", ["POST", "GET", "DELETE", "CONNECT"])
+@pytest.mark.parametrize("protocol", ["h2c", "websocket", "any"])
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_what_looks_like_another_protocol_smuggles_no_request(served, method, protocol, is_chunked):
+    """A body is a body, and not the next request."""
+    inner = b"GET /livez HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    length = b"transfer-encoding: chunked" if is_chunked else b"content-length: %d" % len(inner)
+    head = f"{method} /v1/responses HTTP/1.1\r\nhost: localhost\r\nConnection: Upgrade, HTTP2-Settings\r\nUPGRADE: {protocol}\r\n"
+    with Peer(served) as peer:
+        peer.send(head.encode() + length + b"\r\n\r\n" + (chunked(inner, b"") if is_chunked else inner))
+        peer.read_reply()
+        assert b"ok" not in everything(peer)
+
+
+def test_a_client_that_offers_http2_is_answered_in_http1(served):
+    """So the JDK's client does with each request."""
+    body = json.dumps({"model": "m", "input": "x"}).encode()
+    offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n"
+    with Peer(served) as peer:
+        for _ in range(2):
+            peer.send(HEAD + offer + b"content-length: %d\r\n\r\n" % len(body) + body)
+            assert peer.read_reply()[0] == 200
+
+
+def everything(peer):
+    """All that the server still says, until it closes the connection, or has been idle for long."""
+    said = peer.received
+    with contextlib.suppress(ConnectionResetError):
+        while data := peer.socket.recv(65536):
+            said += data
+    return said
 
 
 def test_idle_connections_are_closed_without_a_word(served):

@@ -1,0 +1,121 @@
+"""The bodies of requests: bounded for all clients of a process together, from their first bytes until their requests are taken.
+
+A long body is held until there is room for its context. Without a bound the slow clients of a few dozen long ones take all
+memory. Short ones do not count.
+"""
+
+import asyncio
+from typing import Any, Self
+
+from litestar import Request
+from litestar.exceptions import InternalServerException
+
+from app.api.connected import ClientGone
+from app.errors import TooManyRequests
+from app.settings import Settings
+
+UNCOUNTED_BYTES = 64 * 1024
+"""Of each body."""
+
+RETRY_AFTER_S = 5
+
+
+class Bodies:
+    """Those of one process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._left = max(settings.bodies_bytes_max, settings.body_bytes_max)
+        self._patience_s = settings.body_timeout_s
+        self._arriving: dict[Body, None] = {}
+
+    def reading(self, request: Request[Any, Any, Any]) -> "Body":
+        """The body of a request; to be held, as a context manager, until the request is taken."""
+        return Body(self, request)
+
+    def begin(self, body: "Body") -> None:
+        """It begins to arrive."""
+        self._arriving[body] = None
+
+    def end(self, body: "Body") -> None:
+        """It is whole, or given up."""
+        self._arriving.pop(body, None)
+
+    def take(self, size: int) -> None:
+        """Hold so much more. Bodies that have been arriving for long are given up for it. Raises TooManyRequests."""
+        while self._left < size:
+            eldest = next(iter(self._arriving))
+            if eldest.age_s() < self._patience_s:
+                raise _too_many()
+            eldest.give_up()
+        self._left -= size
+
+    def give(self, size: int) -> None:
+        """Hold so much less."""
+        self._left += size
+
+
+class Body:
+    """One of them."""
+
+    def __init__(self, bodies: Bodies, request: Request[Any, Any, Any]) -> None:
+        self._bodies, self._request = bodies, request
+        self._loop = asyncio.get_running_loop()
+        self._begun = self._loop.time()
+        self._held = 0
+        self._task: asyncio.Task[Any] | None = None
+        self._given_up = False
+
+    def age_s(self) -> float:
+        """How long it has been arriving."""
+        return self._loop.time() - self._begun
+
+    async def read(self) -> bytes:
+        """The whole of it. Raises TooManyRequests, ClientGone."""
+        self._task = asyncio.current_task()
+        self._bodies.begin(self)
+        try:
+            return await self._parts()
+        except InternalServerException:  # so Litestar calls it if the client leaves
+            raise ClientGone("The client has gone.") from None
+        except asyncio.CancelledError:
+            if not self._given_up or not self._task:
+                raise
+            self._task.uncancel()
+            raise _too_many() from None
+        finally:
+            self._bodies.end(self)
+
+    async def _parts(self) -> bytes:
+        parts, size = [], 0
+        async for part in self._request.stream():  # `body()` would keep it as long as the reply takes
+            parts.append(part)
+            size += len(part)
+            if size > UNCOUNTED_BYTES + self._held:
+                more = size - UNCOUNTED_BYTES - self._held
+                self._bodies.take(more)
+                self._held += more
+        return b"".join(parts)
+
+    def give_up(self) -> None:
+        """Others need the room."""
+        self._release()
+        self._given_up = True
+        self._bodies.end(self)
+        assert self._task
+        self._task.cancel()
+
+    def _release(self) -> None:
+        self._bodies.give(self._held)
+        self._held = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._release()
+
+
+def _too_many() -> TooManyRequests:
+    return TooManyRequests(
+        "Too many long requests are arriving; please try again.", headers={"Retry-After": str(RETRY_AFTER_S)}
+    )
