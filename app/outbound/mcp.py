@@ -136,12 +136,13 @@ class ToolSessions:
                     page = await self._request(
                         session, server, "tools/list", {"cursor": cursor} if cursor else {}, timeout_s
                     )
-                    bytes_left -= len(msgspec.json.encode(page))
+                    size, tools = await asyncio.to_thread(self._read_page, page)  # a server may send megabytes
+                    bytes_left -= size
                     if bytes_left < 0:
                         raise lists_too_much(server, f"{self._settings.tool_list_bytes_max} bytes")
                     if len(cursors) > self._settings.tool_list_pages_max:
                         raise lists_too_much(server, f"{self._settings.tool_list_pages_max} pages")
-                    for tool in read_tools(self._mask.json(page)):
+                    for tool in tools:
                         found.setdefault(tool.name, tool)
                     if len(found) > self._settings.tools_listed_max:
                         raise lists_too_much(server, f"{self._settings.tools_listed_max} tools")
@@ -162,6 +163,12 @@ class ToolSessions:
                 mcp_types.INVALID_REQUEST,
                 f"The tool server '{server.label}' asks for input in mid-call, which is not offered.",
             )
+        return await asyncio.to_thread(self._read_result, result)  # it may be megabytes
+
+    def _read_page(self, page: dict[str, Any]) -> tuple[int, list[Listed]]:
+        return len(msgspec.json.encode(page)), list(read_tools(self._mask.json(page)))
+
+    def _read_result(self, result: dict[str, Any]) -> CallResult:
         return read_result(self._mask.json(result), self._settings.tool_output_bytes_max)
 
     async def close(self) -> None:
