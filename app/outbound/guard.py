@@ -46,6 +46,10 @@ NEVER_PUBLIC = tuple(
 )
 
 
+SIP_BYTES = 8 * 1024
+"""Of a stranger's answer, read at once."""
+
+
 class OutboundRefused(Exception):
     """The guard does not let this URL be called; the message names the host and says why."""
 
@@ -205,7 +209,22 @@ class _GuardedNetwork(httpcore2.AsyncNetworkBackend):
         failed: Exception = httpcore2.ConnectError("no address")
         for address in addresses:
             try:
-                return await self._network.connect_tcp(address, port, share, local_address, socket_options)
+                return _Sips(await self._network.connect_tcp(address, port, share, local_address, socket_options))
             except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
                 failed = error
         raise failed
+
+
+class _Sips(httpcore2.AsyncNetworkStream):
+    """A connection that is read a little at a time: the parser works on all that was read without a pause, and a server can
+    make much work of few bytes."""
+
+    def __init__(self, stream: httpcore2.AsyncNetworkStream) -> None:
+        self._stream = stream
+        self.write, self.aclose, self.get_extra_info = stream.write, stream.aclose, stream.get_extra_info  # type: ignore[method-assign]
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109
+        return await self._stream.read(min(max_bytes, SIP_BYTES), timeout)
+
+    async def start_tls(self, *given: Any, **more: Any) -> httpcore2.AsyncNetworkStream:
+        return _Sips(await self._stream.start_tls(*given, **more))

@@ -18,6 +18,7 @@ Results are taken from under the SDK's models, which would refuse a whole list f
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Self, TypeAlias
@@ -71,6 +72,12 @@ CLOSE_S = 10.0
 
 GOODBYE_S = 2.0
 """How long a server may take to answer that it has heard of the end of a session."""
+
+PART_BYTES_MIN = 256
+"""What a part of an answer counts for at least: each costs as much as so many bytes, however few it has."""
+
+PARTS_AT_ONCE = 64
+"""Parts of an answer that are read without a pause."""
 
 REQUESTS_AT_ONCE_MAX = 16
 """Of a server to us; it reads no answers, or asks without end, where more would have to wait. We refuse all of them."""
@@ -571,7 +578,7 @@ class _Limited(httpx2.AsyncByteStream):
         count = 0
         try:
             async for part in self._body:
-                count += len(part)
+                count += max(len(part), PART_BYTES_MIN)
                 if count > self._bytes_max:
                     raise self._wire.broken(self._message, self._wire.too_long())
                 yield part
@@ -592,7 +599,10 @@ class _Mended(httpx2.AsyncByteStream):
     async def __aiter__(self) -> AsyncIterator[bytes]:
         held: list[bytes] = []
         count = 0
+        parts = itertools.count(1)
         async for part in self._body:
+            if next(parts) % PARTS_AT_ONCE == 0:
+                await asyncio.sleep(0)  # what has come already would be read without a pause
             end = max(part.rfind(b"\n"), part.rfind(b"\r")) + 1
             if end:
                 yield mend_surrogates(b"".join([*held, part[:end]]))

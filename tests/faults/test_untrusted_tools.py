@@ -179,6 +179,10 @@ def test_a_list_is_bounded(server, rogue, said, grown: Grown, case):
 
 CALLS: dict[str, tuple[dict[str, Act], str]] = {
     "a gigabyte": ({"call": endless(JSON, b" ")}, "longer than 2097152 bytes"),
+    "chunks of one byte": (
+        {"call": endless(headed("content-type: application/json", "transfer-encoding: chunked"), b"1\r\n \r\n")},
+        "longer than 2097152 bytes",
+    ),
     "endless requests": ({"call": endless(EVENTS, PING)}, "did not answer within 5 s"),
     "requests whose answers are not taken": (
         {"call": endless(EVENTS, PING), "answered": lambda _: [None]},
