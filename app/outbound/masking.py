@@ -36,6 +36,15 @@ KEY_NAME = re.compile(r"auth|code|cred|key|pass|secret|sig|token", re.IGNORECASE
 """In the name of what holds a secret, among headers and parameters of URLs that may hold none."""
 
 
+WORDS = re.compile(r"[A-Za-z]{1,20}(?:[ _.,/-]+[A-Za-z]{1,20})*")
+"""A value that is a name, a place or a yes, as `x-team: research` has it; to mask it would garble ordinary answers."""
+
+
+def is_secret(name: str, value: str) -> bool:
+    """Whether what is given under a name is to be kept: by its name, or because it is no plain words."""
+    return bool(KEY_NAME.search(name) or name.lower() == "cookie") or not WORDS.fullmatch(value.strip())
+
+
 class Mask:
     """Takes secrets out of texts and of JSON."""
 
@@ -82,7 +91,7 @@ class Mask:
 def secrets_of(headers: Mapping[str, str]) -> Iterator[str]:
     """The secrets in the values of headers: each whole, without its scheme, and what is inside of a cookie or a password."""
     for name, value in headers.items():
-        if name.lower() in PUBLIC_HEADERS:
+        if name.lower() in PUBLIC_HEADERS or not is_secret(name, value):
             continue
         yield value.strip()
         scheme, _, rest = value.strip().partition(" ")

@@ -13,7 +13,7 @@ from mcp.shared.exceptions import MCPError
 from msgspec import Struct
 
 from app.outbound.guard import OutboundRefused
-from app.outbound.masking import KEY_NAME, Mask, secrets_of
+from app.outbound.masking import KEY_NAME, Mask, is_secret, secrets_of
 
 log = structlog.get_logger()
 
@@ -87,7 +87,9 @@ class ToolServer(Struct, frozen=True):
         """What it is told in confidence."""
         yield from secrets_of({name: value for name, value in self.headers.items() if name.lower() not in OURS})
         yield from secrets_of({"Authorization": self.authorization})
-        yield from (value for name, value in self.environment.items() if not PUBLIC_VARIABLES.fullmatch(name))
+        for name, value in self.environment.items():
+            if is_secret(name, value) and not PUBLIC_VARIABLES.fullmatch(name):
+                yield value
         try:
             url = httpx2.URL(self.url)
         except httpx2.InvalidURL:

@@ -42,7 +42,8 @@ class Tools:
     """The tools that this server runs for one response; `close` it."""
 
     def __init__(self, task: Task, guard: Guard, programs: ToolPrograms, settings: Settings) -> None:
-        servers = (*task.servers.values(), *task.tool_servers.values())
+        hosting = {route.server for route in task.hosted.values()}
+        servers = (*task.servers.values(), *(task.tool_servers[name] for name in sorted(hosting)))
         mask = Mask(secret for server in servers for secret in server.secrets)
         self._task, self._sessions = task, ToolSessions(guard, settings, mask, programs, tenant=task.tenant_id)
         self._arguments_bytes_max = settings.tool_arguments_bytes_max

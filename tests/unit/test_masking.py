@@ -89,14 +89,19 @@ def test_the_secret_inside_a_header_is_masked_alone(headers, echo):
 def test_what_a_tool_server_is_told_is_secret_and_what_it_is_called_is_not():
     server = ToolServer(
         label="box",
-        url="https://ada:passw0rd@tools.example.com/research/k3y-of-the-server/mcp?token=abcdef&toolsets=issues&id=9f8e7d6c5b4a",
-        headers={"x-team": "research", "accept-language": "en-US,en", "mcp-session-id": "0123456789"},
+        url="https://ada:passw0rd@tools.example.com/archive/k3y-of-the-server/mcp?token=abcdef&toolsets=issues&id=9f8e7d6c5b4a",
+        headers={
+            "x-team": "blue research",
+            "accept-language": "en-US,en",
+            "mcp-session-id": "0123456789",
+            "x-shared": "s0me value",
+        },
         authorization="tok-123",
-        environment={"PASSWORD": "hunter2", "DATA_DIR": "/srv/data"},
+        environment={"PASSWORD": "swordfish", "DATA_DIR": "/srv/data", "FEATURE": "enabled"},
     )
-    said = "tools.example.com issues 0123456789 en-US,en /srv/data box"
+    said = "tools.example.com issues 0123456789 en-US,en /srv/data box enabled blue research"
     assert Mask(server.secrets).text(said) == said
-    for secret in ("passw0rd", "k3y-of-the-server", "abcdef", "9f8e7d6c5b4a", "research", "tok-123", "hunter2"):
+    for secret in ("passw0rd", "k3y-of-the-server", "abcdef", "9f8e7d6c5b4a", "s0me value", "tok-123", "swordfish"):
         assert Mask(server.secrets).text(f"<{secret}>") == "<***>", secret
 
 
