@@ -29,9 +29,10 @@ class Retrieve(Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class ItemPage(Struct, forbid_unknown_fields=True, frozen=True):
-    """`GET /v1/responses/{id}/input_items`."""
+    """`GET /v1/responses/{id}/input_items`: the page behind `after`, or the one that ends before `before`."""
 
     after: str | None = None
+    before: str | None = None
     limit: Limit = 20
     order: Order = "desc"
     include: list[Include] = []

@@ -1,8 +1,9 @@
 """`/v1/responses`: create, retrieve, list, delete, input items."""
 
 import asyncio
-from collections.abc import Awaitable, Collection, Sequence
-from typing import Any, TypeVar
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import msgspec
 import structlog
@@ -14,20 +15,20 @@ from app.api.connected import ClientGone, while_connected
 from app.api.parts import Parts
 from app.api.replies import json_reply
 from app.api.sse import EventStream
-from app.errors import InvalidRequest
+from app.errors import InvalidParameter, InvalidRequest
 from app.runs.aside import aside
-from app.runs.executor import Caller, Executor, Run
+from app.runs.executor import Caller, Run
 from app.storage import contexts, responses
 from app.storage.journal import Kept
 from app.wire import resources
 from app.wire.items import OpaqueItem, decode_stored_item, encode_item
-from app.wire.requests import CreateResponse, decode_create
+from app.wire.requests import CreateResponse, Order, decode_create
 from app.wire.resources import Deleted, Page, encode
 from app.wire.shown import Shown
 
 log = structlog.get_logger()
 
-T = TypeVar("T")
+OPPOSITE: dict[Order, Order] = {"asc": "desc", "desc": "asc"}
 
 LEFT_OUT_HEADER = "x-reprise-left-out-tools"
 """Names the declared tools that the model does not see, because nobody here runs them."""
@@ -41,19 +42,33 @@ class ResponsesController(Controller):
     @post(status_code=200)
     async def create(self, request: Request[Any, Any, Any], caller: Caller, parts: Parts) -> Response[Any]:
         """Make a response: JSON when it is done, SSE while it is made, or later, in the background."""
-        with parts.bodies.reading(request) as body:
-            raw = await body.read()
+        started: list[tuple[Run, dict[str, str]]] = []
+        executor = parts.executor
+        with ExitStack() as taking:
+            raw = await taking.enter_context(parts.bodies.reading(request)).read()
             create = await aside(len(raw), decode_create, raw, parts.catalog.passed_on)
             if create.background:
                 return await self._create_in_background(caller, create, raw, parts)
             del raw  # what is asked for may take long
-            executor = parts.executor
-            run = await executor.start(caller, create)
-        headers = _left_out(run.work.context.toolbox.left_out)
-        if not create.stream:
-            made = await _while_connected(request, executor, run, executor.finished(run))
+
+            async def begin() -> resources.Response | None:
+                run = await executor.start(caller, create)
+                taking.close()
+                started.append((run, _left_out(run.work.context.toolbox.left_out)))
+                if not create.stream:
+                    return await executor.finished(run)
+                await executor.opened(run)
+                return None
+
+            try:
+                made = await while_connected(request.receive, begin())
+            except (ClientGone, asyncio.CancelledError):
+                for run, _ in started:
+                    executor.reader_gone(run)
+                raise
+        [(run, headers)] = started
+        if made:
             return _reply(parts, made, create.include, headers)
-        await _while_connected(request, executor, run, executor.opened(run))
         options = create.body.stream_options
         assert run.log
         return EventStream(
@@ -160,12 +175,22 @@ class ResponsesController(Controller):
     ) -> Response[Any]:
         """The context that the response was made from: earlier inputs and outputs, and its own input."""
         query = queries.parse(request, queries.ItemPage)
+        if query.before is not None and query.after is not None:
+            raise InvalidParameter("Give 'after' or 'before', not both.", param="before")
+        backwards = query.before is not None
         async with parts.database.autocommit() as tx:
             found = await contexts.list_input_items(
-                tx, caller.tenant_id, response_id, after=query.after, limit=query.limit + 1, order=query.order
+                tx,
+                caller.tenant_id,
+                response_id,
+                after=query.before if backwards else query.after,
+                limit=query.limit + 1,
+                order=OPPOSITE[query.order] if backwards else query.order,
+                param="before" if backwards else "after",
             )
         shown = Shown(query.include)
-        return _page(parts, [(item.id, shown.item(_listed(item.body))) for item in found], query.limit)
+        rows = [(item.id, shown.item(_listed(item.body))) for item in found]
+        return _page(parts, rows, query.limit, backwards=backwards)
 
     @post("/{response_id:str}/cancel", status_code=200)
     async def cancel(self, response_id: str, caller: Caller, parts: Parts) -> Response[Any]:
@@ -199,9 +224,10 @@ def _reply(
     return json_reply(encode(_shown(response, include)), parts.backlogs, headers)
 
 
-def _page(parts: Parts, rows: "list[tuple[str, bytes]]", limit: int) -> Response[Any]:
-    """One row more than the limit was read: that tells whether there are more."""
-    shown = rows[:limit]
+def _page(parts: Parts, rows: "list[tuple[str, bytes]]", limit: int, *, backwards: bool = False) -> Response[Any]:
+    """One row more than the limit was read: that tells whether there are more. They come the other way round, if they were read
+    `backwards` from a cursor."""
+    shown = rows[:limit][::-1] if backwards else rows[:limit]
     page = Page(
         data=[msgspec.Raw(body) for _, body in shown],
         first_id=shown[0][0] if shown else None,
@@ -217,12 +243,3 @@ def _listed(body: str) -> bytes:
     if not isinstance(item, OpaqueItem) and getattr(item, "status", "") is msgspec.UNSET:
         return encode_item(msgspec.structs.replace(item, status="completed"))
     return body.encode()
-
-
-async def _while_connected(request: Request[Any, Any, Any], executor: Executor, run: Run, work: Awaitable[T]) -> T:
-    """Wait for work on behalf of a client; if the client leaves meanwhile, the policy decides about the run."""
-    try:
-        return await while_connected(request.receive, work)
-    except (ClientGone, asyncio.CancelledError):
-        executor.reader_gone(run)
-        raise

@@ -146,7 +146,7 @@ async def load_chain(tx: Tx, tenant_id: str, response_id: str, *, items_max: int
     if len(rows) > items_max:
         raise InvalidRequest(
             f"The context of response '{response_id}' has more than {items_max} items.",
-            param="previous_response_id",
+            param="input",
             code="context_length_exceeded",
         )
     head = rows[0]
@@ -166,11 +166,11 @@ async def find_items(
 
 
 async def list_input_items(
-    tx: Tx, tenant_id: str, response_id: str, *, after: str | None, limit: int, order: Order
+    tx: Tx, tenant_id: str, response_id: str, *, after: str | None, limit: int, order: Order, param: str = "after"
 ) -> list[StoredItem]:
     """Up to `limit` items of a response's context (earlier inputs and outputs, and its own input) behind the cursor.
 
-    Raises NotFound for the response, InvalidParameter for the cursor.
+    Raises NotFound for the response, InvalidParameter for the cursor, which the client has given as `param`.
     """
     if not storable(response_id + (after or "")):
         raise ResponseNotFound(response_id)
@@ -178,7 +178,7 @@ async def list_input_items(
     if not rows:
         raise ResponseNotFound(response_id)
     if not rows[0]["found"]:
-        raise InvalidParameter(f"Item with id '{after}' not found.", param="after")
+        raise InvalidParameter(f"Item with id '{after}' not found.", param=param)
     return [_stored_item(row) for row in rows if row["id"] is not None]
 
 

@@ -218,6 +218,24 @@ def test_input_items_are_the_whole_context_whatever_the_page_size(client, contex
     assert len({item.id for item in forward}) == len(expected)
 
 
+@pytest.mark.parametrize("order", ["asc", "desc"])
+def test_the_page_before_a_cursor_ends_there(client, http, context, order):
+    id, expected = context
+
+    def page(**query):
+        return http.get(f"/responses/{id}/input_items", params={"order": order, **query})
+
+    ids = [item["id"] for item in page(limit=100).json()["data"]]
+    assert len(ids) == len(expected)
+    for at, cursor in enumerate(ids):
+        found = page(before=cursor, limit=3).json()
+        before = ids[max(0, at - 3) : at]
+        assert [item["id"] for item in found["data"]] == before
+        assert (found["has_more"], found["first_id"]) == (at > 3, before[0] if before else None)
+    for query in ({"before": "msg_unknown"}, {"before": ids[3], "after": ids[0]}):
+        assert error_of(page(**query), 400)["param"] == "before"
+
+
 def test_input_items_come_newest_first_and_twenty_at_a_time_by_default(client, http):
     many = [{"role": "user", "content": f"{number}"} for number in range(25)]
     made = client.responses.create(model="m", input=many)

@@ -25,9 +25,20 @@ async def taken(rooms: Rooms, size: int) -> Room:
     return room
 
 
-def waits(rooms: Rooms, size: int, wait_s: float = 60) -> tuple[Room, "asyncio.Task[None]"]:
-    room = Room(rooms)
-    return room, asyncio.create_task(room.take(size, wait_s=wait_s))
+@pytest.fixture
+async def waits(rooms):
+    """Begins to wait for so many bytes; what has not come to its turn by the end of the test is given up."""
+    begun: list[asyncio.Task[None]] = []
+
+    def begin(size: int) -> tuple[Room, "asyncio.Task[None]"]:
+        room = Room(rooms)
+        begun.append(asyncio.create_task(room.take(size, wait_s=60)))
+        return room, begun[-1]
+
+    yield begin
+    for task in begun:
+        task.cancel()
+    await asyncio.gather(*begun, return_exceptions=True)
 
 
 async def settled() -> None:
@@ -35,9 +46,9 @@ async def settled() -> None:
         await asyncio.sleep(0)
 
 
-async def test_what_does_not_fit_waits_for_its_turn(rooms):
+async def test_what_does_not_fit_waits_for_its_turn(rooms, waits):
     held = [await taken(rooms, LARGE) for _ in range(3)]
-    waiting = [waits(rooms, LARGE) for _ in range(3)]
+    waiting = [waits(LARGE) for _ in range(3)]
     await settled()
     assert [task.done() for _, task in waiting] == [False] * 3
     held[0].release()
@@ -49,10 +60,10 @@ async def test_what_does_not_fit_waits_for_its_turn(rooms):
     assert [task.done() for _, task in waiting] == [True] * 3
 
 
-async def test_small_contexts_do_not_wait_for_large_ones(rooms):
+async def test_small_contexts_do_not_wait_for_large_ones(rooms, waits):
     for _ in range(3):
         await taken(rooms, LARGE)
-    waits(rooms, LARGE)
+    waits(LARGE)
     await settled()
     for _ in range(WHOLE // 4 // SMALL):
         await taken(rooms, SMALL)
@@ -60,11 +71,11 @@ async def test_small_contexts_do_not_wait_for_large_ones(rooms):
         await taken(rooms, SMALL)
 
 
-async def test_a_large_context_is_not_overtaken_for_ever(rooms):
+async def test_a_large_context_is_not_overtaken_for_ever(rooms, waits):
     held = [await taken(rooms, LARGE) for _ in range(3)]
-    largest, turn = waits(rooms, 3 * LARGE)
+    largest, turn = waits(3 * LARGE)
     await settled()
-    _, behind = waits(rooms, SMALL + 1)
+    _, behind = waits(SMALL + 1)
     for room in held:
         assert not turn.done()
         assert not behind.done()
@@ -86,13 +97,13 @@ async def test_a_context_that_is_larger_than_all_room_comes_alone(rooms):
         await taken(rooms, LARGE)
 
 
-async def test_who_waits_too_long_is_refused_and_makes_way(rooms):
+async def test_who_waits_too_long_is_refused_and_makes_way(rooms, waits):
     held = await taken(rooms, 2 * LARGE)
     with pytest.raises(TooManyRequests) as refused:
         await Room(rooms).take(2 * LARGE, wait_s=0.01)
     assert int(refused.value.headers["Retry-After"]) > 0
-    _, given_up = waits(rooms, 2 * LARGE)
-    _, behind = waits(rooms, LARGE)
+    _, given_up = waits(2 * LARGE)
+    _, behind = waits(LARGE)
     await settled()
     assert not behind.done()
     given_up.cancel()
@@ -102,9 +113,9 @@ async def test_who_waits_too_long_is_refused_and_makes_way(rooms):
     await taken(rooms, 2 * LARGE)
 
 
-async def test_a_turn_that_comes_as_it_is_given_up_is_passed_on(rooms):
+async def test_a_turn_that_comes_as_it_is_given_up_is_passed_on(rooms, waits):
     held = await taken(rooms, 3 * LARGE)
-    _, given_up = waits(rooms, 3 * LARGE)
+    _, given_up = waits(3 * LARGE)
     await settled()
     held.release()
     given_up.cancel()
@@ -112,14 +123,13 @@ async def test_a_turn_that_comes_as_it_is_given_up_is_passed_on(rooms):
     await taken(rooms, 3 * LARGE)
 
 
-async def test_no_more_than_so_many_wait(rooms):
+async def test_no_more_than_so_many_wait(rooms, waits):
     await taken(rooms, 3 * LARGE)
-    waiting = [waits(rooms, LARGE) for _ in range(10)]
+    for _ in range(10):
+        waits(LARGE)
     await settled()
     with pytest.raises(TooManyRequests):
         await Room(rooms).take(LARGE, wait_s=60)
-    for _, task in waiting:
-        task.cancel()
 
 
 async def test_what_was_taken_too_much_is_free_again(rooms):
