@@ -29,11 +29,12 @@ def seconds_of(id: str) -> int | None:
     return int(digits, 16) // 1000
 
 
+ID_DIGITS = 36
 NUMBER_DIGITS = 4
 
 
 def siblings() -> NewId:
-    """Gives ids to things that are made at once: but for their prefixes and last digits they are the same."""
+    """Gives ids to things that are made at once, in their order: but for their prefixes and last digits they are the same."""
     stem = new_id("")[:-NUMBER_DIGITS]
     numbers = itertools.count()
     return lambda prefix: f"{prefix}{stem}{next(numbers):0{NUMBER_DIGITS}x}"
@@ -41,8 +42,18 @@ def siblings() -> NewId:
 
 def are_siblings(one: str, other: str) -> bool:
     """Whether two things were made at once, as far as their ids tell."""
-    return _stem(one) == _stem(other)
+    return bool(_stem(one)) and _stem(one) == _stem(other)
+
+
+def place_among_siblings(id: str) -> str:
+    """Sorts ids of things that are made at once in their order."""
+    return id.partition("_")[2][:ID_DIGITS]
+
+
+def rest_of(id: str) -> str:
+    """What an id has behind its digits, such as a signature."""
+    return id.partition("_")[2][ID_DIGITS:]
 
 
 def _stem(id: str) -> str:
-    return id.partition("_")[2][:-NUMBER_DIGITS]
+    return place_among_siblings(id)[:-NUMBER_DIGITS]

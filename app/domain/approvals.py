@@ -22,7 +22,7 @@ def signing(new_id: NewId, seal: TenantSeal, label: str, name: str, arguments: s
 
     def make(prefix: str) -> str:
         id = new_id(prefix)
-        return id + seal.sign(id, label, name, _canonical(arguments))
+        return id + seal.sign("approval", id, label, name, _canonical(arguments))
 
     return make
 
@@ -30,7 +30,7 @@ def signing(new_id: NewId, seal: TenantSeal, label: str, name: str, arguments: s
 def was_asked(seal: TenantSeal, request: McpApprovalRequest) -> bool:
     """Whether this server has asked this tenant for this approval, in a response that is not stored."""
     id, signature = request.id[:-SIGNATURE_DIGITS], request.id[-SIGNATURE_DIGITS:]
-    return seal.has_signed(signature, id, request.server_label, request.name, _canonical(request.arguments))
+    return seal.has_signed(signature, "approval", id, request.server_label, request.name, _canonical(request.arguments))
 
 
 def _whole(digits: str) -> Any:

@@ -61,6 +61,7 @@ from app.wire.items import (
     CodeInterpreterCall,
     FileSearchCall,
     ImageGenerationCall,
+    InputImage,
     ItemStatus,
     McpApprovalRequest,
     McpCall,
@@ -234,7 +235,9 @@ def close_call(item: ServerCall, output_index: int, answer: Answer, route: Hoste
     match item:
         case McpCall():
             said = [McpCallFailed(**at) if failed else McpCallCompleted(**at)]
-            done = replace(item, output=None if failed else answer.text, error=answer.error, status=status)
+            output = None if failed else answer.text
+            images = [] if failed else _seen(answer.images)
+            done = replace(item, output=output, error=answer.error, status=status, images=images or msgspec.UNSET)
         case WebSearchCall():
             results = _results("web_search", route, answer)
             sources = [{"type": "url", "url": result["url"]} for result in results if "url" in result]
@@ -267,6 +270,10 @@ def _outputs(answer: Answer) -> list[Json]:
     logs = f"Error: {_message(answer)}" if answer.error is not None else answer.text
     images = [{"type": "image", "url": f"data:{type_};base64,{data}"} for type_, data in answer.images]
     return [*([{"type": "logs", "logs": logs}] if logs else []), *images]
+
+
+def _seen(images: Sequence[tuple[str, str]]) -> list[InputImage]:
+    return [InputImage(image_url=f"data:{type_};base64,{data}") for type_, data in images]
 
 
 def _message(answer: Answer) -> str:

@@ -2,16 +2,18 @@
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TypeGuard
 
 from msgspec import UNSET, Struct
 from msgspec.structs import replace
 
 from app.domain.approvals import was_asked
 from app.domain.hosted import Kind
-from app.domain.sealed import TenantSeal
+from app.domain.sealed import SIGNATURE_DIGITS, TenantSeal
 from app.domain.toolbox import Toolbox, open_toolbox
 from app.errors import InvalidRequest
-from app.ids import NewId
+from app.ids import NewId, rest_of
 from app.wire.decoding import json_object
 from app.wire.items import (
     AdditionalTools,
@@ -30,6 +32,7 @@ from app.wire.items import (
     OpaqueItem,
     OutputText,
     Reasoning,
+    call_id_of,
     type_of,
     with_id,
 )
@@ -60,6 +63,9 @@ Call = FunctionCall | CustomToolCall
 Output = FunctionCallOutput | CustomToolCallOutput
 
 
+NO_ORIGINS: Mapping[str, str] = MappingProxyType({})
+
+
 class Context(Struct, frozen=True):
     """What a run starts from: every item that the model sees, in order, and its toolbox."""
 
@@ -76,6 +82,8 @@ class Context(Struct, frozen=True):
     toolbox: Toolbox
     hosted: frozenset[Kind]
     """Hosted tools that a tool server stands behind."""
+    origins: Mapping[str, str]
+    """A declared MCP server's label → what the ids of its own lists end in."""
 
 
 def references(request: CreateResponse) -> list[str]:
@@ -110,6 +118,7 @@ def resolve(
     seal: TenantSeal,
     requests: Mapping[str, McpApprovalRequest] | None = None,
     hosted: frozenset[Kind] = frozenset(),
+    origins: Mapping[str, str] = NO_ORIGINS,
 ) -> Context:
     """The context of a run. `chain` holds the items of all earlier responses, oldest first; `requests` are the approval
     requests among those that the input answers which this server has made for this tenant, and stored; `seal` is the tenant's.
@@ -124,7 +133,7 @@ def resolve(
     every = (*chain, *fresh)
     decided = _decided(every, fresh, requests or {}, seal)
     _refuse_undeclared(request, decided)
-    return _context(request, every, fresh, decided, hosted)
+    return _context(request, every, fresh, decided, hosted, origins)
 
 
 def restore(
@@ -136,16 +145,17 @@ def restore(
     seal: TenantSeal,
     requests: Mapping[str, McpApprovalRequest],
     hosted: frozenset[Kind],
+    origins: Mapping[str, str] = NO_ORIGINS,
 ) -> Context:
     """The context of a run that goes on elsewhere: `stored` are all its items, `own` its own input among them, `said` what
     earlier owners have made."""
     every = (*stored, *said)
-    return _context(request, every, (), _decided(every, own, requests, seal, said), hosted)
+    return _context(request, every, (), _decided(every, own, requests, seal, said), hosted, origins)
 
 
 def proceed(context: Context, request: CreateResponse, more: Sequence[AnyItem]) -> Context:
     """The context after a turn: with what was said, done and listed in it."""
-    return _context(request, (*context.items, *more), context.input, {}, context.hosted)
+    return _context(request, (*context.items, *more), context.input, {}, context.hosted, context.origins)
 
 
 def _context(
@@ -154,11 +164,12 @@ def _context(
     fresh: tuple[AnyItem, ...],
     decided: Mapping[str, McpApprovalRequest | None],
     hosted: frozenset[Kind],
+    origins: Mapping[str, str],
 ) -> Context:
     # A call for the client that was cut off is no call: nobody can answer it.
     items = tuple(item for item in every if not _cut_off(item))
     added = [tool for item in items if isinstance(item, AdditionalTools) for tool in item.tools]
-    listed = {item.server_label: item.tools for item in items if isinstance(item, McpListTools) and not item.error}
+    listed = {item.server_label: item.tools for item in items if _is_list_of(item, origins)}
     return Context(
         items=items,
         input=fresh,
@@ -168,7 +179,16 @@ def _context(
         instructions=request.body.instructions,
         toolbox=open_toolbox(request.tools, added, request.tool_choice, listed=listed, hosted=hosted),
         hosted=hosted,
+        origins=origins,
     )
+
+
+def _is_list_of(item: AnyItem, origins: Mapping[str, str]) -> TypeGuard[McpListTools]:
+    """Whether an item lists the tools of the server that has its label now. Lists of other makers are taken as they are."""
+    if not isinstance(item, McpListTools) or item.error:
+        return False
+    origin = rest_of(item.id)
+    return len(origin) != SIGNATURE_DIGITS or origin == origins.get(item.server_label, origin)
 
 
 def _decided(
@@ -307,12 +327,19 @@ def pair(items: Sequence[AnyItem]) -> dict[int, AnyItem]:
             open_calls.setdefault(call_id, deque()).append(position)
         elif call_id := _answered(item):
             if not open_calls.get(call_id):
-                raise InvalidRequest(f"No tool call found for {_kind(item)} with call_id {call_id}.", param="input")
+                _refuse_orphan(item)
+                continue
             answers[open_calls[call_id].popleft()] = item
     for call_id, positions in open_calls.items():
         if positions and isinstance(items[positions[0]], Call):
             raise InvalidRequest(f"No tool output found for {_kind(items[positions[0]])} {call_id}.", param="input")
     return answers
+
+
+def _refuse_orphan(output: AnyItem) -> None:
+    """An output must follow its call, unless it names none."""
+    if call_id := call_id_of(output):
+        raise InvalidRequest(f"No tool call found for {_kind(output)} with call_id {call_id}.", param="input")
 
 
 def _kind(item: AnyItem) -> str:
@@ -328,12 +355,16 @@ def _called(item: AnyItem) -> str | None:
 def _answered(item: AnyItem) -> str | None:
     if isinstance(item, Output):
         return item.call_id
-    return _opaque_call_id(item) if type_of(item).endswith("_call_output") else None
+    return _opaque_call_id(item) if type_of(item).endswith("_output") else None
 
 
 def _opaque_call_id(item: AnyItem) -> str | None:
-    call_id = item.fields.get("call_id") if isinstance(item, OpaqueItem) else None
-    return call_id if isinstance(call_id, str) else None
+    """What ties a carried call to its output: some name no call id, and local shells have it as the id of their outputs."""
+    if not isinstance(item, OpaqueItem):
+        return None
+    if item.type == "local_shell_call_output":
+        return call_id_of(item) or item.id
+    return call_id_of(item) or type_of(item).removesuffix("_output").removesuffix("_call")
 
 
 Unseal = Callable[[str], str | None]

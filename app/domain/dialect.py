@@ -31,6 +31,10 @@ class Dialect(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """It knows the role `developer`; otherwise such messages are `system` ones."""
     refusals: bool = False
     """It knows `refusal` in assistant messages; otherwise a refusal is text."""
+    tool_images: bool = False
+    """Its models see images that MCP tools answer with; otherwise they read that there was one."""
+    allowed_tools: bool = False
+    """It takes `allowed_tools` as tool choice: all tools stay declared, which keeps its cache of the prompt."""
     verbosity: bool = False
     """It takes `verbosity`."""
     takes: frozenset[PassedOn] = frozenset()
@@ -55,6 +59,8 @@ class Dialect(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 HOSTED = Dialect(
     developer_role=True,
     refusals=True,
+    tool_images=True,
+    allowed_tools=True,
     verbosity=True,
     takes=frozenset(get_args(PassedOn)),
     max_tokens="max_completion_tokens",

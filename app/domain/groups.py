@@ -203,12 +203,12 @@ class ReasoningGroup:
 class CallGroup:
     """A call of a function or custom tool. Its name may come in pieces and its id late: it opens with its first argument."""
 
-    def __init__(self, toolbox: Toolbox, new_id: NewId) -> None:
+    def __init__(self, toolbox: Toolbox, new_id: NewId, item_id: NewId) -> None:
         self.call_id = ""
         self.upstream_id: str | None = None
         self.name = ""
         self.native = False
-        self._toolbox, self._new_id = toolbox, new_id
+        self._toolbox, self._new_id, self._item_id = toolbox, new_id, item_id
         self._pending: list[str] = []
         self._said: list[str] = []
         self._arguments = WholeObject()
@@ -259,7 +259,7 @@ class CallGroup:
         namespace = verdict.namespace or UNSET
         if verdict.kind == "custom":
             self._item = CustomToolCall(
-                id=self._new_id("ctc"),
+                id=self._item_id("ctc"),
                 call_id=self.call_id,
                 name=verdict.name,
                 input="",
@@ -268,7 +268,7 @@ class CallGroup:
             )
         else:
             self._item = FunctionCall(
-                id=self._new_id("fc"),
+                id=self._item_id("fc"),
                 call_id=self.call_id,
                 name=verdict.name,
                 arguments="",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 
 from app.domain.calls import given_of
 from app.domain.context import Context, Unseal
@@ -15,7 +16,7 @@ from app.domain.dialect import WRAPPED_INPUT, Dialect
 from app.domain.retold import answer_for_model, asked_of_model
 from app.domain.toolbox import Toolbox
 from app.errors import UnsupportedParameter
-from app.ids import are_siblings
+from app.ids import are_siblings, place_among_siblings
 from app.wire.chat import ChatMessage
 from app.wire.items import (
     AnyItem,
@@ -35,6 +36,7 @@ from app.wire.items import (
     Reasoning,
     Refusal,
     ServerCall,
+    call_id_of,
 )
 
 NO_JSON = "not_json"
@@ -66,6 +68,21 @@ def messages(context: Context, dialect: Dialect, unseal: Unseal) -> list[ChatMes
     return _merge_system(made) if "later_system_messages" in dialect.lacks else made
 
 
+class _Call(Struct):
+    """A call of a turn: its item's id, what is said of it, the item that answers it."""
+
+    id: str
+    said: dict[str, Any]
+    answer: AnyItem
+
+
+def _in_order(calls: list[_Call]) -> list[_Call]:
+    """The calls of a turn as the model made them: those for the client stand before the others, but their ids tell."""
+    if all(are_siblings(call.id, calls[0].id) for call in calls):
+        return sorted(calls, key=lambda call: place_among_siblings(call.id))
+    return calls
+
+
 class _AssistantTurn:
     """Gathers what the model said in one turn into one message, with its calls' outputs behind it."""
 
@@ -80,8 +97,7 @@ class _AssistantTurn:
         """An output stands here: what the model says next is another turn."""
         self._reasoning: list[str] = []
         self._content: list[Content] | None = None
-        self._calls: list[dict[str, Any]] = []
-        self._outputs: list[tuple[str, AnyItem]] = []
+        self._calls: list[_Call] = []
         self._run_by_us = ""
         """Id of the turn's last call that a server has run."""
 
@@ -121,8 +137,7 @@ class _AssistantTurn:
             answer = item
             self._run_by_us = item.id
         if answer is not None:
-            self._calls.append(call)
-            self._outputs.append((call["id"], answer))
+            self._calls.append(_Call(item.id, call, answer))
 
     def end(self) -> list[ChatMessage]:
         """The turn's messages: the assistant's, then the outputs of its calls, then what tool messages can't carry."""
@@ -132,12 +147,14 @@ class _AssistantTurn:
         reasoning = "\n".join(text for text in self._reasoning if text)
         if reasoning and self._dialect.reasoning != "none":
             message[self._dialect.reasoning] = reasoning
-        if self._calls:
-            message["tool_calls"] = self._calls
-        made = [message] if self._content is not None or self._calls else []
+        calls = _in_order(self._calls)
+        if calls:
+            message["tool_calls"] = [call.said for call in calls]
+        made = [message] if self._content is not None or calls else []
         attached: list[ChatMessage] = []
-        for call_id, output in self._outputs:
-            text, parts = _output(output, call_id)
+        for call in calls:
+            call_id = call.said["id"]
+            text, parts = _output(call.answer, call_id, self._dialect)
             made.append({"role": "tool", "tool_call_id": call_id, "content": text})
             if parts:
                 attached.append({"role": "user", "content": parts})
@@ -228,7 +245,7 @@ def _call(item: AnyItem, toolbox: Toolbox, dialect: Dialect) -> dict[str, Any] |
             if dialect.custom_tools == "native":
                 return {"id": item.call_id, "type": "custom", "custom": {"name": name, "input": item.input}}
             return _function_call(item.call_id, name, msgspec.json.encode({WRAPPED_INPUT: item.input}).decode())
-        case OpaqueItem() if isinstance(item.fields.get("call_id"), str):
+        case OpaqueItem():
             return _foreign_call(item)
     asked = asked_of_model(item)
     if asked is None:
@@ -237,15 +254,17 @@ def _call(item: AnyItem, toolbox: Toolbox, dialect: Dialect) -> dict[str, Any] |
 
 
 _NO_ARGUMENTS = frozenset({"id", "type", "call_id", "status", "environment", "created_by"})
+_ARGUMENTS = {"shell_call": "action", "local_shell_call": "action", "tool_search_call": "arguments"}
+"""Kinds whose arguments are one of their fields."""
 
 
 def _foreign_call(item: OpaqueItem) -> dict[str, Any]:
     """A call of a hosted kind that is carried (a shell command, a patch): its own fields are the arguments."""
     arguments = {key: value for key, value in item.fields.items() if key not in _NO_ARGUMENTS}
-    if item.type == "shell_call":
-        arguments = arguments.get("action") or {}
+    if field := _ARGUMENTS.get(item.type):
+        arguments = arguments.get(field) or {}
     name = item.type.removesuffix("_call")
-    return _function_call(str(item.fields["call_id"]), name, msgspec.json.encode(arguments).decode())
+    return _function_call(call_id_of(item) or item.id, name, msgspec.json.encode(arguments).decode())
 
 
 def _function_call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
@@ -254,7 +273,7 @@ def _function_call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments or "{}"}}
 
 
-def _output(item: AnyItem, call_id: str) -> tuple[str, list[dict[str, Any]]]:
+def _output(item: AnyItem, call_id: str, dialect: Dialect) -> tuple[str, list[dict[str, Any]]]:
     """A tool message's text, and the parts that it can't carry: those go into a user message behind it."""
     match item:
         case FunctionCallOutput() | CustomToolCallOutput() if isinstance(item.output, str):
@@ -262,18 +281,21 @@ def _output(item: AnyItem, call_id: str) -> tuple[str, list[dict[str, Any]]]:
         case FunctionCallOutput() | CustomToolCallOutput():
             parts: Sequence[Any] = item.output
             texts = [text for part in parts if (text := _text_of(part)) is not None]
-            others = [_part(part) for part in parts if _text_of(part) is None]
-            if not others:
-                return "\n".join(texts), []
-            note = f"The output of tool call {call_id} has {len(others)} attachment(s); they follow in the next user message."
-            return "\n".join([*texts, note]), [
-                {"type": "text", "text": f"Attachments of tool call {call_id}:"},
-                *others,
-            ]
+            return _with_attachments(texts, [part for part in parts if _text_of(part) is None], call_id)
+        case McpCall(images=[*images]) if dialect.tool_images:
+            return _with_attachments([answer_for_model(item)], images, call_id)
         case OpaqueItem():
-            output = item.fields.get("output")
+            output = item.fields.get("tools" if item.type == "tool_search_output" else "output")
             return output if isinstance(output, str) else msgspec.json.encode(output).decode(), []
     return answer_for_model(item), []
+
+
+def _with_attachments(texts: list[str], others: Sequence[Content], call_id: str) -> tuple[str, list[dict[str, Any]]]:
+    if not others:
+        return "\n".join(texts), []
+    note = f"The output of tool call {call_id} has {len(others)} attachment(s); they follow in the next user message."
+    said = {"type": "text", "text": f"Attachments of tool call {call_id}:"}
+    return "\n".join([*texts, note]), [said, *map(_part, others)]
 
 
 def _merge_system(made: list[ChatMessage]) -> list[ChatMessage]:

@@ -92,19 +92,26 @@ def _text(request: CreateResponse, dialect: Dialect) -> dict[str, Any]:
 def _tools(request: CreateResponse, toolbox: Toolbox, dialect: Dialect) -> dict[str, Any]:
     if not toolbox.offers:
         return {}
-    made: dict[str, Any] = {"tools": [_tool(offer, dialect) for offer in toolbox.offers.values()]}
+    is_choice = dialect.allowed_tools and toolbox.mode != "none" and len(toolbox.offers) < len(toolbox.every)
+    declared = toolbox.every if is_choice else toolbox.offers
+    made: dict[str, Any] = {"tools": [_tool(offer, dialect) for offer in declared.values()]}
     if toolbox.only:
-        kind = (
-            "custom" if isinstance(toolbox.only.tool, CustomTool) and dialect.custom_tools == "native" else "function"
-        )
-        made["tool_choice"] = {"type": kind, kind: {"name": toolbox.only.model_name}}
+        made["tool_choice"] = _named(toolbox.only, dialect)
+    elif is_choice:
+        allowed = {"mode": toolbox.mode, "tools": [_named(offer, dialect) for offer in toolbox.offers.values()]}
+        made["tool_choice"] = {"type": "allowed_tools", "allowed_tools": allowed}
     elif toolbox.mode != "auto":
         made["tool_choice"] = toolbox.mode
-    if "tool_choice_required" in dialect.lacks and made.get("tool_choice", "none") != "none":
+    if toolbox.only or toolbox.mode == "required":
         dialect.demand("tool_choice_required", "tool_choice")
     if request.body.parallel_tool_calls is not None and "parallel_tool_calls" not in dialect.lacks:
         made["parallel_tool_calls"] = request.body.parallel_tool_calls
     return made
+
+
+def _named(offer: Offer, dialect: Dialect) -> dict[str, Any]:
+    kind = "custom" if isinstance(offer.tool, CustomTool) and dialect.custom_tools == "native" else "function"
+    return {"type": kind, kind: {"name": offer.model_name}}
 
 
 def _tool(offer: Offer, dialect: Dialect) -> dict[str, Any]:

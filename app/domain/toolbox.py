@@ -232,11 +232,11 @@ def _of_server(server: McpTool, listed: Sequence[ListedTool]) -> list[Found]:
             FunctionTool(name=tool.name, description=tool.description or None, parameters=tool.input_schema),
             ByServer(server.server_label, needs_approval(tool)),
         )
-        for tool in allowed(server, listed)
+        for tool in _allowed(server, listed)
     ]
 
 
-def allowed(server: McpTool, listed: Sequence[ListedTool]) -> list[ListedTool]:
+def _allowed(server: McpTool, listed: Sequence[ListedTool]) -> list[ListedTool]:
     """Those of a server's tools that the request allows."""
     wanted = server.allowed_tools
     if wanted is None:

@@ -30,6 +30,12 @@ class OwnCall(Struct, frozen=True):
     """As the model knows the tool."""
     arguments: str
     verdict: Run | Ask | Refuse
+    place: str
+    """What the ids of its items end in, which tells where it stands among the calls of its turn."""
+
+    def ids(self, prefix: str) -> str:
+        """Gives ids to its items."""
+        return prefix + self.place
 
 
 class Turn:
@@ -46,10 +52,12 @@ class Turn:
         call_ids: set[str] | None = None,
         sources: Sources = NO_SOURCES,
         calls_max: int = sys.maxsize,
+        call_items: NewId | None = None,
     ) -> None:
         """`output_index` is that of the first item that this turn makes; `call_ids` are those that its response has used, and
         this turn adds its own: clients tell calls apart by them, while upstreams may begin with `call_0` in every turn.
-        `sources` are what its messages may cite. Calls beyond `calls_max` are dropped, and `has_too_many_calls` says so."""
+        `sources` are what its messages may cite. Calls beyond `calls_max` are dropped, and `has_too_many_calls` says so.
+        `call_items` gives ids to the items of calls, in their order."""
         self.output_index = output_index
         self.usage: ChatUsage | None = None
         self.finish_reason: str | None = None
@@ -64,6 +72,7 @@ class Turn:
         self._opened = False
         self._calls: dict[int, CallGroup] = {}
         self._calls_left = calls_max
+        self._call_items = call_items or new_id
         self._last_index = 0
         self._blank: list[str] = []
         self._logprobs: list[Raw] = []
@@ -171,7 +180,7 @@ class Turn:
             if not self._calls_left:
                 return None
             self._calls_left -= 1
-            known = self._calls[index] = CallGroup(self._toolbox, self._new_id)
+            known = self._calls[index] = CallGroup(self._toolbox, self._new_id, self._call_items)
             self._queue.append(known)
         known.upstream_id = known.upstream_id or delta.id
         self._last_index = index
@@ -211,7 +220,7 @@ class Turn:
         verdict = call.verdict
         if isinstance(verdict, HandOver):
             return False
-        self.own_calls.append(OwnCall(call.call_id, call.name, call.input, verdict))
+        self.own_calls.append(OwnCall(call.call_id, call.name, call.input, verdict, self._call_items("")))
         return True
 
 

@@ -18,7 +18,7 @@ from app.domain.context import Context, proceed
 from app.domain.lifecycle import Outcome, add_usage, outcome_of
 from app.domain.prompt import chat_request
 from app.domain.think import ThinkSplitter
-from app.domain.toolbox import Ask, Refuse, Run, Toolbox, allowed
+from app.domain.toolbox import Ask, Refuse, Run, Toolbox
 from app.domain.turn import OwnCall, Turn
 from app.errors import (
     ApiError,
@@ -51,7 +51,7 @@ from app.wire.items import (
     decode_stored_item,
     type_of,
 )
-from app.wire.tools import ListedTool, McpTool
+from app.wire.tools import ListedTool
 
 log = structlog.get_logger()
 
@@ -222,19 +222,17 @@ class Loop:
             raise ToolsUnavailable(toolbox.unlisted)
 
     async def _list(self, labels: Sequence[str]) -> None:
-        declared = {tool.server_label: tool for tool in self._task.request.tools if isinstance(tool, McpTool)}
         listings = [asyncio.create_task(self._tools.list(label)) for label in labels]
         try:
             for label, listing in zip(labels, listings, strict=True):
-                item, begun = open_list(new_id, label, self._output_index)
+                item, begun = open_list(self._task.ids_of_lists(label), label, self._output_index)
                 await self._recorder.record(begun)
                 tools: list[ListedTool] = []
                 error: str | None = "The run ended before the server had answered."
                 try:
                     tools, error = await listing
                 finally:
-                    listed = allowed(declared[label], tools)
-                    ended = close_list(item, self._output_index, listed, error)
+                    ended = close_list(item, self._output_index, tools, error)
                     await self._recorder.record(ended, keep=True)
                     self._output_index += 1
         finally:
@@ -246,17 +244,16 @@ class Loop:
         calls: list[PendingCall] = []
         refused: list[tuple[FunctionCall, FunctionCallOutput]] = []
         most = self._task.request.body.max_tool_calls
-        ids = siblings()
         for own in own_calls:
             match own.verdict:
                 case Refuse(reason):
                     refused.append(_refused(own, reason))
                 case Ask(name, label):
-                    asked = self._task.ids_of_requests(label, name, own.arguments)
+                    asked = self._task.ids_of_requests(own.ids, label, name, own.arguments)
                     events += approval_request(asked, label, name, own.arguments, self._output_index)
                     self._output_index += 1
                 case Run() as run if most is None or self._calls_made + len(calls) < most:
-                    calls.append(self._tools.pending(run, own.arguments, ids))
+                    calls.append(self._tools.pending(run, own.arguments, own.ids))
                 case Run():
                     refused.append(_refused(own, "The limit of tool calls is reached. Answer without another call."))
         await self._answer(calls, events)
@@ -316,6 +313,7 @@ class Loop:
             call_ids=self._call_ids,
             sources=sources_of(self._context.items) if self._context.hosted else NO_SOURCES,
             calls_max=self._calls_max,
+            call_items=siblings(),
         )
         status: ItemStatus = "incomplete"
         try:
@@ -340,7 +338,7 @@ class Loop:
 
 
 def _refused(own: OwnCall, reason: str) -> tuple[FunctionCall, FunctionCallOutput]:
-    call = FunctionCall(call_id=own.call_id, name=own.name or NO_NAME, arguments=own.arguments)
+    call = FunctionCall(id=own.ids("fc"), call_id=own.call_id, name=own.name or NO_NAME, arguments=own.arguments)
     return call, FunctionCallOutput(call_id=own.call_id, output=f"Error: {reason}")
 
 

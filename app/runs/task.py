@@ -60,9 +60,14 @@ class Task(Struct, frozen=True):
         upstream, route = self.routes[0]
         chat_request(self.request, self.context, model=route.model, dialect=upstream.dialect, unseal=self.seal.open)
 
-    def ids_of_requests(self, label: str, name: str, arguments: str) -> NewId:
+    def ids_of_requests(self, new_id: NewId, label: str, name: str, arguments: str) -> NewId:
         """Gives an id to the request to approve this call: a signed one, where the request is not stored."""
         return new_id if self.request.store else signing(new_id, self.seal, label, name, arguments)
+
+    def ids_of_lists(self, label: str) -> NewId:
+        """Gives an id to the list of this server's tools, which says whose it is."""
+        origin = self.context.origins[label]
+        return lambda prefix: new_id(prefix) + origin
 
     @property
     def begins_with_upstream(self) -> bool:
@@ -116,13 +121,15 @@ class Tasks:
         try:
             found = await self._find(tenant_id, request, room)
             size = request.size + found.bytes
-            context = await aside(size, self._resolve, self._seal.of(tenant_id), request, found)
+            context = await aside(size, self._resolve, self._seal.of(tenant_id), servers, request, found)
         except BaseException:
             room.release()
             raise
         return self._task(tenant_id, request, context, routes, caller_key, servers, size, room, found)
 
-    def _resolve(self, seal: TenantSeal, request: CreateResponse, found: "_Found") -> Context:
+    def _resolve(
+        self, seal: TenantSeal, servers: Mapping[str, ToolServer], request: CreateResponse, found: "_Found"
+    ) -> Context:
         return resolve(
             request,
             _decoded(found.earlier),
@@ -131,6 +138,7 @@ class Tasks:
             seal=seal,
             requests=found.requests,
             hosted=frozenset(self._catalog.hosted),
+            origins=_origins(servers, seal),
         )
 
     async def restore(
@@ -147,7 +155,7 @@ class Tasks:
         try:
             # A run waits like one of the queue: as long as it may last.
             wait_s = self._settings.run_duration_max_s
-            chain = await self._fitting(room, read, wait_s=wait_s, param="previous_response_id")
+            chain = await self._fitting(room, read, wait_s=wait_s)
             rows, size = chain.items or [], chain.bytes
             stored = await aside(size, _decoded, rows)
             own = [item for item, row in zip(stored, rows, strict=True) if row.turn == chain.place.turn]
@@ -156,11 +164,12 @@ class Tasks:
                 async with self._database.autocommit() as tx:
                     requests = await _requests(tx, tenant_id, answered, {row.id for row in rows})
             hosted = frozenset(self._catalog.hosted)
-            seal = self._seal.of(tenant_id)
-            context = await aside(
-                size, restore, request, stored, own, said, seal=seal, requests=requests, hosted=hosted
-            )
             routes, servers = self._routes(request), self._servers(request)
+            seal = self._seal.of(tenant_id)
+            origins = _origins(servers, seal)
+            context = await aside(
+                size, restore, request, stored, own, said, seal=seal, requests=requests, hosted=hosted, origins=origins
+            )
         except BaseException:
             room.release()
             raise
@@ -194,10 +203,9 @@ class Tasks:
         given = len(bytes(request.body.input))
         wait_s = self._settings.context_wait_s
         if previous is None and not wanted and not answered:
-            await self._take(room, given, wait_s=wait_s, param="input")
+            await self._take(room, given, wait_s=wait_s)
             return _Found()
-        param = "input" if previous is None else "previous_response_id"
-        return await self._fitting(room, read, given=given, wait_s=wait_s, param=param)
+        return await self._fitting(room, read, given=given, wait_s=wait_s)
 
     async def _fitting(
         self,
@@ -205,26 +213,25 @@ class Tasks:
         read: Callable[[int], Awaitable[tuple[int, T | None]]],
         *,
         wait_s: float,
-        param: str,
         given: int = 0,
     ) -> T:
         """What `read` finds, read when there is room for it beside what is given. It says how many bytes that takes, and reads
         it only if they are no more than its argument; as a rule the first look is enough."""
-        await self._take(room, given, room_for=self._rooms.small_max, wait_s=wait_s, param="input")
+        await self._take(room, given, room_for=self._rooms.small_max, wait_s=wait_s)
         while True:
             needed, found = await read(min(room.size, self._settings.context_bytes_max) - given)
             if found is not None:
                 room.shrink(given + needed)
                 return found
-            await self._take(room, given + needed, wait_s=wait_s, param=param)
+            await self._take(room, given + needed, wait_s=wait_s)
 
-    async def _take(self, room: Room, size: int, *, room_for: int = 0, wait_s: float, param: str) -> None:
+    async def _take(self, room: Room, size: int, *, room_for: int = 0, wait_s: float) -> None:
         """Wait for room; `room_for` is how much is taken at least. Raises InvalidRequest for what never fits."""
         most = self._settings.context_bytes_max
         if size > most:
             raise InvalidRequest(
                 f"The context takes {size} bytes; more than {most} are not possible.",
-                param=param,
+                param="input",
                 code="context_length_exceeded",
             )
         await room.take(max(size, room_for), wait_s=wait_s)
@@ -353,6 +360,11 @@ async def _requests(
     found = await approvals.find_requests(tx, tenant_id, [id for id in ids if id in known])
     items = [decode_stored_item(body.encode()) for body in found]
     return {item.id: item for item in items if isinstance(item, McpApprovalRequest)}
+
+
+def _origins(servers: Mapping[str, ToolServer], seal: TenantSeal) -> dict[str, str]:
+    """For each label what tells its server from another under the same label; URLs may hold secrets, so it is a signature."""
+    return {label: seal.sign("list", server.url, *server.command) for label, server in servers.items()}
 
 
 def _decoded(items: Sequence[StoredItem]) -> list[AnyItem]:

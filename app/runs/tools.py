@@ -47,6 +47,7 @@ class Tools:
         mask = Mask(secret for server in servers for secret in server.secrets)
         self._task, self._sessions = task, ToolSessions(guard, settings, mask, programs, tenant=task.tenant_id)
         self._arguments_bytes_max = settings.tool_arguments_bytes_max
+        self._sees_images = any(upstream.dialect.tool_images for upstream, _ in task.routes)
         self._places = asyncio.Semaphore(settings.tool_calls_at_once_max)
         used = [container for item in task.context.items if (container := container_of(item))]
         self._container = used[-1] if used else new_id("cntr")
@@ -102,7 +103,8 @@ class Tools:
         if result.is_error:
             content = [{"type": "text", "text": result.text}]
             error = CallError(type="mcp_tool_execution_error", content=content)
-        return Answer(result.text, result.structured, result.images, error)
+        images = result.images if self._sees_images or call.by else ()
+        return Answer(result.text, result.structured, images, error)
 
     def _addressed(self, call: PendingCall) -> tuple[ToolServer, str, dict[str, object] | None]:
         if isinstance(call.item, McpCall):

@@ -181,7 +181,8 @@ class CallError(Struct, omit_defaults=True, forbid_unknown_fields=True):
 
 
 class McpCall(Item, tag="mcp_call"):
-    """A call of an MCP server's tool, with its output or error. Histories of older servers have a string as error."""
+    """A call of an MCP server's tool, with its output or error. Histories of older servers have a string as error. `images` are
+    kept for models that see them; the hosted API has no such key."""
 
     server_label: str
     name: str
@@ -190,6 +191,7 @@ class McpCall(Item, tag="mcp_call"):
     error: CallError | str | None = None
     approval_request_id: str | None = None
     status: ItemStatus | UnsetType | None = UNSET
+    images: list[InputImage] | UnsetType | None = UNSET
 
 
 class WebSearchCall(Item, tag="web_search_call"):

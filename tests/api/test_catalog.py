@@ -15,7 +15,20 @@ from app.outbound.catalog import UpstreamEntry
 from app.outbound.catalog_file import load_catalog
 from app.settings import Settings, SettingsError
 from tests.servers import ROOT, Served
-from tests.upstream import Upstream, answer, call, error, finish, note, reasoning, refusal, script, status, text
+from tests.upstream import (
+    Upstream,
+    answer,
+    call,
+    calling,
+    error,
+    finish,
+    note,
+    reasoning,
+    refusal,
+    script,
+    status,
+    text,
+)
 
 
 class OutOfOrder(Upstream):
@@ -57,7 +70,7 @@ key = "wrong"
 
 [upstreams.hosted]
 base_url = "{plain}"
-dialect = {{ developer_role = true, refusals = true, verbosity = true, max_tokens = "max_completion_tokens", custom_tools = "native" }}
+dialect = {{ developer_role = true, refusals = true, verbosity = true, max_tokens = "max_completion_tokens", custom_tools = "native", tool_images = true }}
 
 [upstreams.poor]
 base_url = "{plain}"
@@ -411,6 +424,29 @@ def test_the_hosted_dialect_is_spoken_in_full(cataloged, said, heard):
         ],
         "tool_choice": {"type": "custom", "custom": {"name": "shell"}},
     }
+
+
+@pytest.mark.parametrize("store", [True, False])
+def test_images_of_mcp_tools_reach_a_model_that_sees_them(cataloged, upstream, name, mcp, store):
+    given = script([note(name), *calling("image", {})])
+    made = cataloged.responses.create(model="hosted@x", input=given, tools=[mcp()], store=store)
+    kept = {"previous_response_id": made.id} if store else {}
+    more = {"role": "user", "content": f"And now, {name}?"}
+    history = [] if store else [{"role": "user", "content": given}, *(item.to_dict() for item in made.output)]
+    cataloged.responses.create(model="hosted@x", input=[*history, more], tools=[mcp()], store=store, **kept)
+    _, *later = (one for one in upstream.requests if one.body and one.body["messages"][0]["content"] == given)
+    assert len(later) == 2
+    for record in later:
+        _, _, result, attached, *_ = record.body["messages"]
+        assert result["content"].startswith("[image/png, 16 bytes]")
+        assert attached["content"][1]["image_url"]["url"].startswith("data:image/png;base64,")
+
+
+def test_a_model_that_does_not_see_them_reads_that_there_was_an_image(cataloged, upstream, name, mcp):
+    given = script([note(name), *calling("image", {})], answer("A dot."))
+    made = cataloged.responses.create(model="plain@x", input=given, tools=[mcp()])
+    assert "images" not in made.output[1].to_dict()
+    assert upstream.asked(given)[1].body["messages"][-1]["content"] == "[image/png, 16 bytes]"
 
 
 def test_a_native_custom_call_comes_and_goes_as_one(cataloged, upstream):

@@ -63,7 +63,7 @@ def test_a_context_that_is_too_long_in_bytes_is_refused(short, limited, backgrou
     kept = fetch(limited.database_url, "select count(*) from responses")
     with pytest.raises(openai.BadRequestError) as refused:  # the answer repeats the input
         create(5000, first.id)
-    assert error_of(refused.value) == (400, "context_length_exceeded", "previous_response_id")
+    assert error_of(refused.value) == (400, "context_length_exceeded", "input")
     with pytest.raises(openai.BadRequestError) as refused:
         create(10_000)
     assert error_of(refused.value) == (400, "context_length_exceeded", "input")
@@ -156,6 +156,39 @@ async def test_who_waits_too_long_for_room_is_told_when_to_come_again(impatient,
         upstream.open(said)
         await asyncio.gather(*held)
         assert (await go_on()).status == "completed"
+
+
+async def test_a_client_that_leaves_while_it_waits_for_room_gives_up_its_place_at_once(new_server, upstream, said):
+    roomy = new_server(**SMALL, REPRISE_FOREGROUND_RUNS_MAX=str(AT_ONCE + 1), REPRISE_CONTEXT_WAIT_S="600")
+    async with roomy.async_client() as client:
+        chain = await client.responses.create(
+            model="m", input=script([note("x" * CHAIN_MB * MB), text("ok"), finish()])
+        )
+        asking = script([note(said), text("ok"), gate(said), finish()])
+
+        def go_on() -> "asyncio.Task[openai.types.responses.Response]":
+            create = client.responses.create(model="m", input=asking, previous_response_id=chain.id)
+            return asyncio.create_task(create)
+
+        async def is_full() -> bool:
+            try:
+                await client.responses.create(model="m", input="short")
+            except openai.RateLimitError:
+                return True
+            return False
+
+        held = [go_on() for _ in range(AT_ONCE)]
+        await until_async(lambda: len(upstream.asked(asking)) == AT_ONCE)
+        leaving = go_on()
+        while not await is_full():
+            pass
+        leaving.cancel()
+        async with asyncio.timeout(30):
+            while await is_full():
+                pass
+        upstream.open(said)
+        await asyncio.gather(*held)
+        assert len(upstream.asked(asking)) == AT_ONCE
 
 
 def peak_mb(server: Served) -> float:

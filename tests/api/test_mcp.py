@@ -12,6 +12,7 @@ import pytest
 from tests.api.streams import told, types_of
 from tests.replay import replay
 from tests.servers import Served
+from tests.toolserver.tools import TOOLS
 from tests.upstream import answer, call, calling, error, finish, note, script, status, text, usage
 
 
@@ -24,7 +25,7 @@ def test_tools_are_listed_called_and_their_results_read(client, upstream, toolse
     assert (listed.type, listed.server_label, [tool.name for tool in listed.tools]) == (
         "mcp_list_tools",
         "box",
-        ["echo", "add"],
+        list(TOOLS),
     )
     assert listed.id.startswith("mcpl_") and called.id.startswith("mcp_")
     assert (called.type, called.server_label, called.name, json.loads(called.arguments), called.output) == (
@@ -339,8 +340,9 @@ def test_text_calls_of_ours_and_of_the_client_in_one_turn(server, client, upstre
     for record in upstream.asked(given)[1:]:
         _, said, *results = record.body["messages"]
         assert said["content"] == "Both."
-        assert [one["function"]["name"] for one in said["tool_calls"]] == ["get_time", "echo", "add"]
-        assert [one["content"] for one in results] == ["noon", '{"x": 1}', "3"]
+        # As the model made them, though the client's own comes first in the output.
+        assert [one["function"]["name"] for one in said["tool_calls"]] == ["echo", "get_time", "add"]
+        assert [one["content"] for one in results] == ['{"x": 1}', "noon", "3"]
     assert len(toolserver.calls(name)) == 2
 
 
@@ -349,14 +351,15 @@ def test_a_refused_call_stands_in_its_turn(client, upstream, name, mcp):
         [
             note(name),
             text("Both."),
-            call("nothing", {}, id="a"),
-            call("echo", {"x": 1}, id="b", index=1),
+            call("echo", {"x": 1}, id="a"),
+            call("nothing", {}, id="b", index=1),
+            call("echo", {"x": 2}, id="c", index=2),
             finish("tool_calls"),
         ],
         answer("Done."),
     )
     client.responses.create(model="m", input=given, tools=[mcp()])
-    assert roles(upstream.asked(given)[1]) == ["user", ["nothing", "echo"], "tool", "tool"]
+    assert roles(upstream.asked(given)[1]) == ["user", ["echo", "nothing", "echo"], "tool", "tool", "tool"]
 
 
 def test_a_later_turn_that_the_upstream_refuses_fails_the_response_with_what_was_done(server, client, name, mcp):

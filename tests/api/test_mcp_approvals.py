@@ -154,8 +154,8 @@ def test_approvals_and_function_outputs_come_together(client, upstream, toolserv
     second = client.responses.create(model="m", input=asking, tools=tools, previous_response_id=first.id)
     assert [item.type for item in second.output] == ["mcp_call", "message"]
     _, said, *results = upstream.asked(given)[1].body["messages"]
-    assert [one["function"]["name"] for one in said["tool_calls"]] == ["get_time", "echo"]
-    assert [one["content"] for one in results] == ["noon", '{"x": 1}']
+    assert [one["function"]["name"] for one in said["tool_calls"]] == ["echo", "get_time"]
+    assert [one["content"] for one in results] == ['{"x": 1}', "noon"]
 
 
 def test_a_call_without_approval_is_made_beside_one_that_waits(client, upstream, toolserver, name, mcp, ask):

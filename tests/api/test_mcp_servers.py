@@ -202,13 +202,47 @@ def test_a_list_in_the_context_is_not_asked_for_again(client, upstream, toolserv
     assert [item.server_label for item in lists(other)] == ["two"]
 
 
-def test_a_list_is_not_asked_for_again_for_other_allowed_tools(client, toolserver, name, mcp):
-    """It holds what was allowed when it was made, as the hosted API's does; a name that is not in it is not offered."""
-    first = client.responses.create(model="m", input="one", tools=[mcp(allowed_tools=["echo"])])
-    wider = [mcp(allowed_tools=["echo", "add", "mistyped"])]
-    again = client.responses.create(model="m", input="two", tools=wider, previous_response_id=first.id)
-    assert [item.type for item in again.output] == ["message"]
-    assert len(toolserver.sessions(name)) == 1
+@pytest.mark.parametrize("store", [True, False])
+def test_what_is_allowed_may_change_along_a_chain(client, upstream, toolserver, name, mcp, store):
+    """A list is whole, whatever was allowed when it was made, and is not asked for again."""
+    given = script([note(name), *calling("add", {"a": 1, "b": 2})], answer("Sorry."))
+    first = client.responses.create(model="m", input=given, tools=[mcp(allowed_tools=["echo"])], store=store)
+    assert [item.type for item in first.output] == ["mcp_list_tools", "message"]
+    kept = {"previous_response_id": first.id, "input": []} if store else {"input": resent(given, first)}
+    again = {"role": "user", "content": script([note(f"{name} again"), *calling("add", {"a": 1, "b": 2})], answer("3"))}
+    kept["input"] = [*kept["input"], again]
+    other = [mcp(allowed_tools=["add", "mistyped"])]
+    second = client.responses.create(model="m", tools=other, store=store, **kept)
+    assert [item.type for item in second.output] == ["mcp_call", "message"]
+    assert (offered(upstream, given, 0), offered(upstream, again["content"])) == (["echo"], ["add"])
+    assert len(toolserver.calls(name)) == 1
+
+
+@pytest.mark.parametrize("store", [True, False])
+def test_another_server_under_a_label_is_listed_anew(client, upstream, name, mcp, store):
+    """Unless its list is in the context already."""
+    narrow, wide = ([mcp(options={"tools": tools})] for tools in ("echo", "echo,add"))
+    history, previous = [], None
+    for number, (tools, lists_anew) in enumerate([(narrow, True), (wide, True), (wide, False), (narrow, False)]):
+        asked = f"{name} {number}"
+        made = client.responses.create(
+            model="m",
+            input=[*history, {"role": "user", "content": asked}],
+            tools=tools,
+            store=store,
+            previous_response_id=previous,
+        )
+        assert bool(lists(made)) == lists_anew
+        assert offered(upstream, asked) == (["echo"] if tools is narrow else ["echo", "add"])
+        if store:
+            previous = made.id
+        else:
+            history += resent(asked, made)
+
+
+def resent(given, response):
+    """A whole turn as input."""
+    return [{"role": "user", "content": given}, *(item.to_dict() for item in response.output)]
 
 
 def failing(mcp, toolserver, kind):
@@ -371,11 +405,12 @@ def test_names_that_clash_are_told_apart_and_mapped_back(client, upstream, tools
         (None, ["echo", "add", "fail"]),
     ],
 )
-def test_only_allowed_tools_are_listed_and_seen(client, upstream, mcp, name, allowed, names):
+def test_only_allowed_tools_are_seen(client, upstream, mcp, name, allowed, names):
     given = script([note(name), *answer("x")])
     tools = [mcp(options={"tools": "echo,add,fail"}, allowed_tools=allowed)]
     response = client.responses.create(model="m", input=given, tools=tools)
-    assert [tool.name for tool in lists(response)[0].tools] == names == offered(upstream, given)
+    assert [tool.name for tool in lists(response)[0].tools] == ["echo", "add", "fail"]
+    assert offered(upstream, given) == names
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from app.domain.dialect import HOSTED, Dialect
 from app.domain.messages import messages, truncate
 from app.domain.prompt import chat_request
 from app.errors import UnsupportedParameter
+from app.ids import siblings
 from tests.unit.build import assistant, call, context, function, output, plain, request, user
 
 PLAIN = Dialect()
@@ -390,6 +391,63 @@ def test_a_failed_mcp_call_tells_its_error():
     assert said(item)[1] == tool("mcp_1", "Error: no dice")
 
 
+def test_calls_that_were_made_at_once_stand_in_the_order_of_the_model():
+    ids = siblings()
+    first, second, third = (ids(prefix) for prefix in ("mcp", "fc", "mcp"))
+    server = {"type": "mcp_call", "server_label": "s", "name": "roll", "arguments": "{}", "output": "4"}
+    items = [call("c1", id=second), {**server, "id": first}, {**server, "id": third}, output("c1")]
+    assert said(*items)[0] == turn(tool_call(first, "roll"), tool_call("c1"), tool_call(third, "roll"))
+    assert [one["tool_call_id"] for one in said(*items)[1:]] == [first, "c1", third]
+
+
+def test_images_of_an_mcp_call_go_to_models_that_see_them():
+    item = {
+        "type": "mcp_call",
+        "id": "mcp_1",
+        "server_label": "s",
+        "name": "draw",
+        "arguments": "{}",
+        "output": "[image/png, 1 bytes]",
+        "images": [IMAGE],
+    }
+    assert said(item) == [turn(tool_call("mcp_1", "draw")), tool("mcp_1", "[image/png, 1 bytes]")]
+    _, answered, attached = said(item, dialect=Dialect(tool_images=True))
+    assert answered["content"].startswith("[image/png, 1 bytes]\n")
+    assert attached == {
+        "role": "user",
+        "content": [
+            {"type": "text", "text": "Attachments of tool call mcp_1:"},
+            {"type": "image_url", "image_url": {"url": IMAGE["image_url"]}},
+        ],
+    }
+
+
+@pytest.mark.parametrize("tie", [{"id": "c1"}, {"call_id": "c1"}])
+def test_a_local_shell_call_has_its_output(tie: dict[str, str]):
+    action = {"type": "exec", "command": ["ls"], "env": {}}
+    shell = {"type": "local_shell_call", "id": "lsh_1", "call_id": "c1", "status": "completed", "action": action}
+    assert said(shell, {"type": "local_shell_call_output", "output": "x", **tie}) == [
+        turn(tool_call("c1", "local_shell", '{"type":"exec","command":["ls"],"env":{}}')),
+        tool("c1", "x"),
+    ]
+
+
+@pytest.mark.parametrize("tie", [{"call_id": "c1"}, {"call_id": None}, {}])
+def test_a_tool_search_is_a_call_and_what_it_found(tie: dict[str, Any]):
+    search = {"type": "tool_search_call", "id": "ts_1", "execution": "server", "arguments": {"q": "time"}, **tie}
+    found = {"type": "tool_search_output", "id": "ts_2", "tools": [function("get_time")], **tie}
+    id = tie.get("call_id") or "ts_1"
+    assert said(user("hi"), search, found, assistant("yes"))[1:] == [
+        turn(tool_call(id, "tool_search", '{"q":"time"}')),
+        tool(id, '[{"type":"function","name":"get_time"}]'),
+        {"role": "assistant", "content": "yes"},
+    ]
+
+
+def test_an_output_that_names_no_call_is_left_alone():
+    assert said(user("hi"), {"type": "tool_search_output", "tools": []}) == said(user("hi"))
+
+
 def test_a_shell_call_is_a_call_of_its_kind():
     shell = {"type": "shell_call", "id": "sh_1", "call_id": "c1", "status": "completed", "action": {"commands": ["ls"]}}
     answer = {"type": "shell_call_output", "call_id": "c1", "output": [{"stdout": "x"}]}
@@ -556,6 +614,26 @@ def test_what_can_t_be_left_out_is_refused_where_it_is_lacking(lack: Any, body: 
 )
 def test_a_tool_choice_is_asked_for(choice: Any, expected: Any):
     assert asked(tools=[function("f"), custom()], tool_choice=choice).get("tool_choice") == expected
+
+
+def test_tools_that_are_not_allowed_stay_declared_where_the_upstream_can_be_told_so():
+    tools = [function("f"), function("g"), custom()]
+    allowed = [{"type": "function", "name": "g"}, {"type": "custom", "name": "run"}]
+    for mode in ("auto", "required"):
+        choice = {"type": "allowed_tools", "mode": mode, "tools": allowed}
+        made = asked(tools=tools, tool_choice=choice, dialect=HOSTED)
+        assert made["tools"] == asked(tools=tools, dialect=HOSTED)["tools"]
+        assert made["tool_choice"] == {
+            "type": "allowed_tools",
+            "allowed_tools": {
+                "mode": mode,
+                "tools": [
+                    {"type": "function", "function": {"name": "g"}},
+                    {"type": "custom", "custom": {"name": "run"}},
+                ],
+            },
+        }
+        assert len(asked(tools=tools, tool_choice=choice)["tools"]) == 2
 
 
 def test_a_native_custom_tool_is_chosen_as_such():

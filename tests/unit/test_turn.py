@@ -405,7 +405,10 @@ def test_a_call_of_a_tool_that_is_not_offered_is_no_item_and_is_remembered_once(
     chunks = [chunk(tool_calls=[piece(0, "c1", "h", '{"a"')]), chunk(tool_calls=[piece(0, arguments=":1}")])]
     assert made(speaking, [*chunks, chunk("tool_calls")]) == []
     (refused,) = speaking.own_calls
-    assert refused == OwnCall("c1", "h", '{"a":1}', Refuse(refused.verdict.reason)) and "'h'" in refused.verdict.reason
+    assert (
+        refused == OwnCall("c1", "h", '{"a":1}', Refuse(refused.verdict.reason), refused.place)
+        and "'h'" in refused.verdict.reason
+    )
     assert speaking.handed_over == 0
 
 
