@@ -1,4 +1,4 @@
-"""`reprise serve | worker | migrate | keys | doctor`."""
+"""`reprise serve | worker | migrate | keys | rekey | doctor`."""
 
 import asyncio
 import contextlib
@@ -20,17 +20,18 @@ import uvicorn
 import app
 from app import assembly, http, migrate
 from app.doctor import examine
-from app.embedded import EmbeddedError
+from app.embedded import POSTGRES, VALKEY, EmbeddedError
 from app.errors import ApiError
 from app.http.door import Door
 from app.http.listener import accept_last, listen
-from app.outbound.catalog import Catalog
 from app.settings import Settings, SettingsError, load
-from app.storage import tenants
+from app.storage import sealing, tenants
 from app.storage.database import Database
 from app.telemetry import log_loop_fault, start_logging
 
 T = TypeVar("T")
+
+JUST_POSTGRES = frozenset({POSTGRES})
 
 COLLECTED_OBJECTS = 10_000
 """New objects between two looks for garbage: as many as a few requests make. Little of it is in cycles."""
@@ -80,16 +81,16 @@ def _run(main: Awaitable[T]) -> T:
 
 @reprise.command()
 def serve() -> None:
-    """Serve the API; without DATABASE_URL and REDIS_URL on embedded servers of its own."""
+    """Serve the API; without DATABASE_URL or REDIS_URL on embedded servers of its own."""
     settings = _settings()
-    own = not settings.database_url
-    settings = assembly.with_servers(settings)
-    if own:
+    embedded = assembly.missing_servers(settings)
+    settings = assembly.with_servers(settings, create_database=True)
+    if POSTGRES in embedded:
         migrate.upgrade(settings.database_url)
-    _run(_serve(settings, own=own))
+    _run(_serve(settings, embedded))
 
 
-async def _serve(settings: Settings, *, own: bool) -> None:
+async def _serve(settings: Settings, embedded: frozenset[str]) -> None:
     await _demand_schema(settings)
     async with assembly.assembled(settings) as built:
         door = Door(settings)
@@ -99,7 +100,7 @@ async def _serve(settings: Settings, *, own: bool) -> None:
 
         def listening() -> None:
             _settle()
-            click.echo(_welcome(settings, built.catalog, listener.getsockname()[1], own=own))
+            click.echo(_welcome(built, listener.getsockname()[1], embedded))
 
         server = _Server(config, door, listening, built.drain, built.break_off)
         await server.serve(sockets=[listener])
@@ -113,8 +114,8 @@ def _settle() -> None:
 
 
 async def _demand_schema(settings: Settings) -> None:
-    if not await migrate.is_current(settings.database_url):
-        raise SettingsError("the database's schema is not that of this version: run `reprise migrate`.")
+    if fault := await migrate.fault(settings.database_url):
+        raise SettingsError(fault)
 
 
 class _Server(uvicorn.Server):
@@ -164,13 +165,17 @@ class _Server(uvicorn.Server):
         await self._break_off()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit and sig == signal.SIGINT:  # Ctrl-C again: at once, as by kill -9, which nothing fears
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
         super().handle_exit(sig, frame)
         if sig == signal.SIGINT:
             self._loop.call_soon_threadsafe(self._interrupted.set)
         self._captured_signals.clear()  # else uvicorn would die of them after its orderly end
 
 
-def _welcome(settings: Settings, catalog: Catalog, port: int, *, own: bool) -> str:
+def _welcome(built: assembly.Assembly, port: int, embedded: frozenset[str]) -> str:
+    settings, catalog = built.settings, built.catalog
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = f"http://{host}:{port}/v1"
     demo = not settings.catalog and not settings.openai_base_url
@@ -179,20 +184,33 @@ def _welcome(settings: Settings, catalog: Catalog, port: int, *, own: bool) -> s
         for name, entry in catalog.upstreams.items()
     )
     model = "echo" if demo else (catalog.model_names or ["MODEL"])[0]
-    data = f"{settings.data_path} (embedded Postgres and Valkey)" if own else "the Postgres of DATABASE_URL"
+    if built.keys_in_use:
+        keys, header, api_key = "every request needs one", " -H 'authorization: Bearer YOUR_KEY'", "YOUR_KEY"
+    else:
+        keys, header, api_key = "none: anybody on this machine may call (`reprise keys create` ends that)", "", "none"
     return f"""
 Reprise listens on {url}
-  data      {data}
+  data      {_data(settings, embedded)}
   upstream  {upstreams}
+  keys      {keys}
 
 Try it:
-  curl {url}/responses -H 'content-type: application/json' -d '{{"model": "{model}", "input": "Hello!"}}'
+  curl {url}/responses{header} -H 'content-type: application/json' -d '{{"model": "{model}", "input": "Hello!"}}'
 
   from openai import OpenAI
-  client = OpenAI(base_url="{url}", api_key="none")
+  client = OpenAI(base_url="{url}", api_key="{api_key}")
   first = client.responses.create(model="{model}", input="My name is Ada.")
   print(client.responses.create(model="{model}", input="What is my name?", previous_response_id=first.id).output_text)
 """
+
+
+def _data(settings: Settings, embedded: frozenset[str]) -> str:
+    """Where the data are, and which servers are embedded."""
+    if not embedded:
+        return "the Postgres of DATABASE_URL"
+    if POSTGRES not in embedded:
+        return f"the Postgres of DATABASE_URL, with an embedded Valkey in {settings.data_path}"
+    return f"{settings.data_path} (embedded Postgres{' and Valkey' if VALKEY in embedded else ''})"
 
 
 # -- worker, migrate --------------------------------------------------------------------------------------------------------
@@ -219,7 +237,7 @@ async def _work(settings: Settings) -> None:
 @reprise.command("migrate")
 def migrate_command() -> None:
     """Bring the database's schema to this version."""
-    migrate.upgrade(assembly.with_servers(_settings()).database_url)
+    migrate.upgrade(assembly.with_servers(_settings(), JUST_POSTGRES, create_database=True).database_url)
     click.echo("The schema is that of this version.")
 
 
@@ -240,9 +258,10 @@ def keys() -> None:
     """API keys. As soon as there is one, every request needs one."""
 
 
-def _migrated() -> Settings:
-    settings = assembly.with_servers(_settings())
-    migrate.upgrade(settings.database_url)
+def _existing() -> Settings:
+    """The settings with a database that is there and has the tables."""
+    settings = assembly.with_servers(_settings(), JUST_POSTGRES)
+    _run(_demand_schema(settings))
     return settings
 
 
@@ -251,7 +270,7 @@ def _migrated() -> Settings:
 @click.option("--name", default="", help="A note for yourself.")
 def create_key(tenant: str, name: str) -> None:
     """Make a key and print it; it is shown this once."""
-    settings = _migrated()
+    settings = _existing()
 
     async def create() -> tuple[str, str]:
         async with _database(settings) as database, database.begin() as tx:
@@ -266,7 +285,7 @@ def create_key(tenant: str, name: str) -> None:
 @keys.command("list")
 def list_keys() -> None:
     """Every key: id, tenant, name, when it was made and revoked."""
-    settings = _migrated()
+    settings = _existing()
 
     async def listed() -> list[tenants.Key]:
         async with _database(settings) as database, database.autocommit() as tx:
@@ -281,7 +300,7 @@ def list_keys() -> None:
 @click.argument("key_id")
 def revoke_key(key_id: str) -> None:
     """Revoke a key by its id."""
-    settings = _migrated()
+    settings = _existing()
 
     async def revoke() -> bool:
         async with _database(settings) as database, database.autocommit() as tx:
@@ -292,15 +311,33 @@ def revoke_key(key_id: str) -> None:
     click.echo(f"{key_id} is revoked; servers notice within {settings.key_cache_s:g} s.")
 
 
+@reprise.command()
+def rekey() -> None:
+    """Accept this set-up's secret key although the database knows another, which is lost with all that it has sealed."""
+    settings = _existing()
+    fingerprints = assembly.open_seal(settings).fingerprints
+
+    async def accept() -> None:
+        async with _database(settings) as database:
+            await sealing.accept_key(database, fingerprints, anyway=True)
+
+    _run(accept())
+    click.echo("The database knows this secret key now.")
+
+
 # -- doctor -----------------------------------------------------------------------------------------------------------------
 
 
 @reprise.command()
 def doctor() -> None:
     """Say what is wrong with this set-up; the exit status is 1 if anything is."""
-    start_logging("warning")
+    start_logging("error")
+    sys.exit(0 if _run(_examine()) else 1)
+
+
+async def _examine() -> bool:
     healthy = True
-    for finding in _run(examine(os.environ)):
+    async for finding in examine(os.environ):
         click.echo(f"{'ok  ' if finding.ok else 'BAD '} {finding.what}: {finding.said}")
         healthy = healthy and finding.ok
-    sys.exit(0 if healthy else 1)
+    return healthy

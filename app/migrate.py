@@ -1,5 +1,6 @@
 """Bringing the schema to this version, and telling whether it is."""
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from alembic.util import CommandError
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
@@ -29,22 +31,38 @@ def config(database_url: str) -> Config:
 def upgrade(database_url: str, revision: str = "head") -> None:
     """Bring the schema to a revision; several processes may try at once. Must be called outside a running loop.
 
-    Raises SettingsError if the database can't be reached.
+    Raises SettingsError if the database can't be reached, or its schema is newer.
     """
-    with _reached():
-        command.upgrade(config(database_url), revision)
+    try:
+        with _reached():
+            command.upgrade(config(database_url), revision)
+    except CommandError as error:
+        raise SettingsError(asyncio.run(fault(database_url)) or f"the schema can't be changed: {error}.") from None
 
 
-async def is_current(database_url: str) -> bool:
-    """Whether the schema is that of this version. Raises SettingsError if the database can't be reached."""
-    head = ScriptDirectory(str(MIGRATIONS)).get_current_head()
+def revisions() -> list[str]:
+    """Every schema that this version knows, its own first."""
+    return [script.revision for script in ScriptDirectory(str(MIGRATIONS)).walk_revisions()]
+
+
+async def fault(database_url: str) -> str | None:
+    """What is wrong with the schema, in one line; None if it is that of this version. Raises SettingsError if the database can't
+    be reached."""
+    own, *older = revisions()
     engine = unpooled_engine(database_url)
     try:
         with _reached():
             async with engine.connect() as connection:
-                return await connection.run_sync(_revision) == head
+                found = await connection.run_sync(_revision)
     finally:
         await engine.dispose()
+    if found == own:
+        return None
+    if found is None:
+        return "the database has no tables yet: run `reprise migrate`."
+    if found in older:
+        return f"the database's schema {found} is older than this version's {own}: run `reprise migrate`."
+    return f"the database's schema {found} is newer than this version's {own}: run the version that made it, or a later one."
 
 
 @contextmanager

@@ -23,6 +23,11 @@ PLAIN_NAMES = {
 }
 
 
+DATA_DIR = ".data"
+PROJECT = Path(__file__).resolve().parent.parent
+"""Where the code lies: a checkout, unless it was installed as a package."""
+
+
 class SettingsError(Exception):
     """A setting is unknown or has a bad value; the message is one clear line."""
 
@@ -61,7 +66,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     reuse_port: Annotated[
         bool, _about("whether another process may listen on the same port, for a restart without a gap")
     ] = False
-    data_dir: Annotated[str, _about("where the embedded servers and the secret key live")] = ".data"
+    data_dir: Annotated[
+        str, _about("where the embedded servers and the secret key live; the default is that of the project")
+    ] = DATA_DIR
     catalog: Annotated[str, _about("TOML file of upstreams and models")] = ""
     database_url: Annotated[str, _about("Postgres; not set: an embedded one")] = ""
     redis_url: Annotated[str, _about("Redis or Valkey; not set: an embedded one")] = ""
@@ -73,6 +80,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = "configured"
     secret_key: Annotated[
         str, _about("seals reasoning; 32 bytes in base64; not set: made once in the data directory")
+    ] = ""
+    old_secret_keys: Annotated[
+        str, _about("former secret keys, and future ones: what they seal can be opened; comma-separated")
     ] = ""
     on_disconnect: Annotated[
         Literal["cancel", "finish"], _about("a stored foreground run whose client has gone is cancelled, or finished")
@@ -165,6 +175,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     upstream_connect_timeout_s: Annotated[float, _about("connecting to an upstream", gt=0)] = 5.0
     upstream_answer_timeout_s: Annotated[float, _about("an upstream's first byte", gt=0)] = 600.0
     upstream_idle_timeout_s: Annotated[float, _about("silence of an upstream in mid-stream", gt=0)] = 120.0
+    models_wait_s: Annotated[float, _about("how long a list of models waits for an upstream's", gt=0)] = 5.0
     upstream_line_bytes_max: Annotated[
         int, _about("one line of an upstream's stream, or its answer where that is no stream", ge=1024)
     ] = 4 * 1024 * 1024
@@ -236,7 +247,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def data_path(self) -> Path:
-        """The data directory, absolute."""
+        """The data directory, absolute; the default one is found from wherever a command is run."""
+        if self.data_dir == DATA_DIR and (PROJECT / "pyproject.toml").exists():
+            return PROJECT / DATA_DIR
         return Path(self.data_dir).expanduser().absolute()
 
 

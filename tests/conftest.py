@@ -1,5 +1,6 @@
 """What tests run on: embedded servers of their own, a scripted upstream over real HTTP, the server as users run it."""
 
+import socket
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
@@ -134,6 +135,22 @@ def client(server: Served) -> Iterator[openai.OpenAI]:
 async def async_client(server: Served) -> AsyncIterator[openai.AsyncOpenAI]:
     """The official client of the shared server, for concurrent tests."""
     async with server.async_client() as made:
+        yield made
+
+
+class Silent:
+    """An address that takes connections and answers nothing."""
+
+    def __init__(self) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/v1"
+
+
+@pytest.fixture
+def silent() -> Iterator[Silent]:
+    """An upstream that answers nothing."""
+    made = Silent()
+    with made.listener:
         yield made
 
 

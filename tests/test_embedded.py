@@ -271,6 +271,21 @@ def test_simultaneous_cold_starts_share_one_pair(data_dir: Path) -> None:
             client.kill()
 
 
+def test_only_the_servers_that_are_used_are_started(data_dir: Path) -> None:
+    with embedded.start(data_dir, servers=frozenset({embedded.VALKEY}), durable=False) as first:
+        assert not embedded.exists(data_dir, embedded.POSTGRES)
+        with redis.Redis.from_url(first.redis_url) as client:
+            valkey = client.info("server")["run_id"]
+        with embedded.start(data_dir, servers=frozenset({embedded.POSTGRES}), durable=False) as second:
+            assert query(second.database_url, "select 1") == 1
+        # A killed supervisor's successor keeps what runs, used or not.
+        os.kill(pids(data_dir)["supervisor"], signal.SIGKILL)
+        postgres = pids(data_dir)["postgres"]
+        with embedded.start(data_dir, durable=False) as third:
+            assert identity(third.database_url, third.redis_url)[1] == valkey
+        assert pids(data_dir)["postgres"] == postgres
+
+
 def test_long_and_odd_paths_work(tmp_path: Path) -> None:
     """A path that no socket can have is fine for the data; the sockets then live elsewhere and are removed."""
     data_dir = tmp_path / "with space, comma & ümlaut" / ("long" * 25)

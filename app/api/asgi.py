@@ -11,7 +11,7 @@ from litestar.types import ASGIApp
 from app.api.auth import Auth
 from app.api.bodies import Bodies
 from app.api.models import ModelsController
-from app.api.operations import livez, readyz
+from app.api.operations import home, livez, readyz
 from app.api.parts import Parts, provide_caller
 from app.api.problems import HANDLERS, with_request_id
 from app.api.responses import ResponsesController
@@ -37,6 +37,7 @@ def build(
     background: Background,
     worker: Worker,
     backlogs: Backlogs,
+    outdated_schemas: frozenset[str],
     lifespan: Lifespan,
 ) -> ASGIApp:
     """The application around things that `assembly` has built."""
@@ -50,10 +51,11 @@ def build(
         worker=worker,
         backlogs=backlogs,
         bodies=Bodies(settings),
+        outdated_schemas=outdated_schemas,
         auth=Auth(settings, database),
     )
     app = Litestar(
-        route_handlers=[ResponsesController, ModelsController, livez, readyz],
+        route_handlers=[ResponsesController, ModelsController, home, livez, readyz],
         dependencies={
             "parts": Provide(lambda: parts, sync_to_thread=False),
             "caller": Provide(provide_caller),

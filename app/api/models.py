@@ -1,7 +1,7 @@
 """`/v1/models`: what the catalog names, and what the upstreams list."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import structlog
@@ -11,11 +11,12 @@ from msgspec.structs import replace
 
 from app.api.connected import while_connected
 from app.api.parts import Parts
-from app.errors import NotFound, UpstreamError
+from app.errors import NotFound, UpstreamError, UpstreamStalled
 from app.outbound.catalog import Catalog
 from app.outbound.upstream import Upstream
 from app.runs.executor import Caller
 from app.telemetry import describe
+from app.wire.chat import ModelEntry
 from app.wire.resources import Model, Models, encode
 
 log = structlog.get_logger()
@@ -29,7 +30,7 @@ class ModelsController(Controller):
     @get()
     async def list(self, request: Request[Any, Any, Any], caller: Caller, parts: Parts) -> Response[bytes]:
         """Every model, those of the catalog first."""
-        models = await while_connected(request.receive, _models(caller, parts.catalog, parts.upstreams))
+        models = await while_connected(request.receive, _models(caller, parts))
         return Response(encode(Models(models)), media_type=MediaType.JSON)
 
     @get("/{model_id:path}")
@@ -38,7 +39,7 @@ class ModelsController(Controller):
     ) -> Response[bytes]:
         """One model, by any name that a request may give it; it may contain slashes."""
         wanted = str(model_id).removeprefix("/")
-        models = await while_connected(request.receive, _models(caller, parts.catalog, parts.upstreams))
+        models = await while_connected(request.receive, _models(caller, parts))
         found = next((model for model in models if model.id == wanted), None) or _routed(wanted, models, parts.catalog)
         if found is None:
             raise NotFound(f"The model '{wanted}' does not exist.", param="model", code="model_not_found")
@@ -55,11 +56,21 @@ def _routed(wanted: str, models: Sequence[Model], catalog: Catalog) -> Model | N
     return listed and replace(listed, id=wanted)
 
 
-async def _models(caller: Caller, catalog: Catalog, upstreams: Mapping[str, Upstream]) -> list[Model]:
+async def _listed(upstream: Upstream, caller: Caller, wait_s: float) -> list[ModelEntry]:
+    try:
+        async with asyncio.timeout(wait_s):
+            return await upstream.list_models(caller.key)
+    except TimeoutError:
+        raise UpstreamStalled(f"Upstream '{upstream.name}' did not list its models in time.") from None
+
+
+async def _models(caller: Caller, parts: Parts) -> list[Model]:
     """Upstreams that lie under a single name are listed by their own; an upstream that does not answer lists nothing."""
-    named = [Model(id=name) for name in catalog.model_names]
+    upstreams = parts.upstreams
+    named = [Model(id=name) for name in parts.catalog.model_names]
     answers: list[Any] = await asyncio.gather(
-        *(upstream.list_models(caller.key) for upstream in upstreams.values()), return_exceptions=True
+        *(_listed(upstream, caller, parts.settings.models_wait_s) for upstream in upstreams.values()),
+        return_exceptions=True,
     )
     listed: list[Model] = []
     for upstream, answer in zip(upstreams.values(), answers, strict=True):

@@ -1,14 +1,33 @@
-"""For operators: is the process alive, is it ready."""
+"""For operators and newcomers: what this is, is the process alive, is it ready."""
 
 from litestar import Response, get
 from litestar.enums import MediaType
-from sqlalchemy import text
 
 from app.api.parts import Parts
 from app.errors import ServerUnavailable
-from app.storage.database import Query
+from app.storage.readiness import demand_ready
 
-_PING = Query(text("select 1 as ready"), across_tenants="asks only whether Postgres answers")
+HOME = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>Reprise</title>
+<h1>Reprise</h1>
+<p>A persistent, stateful Responses API server. Clients of the OpenAI API find it under <code>/v1</code> on this address.</p>
+<ul>
+<li><a href="/v1/models">/v1/models</a>: what may be asked for as <code>model</code></li>
+<li><code>POST /v1/responses</code>: <a href="https://platform.openai.com/docs/api-reference/responses">the API's reference</a></li>
+<li><a href="/livez">/livez</a>, <a href="/readyz">/readyz</a>: whether the process runs, and whether it is ready</li>
+<li><code>README.md</code> and <code>docs/</code> of the project: settings, tools, catalog, deployment; <code>reprise doctor</code> says
+what is wrong with a set-up</li>
+</ul>
+</html>
+"""
+
+
+@get("/", media_type=MediaType.HTML)
+async def home() -> str:
+    """What this is and where to go, for who has opened the address in a browser."""
+    return HOME
 
 
 @get("/livez", media_type=MediaType.TEXT)
@@ -19,9 +38,8 @@ async def livez() -> str:
 
 @get("/readyz", media_type=MediaType.TEXT)
 async def readyz(parts: Parts) -> Response[str]:
-    """Requests can be served: the process does not end, and Postgres answers. Else 503."""
+    """Requests can be served: the process does not end, and Postgres takes writes and has the tables. Else 503."""
     if parts.worker.draining:
         raise ServerUnavailable("The server is shutting down.")
-    async with parts.database.autocommit() as tx:
-        await tx.one(_PING)
+    await demand_ready(parts.database, parts.outdated_schemas)
     return Response("ok", media_type=MediaType.TEXT)

@@ -31,6 +31,7 @@ class Parts(Struct, frozen=True):
     worker: Worker
     backlogs: Backlogs
     bodies: Bodies
+    outdated_schemas: frozenset[str]
     auth: Auth
 
 

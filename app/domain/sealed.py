@@ -5,7 +5,9 @@ Fernet (AES-128-CBC with HMAC-SHA256) of the `cryptography` package does the wor
 
 import base64
 import binascii
+import hashlib
 import hmac
+from collections.abc import Sequence
 from functools import cached_property
 
 import msgspec
@@ -17,12 +19,15 @@ SIGNATURE_DIGITS = 32
 
 
 class Seal:
-    """Seals and opens text with the server's key."""
+    """Seals text with the server's key, and opens what that or an old one has sealed."""
 
-    def __init__(self, key: bytes) -> None:
-        """`key` is KEY_BYTES random bytes. Raises ValueError for any other length."""
-        self._key = key
-        self._fernet = Fernet(base64.urlsafe_b64encode(key))
+    def __init__(self, key: bytes, *old: bytes) -> None:
+        """Keys are KEY_BYTES random bytes. Raises ValueError for any other length."""
+        self._keys = (key, *old)
+        self._fernets = [_fernet(one) for one in self._keys]
+        self._fernet = MultiFernet(self._fernets)
+        self.fingerprints = [hashlib.sha256(b"reprise secret key\0" + one).hexdigest() for one in self._keys]
+        """What tells keys apart and gives nothing away; that of the key that seals comes first."""
 
     def close(self, text: str) -> str:
         """The sealed form of `text`."""
@@ -34,19 +39,19 @@ class Seal:
 
     def of(self, tenant_id: str) -> "TenantSeal":
         """The seal of one tenant."""
-        return TenantSeal(self._key, self._fernet, tenant_id)
+        return TenantSeal(self._keys, self._fernets, tenant_id)
 
 
 class TenantSeal:
     """Seals text that clients keep: what one tenant was given opens for no other."""
 
-    def __init__(self, key: bytes, shared: Fernet, tenant_id: str) -> None:
-        """`shared` opens what was sealed before each tenant had a key."""
-        self._key, self._shared, self._tenant_id = key, shared, tenant_id
+    def __init__(self, keys: Sequence[bytes], shared: Sequence[Fernet], tenant_id: str) -> None:
+        """The first of `keys` seals; `shared` open what was sealed before each tenant had a key."""
+        self._keys, self._shared, self._tenant_id = keys, shared, tenant_id
 
     @cached_property
     def _fernet(self) -> MultiFernet:
-        return MultiFernet([Fernet(base64.urlsafe_b64encode(self._derived("seal"))), self._shared])
+        return MultiFernet([*(_fernet(self._derived(key, "seal")) for key in self._keys), *self._shared])
 
     def close(self, text: str) -> str:
         """The sealed form of `text`."""
@@ -58,15 +63,22 @@ class TenantSeal:
 
     def sign(self, *texts: str) -> str:
         """SIGNATURE_DIGITS hex digits that only this server can make of these texts, for this tenant."""
-        digest = hmac.digest(self._derived("sign"), msgspec.json.encode(texts), "sha256")
-        return digest.hex()[:SIGNATURE_DIGITS]
+        return self._signature(self._keys[0], texts)
 
     def has_signed(self, signature: str, *texts: str) -> bool:
         """Whether this server has made the signature of these texts, for this tenant."""
-        return hmac.compare_digest(signature.encode(), self.sign(*texts).encode())
+        return any(hmac.compare_digest(signature.encode(), self._signature(key, texts).encode()) for key in self._keys)
 
-    def _derived(self, purpose: str) -> bytes:
-        return hmac.digest(self._key, f"{purpose}\0{self._tenant_id}".encode(), "sha256")
+    def _signature(self, key: bytes, texts: Sequence[str]) -> str:
+        digest = hmac.digest(self._derived(key, "sign"), msgspec.json.encode(texts), "sha256")
+        return digest.hex()[:SIGNATURE_DIGITS]
+
+    def _derived(self, key: bytes, purpose: str) -> bytes:
+        return hmac.digest(key, f"{purpose}\0{self._tenant_id}".encode(), "sha256")
+
+
+def _fernet(key: bytes) -> Fernet:
+    return Fernet(base64.urlsafe_b64encode(key))
 
 
 def _opened(fernet: Fernet | MultiFernet, sealed: str) -> str | None:

@@ -125,9 +125,10 @@ class Tx:
 class Database:
     """The pool. `begin()` for statements that must agree, `autocommit()` for a single one."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, application_name: str = "reprise") -> None:
+        """`application_name` is what Postgres shows of the connections."""
         self._retry_s = settings.database_retry_s
-        self.engine = _engine(settings)
+        self.engine = _engine(settings, application_name)
 
     @asynccontextmanager
     async def autocommit(self) -> AsyncIterator[Tx]:
@@ -198,11 +199,11 @@ class Database:
             await self.engine.dispose(close=False)
 
 
-def _engine(settings: Settings) -> AsyncEngine:
+def _engine(settings: Settings, application_name: str) -> AsyncEngine:
     engine = create_async_engine(
         "postgresql+asyncpg://",
         async_creator=connector(
-            settings.database_url, timeout_s=settings.database_timeout_s, application_name="reprise", jit="off"
+            settings.database_url, timeout_s=settings.database_timeout_s, application_name=application_name, jit="off"
         ),
         isolation_level="AUTOCOMMIT",
         json_deserializer=str,  # JSON stays text: what reads it knows its type

@@ -8,6 +8,7 @@ the chain, so it orders a whole context, and a context is one range of `items` p
 from sqlalchemy import (
     BigInteger,
     Boolean,
+    CheckConstraint,
     Column,
     DateTime,
     Float,
@@ -20,6 +21,7 @@ from sqlalchemy import (
     Text,
     func,
     text,
+    true,
 )
 from sqlalchemy.dialects.postgresql import JSON, JSONB
 
@@ -171,6 +173,14 @@ approvals = Table(
     Column("request_id", Text, primary_key=True, comment="of the item that asked; its call is made once at most"),
     Column("approve", Boolean, nullable=False),
     Column("response_id", Text, nullable=False, comment="whose input has answered"),
+)
+
+sealing = Table(
+    "sealing",
+    metadata,
+    Column("is_only", Boolean, primary_key=True, server_default=true()),
+    Column("fingerprint", Text, nullable=False, comment="of the secret key, which is kept nowhere"),
+    CheckConstraint("is_only", name="sealing_one_row"),
 )
 
 OUTPUT_POSITION = 1_000_000

@@ -72,6 +72,24 @@ def test_a_catalog_names_its_models_first_and_marks_whose_the_others_are(new_ser
             assert ids_of(client) == ["house/best", "local@Qwen/Qwen3-8B", "local@small"]
 
 
+def test_an_upstream_that_says_nothing_is_not_waited_for_long(new_server, catalog_file, silent, upstream):
+    catalog = catalog_file(f"""
+        [upstreams.silent]
+        base_url = "{silent.url}"
+        [upstreams.good]
+        base_url = "{upstream.base_url}"
+    """)
+    served = new_server(REPRISE_CATALOG=catalog, REPRISE_MODELS_WAIT_S="0.2")
+    with served.client(timeout=30) as client:
+        assert ids_of(client) == [f"good@{id}" for id in LISTED]
+    served = new_server(OPENAI_BASE_URL=silent.url, REPRISE_MODELS_WAIT_S="0.2")
+    reply = httpx.get(f"{served.url}/models", timeout=30)
+    assert (reply.status_code, reply.json()["error"]["message"]) == (
+        504,
+        "Upstream 'default' did not list its models in time.",
+    )
+
+
 def test_an_upstream_that_is_down_lists_nothing_and_says_so(new_server):
     with Upstream() as gone:
         url = gone.base_url

@@ -376,7 +376,7 @@ def test_a_websocket_handshake_is_not_taken_for_a_list(http):
 def rows(own):
     """How many rows each table of data has."""
     names = ("responses", "facets", "items", "branches", "runs", "event_journal", "event_archive", "approvals")
-    assert {*names, "tenants", "keys"} == tables.metadata.tables.keys()
+    assert {*names, "tenants", "keys", "sealing"} == tables.metadata.tables.keys()
     counts = ", ".join(f"(select count(*) from {name})" for name in names)
     return dict(zip(names, fetch(own.database_url, f"select {counts}")[0], strict=True))
 

@@ -35,6 +35,15 @@ def test_another_key_opens_nothing():
     assert Seal(bytes(KEY_BYTES)).open(SEAL.close("x")) is None
 
 
+def test_an_old_key_opens_what_it_sealed_and_seals_no_more():
+    new = Seal(bytes(KEY_BYTES), bytes(range(KEY_BYTES)))
+    assert new.open(SEAL.close("x")) == "x"
+    assert new.of("t").open(SEAL.of("t").close("x")) == "x"
+    assert new.of("t").has_signed(SEAL.of("t").sign("x"), "x")
+    assert SEAL.open(new.close("x")) is None and not SEAL.of("t").has_signed(new.of("t").sign("x"), "x")
+    assert Seal(bytes(KEY_BYTES)).fingerprints[0] == new.fingerprints[0] != SEAL.fingerprints[0] == new.fingerprints[1]
+
+
 def test_a_change_is_noticed():
     sealed = SEAL.close("hello")
     middle = len(sealed) // 2

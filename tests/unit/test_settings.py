@@ -6,7 +6,7 @@ from typing import Any, get_args, get_origin
 import msgspec
 import pytest
 
-from app.settings import PLAIN_NAMES, Settings, SettingsError, load, variable
+from app.settings import PLAIN_NAMES, PROJECT, Settings, SettingsError, load, variable
 
 FIELDS = {field.name: field for field in msgspec.structs.fields(Settings)}
 
@@ -23,6 +23,7 @@ GOOD: dict[str, tuple[str, Any]] = {
     "openai_api_key": ("sk", "sk"),
     "upstream_auth": ("caller", "caller"),
     "secret_key": ("AAAA", "AAAA"),
+    "old_secret_keys": ("AAAA,BBBB", "AAAA,BBBB"),
     "on_disconnect": ("finish", "finish"),
     "log_level": ("debug", "debug"),
     "workers_in_api": ("false", False),
@@ -135,3 +136,9 @@ def test_every_setting_says_what_it_is(name: str):
 def test_the_data_directory_is_absolute():
     assert Settings(data_dir="x").data_path == Path("x").absolute()
     assert Settings(data_dir="~/x").data_path == Path("~/x").expanduser()
+
+
+def test_the_default_data_directory_is_that_of_the_project_wherever_one_stands(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert Settings().data_path == PROJECT / ".data"
+    assert Settings(data_dir="x").data_path == tmp_path / "x"
