@@ -19,11 +19,13 @@ FITS := import sys; print(sys.executable) if (3, 11) <= sys.version_info[:2] <= 
 PYTHON ?= $(shell for name in python3.14 python3.13 python3.12 python3.11 python3 python; do \
 	$$name -c '$(FITS)' 2>/dev/null && break; done)
 UV = $(shell uv --version >/dev/null 2>&1 && echo uv || echo .tools/bin/uv)
+# Leaves out what uv says of each small package.
+SHOW_INSTALLING = /^ ([-+~]|  Downloaded) / { next } /^not-installed$$/ { exit 1 } { print "  " $$0; fflush() }
 COMPILE = $(UV) pip compile --quiet --universal --generate-hashes --no-header \
 	--python-version 3.11 pyproject.toml
 
 run: .venv/synced
-	@.venv/bin/python -m app serve
+	@trap '' INT; exec .venv/bin/python -m app serve
 
 # Most tests wait for something, so three files run at a time, each group on servers of its own.
 test: .venv/synced
@@ -47,11 +49,12 @@ bench: .venv/synced
 bench-quick: .venv/synced
 	@.venv/bin/python -m tests.bench --quick
 
-# requirements.lock is what the server needs, requirements-dev.lock that and the tools, in the same versions.
+# requirements.lock is what a deployed server needs; requirements-dev.lock that, the embedded servers and the tools, in the same
+# versions.
 lock:
 	@uv --version >/dev/null 2>&1 || $(MAKE) -s .tools/bin/uv
 	$(COMPILE) -o requirements.lock
-	$(COMPILE) --group dev -c requirements.lock -o requirements-dev.lock
+	$(COMPILE) --extra embedded --group dev -c requirements.lock -o requirements-dev.lock
 
 clean:
 	rm -rf .venv .tools .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
@@ -59,7 +62,9 @@ clean:
 .venv/synced: requirements-dev.lock
 	@uv --version >/dev/null 2>&1 || $(MAKE) -s .tools/bin/uv
 	@.venv/bin/python -c '$(FITS)' >/dev/null 2>&1 || { $(need_python); $(UV) venv --quiet --clear --python "$$python" .venv; }
-	@$(UV) pip sync --quiet --compile-bytecode --python .venv/bin/python --require-hashes requirements-dev.lock
+	@echo "Installing $$(grep -c '^[a-z].*==' requirements-dev.lock) packages into .venv, Postgres and Valkey among them"
+	@{ $(UV) pip sync --compile-bytecode --python .venv/bin/python --require-hashes requirements-dev.lock 2>&1 \
+		|| echo not-installed; } | awk '$(SHOW_INSTALLING)'
 	@$(write_command)
 	@touch $@
 
@@ -71,10 +76,11 @@ clean:
 		&& mkdir .tools/bin && ln -s ../venv/bin/uv .tools/bin/uv; } >/dev/null \
 	|| { echo "make: cannot get uv: install it, or give $$python pip or venv (Debian: python3-venv)" >&2; exit 1; }
 
-# Shell fragments: $$python is the Python to use; and the command `reprise`, as an installed package would have it.
+# Shell fragments: $$python is the Python to use; and the command `reprise`, as an installed package would have it. Both it and
+# `run` leave Ctrl-C to app/__main__.py, for Python itself answers one with a traceback until that is read.
 need_python = python="$(PYTHON)"; "$$python" -c '$(FITS)' >/dev/null 2>&1 \
 	|| { echo "make: need Python 3.11 to 3.14; say which with PYTHON=/path/to/python" >&2; exit 1; }
 define write_command
-printf '#!/bin/sh\nPYTHONPATH="%s" exec "%s/.venv/bin/python" -P -m app "$$@"\n' '$(CURDIR)' '$(CURDIR)' > .venv/bin/reprise \
+printf '#!/bin/sh\ntrap "" INT\nPYTHONPATH="%s" exec "%s/.venv/bin/python" -P -m app "$$@"\n' '$(CURDIR)' '$(CURDIR)' > .venv/bin/reprise \
 	&& chmod +x .venv/bin/reprise
 endef
