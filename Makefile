@@ -42,7 +42,7 @@ check: .venv/synced
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 
-# Measures on servers of its own; `bench` also draws the README's plots, and takes some ten minutes, `bench-quick` one or two.
+# Measures on servers of its own; `bench` also draws the plots of docs/performance.md, and takes some ten minutes, `bench-quick` one or two.
 bench: .venv/synced
 	@.venv/bin/python -m tests.bench
 

@@ -2,7 +2,7 @@
 
 Each field is an environment variable: `REPRISE_` and its name in capitals, but for the names that every deployment knows
 (`DATABASE_URL`, `REDIS_URL`, `OPENAI_BASE_URL`, `OPENAI_API_KEY`). Every limit is here, with its unit in its name. The
-README's table is made from this file.
+table of docs/settings.md is made from this file.
 """
 
 import difflib

@@ -1,4 +1,4 @@
-"""The README tells the truth: its snippets run, its settings are the settings, its links lead somewhere."""
+"""README and docs tell the truth: snippets run, settings are the settings, links lead somewhere, what is refused is refused."""
 
 import os
 import re
@@ -6,25 +6,28 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import httpx
 import msgspec
 import pytest
 
 from app.domain.dialect import Dialect
+from app.errors import InvalidRequest, UnsupportedParameter
 from app.outbound.catalog_file import load_catalog
 from app.settings import Settings, load, variable
+from app.wire.requests import Body, decode_create
 from tests.servers import ROOT, Served
 
 README = ROOT / "README.md"
-TEXT = README.read_text()
+DOCS = ROOT / "docs"
 DEFAULT_URL = "http://127.0.0.1:8000/v1"
 
 
-def snippets(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+def snippets(language: str, page: Path = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 def settings_table() -> str:
-    """The README's table, made from the Struct."""
+    """The table of docs/settings.md, made from the Struct."""
     lines = ["| variable | default | meaning |", "|---|---|---|"]
     for field in msgspec.structs.fields(Settings):
         default = "" if field.default == "" else f"`{_plainly(field.default)}`"
@@ -85,7 +88,7 @@ def _with_venv(env: dict[str, str]) -> dict[str, str]:
 
 
 def test_the_catalog_is_a_valid_one(catalog_file):
-    toml, tools = snippets("toml")
+    [toml], [tools] = snippets("toml", DOCS / "catalog.md"), snippets("toml", DOCS / "tools.md")
     settings = load({"REPRISE_CATALOG": catalog_file(toml)})
     catalog = load_catalog(settings, {"SPARE_KEY": "k"})
     assert [route.model for route in catalog.routes("qwen3-32b")] == ["qwen3-32b", "qwen3-8b"]
@@ -101,12 +104,44 @@ def test_the_catalog_is_a_valid_one(catalog_file):
 
 
 def test_the_settings_table_is_that_of_the_code():
-    block = re.search(r"<!-- settings:.*?-->\n(.*?)\n?<!-- /settings -->", TEXT, re.DOTALL)
+    text = (DOCS / "settings.md").read_text()
+    block = re.search(r"<!-- settings:.*?-->\n(.*?)\n?<!-- /settings -->", text, re.DOTALL)
     assert block
     assert block[1] == settings_table(), f"the table should be:\n{settings_table()}"
 
 
-def test_every_link_leads_to_a_file():
-    links = re.findall(r"\]\(([^)#]+)\)", TEXT)
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize("page", [README, *sorted(DOCS.glob("*.md"))], ids=lambda page: page.name)
+def test_every_link_leads_to_a_file(page):
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_readme_is_short_and_leads_to_every_page():
+    text = README.read_text()
+    assert len(text.splitlines()) < 150
+    assert [page.name for page in DOCS.glob("*.md") if f"(docs/{page.name})" not in text] == []
+
+
+def test_each_promise_has_its_tests():
+    text = README.read_text()
+    promises = re.split(r"(?m)^\d+\. ", text[text.index("## What it promises") : text.index("Not offered")])[1:]
+    assert len(promises) > 10
+    assert all(re.search(r"\]\(tests/[\w/]+\.py\)", promise) for promise in promises)
+
+
+def test_what_is_not_offered_is_refused_and_what_is_refused_is_listed(demo):
+    text = README.read_text()
+    listed = text[text.index("Not offered") : text.index("## Keys and tenants")]
+    refused = set()
+    for name in Body.__struct_fields__:
+        try:
+            decode_create(msgspec.json.encode({"model": "m", "input": "hi", name: {"id": "x"}}), ())
+        except UnsupportedParameter as error:
+            refused.add(error.param)
+        except InvalidRequest:
+            pass
+    assert {f"`{name}`" for name in refused} <= set(re.findall(r"`\w+`", listed))
+    paths = re.findall(r"`(/[\w/]+)`", listed)
+    assert len(paths) > 5
+    root = demo.url.removesuffix("/v1")
+    assert [path for path in paths if httpx.post(f"{root}/v1{path}", json={}).status_code not in {404, 405}] == []

@@ -1,4 +1,4 @@
-"""The two tool servers that come with it, behind hosted tools, as README's catalog sets them up."""
+"""The two tool servers that come with it, behind hosted tools, as docs/tools.md sets them up."""
 
 import subprocess
 import sys

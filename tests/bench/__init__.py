@@ -12,5 +12,5 @@ targets of a scenario take turns within each round, and every figure is the medi
     load        clients: requests one behind the other, streams side by side, what they saw
     scenarios   one function for each thing that is measured
     figures     what is to be reached, and tables
-    plots       SVG for the README
+    plots       SVG for docs/performance.md
 """

@@ -18,7 +18,7 @@ OPEN_FILES = 16_384
 
 
 def main() -> None:
-    """Measure and print; the whole measurement also draws the README's plots."""
+    """Measure and print; the whole measurement also draws the plots of docs/performance.md."""
     parser = argparse.ArgumentParser(description="Measures this server against its upstream and the floor.")
     parser.add_argument("--quick", action="store_true", help="one round, shorter")
     parser.add_argument(

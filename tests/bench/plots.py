@@ -1,4 +1,4 @@
-"""The README's plots, as SVG with nothing but lines and text, readable on light and dark pages."""
+"""The plots of docs/performance.md, as SVG with nothing but lines and text, readable on light and dark pages."""
 
 import math
 from collections.abc import Mapping, Sequence
