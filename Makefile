@@ -1,7 +1,7 @@
 # All that a fresh machine needs is make and Python 3.11 to 3.14: `make run`, `make test`, `make check`, `make bench`.
 # Packages go to .venv, and uv to .tools unless it is installed. `make clean` removes both and keeps .data.
 
-.PHONY: run test faults check bench bench-quick lock clean
+.PHONY: run test faults engines check bench bench-quick lock clean
 .DELETE_ON_ERROR:
 
 # Whatever environment happens to be active, or is half gone, has no say here; and uv uses the Python that is there.
@@ -36,6 +36,10 @@ SECONDS ?= 600
 faults: .venv/synced
 	.venv/bin/python -m tests.faults.repeat --seconds $(SECONDS)
 
+# Real engines with a tiny random model: prints what works with which, and writes it to docs/engines.md.
+engines: .venv/synced .engines/made
+	.venv/bin/python -m tests.engines
+
 check: .venv/synced
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
@@ -57,7 +61,7 @@ lock:
 	$(COMPILE) --extra embedded --group dev -c requirements.lock -o requirements-dev.lock
 
 clean:
-	rm -rf .venv .tools .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .tools .engines .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 .venv/synced: requirements-dev.lock
 	@uv --version >/dev/null 2>&1 || $(MAKE) -s .tools/bin/uv
@@ -66,6 +70,13 @@ clean:
 	@{ $(UV) pip sync --compile-bytecode --python .venv/bin/python --require-hashes requirements-dev.lock 2>&1 \
 		|| echo not-installed; } | awk '$(SHOW_INSTALLING)'
 	@$(write_command)
+	@touch $@
+
+# Torch may come without CUDA: from the folder of wheels that pip is told of, or with UV_TORCH_BACKEND=cpu.
+.engines/made: tests/engines/requirements.txt tests/engines/__init__.py tests/engines/weights.py | .venv/synced
+	@$(UV) venv --quiet --clear --python .venv/bin/python .engines/venv
+	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" $(UV) pip install --quiet --python .engines/venv/bin/python -r $<
+	.engines/venv/bin/python -m tests.engines.weights .engines/weights
 	@touch $@
 
 .tools/bin/uv:
