@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import openai
 
 from tests.engines import features
-from tests.engines.features import Differs, Feature, Setup
+from tests.engines.features import TURNS_MAX, Differs, Feature, Setup
 from tests.engines.servers import Engine, Installed
 from tests.servers import ROOT, Served
+from tests.toolserver import Toolserver
 
 HOME = ROOT / ".engines"
 PAGE = ROOT / "docs" / "engines.md"
@@ -28,6 +29,7 @@ Nothing is configured but `OPENAI_BASE_URL`.
 - **yes**: it works, and what is streamed, answered and stored agrees.
 - **no**: the engine takes the request, and does something else.
 - **refused**: the engine refuses it, and the client gets a 4xx with the engine's words.
+- **fails**: a fault of Reprise's own.
 
 What a preset or a `dialect` in the [catalog](../README.md#catalog) lacks is refused before the engine is asked.
 """
@@ -47,7 +49,7 @@ Columns = dict[str, dict[str, Outcome]]
 
 
 def main() -> None:
-    """Run, print, write the page. What fails, or no longer works, leaves the page as it is, and the exit status is 1."""
+    """Run, print, write the page. What no longer works leaves the page as it is. That, and what fails, makes the exit status 1."""
     parser = argparse.ArgumentParser(description="Runs the features on real engines.")
     parser.add_argument("--only", metavar="WORDS", default="", help="features whose names have these; writes no page")
     parser.add_argument("--engine", choices=list(ENGINES), help="only this one; writes no page")
@@ -59,22 +61,26 @@ def main() -> None:
             columns[f"{engine.name} {engine.version}"] = _column(engine, chosen)
     table = _table(columns)
     print(f"\n{table}")
-    bad = _worse(columns)
-    for line in bad:
-        print(line)
-    if not bad and not options.only and not options.engine:
+    lost = _lost(columns)
+    for line in lost:
+        print(f"No longer works: {line}")
+    if not lost and not options.only and not options.engine:
         PAGE.write_text(f"{INTRODUCTION}\n{table}")
-    sys.exit(bool(bad))
+    sys.exit(bool(lost) or any(outcome.fault for column in columns.values() for outcome in column.values()))
 
 
 def _column(engine: Engine, chosen: dict[str, Feature]) -> dict[str, Outcome]:
-    with (
-        tempfile.TemporaryDirectory(prefix="engines-", ignore_cleanup_errors=True) as data,
-        Served({"OPENAI_BASE_URL": engine.base_url, "REPRISE_DATA_DIR": data, "REPRISE_DURABLE": "false"}) as server,
-        server.client(timeout=CLIENT_TIMEOUT_S) as client,
-    ):
-        setup = Setup(engine, server, client)
-        return {label: _run(setup, label, run) for label, run in chosen.items()}
+    with tempfile.TemporaryDirectory(prefix="engines-", ignore_cleanup_errors=True) as data, Toolserver() as tools:
+        env = {
+            "OPENAI_BASE_URL": engine.base_url,
+            "REPRISE_DATA_DIR": data,
+            "REPRISE_DURABLE": "false",
+            "REPRISE_OUTBOUND_ALLOW": "127.0.0.1/32",
+            "REPRISE_TURNS_MAX": str(TURNS_MAX),
+        }
+        with Served(env) as server, server.client(timeout=CLIENT_TIMEOUT_S) as client:
+            setup = Setup(engine, server, client, tools.url("mcp", "engines", tools="echo"))
+            return {label: _run(setup, label, run) for label, run in chosen.items()}
 
 
 def _run(setup: Setup, label: str, run: Feature) -> Outcome:
@@ -85,8 +91,8 @@ def _run(setup: Setup, label: str, run: Feature) -> Outcome:
     return outcome
 
 
-def _worse(columns: Columns) -> list[str]:
-    """What fails, and what works by the page and does not any more."""
+def _lost(columns: Columns) -> list[str]:
+    """What works by the page and does not any more."""
     lines = PAGE.read_text().splitlines() if PAGE.exists() else []
     head, *rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")] or [[]]
     worked = {
@@ -99,7 +105,7 @@ def _worse(columns: Columns) -> list[str]:
         f"{engine}: {label}: {outcome.text}"
         for engine, column in columns.items()
         for label, outcome in column.items()
-        if outcome.fault or (outcome.text != "yes" and (engine.split()[0], label) in worked)
+        if outcome.text != "yes" and (engine.split()[0], label) in worked
     ]
 
 

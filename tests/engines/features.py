@@ -29,13 +29,15 @@ BIAS = 100.0
 SEED = 7
 ENDED = {"completed", "failed", "cancelled", "incomplete"}
 WAIT_S = 60.0
+TURNS_MAX = 3
+"""Of the server's."""
 CITY = {
     "type": "object",
     "properties": {"city": {"type": "string", "maxLength": 12}},
     "required": ["city"],
     "additionalProperties": False,
 }
-LOOK_UP = {"type": "function", "name": "look_up", "description": "Looks a city up.", "parameters": CITY, "strict": True}
+ECHO = {"type": "function", "name": "echo", "description": "Echoes a city.", "parameters": CITY, "strict": True}
 
 
 class Differs(Exception):
@@ -56,6 +58,8 @@ class Setup:
     engine: Engine
     server: Served
     client: openai.OpenAI
+    tools_url: str
+    """An MCP server with the tool `echo`."""
 
     def create(self, said: Any = "Tell me of the sea.", *, bias: Bias = NONE, **options: Any) -> Response:
         """A create with a seed; engine parameters in `extra_body`."""
@@ -195,7 +199,7 @@ def greedy(setup: Setup) -> None:
     assert texts != {""}
 
 
-@feature("`top_p`, `presence_penalty`, `frequency_penalty`")
+@feature("`top_p`, `presence_penalty`, `frequency_penalty` are taken")
 def sampling(setup: Setup) -> None:
     setup.create(top_p=0.5, extra_body={"presence_penalty": 0.5, "frequency_penalty": 0.5})
 
@@ -268,51 +272,51 @@ def logprobs(setup: Setup) -> None:
 
 @feature("function call, and its output in the next turn")
 def call(setup: Setup) -> None:
-    made = setup.create(bias=CALL, tools=[LOOK_UP])
+    made = setup.create(bias=CALL, tools=[ECHO])
     calls = _calls(made)
-    assert [(call.name, json.loads(call.arguments)) for call in calls] == [("look_up", {"city": "Oslo"})]
+    assert [(call.name, json.loads(call.arguments)) for call in calls] == [("echo", {"city": "Oslo"})]
     outputs = [{"type": "function_call_output", "call_id": calls[0].call_id, "output": "Rain."}]
-    answer = setup.create(outputs, previous_response_id=made.id, tools=[LOOK_UP])
+    answer = setup.create(outputs, previous_response_id=made.id, tools=[ECHO])
     assert answer.output_text
 
 
 @feature("function call, streamed")
 def call_streamed(setup: Setup) -> None:
-    events, made = setup.streamed("Oslo?", bias=CALL, tools=[LOOK_UP])
+    events, made = setup.streamed("Oslo?", bias=CALL, tools=[ECHO])
     assert any(event["type"] == "response.function_call_arguments.done" for event in events)
     assert [item["type"] for item in made["output"]] == ["function_call"]
 
 
 @feature("parallel function calls")
 def parallel(setup: Setup) -> None:
-    made = setup.create(bias=CALLS, tools=[LOOK_UP], max_output_tokens=16)
+    made = setup.create(bias=CALLS, tools=[ECHO], max_output_tokens=16)
     calls = _calls(made)
     assert len({call.call_id for call in calls}) == len(calls) > 1
     outputs = [{"type": "function_call_output", "call_id": call.call_id, "output": "Rain."} for call in calls]
-    assert setup.create(outputs, previous_response_id=made.id, tools=[LOOK_UP]).output_text
+    assert setup.create(outputs, previous_response_id=made.id, tools=[ECHO]).output_text
 
 
 @feature("`parallel_tool_calls: false`")
 def one_call(setup: Setup) -> None:
-    made = setup.create(bias=CALLS, tools=[LOOK_UP], max_output_tokens=16, parallel_tool_calls=False)
+    made = setup.create(bias=CALLS, tools=[ECHO], max_output_tokens=16, parallel_tool_calls=False)
     if len(_calls(made)) > 1:
         raise Differs("several come")
 
 
 @feature("`tool_choice: required`")
 def required(setup: Setup) -> None:
-    _demand(setup, "required", [LOOK_UP])
+    _demand(setup, "required", [ECHO])
 
 
 @feature("`tool_choice`: a function")
 def named(setup: Setup) -> None:
-    for name in ("look_up", "find_out"):  # the model likes one of them better
-        _demand(setup, {"type": "function", "name": name}, [LOOK_UP, {**LOOK_UP, "name": "find_out"}], name)
+    for name in ("echo", "find_out"):  # the model likes one of them better
+        _demand(setup, {"type": "function", "name": name}, [ECHO, {**ECHO, "name": "find_out"}], name)
 
 
 @feature("`tool_choice: none`")
 def none(setup: Setup) -> None:
-    made = setup.create(bias=CALL, tools=[LOOK_UP], tool_choice="none")
+    made = setup.create(bias=CALL, tools=[ECHO], tool_choice="none")
     if _calls(made):
         raise Differs("a call comes")
 
@@ -323,6 +327,16 @@ def custom(setup: Setup) -> None:
     made = setup.create(bias=CALL_START, tools=[tool], tool_choice="required", max_output_tokens=400)
     if [item.type for item in made.output] != ["custom_tool_call"]:
         raise Differs("no call comes")
+
+
+@feature("MCP tool, called by Reprise")
+def mcp(setup: Setup) -> None:
+    tools = [{"type": "mcp", "server_label": "tools", "server_url": setup.tools_url, "require_approval": "never"}]
+    made = setup.create(bias=CALL, tools=tools)
+    assert made.incomplete_details is not None  # the bias makes every turn a call
+    assert made.incomplete_details.reason == "max_turns"
+    outputs = [json.loads(item.output or "") for item in made.output if item.type == "mcp_call"]
+    assert outputs == [{"city": "Oslo"}] * (TURNS_MAX - 1)
 
 
 @feature("reasoning is an item of its own")
@@ -482,9 +496,9 @@ def _calls(made: Response) -> list[ResponseFunctionToolCall]:
     return [item for item in made.output if item.type == "function_call" and item.status == "completed"]
 
 
-def _demand(setup: Setup, choice: Any, tools: list[Any], name: str = "look_up") -> None:
-    """A model begins a call, whose rest only a grammar can make right."""
-    made = setup.create(bias=CALL_START, tools=tools, tool_choice=choice, max_output_tokens=400)
+def _demand(setup: Setup, choice: Any, tools: list[Any], name: str = "echo") -> None:
+    """A model begins a call, whose rest only a grammar can make right; one or two have room."""
+    made = setup.create(bias=CALL_START, tools=tools, tool_choice=choice, max_output_tokens=100)
     calls = _calls(made)
     if not calls:
         raise Differs("no call comes")

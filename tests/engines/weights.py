@@ -27,7 +27,7 @@ UNLIKELY, END, CERTAIN = -30.0, 3.0, 150.0
 
 END_OF_TURN = "<|im_end|>"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", END_OF_TURN]
-CALL = '<tool_call>\n{"name": "look_up", "arguments": {"city": "Oslo"}}\n</tool_call>'
+CALL = '<tool_call>\n{"name": "echo", "arguments": {"city": "Oslo"}}\n</tool_call>'
 """A whole call as one token: an engine without grammars calls the tool when a request biases it."""
 THOUGHT = "the sea\n</think>\n\nis calm"
 """Likewise the end of a thought, and an answer."""
