@@ -31,7 +31,7 @@ Nothing is configured but `OPENAI_BASE_URL`.
 - **refused**: the engine refuses it, and the client gets a 4xx with the engine's words.
 - **fails**: a fault of Reprise's own.
 
-What a preset or a `dialect` in the [catalog](../README.md#catalog) lacks is refused before the engine is asked.
+What a preset or a `dialect` in the [catalog](catalog.md) lacks is refused before the engine is asked.
 """
 
 
