@@ -17,9 +17,9 @@
       UpstreamError 502           the upstream failed
         UpstreamRefused           its 4xx, passed on with its status
         UpstreamBusy 429          its 429, passed on with Retry-After
-        UpstreamUnavailable       it can't be reached, or answers 5xx
+        UpstreamUnavailable       it can't be reached, answers 5xx, or breaks off
         UpstreamStalled 504       it was silent for longer than the idle limit
-        UpstreamGarbled           it broke off, or sent what is no chunk
+        UpstreamGarbled           it sent what is no answer
       ToolsUnavailable 424        `tool_choice` asks for tools of an MCP server that can't be listed
       RunTooLong                  a run met REPRISE_RUN_DURATION_MAX_S or REPRISE_RUN_OUTPUT_BYTES_MAX
     Fenced                        internal: somebody else owns this response; stop quietly
@@ -217,7 +217,13 @@ class UpstreamRefused(UpstreamError):
     code = None
 
     def __init__(
-        self, message: str, *, status: int, type: str, param: str | None = None, code: str | None = None
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
     ) -> None:
         super().__init__(message, param=param, code=code)
         self.status, self.type = status, type
@@ -237,7 +243,7 @@ class UpstreamBusy(UpstreamError):
 
 
 class UpstreamUnavailable(UpstreamError):
-    """The upstream can't be reached, or answers 5xx."""
+    """The upstream can't be reached, answers 5xx, or breaks off."""
 
 
 class UpstreamStalled(UpstreamError):
@@ -247,7 +253,7 @@ class UpstreamStalled(UpstreamError):
 
 
 class UpstreamGarbled(UpstreamError):
-    """The upstream broke off, or sent what is no chunk."""
+    """The upstream sent what is no answer."""
 
 
 class ToolsUnavailable(ApiError):

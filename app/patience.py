@@ -11,11 +11,13 @@ class Patience:
     it, and when it rings it looks how long the present one has taken.
     """
 
-    __slots__ = ("_begun", "_cancelling", "_expired", "_loop", "_task", "_timer", "_waits", "seconds")
+    __slots__ = ("_begun", "_cancelling", "_expired", "_loop", "_task", "_timer", "_waits", "continues", "seconds")
 
     def __init__(self, seconds: float) -> None:
         """`seconds` is the limit of one wait."""
         self.seconds = seconds
+        self.continues = False
+        """Whether the next wait is a part of the one before: then the limit is that of both together."""
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         task = asyncio.current_task()
@@ -27,9 +29,10 @@ class Patience:
     def __enter__(self) -> None:
         self._waits = True
         self._cancelling = self._task.cancelling()
-        self._begun = self._loop.time()
+        if not self.continues:
+            self._begun = self._loop.time()
         if self._timer is None:
-            self._timer = self._loop.call_later(self.seconds, self._ring)
+            self._timer = self._loop.call_at(self._begun + self.seconds, self._ring)
 
     def __exit__(
         self, type_: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

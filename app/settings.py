@@ -173,7 +173,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     upstream_attempts_max: Annotated[int, _about("attempts at one upstream before anything was sent", ge=1)] = 3
     upstream_retry_after_max_s: Annotated[float, _about("a longer Retry-After is passed on at once", ge=0)] = 5.0
     upstream_connect_timeout_s: Annotated[float, _about("connecting to an upstream", gt=0)] = 5.0
-    upstream_answer_timeout_s: Annotated[float, _about("an upstream's first byte", gt=0)] = 600.0
+    upstream_answer_timeout_s: Annotated[float, _about("an upstream's first word", gt=0)] = 600.0
     upstream_idle_timeout_s: Annotated[float, _about("silence of an upstream in mid-stream", gt=0)] = 120.0
     models_wait_s: Annotated[float, _about("how long a list of models waits for an upstream's", gt=0)] = 5.0
     upstream_line_bytes_max: Annotated[

@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterable, Mapping
 
 from ahocorasick_rs import AhoCorasick, MatchKind
-from msgspec import Struct
+from msgspec import Raw, Struct
 
-from app.wire.decoding import Json
+from app.wire.decoding import Json, json_object
 from app.wire.items import AnyItem, FileSearchCall, WebSearchCall
 
 NAMES_CHARS_MAX = 262_144
@@ -82,3 +82,19 @@ def sources_of(items: Iterable[AnyItem]) -> Sources:
             case FileSearchCall(results=[*results]):
                 files |= {str(one["filename"]): str(one.get("file_id", "")) for one in results if one.get("filename")}
     return Sources(urls, files) if urls or files else NO_SOURCES
+
+
+def cited_upstream(given: Raw) -> Json | None:
+    """An annotation of a model that searches by itself, as the API has it; None for one of another kind."""
+    annotation = json_object(bytes(given).decode()) or {}
+    cited = annotation.get("url_citation", annotation)
+    if annotation.get("type") != "url_citation" or not isinstance(cited, dict) or not isinstance(cited.get("url"), str):
+        return None
+    title, start, end = cited.get("title"), cited.get("start_index"), cited.get("end_index")
+    return {
+        "type": "url_citation",
+        "url": cited["url"],
+        "title": title if isinstance(title, str) else "",
+        "start_index": start if isinstance(start, int) else 0,
+        "end_index": end if isinstance(end, int) else 0,
+    }

@@ -42,8 +42,8 @@ class Dialect(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_tokens: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     reasoning: Literal["none", "reasoning_content", "reasoning"] = "none"
     """The key under which earlier reasoning is passed back."""
-    think: Literal["start", "thinking", "text"] = "start"
-    """`<think>` in content: looked for at its start; already open; left alone."""
+    think: Literal["start", "thinking", "text", "anywhere"] = "start"
+    """`<think>` in content: looked for at its start; already open; left alone; looked for anywhere in it."""
     custom_tools: Literal["function", "describe", "native"] = "function"
     """Custom tools are wrapped as functions and grammars refused; the grammar goes into the description, unenforced; both are
     passed on as they are."""

@@ -12,7 +12,7 @@ from app.domain.toolbox import MODEL_NAME_CHARS_MAX, HandOver, Toolbox, Verdict
 from app.domain.wholeness import WholeObject
 from app.ids import NewId
 from app.wire.chat import Logprob
-from app.wire.decoding import json_object
+from app.wire.decoding import Json, json_object
 from app.wire.events import (
     AnnotationAdded,
     ArgumentsDelta,
@@ -96,6 +96,8 @@ class MessageGroup:
     def __init__(self, id: str, sources: Sources = NO_SOURCES) -> None:
         self.id = id
         self.pending: list[tuple[str, str, list[Raw]]] = []
+        self.annotations: list[Json] = []
+        """The upstream's own, of the text that is being said."""
         self._sources = sources
         self._kind: str | None = None
         self._said: list[str] = []
@@ -138,7 +140,7 @@ class MessageGroup:
         part: OutputText | Refusal
         if self._kind == "text":
             logprobs, self._logprobs = self._logprobs, []
-            cited = self._sources.cited(said)
+            cited, self.annotations = [*self.annotations, *self._sources.cited(said)], []
             for index, annotation in enumerate(cited):
                 yield AnnotationAdded(**at, annotation_index=index, annotation=annotation)
             part = OutputText(

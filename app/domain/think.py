@@ -1,13 +1,13 @@
 """Splits `<think>…</think>` out of content, at any chunk border.
 
-Models that think in their content do so at its start, so only there a tag counts: a `<think>` that an answer quotes later
-stays text. Line breaks behind the opening tag and white space behind the closing one are not content.
+Models that think in their content do so at its start, so as a rule only there a tag counts: a `<think>` that an answer quotes
+later stays text. For those that go on thinking in the middle of an answer tags count anywhere. Line breaks behind the opening tag and white space behind the closing one are not content.
 """
 
 import re
 from typing import Literal
 
-Where = Literal["start", "thinking", "text"]
+Where = Literal["start", "thinking", "text", "anywhere"]
 Kind = Literal["reasoning", "text"]
 
 OPEN, CLOSE = "<think>", "</think>"
@@ -20,7 +20,9 @@ class ThinkSplitter:
 
     def __init__(self, where: Where = "start") -> None:
         """`where` is "thinking" for models whose prompt already opened the tag, "text" to leave content alone."""
-        self._where: Where = where
+        self._rest: Where = "anywhere" if where == "anywhere" else "text"
+        """What an answer is once it has begun."""
+        self._where: Where = "start" if where == "anywhere" else where
         self._blank: list[str] = []
         """White space where a tag may still begin."""
         self._held = ""
@@ -36,8 +38,9 @@ class ThinkSplitter:
         text, self._held = self._held + text, ""
         pieces: list[tuple[Kind, str]] = []
         at: int | None = 0
+        steps = {"start": self._start, "thinking": self._think, "anywhere": self._look}
         while at is not None and at < len(text):
-            at = self._start(text, at, pieces) if self._where == "start" else self._think(text, at, pieces)
+            at = steps[self._where](text, at, pieces)
         return [piece for piece in pieces if piece[1]]
 
     def close(self) -> list[tuple[Kind, str]]:
@@ -61,8 +64,23 @@ class ThinkSplitter:
         if OPEN.startswith(rest):
             self._held = rest
             return None
-        pieces.append(("text", self._text_begins(text[begins:])))
-        self._where = "text"
+        self._where = self._rest
+        if self._rest == "text":
+            pieces.append(("text", self._text_begins(text[begins:])))
+            return None
+        pieces.append(("text", self._text_begins(text[begins : begins + 1])))
+        return begins + 1
+
+    def _look(self, text: str, at: int, pieces: list[tuple[Kind, str]]) -> int | None:
+        """Looks for an opening tag inside an answer; gives where to go on, or None when more text is needed."""
+        found = text.find(OPEN, at)
+        if found >= 0:
+            pieces.append(("text", text[at:found]))
+            self._where, self._is_fresh = "thinking", True
+            return found + len(OPEN)
+        certain = len(text) - _tag_beginning(text[max(at, len(text) - len(OPEN)) :], OPEN)
+        pieces.append(("text", text[at:certain]))
+        self._held = text[certain:]
         return None
 
     def _text_begins(self, text: str) -> str:
@@ -79,7 +97,7 @@ class ThinkSplitter:
             pieces.append(("reasoning", text[at:end]))
             self._where, self._has_thought = "start", True
             return end + len(CLOSE)
-        certain = len(text) - _tag_beginning(text[max(at, len(text) - len(CLOSE)) :])
+        certain = len(text) - _tag_beginning(text[max(at, len(text) - len(CLOSE)) :], CLOSE)
         pieces.append(("reasoning", text[at:certain]))
         self._held = text[certain:]
         return None
@@ -90,9 +108,9 @@ def _behind(pattern: re.Pattern[str], text: str, at: int) -> int:
     return found.end() if found else at
 
 
-def _tag_beginning(text: str) -> int:
-    """How many characters at the end of `text` may be the beginning of the closing tag."""
-    for length in range(min(len(CLOSE) - 1, len(text)), 0, -1):
-        if CLOSE.startswith(text[-length:]):
+def _tag_beginning(text: str, tag: str) -> int:
+    """How many characters at the end of `text` may be the beginning of the tag."""
+    for length in range(min(len(tag) - 1, len(text)), 0, -1):
+        if tag.startswith(text[-length:]):
             return length
     return 0

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 import msgspec
 from msgspec import Raw, Struct
 
-from app.domain.citations import NO_SOURCES, Sources
+from app.domain.citations import NO_SOURCES, Sources, cited_upstream
 from app.domain.groups import PLAIN, CallGroup, Group, Manner, MessageGroup, ReasoningGroup, output_logprob
 from app.domain.think import Kind, ThinkSplitter
 from app.domain.toolbox import Ask, HandOver, Refuse, Run, Toolbox
 from app.ids import NewId
 from app.wire.chat import CallDelta, ChatUsage, Choice, Chunk, CustomDelta, Delta, FunctionDelta
+from app.wire.decoding import Json
 from app.wire.events import Event
 from app.wire.items import CALL_ID_CHARS_MAX, ItemStatus
 
@@ -77,6 +78,8 @@ class Turn:
         self._blank: list[str] = []
         self._logprobs: list[Raw] = []
         """Of text that is still held back."""
+        self._annotations: list[Json] = []
+        """Those that came before the text."""
 
     def feed(self, chunk: Chunk) -> list[Event]:
         """The events that a chunk leads to."""
@@ -123,6 +126,13 @@ class Turn:
             self._say(delta.refusal, "refusal")
         for call in delta.tool_calls or ():
             self._call(call)
+        if delta.annotations:
+            self._annotate(delta.annotations)
+
+    def _annotate(self, given: list[Raw]) -> None:
+        group = self._queue[-1] if self._queue else None
+        annotations = group.annotations if isinstance(group, MessageGroup) else self._annotations
+        annotations += filter(None, map(cited_upstream, given))
 
     def _split(self, pieces: list[tuple[Kind, str]]) -> None:
         for kind, text in pieces:
@@ -149,6 +159,7 @@ class Turn:
             text = "".join(self._blank)
             self._blank.clear()
             group = MessageGroup(self._new_id("msg"), self._sources)
+            group.annotations, self._annotations = self._annotations, []
             self._queue.append(group)
         logprobs: list[Raw] = []
         if kind == "text":

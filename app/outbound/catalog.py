@@ -37,20 +37,24 @@ ENGINE_PARAMETERS = frozenset(
     # sampling and stopping, common to the engines
     "top_k min_p top_a typical_p repetition_penalty length_penalty no_repeat_ngram_size seed stop stop_token_ids "
     "include_stop_str_in_output ignore_eos min_tokens logit_bias skip_special_tokens spaces_between_special_tokens "
-    "truncate_prompt_tokens bad_words prompt_logprobs "
+    "truncate_prompt_tokens bad_words prompt_logprobs allowed_token_ids repetition_detection "
     # templates and reasoning
     "chat_template chat_template_kwargs add_generation_prompt continue_final_message add_special_tokens documents "
-    "enable_thinking thinking thinking_budget think separate_reasoning reasoning_format mm_processor_kwargs "
+    "enable_thinking thinking thinking_budget thinking_token_budget think include_reasoning separate_reasoning "
+    "stream_reasoning reasoning_format reasoning_budget_tokens thinking_forced_open parse_tool_calls mm_processor_kwargs "
+    "media_io_kwargs "
     # guided decoding
     "guided_json guided_regex guided_choice guided_grammar guided_decoding_backend guided_whitespace_pattern "
     "structured_outputs grammar json_schema regex ebnf "
     # scheduling and caching
-    "priority cache_salt cache_prompt id_slot keep_alive num_ctx kv_transfer_params lora_path "
+    "priority cache_salt cache_prompt id_slot keep_alive num_ctx kv_transfer_params lora_path lora vllm_xargs n_keep "
+    "n_cache_reuse t_max_predict_ms return_token_ids return_tokens_as_token_ids "
     # llama.cpp's samplers
     "repeat_penalty repeat_last_n mirostat mirostat_tau mirostat_eta dynatemp_range dynatemp_exponent xtc_probability "
-    "xtc_threshold dry_multiplier dry_base dry_allowed_length dry_penalty_last_n samplers".split()
+    "xtc_threshold dry_multiplier dry_base dry_allowed_length dry_penalty_last_n dry_sequence_breakers top_n_sigma "
+    "adaptive_target adaptive_decay min_keep samplers".split()
 )
-"""Parameters beyond the API that vLLM, SGLang, llama.cpp and Ollama take; let through unless an upstream's `pass` says else."""
+"""Parameters beyond the API that vLLM, SGLang, llama.cpp and Ollama take; an upstream's `pass` names more."""
 
 
 class UpstreamEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -61,11 +65,15 @@ class UpstreamEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     key: str = ""
     headers: dict[str, str] = {}
     dialect: Dialect | None = None
-    passed_on: frozenset[str] = msgspec.field(default=ENGINE_PARAMETERS, name="pass")
+    also_passed_on: frozenset[str] = msgspec.field(default=frozenset(), name="pass")
     connect_timeout_s: Annotated[float, Meta(gt=0)] | None = None
     answer_timeout_s: Annotated[float, Meta(gt=0)] | None = None
     idle_timeout_s: Annotated[float, Meta(gt=0)] | None = None
     attempts_max: Annotated[int, Meta(ge=1)] | None = None
+
+    def takes(self, parameter: str) -> bool:
+        """Whether a parameter beyond the API goes to this upstream."""
+        return parameter in ENGINE_PARAMETERS or parameter in self.also_passed_on
 
     @property
     def speaks(self) -> Dialect:
@@ -157,7 +165,7 @@ class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def passed_on(self) -> frozenset[str]:
         """Every parameter beyond the API that some upstream takes."""
-        return frozenset().union(*(entry.passed_on for entry in self.upstreams.values()))
+        return ENGINE_PARAMETERS.union(*(entry.also_passed_on for entry in self.upstreams.values()))
 
     @property
     def model_names(self) -> list[str]:

@@ -9,18 +9,13 @@ key go where the operator said, and what is read is what was counted. Every answ
 """
 
 import asyncio
-import math
-import re
-import time
 from collections.abc import AsyncIterator
 from contextlib import closing
-from email.utils import parsedate_to_datetime
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
 import aiohttp
 import httpx2
-import msgspec
 import stamina
 from msgspec import Struct
 from openai import AsyncOpenAI, DefaultAioHttpClient
@@ -29,35 +24,19 @@ from openai._vendor.httpx_aiohttp import AiohttpTransport
 from app.domain.dialect import Dialect
 from app.errors import (
     ApiError,
-    AuthenticationFailed,
     UpstreamBusy,
     UpstreamError,
     UpstreamGarbled,
-    UpstreamRefused,
     UpstreamStalled,
     UpstreamUnavailable,
 )
 from app.outbound.catalog import UpstreamEntry
+from app.outbound.failures import NO_CREDIT, NO_JSON, Asked, KeyRefused, failed_in_stream, refused
 from app.outbound.masking import Mask, secrets_of
 from app.patience import Patience
 from app.settings import Settings
-from app.wire.chat import (
-    ChatError,
-    ChatUsage,
-    Choice,
-    Choices,
-    Chunk,
-    Delta,
-    Logprobs,
-    ModelEntry,
-    ModelList,
-    decode_chunk,
-)
-
-CONTEXT_TOO_LONG = "context_length_exceeded"
-_TOO_LONG = re.compile(
-    r"maximum context length|context (length|window|size)|exceeds? the available context", re.IGNORECASE
-)
+from app.wire.chat import Chunk, ModelEntry
+from app.wire.odd_chunks import is_error, read_chunk, read_completion, read_models
 
 NO_KEY = "none"
 """The SDK demands a key; servers without one ignore it."""
@@ -68,17 +47,9 @@ SDK_HEADERS = "x-stainless-"
 TAIL_WAIT_S = 2.0
 """How long the usage, or the connection's end, may come after the finish."""
 
-MESSAGE_CHARS_MAX = 1000
-"""An upstream's own words in an error; longer ones are cut."""
+BROKEN_OFF = "The upstream broke off its answer."
 
-NO_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""What decoding raises for bytes that are no JSON of the wanted form, UTF-8, or nested by the thousand."""
-
-
-class _KeyRefused(UpstreamUnavailable):
-    """The upstream does not accept this server's key, however often one asks."""
-
-    is_final = True
+_FIELDS = (b"data:", b"error:")
 
 
 class _Request(aiohttp.ClientRequest):
@@ -175,9 +146,9 @@ class Upstream:
         )(self._open)
 
     async def open(self, body: bytes, caller_key: str | None) -> "ChunkStream":
-        """Send a chat request; gives the stream once the upstream has answered 200.
+        """Send a chat request; gives the stream once the upstream says something.
 
-        Connection errors, 429 and 5xx are tried again, because nothing was sent to anybody yet. Raises UpstreamError.
+        Connection errors, 429 and 5xx are tried again, because nothing was sent to anybody yet. Raises ApiError.
         """
         sending = _Sending(body, caller_key)
         try:
@@ -186,7 +157,9 @@ class Upstream:
             sending.body, sending.caller_key = b"", None
 
     def _backoff(self, error: Exception) -> bool | float:
-        if not isinstance(error, UpstreamUnavailable | UpstreamBusy) or isinstance(error, _KeyRefused):
+        if not isinstance(error, UpstreamUnavailable | UpstreamBusy) or isinstance(error, KeyRefused):
+            return False
+        if error.code == NO_CREDIT:
             return False
         after = error.headers.get("Retry-After")
         if after is None:
@@ -194,12 +167,28 @@ class Upstream:
         return float(after) if after.isdigit() and float(after) <= self._retry_after_max_s else False
 
     async def _open(self, sending: "_Sending") -> "ChunkStream":
-        key = sending.caller_key
         try:
-            return ChunkStream(self, await self._ask("POST", self._chat, key, sending.body), self.mask(key))
-        except UpstreamError as error:
-            error.upstream = self.name
+            async with asyncio.timeout(self._answer_timeout_s):
+                return await self._begin(sending)
+        except TimeoutError:
+            error: UpstreamError = UpstreamStalled("The upstream did not answer in time.")
+        except UpstreamError as failed:
+            error = failed
+        error.upstream = self.name
+        raise error
+
+    async def _begin(self, sending: "_Sending") -> "ChunkStream":
+        response = await self._ask("POST", self._chat, sending.caller_key, sending.body)
+        stream = ChunkStream(self, response, self._asked(sending.caller_key))
+        try:
+            await stream.begin()
+        except BaseException:
+            await stream.close()
             raise
+        return stream
+
+    def _asked(self, caller_key: str | None) -> Asked:
+        return Asked(self.name, self.passes_caller, self.mask(caller_key))
 
     def mask(self, caller_key: str | None) -> Mask:
         """Takes keys out of what the upstream says of its failures; what it says to the model's users is not looked at."""
@@ -211,7 +200,7 @@ class Upstream:
         try:
             async with asyncio.timeout(self._answer_timeout_s):
                 raw = await _read(response, self.line_bytes_max)
-            return msgspec.json.decode(raw, type=ModelList).data
+            return read_models(raw)
         except TimeoutError:
             raise UpstreamStalled("The upstream did not finish its answer.") from None
         except (httpx2.HTTPError, OSError) as error:
@@ -239,13 +228,13 @@ class Upstream:
         except (httpx2.HTTPError, OSError) as error:
             raise UpstreamUnavailable(f"Upstream '{self.name}' can't be reached.") from error
         if not response.is_success:
-            raise await self._refused(response, self.mask(caller_key))
+            raise await self._refused(response, self._asked(caller_key))
         if not _is_compressed(response):
             return response
         await response.aclose()
         raise UpstreamGarbled(f"Upstream '{self.name}' sent a compressed answer, which was not asked for.")
 
-    async def _refused(self, response: httpx2.Response, mask: Mask) -> ApiError:
+    async def _refused(self, response: httpx2.Response, asked: Asked) -> ApiError:
         """Our error for an answer that is no success, whose body says more as far as it can be read."""
         raw = b""
         try:
@@ -258,7 +247,7 @@ class Upstream:
             return UpstreamUnavailable(f"Upstream '{self.name}' broke off its answer.")
         finally:
             await response.aclose()
-        return _refusal(response, raw, self, mask)
+        return refused(response.status_code, response.headers, raw, asked)
 
     async def close(self) -> None:
         """Close every connection."""
@@ -266,104 +255,133 @@ class Upstream:
 
 
 class ChunkStream:
-    """An upstream's answer: lists of chunks, one list a read. Always close it; closing breaks the upstream's work off."""
+    """An upstream's answer: lists of chunks, one list a read. Begin it first, and always close it; that breaks the upstream's
+    work off."""
 
-    def __init__(self, upstream: Upstream, response: httpx2.Response, mask: Mask) -> None:
+    def __init__(self, upstream: Upstream, response: httpx2.Response, asked: Asked) -> None:
         """Of a response that streams only the stream is kept: the rest of it holds the request, with the whole conversation."""
         assert isinstance(response.stream, httpx2.AsyncByteStream)
         self.upstream = upstream
-        self._mask = mask
+        self._asked = asked
         self._stream = response.stream
+        self._reads = aiter(response.stream)  # what the response's own `aiter_raw` adds is bookkeeping, for every read
+        self._lines = LineBuffer(upstream.line_bytes_max)
         has_events = response.headers.get("content-type", "").startswith("text/event-stream")
         self._unstreamed = None if has_events else response
-        self._finished = False
-        self.heard = False
-        """Whether a chunk has come."""
+        self._first: list[Chunk] = []
+        self._failed: ApiError | None = None
+        """What has gone wrong behind the first chunks, in the same read."""
+        self._finished = self._ended = False
+        self._tail_bytes = 0
         self.read_bytes = 0
         """How many bytes the last list of chunks has come in."""
 
-    async def __aiter__(self) -> AsyncIterator[list[Chunk]]:
-        """A list for every read, so that those without a chunk can be counted, too. Raises UpstreamStalled, UpstreamGarbled, or
-        UpstreamError for an error object inside the stream."""
-        if self._unstreamed:
-            yield [await self._whole(self._unstreamed)]
-            return
-        lines = LineBuffer(self.upstream.line_bytes_max)
-        async for raw in self._reads():
-            chunks: list[Chunk] = []
-            failed: UpstreamError | None = None
-            try:
-                for data in lines.feed(raw):
-                    if data == b"[DONE]":
-                        self._finished = True
-                    elif data:
-                        chunk = _chunk(data, self._mask)
-                        chunks.append(chunk)
-                        self._finished = self._finished or _is_last(chunk)
-            except UpstreamError as error:
-                failed = error
-            self.heard = self.heard or bool(chunks)
-            self.read_bytes = len(raw)
-            yield chunks
-            if failed:
-                raise failed
-        if not self._finished:
-            raise UpstreamGarbled("The upstream broke off its answer.")
+    async def begin(self) -> None:
+        """Wait until the upstream says something; what fails before has failed like a head, whatever the head was.
 
-    async def _reads(self) -> AsyncIterator[bytes]:
-        """What goes wrong behind the finish is no fault: everything was said."""
-        reads = aiter(self._stream)  # what the response's own `aiter_raw` adds is bookkeeping, for every read
+        Raises ApiError. Chunks that say nothing are forgotten, and not waited behind for ever.
+        """
+        if self._unstreamed:
+            self._first, self._ended = [await self._whole(self._unstreamed)], True
+            return
+        while not (self._first or self._finished or self._ended) and self.read_bytes <= self.upstream.line_bytes_max:
+            raw = await self._read()
+            chunks, self._failed = self._parse(raw)
+            self._first = chunks if any(map(_says_something, chunks)) else []
+            self.read_bytes += len(raw)
+            if self._failed and not self._first:
+                raise self._failed
+
+    async def __aiter__(self) -> AsyncIterator[list[Chunk]]:
+        """A list for every read, so that those without a chunk can be counted, too. Raises UpstreamError."""
+        yield self._first
+        self._first = []
+        if self._failed:
+            raise self._failed
         idle_s = self.upstream.idle_timeout_s
         with closing(Patience(idle_s)) as idle, closing(Patience(min(idle_s, TAIL_WAIT_S))) as tail:
-            while True:
+            while not self._ended:
+                patience = tail if self._finished else idle
                 try:
-                    with tail if self._finished else idle:
-                        raw = await anext(reads)
-                except StopAsyncIteration:
-                    return
+                    with patience:
+                        raw = await self._read()
                 except TimeoutError:
                     if self._finished:
                         return
                     raise UpstreamStalled(f"The upstream was silent for {idle_s:g} seconds.") from None
-                except (httpx2.HTTPError, OSError) as error:
-                    if self._finished:
-                        return
-                    raise UpstreamGarbled("The upstream broke off its answer.") from error
-                yield raw
+                chunks, failed = self._parse(raw)
+                patience.continues = not chunks or patience is tail  # comments are no life of the model
+                self.read_bytes = len(raw)
+                yield chunks
+                if failed:
+                    raise failed
+
+    async def _read(self) -> bytes:
+        """What comes next; nothing at the end. What goes wrong behind the finish is no fault: everything was said."""
+        try:
+            return await anext(self._reads)
+        except StopAsyncIteration:
+            self._ended = True
+            if self._finished:
+                return b""
+            raise UpstreamUnavailable(BROKEN_OFF) from None
+        except (httpx2.HTTPError, OSError) as error:
+            self._ended = True
+            if self._finished:
+                return b""
+            raise UpstreamUnavailable(BROKEN_OFF) from error
+
+    def _parse(self, raw: bytes) -> tuple[list[Chunk], ApiError | None]:
+        """The chunks of a read, and what is wrong behind them."""
+        chunks: list[Chunk] = []
+        try:
+            payloads = self._lines.feed(raw)
+        except UpstreamGarbled as error:
+            self._ended = True
+            return chunks, None if self._finished else error
+        for data in payloads:
+            if data == b"[DONE]":
+                self._finished = True
+                continue
+            try:
+                chunk = self._chunk(data)
+            except ApiError as error:
+                if self._finished:
+                    continue
+                return chunks, error
+            chunks.append(chunk)
+            self._finished = self._finished or _is_last(chunk)
+        if self._finished:
+            self._tail_bytes += len(raw)
+            self._ended = self._ended or self._tail_bytes > self.upstream.line_bytes_max
+        return chunks, None
+
+    def _chunk(self, data: bytes) -> Chunk:
+        try:
+            chunk = read_chunk(data)
+        except NO_JSON as error:
+            raise UpstreamGarbled(f"The upstream sent what is no chunk: {error}") from None
+        if chunk.error and is_error(chunk.error):
+            raise failed_in_stream(chunk.error, self._asked)
+        return chunk
 
     async def _whole(self, response: httpx2.Response) -> Chunk:
         """The answer of a server that does not stream, as one chunk."""
         try:
-            async with asyncio.timeout(self.upstream.idle_timeout_s):
-                raw = await _read(response, self.upstream.line_bytes_max)
-            whole = msgspec.json.decode(raw, type=_Completion)
-        except TimeoutError:
-            raise UpstreamStalled("The upstream did not finish its answer.") from None
-        except (*NO_JSON, httpx2.HTTPError, OSError):
+            raw = await _read(response, self.upstream.line_bytes_max)
+            self.read_bytes = len(raw)
+            chunk = read_completion(raw)
+        except NO_JSON:
             raise UpstreamGarbled("The upstream sent neither a stream nor a chat completion.") from None
-        self.read_bytes = len(raw)
-        said = whole.choices.first
-        choice = Choice(said.message, said.finish_reason or "stop", said.logprobs) if said else None
-        return Chunk(choices=Choices(choice), usage=whole.usage)
+        except (httpx2.HTTPError, OSError):
+            raise UpstreamUnavailable(BROKEN_OFF) from None
+        if chunk.error and is_error(chunk.error):
+            raise failed_in_stream(chunk.error, self._asked)
+        return chunk
 
     async def close(self) -> None:
         """Give the connection back, or break it off."""
         await self._stream.aclose()
-
-
-class _WholeChoice(Struct):
-    message: Delta
-    finish_reason: str | None = None
-    logprobs: Logprobs | None = None
-
-
-class _WholeChoices(Struct, array_like=True):
-    first: _WholeChoice | None = None
-
-
-class _Completion(Struct):
-    choices: _WholeChoices
-    usage: ChatUsage | None = None
 
 
 class LineBuffer:
@@ -385,7 +403,7 @@ class LineBuffer:
             self._held_bytes += len(rest)
         if self._held_bytes > self._line_bytes_max:
             raise UpstreamGarbled(f"The upstream sent a line of more than {self._line_bytes_max} bytes.")
-        return [line[5:].strip() for line in lines if line.startswith(b"data:")]
+        return [payload for line in lines if line.startswith(_FIELDS) and (payload := _payload(line))]
 
 
 async def _read(response: httpx2.Response, bytes_max: int) -> bytes:
@@ -413,97 +431,24 @@ def _is_compressed(response: httpx2.Response) -> bool:
     return response.headers.get("content-encoding", "identity").lower() not in {"", "identity"}
 
 
-def _chunk(data: bytes, mask: Mask) -> Chunk:
-    try:
-        chunk = decode_chunk(data)
-    except NO_JSON as error:
-        raise UpstreamGarbled(f"The upstream sent what is no chunk: {error}") from None
-    if bytes(chunk.error) not in {b"", b"null"}:
-        raise _error_in_stream(chunk.error, mask)
-    return chunk
+def _payload(line: bytes) -> bytes:
+    """What a line of a stream says; older llama.cpp has a field of its own for errors."""
+    if line.startswith(b"error:"):
+        return b'{"error":%b}' % line[6:].strip()
+    return line[5:].strip()
+
+
+def _says_something(chunk: Chunk) -> bool:
+    """Whether there is more in a chunk than the role, with which some servers begin before the model does."""
+    choice = chunk.choices.first if chunk.choices else None
+    if chunk.usage is not None or choice is None or choice.delta is None:
+        return chunk.usage is not None or bool(choice and choice.finish_reason)
+    delta = choice.delta
+    said = delta.content or delta.reasoning_content or delta.reasoning or delta.refusal or delta.tool_calls
+    return bool(said or choice.finish_reason)
 
 
 def _is_last(chunk: Chunk) -> bool:
-    return bool(chunk.choices and chunk.choices.first and chunk.choices.first.finish_reason)
-
-
-def _error_in_stream(raw: msgspec.Raw, mask: Mask) -> UpstreamError:
-    try:
-        error = msgspec.convert(mask.json(msgspec.json.decode(raw)), ChatError | str)
-    except NO_JSON:
-        error = ChatError()
-    error = _cut(ChatError(message=error) if isinstance(error, str) else error)
-    status = int(str(error.code)) if str(error.code).isdecimal() else 0
-    message = f"The upstream failed: {error.message or 'it gave no reason'}"
-    if status == 429 or error.code == "rate_limit_exceeded":
-        return UpstreamBusy(message)
-    code = error.code if isinstance(error.code, str) and not error.code.isdecimal() else None
-    return UpstreamError(message, code=code)
-
-
-def _refusal(response: httpx2.Response, raw: bytes, upstream: Upstream, mask: Mask) -> ApiError:
-    """An answer that is none → our error."""
-    status, said = response.status_code, _cut(_said(raw, mask))
-    if status < 400:
-        return UpstreamGarbled(
-            f"Upstream '{upstream.name}' answered with status {status}, and redirects are not followed."
-        )
-    if status in {401, 403} and not upstream.passes_caller:
-        return _KeyRefused(f"Upstream '{upstream.name}' does not accept this server's key.")
-    if status == 401:
-        return AuthenticationFailed(said.message or "The upstream does not accept the key.")
-    if status == 429:
-        after = _retry_after(response.headers.get("retry-after", ""))
-        return UpstreamBusy(said.message or "The upstream is busy.", headers={"Retry-After": after} if after else None)
-    if status >= 500:
-        return UpstreamUnavailable(f"The upstream failed with status {status}: {said.message or 'it gave no reason'}")
-    code = str(said.code) if said.code is not None else None
-    if _TOO_LONG.search(said.message or ""):
-        code = CONTEXT_TOO_LONG
-    return UpstreamRefused(
-        said.message or f"The upstream refused the request with status {status}.",
-        status=status,
-        type=said.type or "invalid_request_error",
-        param=said.param,
-        code=code,
-    )
-
-
-def _retry_after(said: str) -> str | None:
-    """The seconds of a Retry-After, as a number or as a time; None for what is neither. It becomes a header of ours."""
-    if re.fullmatch(r"[0-9]{1,9}", said):
-        return said
-    try:
-        at = parsedate_to_datetime(said)
-        return str(max(0, math.ceil(at.timestamp() - time.time())))
-    except (ValueError, OverflowError, OSError):
-        return None
-
-
-def _said(raw: bytes, mask: Mask) -> ChatError:
-    """The error object of the upstream's answer; some servers send it bare, some a text."""
-    try:
-        body = mask.json(msgspec.json.decode(raw))
-    except NO_JSON:
-        body = mask.text(raw.decode(errors="replace").strip())
-    if not isinstance(body, dict):
-        return ChatError(message=body if isinstance(body, str) else None)
-    inner = body.get("error", body)
-    if not isinstance(inner, dict):
-        return ChatError(message=str(inner))
-    if not inner.get("message") and inner.get("detail"):
-        return ChatError(message=str(inner["detail"]))
-    try:
-        return msgspec.convert(inner, ChatError)
-    except msgspec.ValidationError:
-        return ChatError(message=str(inner.get("message") or inner))
-
-
-def _cut(said: ChatError) -> ChatError:
-    """The same in bearable length."""
-    return ChatError(
-        **{
-            field: value[:MESSAGE_CHARS_MAX] if isinstance(value, str) else value
-            for field, value in msgspec.structs.asdict(said).items()
-        }
-    )
+    """Whether a chunk ends the answer; behind one that ends it with an error, the error itself may come."""
+    reason = chunk.choices.first.finish_reason if chunk.choices and chunk.choices.first else None
+    return bool(reason) and reason != "error"

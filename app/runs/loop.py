@@ -28,13 +28,14 @@ from app.errors import (
     ServerError,
     ToolsUnavailable,
     UpstreamBusy,
-    UpstreamError,
     UpstreamGarbled,
     UpstreamRefused,
+    UpstreamStalled,
     UpstreamUnavailable,
 )
 from app.ids import new_id, siblings
-from app.outbound.upstream import CONTEXT_TOO_LONG, ChunkStream, Upstream
+from app.outbound.failures import CONTEXT_TOO_LONG
+from app.outbound.upstream import ChunkStream, Upstream
 from app.runs.aside import aside
 from app.runs.recorder import Recorder
 from app.runs.task import Task
@@ -89,20 +90,15 @@ class Loop:
         self._calls_made = sum(type_of(item) in SERVER_RUN for item in self._made(0))
         if self._calls_made:
             self._context = replace(self._context, toolbox=_at_will(self._context.toolbox))
-        self._route = 0
         self._reader = reader
 
-    async def open(self, *, behind: int = -1, failed: ApiError | None = None) -> ChunkStream:
-        """The upstream's answer to the next turn; the next route is tried where one is out of order.
-
-        `behind` is the route that has `failed` by now. Raises ApiError.
-        """
-        for number in range(behind + 1, len(self._task.routes)):
-            upstream, route = self._task.routes[number]
-            self._route = number
+    async def open(self) -> ChunkStream:
+        """The upstream's answer to the next turn; the next route is tried where one is out of order. Raises ApiError."""
+        failed: ApiError | None = None
+        for upstream, route in self._task.routes:
             try:
                 return await self._open(upstream, route.model)
-            except (UpstreamUnavailable, UpstreamBusy, UpstreamGarbled) as error:
+            except (UpstreamUnavailable, UpstreamBusy, UpstreamGarbled, UpstreamStalled) as error:
                 failed = error
         assert failed is not None
         raise failed
@@ -110,7 +106,7 @@ class Loop:
     async def _open(self, upstream: Upstream, model: str) -> ChunkStream:
         """With `truncation: auto`, a context that is too long loses its older half until the upstream takes it."""
         task = self._task
-        taken = {name: value for name, value in task.request.extra.items() if name in upstream.entry.passed_on}
+        taken = {name: value for name, value in task.request.extra.items() if upstream.entry.takes(name)}
         refused: UpstreamRefused | None = None
         for halvings in range(TRUNCATIONS_MAX):
             body = await aside(
@@ -175,7 +171,7 @@ class Loop:
         stream = await (opening or self.open())
         for left in reversed(range(self._turns_max)):
             made = len(self._recorder.response.output)
-            turn = await self._follow_first(stream)
+            turn = await self._follow(stream)
             outcome = outcome_of(turn.finish_reason)
             if outcome.status != "completed" or not turn.own_calls:
                 return outcome
@@ -291,16 +287,6 @@ class Loop:
         return await self._tools.answer(call)
 
     # -- Turns ------------------------------------------------------------------------------------------------------------
-
-    async def _follow_first(self, stream: ChunkStream) -> Turn:
-        """Follow the stream; if it breaks down before its first chunk, nobody has heard it, and the next route is taken."""
-        while True:
-            try:
-                return await self._follow(stream)
-            except UpstreamError as error:
-                if stream.heard:
-                    raise
-                stream = await self.open(behind=self._route, failed=error)
 
     async def _follow(self, stream: ChunkStream) -> Turn:
         self._recorder.upstream = stream.upstream.name

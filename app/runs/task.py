@@ -382,5 +382,5 @@ def _is_http(url: str) -> bool:
 def _refuse_untaken(request: CreateResponse, upstreams: Sequence[Upstream]) -> None:
     """A parameter beyond the API must mean something to an upstream that may answer."""
     for name in request.extra:
-        if not any(name in upstream.entry.passed_on for upstream in upstreams):
+        if not any(upstream.entry.takes(name) for upstream in upstreams):
             raise InvalidRequest(f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")

@@ -1,6 +1,7 @@
 """The other wire: Chat Completions chunks that we read, requests that we write.
 
-Reading is lenient where dialects differ: fields that we do not use are not declared, those that we use may be null.
+Reading is lenient where dialects differ: fields that we do not use are not declared, those that we use may be null. A chunk
+whose values have other types is read once more, by `wire/odd_chunks.py`.
 """
 
 from typing import Any
@@ -32,6 +33,7 @@ class Delta(Struct):
     reasoning: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[CallDelta] | None = None
+    annotations: list[Raw] | None = None
 
 
 class TopLogprob(Struct):
@@ -85,23 +87,12 @@ class Chunk(Struct):
     error: Raw = Raw()
 
 
-class ChatError(Struct):
-    """An upstream's error object, in any of the shapes seen."""
+class ModelEntry(Struct, frozen=True):
+    """A model that an upstream lists; `created` in seconds since 1970."""
 
-    message: str | None = None
-    type: str | None = None
-    param: str | None = None
-    code: str | int | None = None
-
-
-class ModelEntry(Struct):
     id: str
-    created: int | None = None
+    created: int = 0
     owned_by: str | None = None
-
-
-class ModelList(Struct):
-    data: list[ModelEntry]
 
 
 ChatMessage = dict[str, Any]

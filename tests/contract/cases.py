@@ -483,14 +483,61 @@ CASES: dict[str, Case] = {
         made=TWO_CALLS,
         body=F,
     ),
+    # -- Values of other types --
+    "content as parts": Case(
+        turns=[
+            [
+                delta(content=[{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}]),
+                delta(content=[{"type": "text", "text": "Ye"}, {"type": "text", "text": "s."}]),
+                finish(),
+            ]
+        ],
+        made=["thinks Hm.", "says Yes."],
+    ),
+    "a whole completion of parts": Case(
+        turns=[[status(200, completion({"content": [{"type": "text", "text": "Hello."}]}))]], made=["says Hello."]
+    ),
+    "half a surrogate pair": Case(
+        turns=[[raw('data: {"choices":[{"delta":{"content":"\\ud83d Hi"}}]}\n\n'), finish()]], made=["says \ufffd Hi"]
+    ),
+    "indexes as texts, ids as numbers": Case(
+        turns=[
+            [
+                call("f", '{"a"', index="0", id=7),
+                call("g", {"b": 2}, index="1", id=8),
+                call(arguments=":1}", index="0"),
+                finish("tool_calls"),
+            ]
+        ],
+        made=['calls 7 f {"a":1}', 'calls 8 g {"b":2}'],
+        body=F,
+    ),
+    "log probabilities of null": Case(
+        turns=[[text("Hi", logprobs={"content": [{"token": "Hi", "logprob": None, "bytes": None}]}), finish()]],
+        made=["says Hi"],
+        body={"top_logprobs": 1},
+    ),
+    "counts as floats": Case(
+        turns=[
+            [
+                text("Hi"),
+                finish(),
+                usage(3, 4, prompt_tokens=3.0, total_tokens=7.0, prompt_tokens_details={"cached_tokens": 2.0}),
+            ]
+        ],
+        made=["says Hi"],
+        used=(3, 4),
+    ),
     # -- Faults in mid-stream --
     "error": Case(
         turns=[[text("Once upon"), error("out of memory")]],
         made=["[incomplete] says Once upon"],
         ends="failed:server_error",
     ),
-    "error at once": Case(
-        turns=[[error("no credit", code="insufficient_quota")]], made=[], ends="failed:insufficient_quota"
+    "error with a code": Case(
+        turns=[[reasoning("Hm"), error("no credit", code="insufficient_quota")]],
+        made=["[incomplete] thinks Hm"],
+        ends="failed:insufficient_quota",
     ),
     "error of too many requests": Case(
         turns=[[reasoning("Hm"), error("slow down", code=429)]],

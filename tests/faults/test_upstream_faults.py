@@ -21,6 +21,7 @@ from tests.upstream import (
     answer,
     calling,
     cut,
+    delta,
     error,
     finish,
     forever,
@@ -156,6 +157,8 @@ class Refusal(Struct):
     headers: dict[str, str | None] = {}
 
 
+INVALID, FAILED = "invalid_request_error", "server_error"
+
 REFUSALS = {
     "401": Refusal([status(401)], 502, "server_error", "server_error", "does not accept this server's key", 1),
     "403": Refusal([status(403)], 502, "server_error", "server_error", "does not accept this server's key", 1),
@@ -222,6 +225,90 @@ REFUSALS = {
     "cut before anything": Refusal([cut()], 502, "server_error", "server_error", "can't be reached", 3),
     "reset before anything": Refusal([cut(reset=True)], 502, "server_error", "server_error", "can't be reached", 3),
     "stall before anything": Refusal([stall()], 504, "server_error", "server_error", "did not answer in time", 1),
+    "501": Refusal(
+        [status(501, {"error": {"message": "no tools", "type": "not_supported_error", "code": 501}})],
+        400,
+        INVALID,
+        None,
+        "no tools",
+        1,
+    ),
+    "an image that the model can't read": Refusal(
+        [status(500, {"error": {"message": "image input is not supported - hint: mmproj", "code": 500}})],
+        400,
+        INVALID,
+        None,
+        "image input is not supported",
+        1,
+    ),
+    # Behind the head, and before the model has said anything.
+    "silence after the head": Refusal([raw(""), stall()], 504, FAILED, FAILED, "did not answer in time", 1),
+    "comments for ever": Refusal(
+        [forever(raw(": hi\n\n"), every_ms=100)], 504, FAILED, FAILED, "did not answer in time", 1
+    ),
+    "nothing at all": Refusal([raw(""), no_done()], 502, FAILED, FAILED, "broke off its answer", 3),
+    "a page instead of a stream": Refusal(
+        [status(200, "<html>hello</html>")], 502, FAILED, FAILED, "neither a stream nor", 1
+    ),
+    "an error at once": Refusal([error("boom", code=500)], 502, FAILED, FAILED, "The upstream failed: boom", 3),
+    "an error of another form": Refusal(
+        [raw('data: {"error": "out of memory"}\n\n')], 502, FAILED, FAILED, "out of memory", 3
+    ),
+    "a refusal in the stream": Refusal(
+        [error("bad top_k", "BadRequestError", 400)], 400, INVALID, None, "bad top_k", 1
+    ),
+    "a refusal behind the role": Refusal(
+        [delta(role="assistant", content=""), error("no", "invalid_request_error", "422")], 422, INVALID, None, "no", 1
+    ),
+    "a refusal with 200": Refusal(
+        [status(200, {"error": {"message": "bad", "type": "None", "param": "None", "code": "400"}})],
+        400,
+        INVALID,
+        None,
+        "bad",
+        1,
+    ),
+    "a bare refusal in the stream": Refusal(
+        [raw('data: {"object":"error","message":"bad","type":"BadRequestError","code":400}\n\n')],
+        400,
+        INVALID,
+        None,
+        "bad",
+        1,
+    ),
+    "an unknown model in the stream": Refusal(
+        [error("The model `x` does not exist.", "NotFoundError", 404)],
+        404,
+        INVALID,
+        "model_not_found",
+        "does not exist",
+        1,
+    ),
+    "an overflow in the stream": Refusal(
+        [error("This model's maximum context length is 8 tokens.", "BadRequestError", "400")],
+        400,
+        INVALID,
+        "context_length_exceeded",
+        "maximum context length",
+        1,
+    ),
+    "an overflow in older llama.cpp's field": Refusal(
+        [raw('error: {"code":400,"message":"too much","type":"exceed_context_size_error"}\n\n')],
+        400,
+        INVALID,
+        "context_length_exceeded",
+        "too much",
+        1,
+    ),
+    "too many requests in the stream": Refusal(
+        [error("slow down", code=429)], 429, "requests", "rate_limit_exceeded", "slow down", 3
+    ),
+    "no credit": Refusal(
+        [error("no credit", code="insufficient_quota")], 429, "requests", "insufficient_quota", "no credit", 1
+    ),
+    "a key that is refused in the stream": Refusal(
+        [error("bad key", code=401)], 502, FAILED, FAILED, "does not accept this server's key", 1
+    ),
 }
 
 
@@ -276,7 +363,7 @@ def test_a_key_that_the_upstream_does_not_know_is_no_secret_told(http, said, loc
 
 
 @pytest.mark.parametrize("model", ["failover", "late-failover"])
-def test_the_next_route_is_taken_before_the_first_chunk(http, upstream, said, model):
+def test_the_next_route_is_taken_before_anything_is_said(http, upstream, said, model):
     reply = ask(http, said, said, stream=False, model=model)
     assert text_of(reply.json()) == f"ok: {said}"
     assert len(upstream.asked(said)) == 1
@@ -298,8 +385,9 @@ class Failure(Struct):
 
 FAILURES = {
     "silence": Failure([text("half"), text(" said"), stall()], "half said", 504, said="silent for 0.7 seconds"),
-    "silence after the head": Failure([raw(""), stall()], "", 504, said="silent for 0.7 seconds"),
-    "silence after a comment": Failure([raw(": hi\n\n"), stall()], "", 504, said="silent for 0.7 seconds"),
+    "comments in the place of tokens": Failure(
+        [text("half"), forever(raw(": hi\n\n"), every_ms=100)], "half", 504, said="silent for 0.7 seconds"
+    ),
     "silence inside a line": Failure(
         [text("half"), raw('data: {"choices"'), stall()], "half", 504, said="silent for 0.7 seconds"
     ),
@@ -309,12 +397,10 @@ FAILURES = {
         [text("half"), raw('data: {"choices"'), stall(0.2), cut()], "half", said="broke off its answer"
     ),
     "no end": Failure([text("half"), no_done()], "half", said="broke off its answer"),
-    "nothing at all": Failure([raw(""), no_done()], "", said="broke off its answer"),
     "junk in the end's place": Failure([text("half"), junk(5000), no_done()], "half", said="broke off its answer"),
     "no JSON": Failure([text("half"), raw("data: {nonsense\n\n"), text("never"), finish()], "half", said="is no chunk"),
     "JSON of another form": Failure([text("half"), raw('data: {"choices": 7}\n\n'), finish()], "half", said="no chunk"),
     "no UTF-8": Failure([text("half"), raw("data: "), junk(100), raw("\n\n"), finish()], "half", said="is no chunk"),
-    "a page instead of a stream": Failure([status(200, "<html>hello</html>")], "", said="neither a stream nor"),
     "a line over the limit": Failure([text("half"), size(2_000_000), finish()], "half", said="more than 1500000 bytes"),
     "a line that never ends": Failure(
         [text("half"), raw("data: "), forever(junk(100_000), every_ms=0)], "half", said="more than 1500000 bytes"
@@ -324,8 +410,22 @@ FAILURES = {
     "an error about a rate": Failure(
         [text("half"), error("slow down", code=429)], "half", 429, "rate_limit_exceeded", "requests", "slow down"
     ),
-    "an error at once": Failure([error("boom", code=500)], "", said="The upstream failed: boom"),
-    "an error of another form": Failure([raw('data: {"error": "out of memory"}\n\n')], "", said="out of memory"),
+    "a refusal": Failure(
+        [text("half"), error("no", "BadRequestError", 400)], "half", 400, "invalid_prompt", INVALID, "no"
+    ),
+    "an overflow": Failure(
+        [text("half"), error("exceeds the available context size", code=400)],
+        "half",
+        400,
+        "context_length_exceeded",
+        INVALID,
+        "available context",
+    ),
+    "an error with its finish": Failure(
+        [text("half"), finish("error"), error("the provider broke down", code=502)],
+        "half",
+        said="the provider broke down",
+    ),
     "output without end": Failure(
         [text("half"), forever(size(100_000), every_ms=0)],
         "half",
@@ -423,6 +523,9 @@ def test_a_fault_of_a_response_that_is_not_stored_leaves_nothing(http, faulty, s
         ([text("a"), finish(), stall(0.2), cut(reset=True)], "a"),
         ([text("a"), finish(), stall()], "a"),
         ([text("a"), raw("data: [DONE]\n\n"), stall()], "a"),
+        ([text("a"), finish(), raw("data: {nonsense\n\n"), error("boom", code=400)], "a"),
+        ([text("a"), finish(), size(2_000_000)], "a"),
+        ([text("a"), finish(), forever(raw(": hi\n\n"), every_ms=100)], "a"),
     ],
     ids=[
         "1 MB in a chunk",
@@ -435,6 +538,9 @@ def test_a_fault_of_a_response_that_is_not_stored_leaves_nothing(http, faulty, s
         "reset after the end",
         "silence after the finish",
         "silence after [DONE]",
+        "nonsense and an error after the finish",
+        "a line over the limit after the finish",
+        "comments for ever after the finish",
     ],
 )
 def test_what_is_odd_and_no_fault(http, faulty, upstream, said, stored, turn, whole, stream):

@@ -122,7 +122,7 @@ base_url = "http://x/v1"
 key = "sk"
 headers = { x-team = "one" }
 dialect = { lacks = ["json_object", "strict"], reasoning = "reasoning", think = "thinking", developer_role = true }
-pass = ["top_k"]
+pass = ["house_rule"]
 connect_timeout_s = 1
 answer_timeout_s = 2.5
 idle_timeout_s = 3
@@ -133,7 +133,7 @@ attempts_max = 1
     assert entry.speaks == Dialect(
         lacks=frozenset({"json_object", "strict"}), reasoning="reasoning", think="thinking", developer_role=True
     )
-    assert (entry.headers, entry.passed_on) == ({"x-team": "one"}, frozenset({"top_k"}))
+    assert (entry.headers, entry.takes("house_rule"), entry.takes("x")) == ({"x-team": "one"}, True, False)
     assert (entry.connect_timeout_s, entry.answer_timeout_s, entry.idle_timeout_s) == (1, 2.5, 3)
     assert entry.attempts_max == 1
 
@@ -148,7 +148,7 @@ def test_the_dialect_of_the_hosted_api_is_known_by_its_host(read: Read):
 def test_parameters_are_let_through_that_any_upstream_takes(read: Read):
     assert read(TWO).passed_on == ENGINE_PARAMETERS
     narrow = TWO.replace('8001/v1"', '8001/v1"\npass = ["a"]').replace('8002/v1"', '8002/v1"\npass = ["b"]')
-    assert read(narrow).passed_on == {"a", "b"}
+    assert read(narrow).passed_on == {*ENGINE_PARAMETERS, "a", "b"}
 
 
 # -- Bad files --------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ TAGGED = st.lists(
     st.sampled_from([OPEN, CLOSE, "<", "</", "<thi", "nk>", "/think", ">", "\n", " ", "a", "ü", "x < y"]), max_size=12
 ).map("".join)
 SIZES = st.lists(st.integers(min_value=1, max_value=9), max_size=20)
-ANYWHERE = st.sampled_from(["start", "thinking", "text"])
+ANYWHERE = st.sampled_from(["start", "thinking", "text", "anywhere"])
 
 
 def split(content: str, sizes: list[int]) -> list[str]:
@@ -74,9 +74,15 @@ def test_content_without_a_tag_is_left_alone(content: str, sizes: list[int]):
         ("<think>a</think>b<think>c</think>", "start", [("reasoning", "a"), ("text", "b<think>c</think>")]),
         ("hm</think>yes", "thinking", [("reasoning", "hm"), ("text", "yes")]),
         ("<think>x</think>", "text", [("text", "<think>x</think>")]),
+        ("a <think>\nb</think>\n\nc", "anywhere", [("text", "a "), ("reasoning", "b"), ("text", "c")]),
+        (
+            "<think>a</think>\nb<think>c</think>d <thin",
+            "anywhere",
+            [("reasoning", "a"), ("text", "b"), ("reasoning", "c"), ("text", "d <thin")],
+        ),
     ],
 )
-def test_a_tag_counts_at_the_start_only(content: str, where: Where, expected: list[tuple[str, str]]):
+def test_a_tag_counts_where_it_is_said_to(content: str, where: Where, expected: list[tuple[str, str]]):
     assert heard([content], where) == expected
 
 

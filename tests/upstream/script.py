@@ -53,8 +53,8 @@ def call(
     name: str | None = None,
     arguments: Mapping[str, Any] | str | None = None,
     *,
-    index: int | None = 0,
-    id: str | None = None,
+    index: int | str | None = 0,
+    id: str | int | None = None,
     custom: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> Step:

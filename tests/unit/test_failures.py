@@ -1,0 +1,57 @@
+"""What upstreams say of their failures → our errors."""
+
+import msgspec
+import pytest
+
+from app.errors import UpstreamBusy, UpstreamGarbled, UpstreamRefused, UpstreamUnavailable
+from app.outbound.failures import Asked, KeyRefused, failed_in_stream, refused
+from app.outbound.masking import Mask
+
+OURS = Asked("up", passes_caller=False, mask=Mask(["the-key"]))
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "expected"),
+    [
+        (404, {"message": 'model "x" not found, try pulling it first', "type": "api_error"}, (404, "model_not_found")),
+        (400, {"message": "Invalid model name passed in model=x", "code": "400"}, (400, "model_not_found")),
+        (404, {"message": "File Not Found", "type": "not_found_error", "code": 404}, (404, None)),
+        (400, {"message": "no", "type": "BadRequestError", "code": "BadRequestError"}, (400, None)),
+        (400, {"message": "no", "type": "invalid_request_error", "code": "invalid_request_error"}, (400, None)),
+        (400, {"message": "no", "code": "unsupported_value"}, (400, "unsupported_value")),
+        (402, {"message": "Insufficient Balance", "type": "unknown_error"}, (402, "insufficient_quota")),
+        (400, {"message": "litellm.ContextWindowExceededError: x"}, (400, "context_length_exceeded")),
+        (500, {"message": "the request exceeds the available context size"}, (400, "context_length_exceeded")),
+        (400, {"message": "prompt is too long: 9 tokens > 8"}, (400, "context_length_exceeded")),
+        (500, {"message": "Failed to load image or audio file"}, (400, None)),
+        (400, {"message": "m is not a multimodal model"}, (400, None)),
+    ],
+)
+def test_engines_own_words_become_the_apis(status, error, expected):
+    made = refused(status, {}, msgspec.json.encode({"error": error}), OURS)
+    assert isinstance(made, UpstreamRefused)
+    assert (made.status, made.code) == expected
+    assert made.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        ({"message": "x", "type": "InternalServerError", "code": 500}, UpstreamUnavailable),
+        ({"message": "x", "type": "overloaded_error"}, UpstreamUnavailable),
+        ({"message": "x", "status_code": 503}, UpstreamUnavailable),
+        ({"message": "x", "type": "rate_limit_error"}, UpstreamBusy),
+        ({"message": "x", "http_status_code": 422}, UpstreamRefused),
+        ({"message": "x", "type": "NotFoundError"}, UpstreamRefused),
+        ({"message": "x", "code": "invalid_api_key"}, KeyRefused),
+        ("a text", UpstreamUnavailable),
+        (["a list"], UpstreamUnavailable),
+    ],
+)
+def test_an_error_in_a_stream_is_what_its_status_type_or_code_says(error, kind):
+    assert type(failed_in_stream(msgspec.Raw(msgspec.json.encode(error)), OURS)) is kind
+
+
+def test_a_redirect_is_garbled_and_a_key_is_masked():
+    assert isinstance(refused(307, {}, b"", OURS), UpstreamGarbled)
+    assert "the-key" not in refused(400, {}, b'{"detail": [{"msg": "the-key is odd"}]}', OURS).message
