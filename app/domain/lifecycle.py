@@ -139,14 +139,11 @@ def close_response(response: Response, outcome: Outcome, *, usage: Usage | None,
     )
 
 
-NO_USAGE = Usage(0, InputTokensDetails(), 0, OutputTokensDetails(), 0)
-"""For upstreams that report none: strict clients can't read a null."""
-
-
-def add_usage(total: Usage, turn: ChatUsage | None) -> Usage:
-    """The sum over turns."""
-    if turn is None:
+def add_usage(total: Usage | None, turn: ChatUsage | None) -> Usage | None:
+    """The sum over turns, as far as the upstream has reported it; None if it has reported nothing."""
+    if turn is None or turn.prompt_tokens is turn.completion_tokens is turn.total_tokens is None:
         return total
+    total = total or Usage(0, InputTokensDetails(), 0, OutputTokensDetails(), 0)
     prompt, completion = turn.prompt_tokens or 0, turn.completion_tokens or 0
     read, made = turn.prompt_tokens_details, turn.completion_tokens_details
     return Usage(

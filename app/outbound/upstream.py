@@ -284,12 +284,16 @@ class ChunkStream:
         if self._unstreamed:
             self._first, self._ended = [await self._whole(self._unstreamed)], True
             return
-        while not (self._first or self._finished or self._ended) and self.read_bytes <= self.upstream.line_bytes_max:
+        heard = False
+        while not (heard or self._finished or self._ended) and self.read_bytes <= self.upstream.line_bytes_max:
             raw = await self._read()
             chunks, self._failed = self._parse(raw)
-            self._first = chunks if any(map(_says_something, chunks)) else []
+            heard = any(map(_says_something, chunks))
+            self._first += chunks
+            if not heard:
+                self._first = [chunk for chunk in self._first if chunk.usage][-1:]
             self.read_bytes += len(raw)
-            if self._failed and not self._first:
+            if self._failed and not heard:
                 raise self._failed
 
     async def __aiter__(self) -> AsyncIterator[list[Chunk]]:
@@ -441,11 +445,10 @@ def _payload(line: bytes) -> bytes:
 def _says_something(chunk: Chunk) -> bool:
     """Whether there is more in a chunk than the role, with which some servers begin before the model does."""
     choice = chunk.choices.first if chunk.choices else None
-    if chunk.usage is not None or choice is None or choice.delta is None:
-        return chunk.usage is not None or bool(choice and choice.finish_reason)
+    if choice is None or choice.finish_reason or choice.delta is None:
+        return bool(choice and choice.finish_reason)
     delta = choice.delta
-    said = delta.content or delta.reasoning_content or delta.reasoning or delta.refusal or delta.tool_calls
-    return bool(said or choice.finish_reason)
+    return bool(delta.content or delta.reasoning_content or delta.reasoning or delta.refusal or delta.tool_calls)
 
 
 def _is_last(chunk: Chunk) -> bool:

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from redis.exceptions import RedisError
 
 from app.domain.context import waits_for_client
-from app.domain.lifecycle import NO_USAGE, Outcome, close_response, open_response
+from app.domain.lifecycle import Outcome, close_response, open_response
 from app.domain.recovery import Recovered, recover
 from app.domain.sealed import Seal
 from app.errors import (
@@ -57,7 +57,13 @@ log = structlog.get_logger()
 GAP_PAUSE_S = 0.05
 """Before a reader looks again for events that are missing everywhere: their writer is sending them once more."""
 
+CANCEL = "cancel "
+"""Before the id of a run whose owner is asked to end it."""
+
 FENCED = "Somebody else has taken this response over."
+
+OWNER_WAIT_S = 0.5
+"""How long a cancel waits for the owner of a run without a stream to end it, with what was said."""
 
 CANCEL_WAIT_S = 2.0
 """How long a cancel waits for the response to end elsewhere, when it lost the race."""
@@ -72,7 +78,14 @@ class Work:
         self.log: RunLog | None = None
         self.tools: Tools | None = None
         self.task: asyncio.Task[None] | None = None
+        self.making: asyncio.Timeout | None = None
+        """Of the part that may be broken off."""
         self.stopped = False
+
+    def cancel(self) -> None:
+        """End it as cancelled, with what was said; its outcome may be decided already."""
+        if self.making:
+            self.making.reschedule(0.0)
 
     def stop(self) -> None:
         """Break it off without a word: somebody else goes on with it."""
@@ -298,6 +311,7 @@ class Background:
 
     async def cancel(self, tenant_id: str, response_id: str, owner: Owner) -> Response:
         """End a background response as cancelled; an ended one is given as it is. Raises NotFound."""
+        await self._ask_owner(tenant_id, response_id)
         claim: Claim | None = None
         async for attempt in self._database.settling():
             with attempt:
@@ -312,6 +326,22 @@ class Background:
                 response = responses.response_of(await responses.get_response(tx, tenant_id, response_id))
             if response.status not in {"queued", "in_progress"} or time.monotonic() > deadline:
                 return response
+            await asyncio.sleep(0.02)
+
+    async def _ask_owner(self, tenant_id: str, response_id: str) -> None:
+        """Of a run without a stream only its owner knows what is being said: it may end it, for a moment."""
+        deadline = time.monotonic() + OWNER_WAIT_S
+        asked = False
+        while time.monotonic() < deadline:
+            try:
+                async with self._database.autocommit() as tx:
+                    if not await queue.runs_silently(tx, tenant_id, response_id):
+                        return
+            except DatabaseUnavailable:
+                return
+            if not asked:
+                self._logs.tell(f"{CANCEL}{response_id}")
+                asked = True
             await asyncio.sleep(0.02)
 
     async def _end_cancelled(self, work: Work) -> None:
@@ -358,7 +388,7 @@ class Background:
             bytes_max=self._settings.run_output_bytes_max,
             events_max=self._settings.run_events_max,
             next_number=max(number, claim.number_ceiling) if found.lost else number,
-            usage=msgspec.json.decode(claim.usage, type=Usage) if claim.usage else NO_USAGE,
+            usage=msgspec.json.decode(claim.usage, type=Usage | None) if claim.usage else None,
             said=found.said,
             unkept=found.unkept,
             keep=lambda entries: self._keep(claim, entries, recorder.usage),
@@ -458,13 +488,17 @@ class Background:
             call_ids=recovered.call_ids,
         )
         try:
-            return await loop.outcome(None, self._settings.run_duration_max_s)
+            async with asyncio.timeout(None) as work.making:
+                return await loop.outcome(None, self._settings.run_duration_max_s)
+        except TimeoutError:
+            return Outcome("cancelled")
         finally:
+            work.making = None
             task.room.release()
 
     # -- Storing ----------------------------------------------------------------------------------------------------------
 
-    async def _keep(self, claim: Claim, entries: Sequence[Entry], usage: Usage) -> None:
+    async def _keep(self, claim: Claim, entries: Sequence[Entry], usage: Usage | None) -> None:
         """Commit entries to the journal, however long Postgres is away: as long as it is, no other worker can go on either, and
         what only we know would be lost. Raises Fenced."""
         pages = journal.paged(list(entries))
@@ -508,7 +542,7 @@ class Background:
             body = await responses.load_body(tx, claim.tenant_id, claim.response_id)
             if body is not None:
                 error = ServerError("The server that made this response has died.")
-                closed = close_response(body, Outcome("failed", error=error), usage=NO_USAGE, now=int(time.time()))
+                closed = close_response(body, Outcome("failed", error=error), usage=None, now=int(time.time()))
                 await responses.finish_response(tx, claim.tenant_id, closed)
         log.warning("An abandoned response was ended.", action="run_abandoned")
 

@@ -12,7 +12,7 @@ import msgspec
 import structlog
 from msgspec import Struct
 
-from app.domain.lifecycle import NO_USAGE, Outcome, close_response, open_response
+from app.domain.lifecycle import Outcome, close_response, open_response
 from app.errors import ApiError, DatabaseUnavailable, ServerError, ServerUnavailable, TooManyRequests
 from app.ids import new_id
 from app.outbound.guard import Guard
@@ -263,7 +263,7 @@ class Executor:
                 await self._insert(run, None, None)
         except DatabaseUnavailable as error:
             # Nobody knows whether the row is there: if it is, it must not stay in progress.
-            failed = close_response(run.response, Outcome("failed", error=error), usage=NO_USAGE, now=int(time.time()))
+            failed = close_response(run.response, Outcome("failed", error=error), usage=None, now=int(time.time()))
             run.late = asyncio.create_task(self._store_late(run, failed))
             if opening:
                 await drop_opening(opening)

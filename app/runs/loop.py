@@ -134,8 +134,8 @@ class Loop:
     @property
     def _tokens_left(self) -> int | None:
         """What `max_output_tokens` leaves for the turns to come."""
-        most = self._task.request.body.max_output_tokens
-        return None if most is None else most - self._recorder.usage.output_tokens
+        most, usage = self._task.request.body.max_output_tokens, self._recorder.usage
+        return most - usage.output_tokens if most and usage else most
 
     @property
     def _spent(self) -> bool:

@@ -6,7 +6,6 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Protocol
 
 from app.domain.fold import Fold
-from app.domain.lifecycle import NO_USAGE
 from app.errors import Fenced, RunTooLong
 from app.wire.events import SNAPSHOTS, TERMINAL, Created, Entry, Event, InProgress, ItemDone, encode_event
 from app.wire.resources import Response, Usage
@@ -42,7 +41,7 @@ class Recorder:
         bytes_max: int,
         events_max: int,
         next_number: int = 0,
-        usage: Usage = NO_USAGE,
+        usage: Usage | None = None,
         said: Sequence[Entry] = (),
         unkept: Sequence[Entry] = (),
         keep: Keep | None = None,
@@ -54,7 +53,7 @@ class Recorder:
         """The name of the upstream that has answered last."""
         self._begun = time.monotonic()
         self.usage = usage
-        """What the finished turns took, those of earlier owners included."""
+        """What the finished turns took, those of earlier owners included; None as long as no upstream has said so."""
         self.next_number = next_number
         self._entries: list[Entry] = list(said)
         self._log, self._keep = log, keep

@@ -8,7 +8,7 @@ import structlog
 
 from app.errors import DatabaseUnavailable, OutcomeUnknown
 from app.ids import new_id
-from app.runs.background import FENCED, Background, Work
+from app.runs.background import CANCEL, FENCED, Background, Work
 from app.runs.leases import BEATS_PER_LEASE, RETRIES_PER_LEASE, Watch
 from app.settings import Settings
 from app.storage import queue
@@ -94,9 +94,12 @@ class Worker:
         self._logs.tell("wake")
 
     def _told(self, message: str) -> None:
-        """A hint from some process: there is work, or one of our runs has another owner."""
+        """A hint from some process: there is work, one of our runs shall end, or has another owner."""
         if message == "wake":
             self._wake.set()
+        elif message.startswith(CANCEL):
+            if work := self._works.get(message.removeprefix(CANCEL)):
+                work.cancel()
         elif work := self._works.get(message):
             work.stop()
 

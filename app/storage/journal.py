@@ -93,7 +93,7 @@ def packed(pages: Pages) -> Pages:
     return [(number, zstandard.compress(frames, ARCHIVE_LEVEL)) for number, frames in pages]
 
 
-async def append(tx: Tx, tenant_id: str, response_id: str, lease: int, pages: Pages, usage: Usage) -> bool:
+async def append(tx: Tx, tenant_id: str, response_id: str, lease: int, pages: Pages, usage: Usage | None) -> bool:
     """Keep the events up to the end of an item, and what the turns before took. False if the lease is lost."""
     row = await tx.one(
         _APPEND,

@@ -138,6 +138,13 @@ _CANCEL = Query(
     """)
 )
 
+_RUNS_SILENTLY = Query(
+    text("""
+    select 1 from runs
+    where tenant_id = :tenant_id and response_id = :id and request is not null and state = 'running' and not streamed
+    """)
+)
+
 _BEAT = Query(
     text(f"""
     with standing as (
@@ -216,6 +223,11 @@ async def cancel(tx: Tx, tenant_id: str, response_id: str, owner: Owner, *, agai
     """
     row = await tx.one(_CANCEL, tenant_id=tenant_id, id=response_id, again=again, **asdict(owner))
     return _claim(row) if row else None
+
+
+async def runs_silently(tx: Tx, tenant_id: str, response_id: str) -> bool:
+    """Whether a background run is being made, and nobody can follow it."""
+    return bool(await tx.one(_RUNS_SILENTLY, tenant_id=tenant_id, id=response_id))
 
 
 async def beat(tx: Tx, holds: Sequence[Hold], lease_s: float) -> tuple[set[tuple[str, str]], datetime]:

@@ -24,7 +24,7 @@ class OutputTokensDetails(Struct):
 
 
 class Usage(Struct):
-    """Tokens of all upstream turns of a run together; zeros where the upstream reports none."""
+    """Tokens of all upstream turns of a run together, as far as the upstream has reported them."""
 
     input_tokens: int
     input_tokens_details: InputTokensDetails

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from tests.replay import replay
-from tests.upstream import answer, finish, gate, script, text, words
+from tests.upstream import answer, finish, gate, reasoning, script, text, usage, words
 
 ENDED_S = 15
 
@@ -115,6 +115,19 @@ def test_cancelling_a_running_response_keeps_what_was_said_and_closes_the_upstre
     (asked,) = upstream.asked(said)
     assert asked.closed.wait(2)
     print(f"cancel took {took * 1000:.0f} ms")
+
+
+def test_cancelling_a_response_that_nobody_follows_keeps_what_was_said_and_the_tokens_that_are_known(client, upstream):
+    said = script([reasoning("Hm."), text("partial "), text("text"), usage(7, 4), gate("unheard"), finish()])
+    queued = client.responses.create(model="m", input=said, background=True)
+    upstream.wait_reached("unheard")
+    cancelled = client.responses.cancel(queued.id)
+    assert (cancelled.status, cancelled.output_text) == ("cancelled", "partial text")
+    assert [item.status for item in cancelled.output] == ["completed", "incomplete"]
+    assert (cancelled.usage.input_tokens, cancelled.usage.output_tokens) == (7, 4)
+    assert client.responses.retrieve(queued.id).to_dict() == cancelled.to_dict()
+    (asked,) = upstream.asked(said)
+    assert asked.closed.wait(2)
 
 
 def test_a_failed_background_response_says_why(client):

@@ -45,8 +45,8 @@ class Case:
     body: Mapping[str, Any] = field(default_factory=dict)
     before: Sequence[Mapping[str, Any]] = ()
     """Items in front of the script."""
-    used: tuple[int, int] | None = None
-    """Input and output tokens, where the script says them."""
+    used: tuple[int, ...] | None = None
+    """Input and output tokens, where the script says them; none of them where it says that there are none."""
 
     @property
     def request(self) -> dict[str, Any]:
@@ -416,7 +416,7 @@ CASES: dict[str, Case] = {
     "usage in the finish chunk": Case(
         turns=[[text("Hi"), usage_in_finish(3, 4), finish()]], made=["says Hi"], used=(3, 4)
     ),
-    "usage missing": Case(turns=[[text("Hi"), finish(), no_usage()]], made=["says Hi"], used=(0, 0)),
+    "usage missing": Case(turns=[[text("Hi"), finish(), no_usage()]], made=["says Hi"], used=()),
     "usage of two turns": Case(
         turns=[[*calling("h", {}, id="c1"), usage(3, 4)], [*answer("Sorry."), usage(5, 6)]],
         made=["says Sorry."],

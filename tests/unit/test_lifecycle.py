@@ -5,13 +5,14 @@ from typing import Any, get_args
 import pytest
 from msgspec.structs import replace
 
-from app.domain.lifecycle import NEXT, NO_USAGE, TERMINAL, Outcome, add_usage, close_response, open_response, outcome_of
+from app.domain.lifecycle import NEXT, TERMINAL, Outcome, add_usage, close_response, open_response, outcome_of
 from app.errors import ServerError, UpstreamRefused
 from app.wire import events
 from app.wire.chat import ChatUsage, CompletionTokensDetails, PromptTokensDetails
-from app.wire.resources import Response, Status
+from app.wire.resources import InputTokensDetails, OutputTokensDetails, Response, Status, Usage
 from tests.unit.build import ECHO, function, plain, request
 
+USAGE = Usage(1, InputTokensDetails(), 2, OutputTokensDetails(), 3)
 STATUSES: tuple[Status, ...] = get_args(Status)
 OUTCOMES: tuple[Any, ...] = get_args(Outcome.__annotations__["status"])
 
@@ -64,9 +65,9 @@ def test_an_upstream_that_ends_with_an_error_has_failed():
 
 @pytest.mark.parametrize("status", OUTCOMES)
 def test_only_a_completed_response_says_when(status: Any):
-    closed = close_response(opened(), Outcome(status), usage=NO_USAGE, now=9)
+    closed = close_response(opened(), Outcome(status), usage=USAGE, now=9)
     assert closed.completed_at == (9 if status == "completed" else None)
-    assert (closed.usage, closed.created_at) == (NO_USAGE, 7)
+    assert (closed.usage, closed.created_at) == (USAGE, 7)
 
 
 def test_a_failed_response_says_why():
@@ -160,7 +161,7 @@ def test_usage_is_the_sum_over_turns():
         completion_tokens_details=CompletionTokensDetails(reasoning_tokens=3),
     )
     second = ChatUsage(prompt_tokens=20, completion_tokens=1)
-    assert plain(add_usage(add_usage(NO_USAGE, first), second)) == {
+    assert plain(add_usage(add_usage(None, first), second)) == {
         "input_tokens": 30,
         "input_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 2},
         "output_tokens": 6,
@@ -170,5 +171,9 @@ def test_usage_is_the_sum_over_turns():
 
 
 def test_a_turn_without_usage_adds_nothing():
-    assert add_usage(NO_USAGE, None) == NO_USAGE
-    assert add_usage(NO_USAGE, ChatUsage()) == NO_USAGE
+    known = add_usage(None, ChatUsage(prompt_tokens=0, completion_tokens=2))
+    assert add_usage(known, None) == add_usage(known, ChatUsage()) == known
+
+
+def test_what_no_turn_has_reported_is_not_known():
+    assert add_usage(add_usage(None, None), ChatUsage()) is None
