@@ -169,6 +169,7 @@ async def core(
     try:
         if not await sealing.accept_key(database, seal.fingerprints):
             raise SettingsError(OTHER_KEY)
+        await asyncio.gather(*(upstream.find_dialect(None) for upstream in upstreams.values()))
         yield Core(database, tasks, background, guard, programs, worker, Backlogs(settings)), upstreams
     finally:
         await programs.close()

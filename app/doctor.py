@@ -218,7 +218,7 @@ async def _upstreams(settings: Settings) -> AsyncIterator[Finding]:
             upstream = Upstream(name, entry, settings)
             try:
                 async with asyncio.timeout(settings.models_wait_s):
-                    models = [model.id for model in await upstream.list_models(None)]
+                    listed = await upstream.list_models(None)
             except TimeoutError:
                 yield Finding(
                     f"upstream {name}", False, f"{entry.base_url} lists no models within {settings.models_wait_s:g} s"
@@ -226,8 +226,10 @@ async def _upstreams(settings: Settings) -> AsyncIterator[Finding]:
             except ApiError as error:
                 yield Finding(f"upstream {name}", False, f"{entry.base_url}: {error.message}")
             else:
-                yield Finding(f"upstream {name}", True, f"{entry.base_url} lists {len(models)} models")
-                for finding in _routed_models(catalog, name, models):
+                upstream.recognize(listed)
+                said = f"{entry.base_url} lists {len(listed)} models; dialect: {upstream.dialect_name}"
+                yield Finding(f"upstream {name}", True, said)
+                for finding in _routed_models(catalog, name, [model.id for model in listed]):
                     yield finding
             finally:
                 await upstream.close()

@@ -289,7 +289,7 @@ def test_doctor_finds_a_good_set_up_good(base_env, new_database, upstream):
     assert found.keys() == parts
     assert all(well for well, _ in found.values())
     assert "at least 14 is needed" in found["Postgres"][1] and "at least 6.2 is needed" in found["Redis"][1]
-    assert found["upstream default"][1] == f"{upstream.base_url} lists 3 models"
+    assert found["upstream default"][1] == f"{upstream.base_url} lists 3 models; dialect: plain"
 
 
 @pytest.mark.parametrize(

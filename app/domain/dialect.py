@@ -1,5 +1,6 @@
 """How the Chat Completions of upstreams differ."""
 
+from collections.abc import Iterable
 from typing import Literal, get_args
 
 from msgspec import Struct
@@ -15,9 +16,12 @@ Lack = Literal[
     "reasoning_effort",
     "content_parts",
     "later_system_messages",
+    "repeated_roles",
+    "parallel_calls_in_history",
     "strict",
 ]
-
+ReasoningForm = Literal["reasoning_content", "reasoning", "think", "parts"]
+"""Where a message holds its reasoning: under one of two keys, in its content between `<think>` tags or as a part of it."""
 
 PassedOn = Literal["prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "user"]
 
@@ -40,13 +44,15 @@ class Dialect(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     takes: frozenset[PassedOn] = frozenset()
     """Parameters about caches, callers and tiers that it takes; the response echoes them either way."""
     max_tokens: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    reasoning: Literal["none", "reasoning_content", "reasoning"] = "none"
-    """The key under which earlier reasoning is passed back."""
+    reasoning: Literal["none", "same"] | ReasoningForm = "same"
+    """How earlier reasoning is passed back; as a rule in the form in which the upstream's own answers have it."""
     think: Literal["start", "thinking", "text", "anywhere"] = "start"
     """`<think>` in content: looked for at its start; already open; left alone; looked for anywhere in it."""
-    custom_tools: Literal["function", "describe", "native"] = "function"
+    custom_tools: Literal["function", "describe", "native"] = "describe"
     """Custom tools are wrapped as functions and grammars refused; the grammar goes into the description, unenforced; both are
     passed on as they are."""
+    call_id_format: Literal["any", "nine_alphanumerics"] = "any"
+    """What the ids of calls in the history look like."""
 
     def demand(self, feature: Lack, param: str) -> None:
         """Raises UnsupportedParameter if this upstream lacks what the parameter needs."""
@@ -64,9 +70,56 @@ HOSTED = Dialect(
     verbosity=True,
     takes=frozenset(get_args(PassedOn)),
     max_tokens="max_completion_tokens",
+    reasoning="none",
     custom_tools="native",
 )
 """The hosted API's own dialect."""
+
+Preset = Literal["openai", "vllm", "llama.cpp", "sglang", "ollama", "mistral", "openrouter", "deepseek"]
+
+PRESETS: dict[Preset, Dialect] = {
+    "openai": HOSTED,
+    "vllm": Dialect(reasoning="reasoning"),
+    "llama.cpp": Dialect(reasoning="reasoning_content"),
+    "sglang": Dialect(reasoning="reasoning_content"),
+    "ollama": Dialect(reasoning="reasoning", lacks=frozenset({"tool_choice_required", "parallel_tool_calls"})),
+    "mistral": Dialect(
+        reasoning="parts",
+        call_id_format="nine_alphanumerics",
+        lacks=frozenset({"stream_options", "later_system_messages", "repeated_roles"}),
+    ),
+    "openrouter": Dialect(reasoning="reasoning", takes=frozenset({"user", "prompt_cache_key"})),
+    "deepseek": Dialect(reasoning="reasoning_content", lacks=frozenset({"json_schema"})),
+}
+"""The dialects of known engines and services."""
+
+_HOSTS: dict[str, Preset] = {
+    "api.openai.com": "openai",
+    "api.mistral.ai": "mistral",
+    "openrouter.ai": "openrouter",
+    "api.deepseek.com": "deepseek",
+}
+
+_OWNERS: dict[str, Preset] = {
+    "vllm": "vllm",
+    "llamacpp": "llama.cpp",
+    "sglang": "sglang",
+    "library": "ollama",
+    "mistralai": "mistral",
+    "deepseek": "deepseek",
+}
+
+
+def preset_of_host(host: str | None) -> Preset | None:
+    """The dialect of a service, by the host of its address."""
+    return _HOSTS.get(host or "")
+
+
+def preset_of_owners(owners: Iterable[str | None]) -> Preset | None:
+    """The dialect of an engine, by whom it says its models are owned by; None where several engines have their say."""
+    found = {_OWNERS[owner] for owner in owners if owner in _OWNERS}
+    return found.pop() if len(found) == 1 else None
+
 
 WRAPPED_INPUT = "input"
 """The one argument of a custom tool that is wrapped as a function."""

@@ -5,7 +5,7 @@ stand in the context, because Chat Completions demands it.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
@@ -13,6 +13,7 @@ from msgspec import Struct
 from app.domain.calls import given_of
 from app.domain.context import Context, Unseal
 from app.domain.dialect import WRAPPED_INPUT, Dialect
+from app.domain.fitting import fitted, short_call_id, with_reasoning
 from app.domain.retold import answer_for_model, asked_of_model
 from app.domain.toolbox import Toolbox
 from app.errors import UnsupportedParameter
@@ -43,12 +44,22 @@ NO_JSON = "not_json"
 """The one argument of a call whose own were no JSON object: upstreams refuse a history that holds anything else."""
 
 
-def messages(context: Context, dialect: Dialect, unseal: Unseal) -> list[ChatMessage]:
-    """Instructions and every item, as chat messages."""
+Recall = Literal["auto", "current_turn", "all_turns"]
+"""Whose reasoning goes back to the model: `reasoning.context`."""
+
+
+def messages(context: Context, dialect: Dialect, unseal: Unseal, recall: Recall = "auto") -> list[ChatMessage]:
+    """Instructions and every item, as chat messages.
+
+    By itself all reasoning goes back, because chat templates leave out what their models do not want; but for reasoning in the
+    content, which they may not know for such, and which stands for itself only in the turn where it was made.
+    """
     made: list[ChatMessage] = []
     if context.instructions:
         made.append({"role": "developer" if dialect.developer_role else "system", "content": context.instructions})
-    turn = _AssistantTurn(dialect, unseal, context)
+    if recall == "auto":
+        recall = "current_turn" if dialect.reasoning == "think" else "all_turns"
+    turn = _AssistantTurn(dialect, unseal, context, _last_asked(context) if recall == "current_turn" else 0)
     for position, item in enumerate(context.items):
         match item:
             case Message(role="user" | "system" | "developer"):
@@ -65,7 +76,13 @@ def messages(context: Context, dialect: Dialect, unseal: Unseal) -> list[ChatMes
             case _:
                 turn.answered = True
     made += turn.end()
-    return _merge_system(made) if "later_system_messages" in dialect.lacks else made
+    return fitted(made, dialect)
+
+
+def _last_asked(context: Context) -> int:
+    """The position of the last user message: the turn that is being made began there."""
+    positions = range(len(context.items) - 1, -1, -1)
+    return next((at for at in positions if getattr(context.items[at], "role", None) == "user"), 0)
 
 
 class _Call(Struct):
@@ -86,8 +103,10 @@ def _in_order(calls: list[_Call]) -> list[_Call]:
 class _AssistantTurn:
     """Gathers what the model said in one turn into one message, with its calls' outputs behind it."""
 
-    def __init__(self, dialect: Dialect, unseal: Unseal, context: Context) -> None:
+    def __init__(self, dialect: Dialect, unseal: Unseal, context: Context, recalled_from: int) -> None:
+        """Reasoning before the position `recalled_from` is left out."""
         self._dialect, self._unseal, self._context = dialect, unseal, context
+        self._recalled_from = recalled_from
         self._asked: set[str | None] = set()
         """Ids of the approval requests so far."""
         self._reset()
@@ -108,7 +127,8 @@ class _AssistantTurn:
         ended = self.end() if begins else []
         match item:
             case Reasoning():
-                self._reasoning.append(_reasoning_text(item, self._unseal))
+                if position >= self._recalled_from:
+                    self._reasoning.append(_reasoning_text(item, self._unseal))
             case Message():
                 self._content = item.content if isinstance(item.content, list) else []
             case _:
@@ -137,6 +157,8 @@ class _AssistantTurn:
             answer = item
             self._run_by_us = item.id
         if answer is not None:
+            if self._dialect.call_id_format == "nine_alphanumerics":
+                call["id"] = short_call_id(call["id"])
             self._calls.append(_Call(item.id, call, answer))
 
     def end(self) -> list[ChatMessage]:
@@ -145,11 +167,11 @@ class _AssistantTurn:
         if self._dialect.refusals and (refusal := _refusal(self._content)):
             message["refusal"] = refusal
         reasoning = "\n".join(text for text in self._reasoning if text)
-        if reasoning and self._dialect.reasoning != "none":
-            message[self._dialect.reasoning] = reasoning
         calls = _in_order(self._calls)
         if calls:
             message["tool_calls"] = [call.said for call in calls]
+        if reasoning:
+            message = with_reasoning(message, reasoning, self._dialect)
         made = [message] if self._content is not None or calls else []
         attached: list[ChatMessage] = []
         for call in calls:
@@ -296,27 +318,6 @@ def _with_attachments(texts: list[str], others: Sequence[Content], call_id: str)
     note = f"The output of tool call {call_id} has {len(others)} attachment(s); they follow in the next user message."
     said = {"type": "text", "text": f"Attachments of tool call {call_id}:"}
     return "\n".join([*texts, note]), [said, *map(_part, others)]
-
-
-def _merge_system(made: list[ChatMessage]) -> list[ChatMessage]:
-    """For chat templates that take one system message, at the start only: later ones become user messages."""
-    head: list[str] = []
-    rest: list[ChatMessage] = []
-    for message in made:
-        text = _joined(message["content"]) if message["role"] == "system" and not rest else None
-        if text is not None:
-            head.append(text)
-        else:
-            rest.append({**message, "role": "user"} if message["role"] == "system" else message)
-    return [{"role": "system", "content": "\n\n".join(head)}, *rest] if head else rest
-
-
-def _joined(content: str | list[dict[str, Any]]) -> str | None:
-    """Content as one text; None if there is more in it than text."""
-    if isinstance(content, str):
-        return content
-    texts = [part["text"] for part in content if part["type"] == "text"]
-    return "\n".join(texts) if len(texts) == len(content) else None
 
 
 def truncate(made: Sequence[ChatMessage]) -> list[ChatMessage] | None:

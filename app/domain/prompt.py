@@ -29,7 +29,9 @@ def chat_request(
     `halvings` says how often the older half of the exchanges is to be dropped; None when that many can't be. Raises
     UnsupportedParameter for what the upstream can't be asked.
     """
-    said: list[ChatMessage] | None = messages(context, dialect, unseal)
+    reasoning = request.body.reasoning
+    recall = (reasoning.context if reasoning else None) or "auto"
+    said: list[ChatMessage] | None = messages(context, dialect, unseal, recall)
     for _ in range(halvings):
         said = truncate(said) if said else None
     if said is None:

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Raw, Struct
 
 from app.domain.citations import NO_SOURCES, Sources, cited_upstream
+from app.domain.dialect import ReasoningForm
 from app.domain.groups import PLAIN, CallGroup, Group, Manner, MessageGroup, ReasoningGroup, output_logprob
 from app.domain.think import Kind, ThinkSplitter
 from app.domain.toolbox import Ask, HandOver, Refuse, Run, Toolbox
@@ -65,6 +66,8 @@ class Turn:
         self.own_calls: list[OwnCall] = []
         self.handed_over = 0
         """How many calls went to the client."""
+        self.reasoning_form: ReasoningForm | None = None
+        """In which form the upstream has reasoned; None if it has not."""
         self.has_too_many_calls = False
         self._toolbox, self._new_id, self._manner, self._sources = toolbox, new_id, manner, sources
         self._splitter = splitter or ThinkSplitter()
@@ -115,8 +118,12 @@ class Turn:
     # -- What the chunk says goes to its group --
 
     def _take(self, delta: Delta, choice: Choice) -> None:
-        reasoning = delta.reasoning_content or delta.reasoning
+        reasoning = delta.reasoning_content or delta.reasoning or delta.thinking
         if reasoning:
+            if self.reasoning_form is None:
+                self.reasoning_form = (
+                    "reasoning_content" if delta.reasoning_content else "reasoning" if delta.reasoning else "parts"
+                )
             self._reason(reasoning)
         if choice.logprobs and choice.logprobs.content and (delta.content or not (reasoning or delta.tool_calls)):
             self._logprobs += map(output_logprob, choice.logprobs.content)
@@ -139,6 +146,7 @@ class Turn:
             if kind == "text":
                 self._say(text, "text")
             else:
+                self.reasoning_form = self.reasoning_form or "think"
                 self._reason(text)
                 self._logprobs = []
 

@@ -3,7 +3,7 @@
     [upstreams.local]
     base_url = "http://127.0.0.1:8001/v1"
     key_env = "LOCAL_KEY"                      # the environment variable that holds the key
-    dialect = { reasoning = "reasoning_content", lacks = ["json_object"] }
+    dialect = { preset = "vllm", lacks = ["json_object"] }   # or "vllm" alone; found by itself where nothing is named
 
     [[models]]
     name = "qwen*"                             # a name or a pattern; the first that matches counts
@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta, Struct
 
-from app.domain.dialect import HOSTED, Dialect
+from app.domain.dialect import PRESETS, Dialect, Preset, preset_of_host
 from app.domain.hosted import HostedRoute, Kind
 from app.errors import NotFound
 from app.outbound.toolserver import Shared, ToolServer
@@ -64,7 +64,7 @@ class UpstreamEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     key_env: str = ""
     key: str = ""
     headers: dict[str, str] = {}
-    dialect: Dialect | None = None
+    dialect: Dialect | Preset | None = None
     also_passed_on: frozenset[str] = msgspec.field(default=frozenset(), name="pass")
     connect_timeout_s: Annotated[float, Meta(gt=0)] | None = None
     answer_timeout_s: Annotated[float, Meta(gt=0)] | None = None
@@ -77,10 +77,18 @@ class UpstreamEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     @property
     def speaks(self) -> Dialect:
-        """The dialect; the hosted API's own where its host says so."""
-        if self.dialect is not None:
+        """The dialect, as far as the catalog or the host says it."""
+        if isinstance(self.dialect, Dialect):
             return self.dialect
-        return HOSTED if urlsplit(self.base_url).hostname == "api.openai.com" else Dialect()
+        preset = self.dialect or preset_of_host(urlsplit(self.base_url).hostname)
+        return PRESETS[preset] if preset else Dialect()
+
+    @property
+    def dialect_name(self) -> str | None:
+        """What the dialect is called; None where it is to be found out."""
+        if isinstance(self.dialect, Dialect):
+            return "the catalog's own"
+        return self.dialect or preset_of_host(urlsplit(self.base_url).hostname)
 
 
 class Route(Struct, frozen=True, forbid_unknown_fields=True):

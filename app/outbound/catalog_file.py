@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
+from app.domain.dialect import PRESETS
 from app.domain.hosted import placeholders
 from app.outbound.catalog import Catalog, ModelEntry, ToolServerEntry, UpstreamEntry
 from app.settings import Settings, SettingsError
@@ -52,10 +53,20 @@ def _read(path: Path) -> Catalog:
         raise SettingsError(f"REPRISE_CATALOG={str(path)!r} can't be read: {error.strerror}.") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(f"{path}: {error}") from None
+    _fill_in_presets(raw)
     for entry, value, type_ in _entries(raw):
         _convert(path, value, type_, entry)
     catalog: Catalog = _convert(path, raw, Catalog, "")
     return catalog
+
+
+def _fill_in_presets(raw: Mapping[str, Any]) -> None:
+    """A dialect may begin with a preset, and say what is different."""
+    upstreams = raw.get("upstreams")
+    for upstream in upstreams.values() if isinstance(upstreams, dict) else ():
+        dialect = upstream.get("dialect") if isinstance(upstream, dict) else None
+        if isinstance(dialect, dict) and dialect.get("preset") in PRESETS:
+            upstream["dialect"] = {**msgspec.to_builtins(PRESETS[dialect.pop("preset")]), **dialect}
 
 
 def _entries(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:

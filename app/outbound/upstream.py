@@ -9,7 +9,7 @@ key go where the operator said, and what is read is what was counted. Every answ
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import closing
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
@@ -17,16 +17,19 @@ from typing import Any
 import aiohttp
 import httpx2
 import stamina
+import structlog
 from msgspec import Struct
+from msgspec.structs import replace
 from openai import AsyncOpenAI, DefaultAioHttpClient
 from openai._vendor.httpx_aiohttp import AiohttpTransport
 
-from app.domain.dialect import Dialect
+from app.domain.dialect import PRESETS, Dialect, ReasoningForm, preset_of_owners
 from app.errors import (
     ApiError,
     UpstreamBusy,
     UpstreamError,
     UpstreamGarbled,
+    UpstreamRefused,
     UpstreamStalled,
     UpstreamUnavailable,
 )
@@ -38,6 +41,8 @@ from app.settings import Settings
 from app.wire.chat import Chunk, ModelEntry
 from app.wire.odd_chunks import is_error, read_chunk, read_completion, read_models
 
+log = structlog.get_logger()
+
 NO_KEY = "none"
 """The SDK demands a key; servers without one ignore it."""
 
@@ -46,6 +51,11 @@ SDK_HEADERS = "x-stainless-"
 
 TAIL_WAIT_S = 2.0
 """How long the usage, or the connection's end, may come after the finish."""
+
+LOOK_WAIT_S, LOOK_AGAIN_S = 2.0, 10.0
+
+PLAIN = "plain"
+"""The name of a dialect that is none."""
 
 BROKEN_OFF = "The upstream broke off its answer."
 
@@ -107,6 +117,11 @@ class Upstream:
         self.name = name
         self.entry = entry
         self.dialect: Dialect = entry.speaks
+        """As far as it is known: one that nobody has named is looked for."""
+        self.dialect_name = entry.dialect_name
+        self._reasoning_form: ReasoningForm | None = None
+        self._looking: asyncio.Task[None] | None = None
+        self._looks_at = 0.0
         self.passes_caller = settings.upstream_auth == "caller"
         self._attempts_max = entry.attempts_max or settings.upstream_attempts_max
         self._retry_after_max_s = settings.upstream_retry_after_max_s
@@ -144,6 +159,47 @@ class Upstream:
         self._opened = stamina.retry(
             on=self._backoff, attempts=self._attempts_max, timeout=None, wait_initial=0.1, wait_jitter=0.1, wait_max=2.0
         )(self._open)
+
+    async def find_dialect(self, caller_key: str | None) -> None:
+        """Find out how the upstream speaks, unless that is known. Where it does not say so in LOOK_WAIT_S, it is asked again
+        LOOK_AGAIN_S later, and meanwhile spoken to in plain."""
+        if self.dialect_name:
+            return
+        now = asyncio.get_running_loop().time()
+        if self._looking is None and now >= self._looks_at:
+            self._looks_at = now + LOOK_AGAIN_S
+            self._looking = asyncio.create_task(self._look(caller_key))
+        if self._looking:
+            await asyncio.wait({self._looking})
+
+    async def _look(self, caller_key: str | None) -> None:
+        try:
+            async with asyncio.timeout(LOOK_WAIT_S):
+                models = await self.list_models(caller_key)
+        except UpstreamRefused:
+            models = []  # it lists none
+        except (ApiError, TimeoutError):
+            return
+        finally:
+            self._looking = None
+        self.recognize(models)
+        log.info("A dialect was found.", action="dialect_found", upstream=self.name, dialect=self.dialect_name)
+
+    def recognize(self, models: Sequence[ModelEntry]) -> None:
+        """Take the dialect of the engine that lists these models, unless one is named."""
+        if self.dialect_name:
+            return
+        found = preset_of_owners(model.owned_by for model in models)
+        self.dialect_name = found or PLAIN
+        if found:
+            self.dialect = PRESETS[found]
+        self.hear(self._reasoning_form)
+
+    def hear(self, form: ReasoningForm | None) -> None:
+        """It reasons in this form: as a rule earlier reasoning is passed back in the same."""
+        if form and (self.dialect.reasoning == "same" or self._reasoning_form):
+            self._reasoning_form = form
+            self.dialect = replace(self.dialect, reasoning=form)
 
     async def open(self, body: bytes, caller_key: str | None) -> "ChunkStream":
         """Send a chat request; gives the stream once the upstream says something.
@@ -251,6 +307,8 @@ class Upstream:
 
     async def close(self) -> None:
         """Close every connection."""
+        if self._looking:
+            self._looking.cancel()
         await self._http.aclose()
 
 
@@ -448,7 +506,8 @@ def _says_something(chunk: Chunk) -> bool:
     if choice is None or choice.finish_reason or choice.delta is None:
         return bool(choice and choice.finish_reason)
     delta = choice.delta
-    return bool(delta.content or delta.reasoning_content or delta.reasoning or delta.refusal or delta.tool_calls)
+    reasoning = delta.reasoning_content or delta.reasoning or delta.thinking
+    return bool(delta.content or reasoning or delta.refusal or delta.tool_calls)
 
 
 def _is_last(chunk: Chunk) -> bool:

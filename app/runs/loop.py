@@ -317,6 +317,7 @@ class Loop:
             try:
                 await self._recorder.record(turn.close(status), ending=True)
             finally:
+                stream.upstream.hear(turn.reasoning_form)
                 self._output_index = turn.output_index
                 self._recorder.usage = add_usage(self._recorder.usage, turn.usage)
                 await asyncio.shield(stream.close())

@@ -113,7 +113,7 @@ class Tasks:
             names_max=self._settings.tools_named_max,
             listed_max=self._settings.tools_listed_max,
         )
-        routes = self._routes(request)
+        routes = await self._routes(request, caller_key)
         _refuse_untaken(request, [upstream for upstream, _ in routes])
         servers = self._servers(request)
         self._refuse_hosted(request)
@@ -164,7 +164,7 @@ class Tasks:
                 async with self._database.autocommit() as tx:
                     requests = await _requests(tx, tenant_id, answered, {row.id for row in rows})
             hosted = frozenset(self._catalog.hosted)
-            routes, servers = self._routes(request), self._servers(request)
+            routes, servers = await self._routes(request, caller_key), self._servers(request)
             seal = self._seal.of(tenant_id)
             origins = _origins(servers, seal)
             context = await aside(
@@ -313,8 +313,12 @@ class Tasks:
         is_last = all(isinstance(one, HostedTool) and kind_of(one) not in self._catalog.hosted for one in request.tools)
         return is_last or names_data(tool.fields)
 
-    def _routes(self, request: CreateResponse) -> list[tuple[Upstream, Route]]:
-        return [(self._upstreams[route.upstream], route) for route in self._catalog.routes(request.model)]
+    async def _routes(self, request: CreateResponse, caller_key: str | None) -> list[tuple[Upstream, Route]]:
+        """The ways to the model, each to an upstream whose dialect is known as far as it can be."""
+        routes = [(self._upstreams[route.upstream], route) for route in self._catalog.routes(request.model)]
+        for upstream, _ in routes:
+            await upstream.find_dialect(caller_key)
+        return routes
 
     def _task(
         self,

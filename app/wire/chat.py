@@ -34,6 +34,8 @@ class Delta(Struct):
     reasoning_content: str | None = None
     tool_calls: list[CallDelta] | None = None
     annotations: list[Raw] | None = None
+    thinking: str | None = None
+    """What was thought in parts of the content; read by `wire/odd_chunks.py` only."""
 
 
 class TopLogprob(Struct):

@@ -138,10 +138,11 @@ def _delta(given: Object) -> Delta:
     return Delta(
         content=content,
         refusal=_text(given.get("refusal")),
-        reasoning=_parts(given.get("reasoning"))[0] or thought or None,
+        reasoning=_parts(given.get("reasoning"))[0],
         reasoning_content=_parts(given.get("reasoning_content"))[0],
         tool_calls=[_call(one) for one in calls if isinstance(one, dict)] or None,
         annotations=[_raw(one) for one in annotations if isinstance(one, dict)] or None,
+        thinking=thought or None,
     )
 
 

@@ -88,9 +88,9 @@ dialect = {{ reasoning = "reasoning_content", think = "thinking" }}
 base_url = "{plain}"
 dialect = {{ reasoning = "reasoning", think = "text" }}
 
-[upstreams.describing]
+[upstreams.wrapping]
 base_url = "{plain}"
-dialect = {{ custom_tools = "describe" }}
+dialect = {{ custom_tools = "function" }}
 
 [upstreams.ruled]
 base_url = "{plain}"
@@ -351,7 +351,7 @@ def test_an_upstream_without_parts_gets_texts_joined(cataloged, upstream):
     assert record.body["messages"] == [{"role": "user", "content": "Hello\ntest_catalog"}]
 
 
-def test_an_upstream_of_one_system_message_gets_later_ones_as_user_messages(cataloged, said, heard):
+def test_an_upstream_of_one_system_message_gets_later_ones_from_the_user(cataloged, upstream, said):
     cataloged.responses.create(
         model="poor@x",
         instructions="Be brief.",
@@ -362,11 +362,10 @@ def test_an_upstream_of_one_system_message_gets_later_ones_as_user_messages(cata
             {"role": "user", "content": said},
         ],
     )
-    assert heard()["messages"] == [
+    [record] = upstream.asked(f"Hi\n\nNow be rude.\n\n{said}")
+    assert record.body["messages"] == [
         {"role": "system", "content": "Be brief.\n\nBe kind."},
-        {"role": "user", "content": "Hi"},
-        {"role": "user", "content": "Now be rude."},
-        {"role": "user", "content": said},
+        {"role": "user", "content": f"Hi\n\nNow be rude.\n\n{said}"},
     ]
 
 
@@ -486,11 +485,10 @@ def test_a_native_custom_call_comes_and_goes_as_one(cataloged, upstream):
     ]
 
 
-def test_a_grammar_is_described_to_an_upstream_that_cannot_enforce_it(cataloged, said, heard):
-    cataloged.responses.create(model="describing@x", input=said, tools=[{**SHELL, "format": GRAMMAR}])
-    assert heard()["tools"][0]["function"]["description"] == (
-        'Runs a command.\n\nThe input must follow this lark grammar:\nstart: "yes"'
-    )
+def test_a_grammar_is_refused_by_a_dialect_that_says_so(cataloged, said):
+    with pytest.raises(openai.BadRequestError) as refused:
+        cataloged.responses.create(model="wrapping@x", input=said, tools=[{**SHELL, "format": GRAMMAR}])
+    assert (refused.value.code, refused.value.param) == ("unsupported_parameter", "tools")
 
 
 @pytest.mark.parametrize(("name", "key"), [("thinker", "reasoning_content"), ("reasoner", "reasoning")])

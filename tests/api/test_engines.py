@@ -3,7 +3,7 @@
 import openai
 import pytest
 
-from tests.upstream import answer, delta, error, finish, note, script, status, text
+from tests.upstream import Upstream, answer, call, calling, delta, error, finish, note, reasoning, script, status, text
 
 CITED = {"url": "https://example.org/a", "title": "A", "start_index": 0, "end_index": 5}
 
@@ -52,3 +52,67 @@ def test_an_overflow_that_is_gone_once_the_context_is_halved_is_not_noticed(clie
     made = client.responses.create(model="scripted", input=asking, previous_response_id=first.id, truncation="auto")
     assert made.output_text == "Fine."
     assert [len(record.body["messages"]) for record in upstream.asked(asking)] == [3, 1]
+
+
+# -- Reasoning goes back, with nothing configured ---------------------------------------------------------------------------
+
+TOOL = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}}}
+THOUGHTS = {
+    "reasoning_content": (reasoning("Hm."), {"content": None, "reasoning_content": "Hm."}),
+    "reasoning": (reasoning("Hm.", "reasoning"), {"content": None, "reasoning": "Hm."}),
+    "tags": (text("<think>Hm.</think>"), {"content": "<think>\nHm.\n</think>\n\n"}),
+    "parts": (
+        delta(content=[{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}]),
+        {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}]},
+    ),
+}
+
+
+def history(record):
+    """The assistant's message behind the last question, without its calls."""
+    message = record.body["messages"][-2]
+    assert message["role"] == "assistant"
+    return {key: value for key, value in message.items() if key not in {"role", "tool_calls"}}
+
+
+@pytest.mark.parametrize("name", THOUGHTS)
+def test_reasoning_goes_back_in_the_form_in_which_it_came(client, upstream, said, name):
+    """In a run's own loop, here behind a call that is refused, and to the run that continues with a function's output."""
+    thought, expected = THOUGHTS[name]
+    asking = script(
+        [note(said), thought, *calling("nobody", id="c0")], [thought, *calling("f", id="c1")], answer("Yes.")
+    )
+    first = client.responses.create(model="m", input=asking, tools=[TOOL])
+    output = {"type": "function_call_output", "call_id": "c1", "output": "one"}
+    client.responses.create(model="m", previous_response_id=first.id, input=[output], tools=[TOOL])
+    _, loop, next_run = upstream.asked(asking)
+    assert history(loop) == expected
+    assert history(next_run) == expected
+
+
+@pytest.mark.parametrize(("context", "recalled"), [("current_turn", [None]), ("all_turns", ["Hm."])])
+def test_the_reasoning_of_earlier_turns_goes_back_as_the_request_says(client, upstream, said, context, recalled):
+    first = client.responses.create(model="m", input=script([note(said), reasoning("Hm."), text("Hi"), finish()]))
+    client.responses.create(model="m", previous_response_id=first.id, input=said, reasoning={"context": context})
+    [asked] = upstream.asked(said)
+    assert [one.get("reasoning_content") for one in asked.body["messages"] if one["role"] == "assistant"] == recalled
+
+
+# -- Dialects that are found ------------------------------------------------------------------------------------------------
+
+
+def test_an_engine_is_known_by_what_it_lists(new_server, said):
+    with Upstream(owner="mistralai") as engine:
+        served = new_server(OPENAI_BASE_URL=engine.base_url)
+        with served.client() as client:
+            begun = client.responses.create(
+                model="m",
+                input=script([call("f", {}, id="call_0123456789"), finish("tool_calls")], answer("Yes.")),
+                tools=[TOOL],
+            )
+            output = {"type": "function_call_output", "call_id": "call_0123456789", "output": "one"}
+            client.responses.create(model="m", previous_response_id=begun.id, input=[output], tools=[TOOL])
+        messages = engine.requests[-1].body["messages"]
+        assert messages[-1]["tool_call_id"] == messages[-2]["tool_calls"][0]["id"]
+        assert len(messages[-1]["tool_call_id"]) == 9
+        assert any('"dialect_found"' in line and '"mistral"' in line for line in served.printed)

@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
-from app.domain.dialect import HOSTED, Dialect
+from app.domain.dialect import HOSTED, PRESETS, Dialect
 from app.errors import NotFound
 from app.outbound.catalog import ENGINE_PARAMETERS, Catalog, Route
 from app.outbound.catalog_file import load_catalog
@@ -143,6 +144,15 @@ def test_the_dialect_of_the_hosted_api_is_known_by_its_host(read: Read):
     assert read(toml.format("https://api.openai.com/v1")).upstreams["a"].speaks is HOSTED
     assert read(toml.format("https://api.openai.com.example/v1")).upstreams["a"].speaks == Dialect()
     assert read(toml.format("https://api.openai.com/v1") + "dialect = {}\n").upstreams["a"].speaks == Dialect()
+
+
+def test_a_dialect_is_named_by_a_preset_which_a_table_may_change(read: Read):
+    toml = '[upstreams.a]\nbase_url = "http://127.0.0.1:1/v1"\n'
+    assert read(toml + 'dialect = "mistral"\n').upstreams["a"].speaks is PRESETS["mistral"]
+    changed = read(toml + 'dialect = { preset = "vllm", lacks = ["json_schema"] }\n').upstreams["a"].speaks
+    assert changed == replace(PRESETS["vllm"], lacks=frozenset({"json_schema"}))
+    with pytest.raises(SettingsError, match=r"it may be .*vllm"):
+        read(toml + 'dialect = "vlm"\n')
 
 
 def test_parameters_are_let_through_that_any_upstream_takes(read: Read):

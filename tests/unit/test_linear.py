@@ -27,7 +27,7 @@ from app.domain.lifecycle import open_response
 from app.domain.prompt import chat_request
 from app.domain.recovery import recover
 from app.domain.retold import answer_for_model
-from app.domain.think import ThinkSplitter
+from app.domain.think import ThinkSplitter, Where
 from app.domain.toolbox import ByHost, open_toolbox
 from app.domain.turn import Turn
 from app.errors import ApiError
@@ -217,6 +217,7 @@ def nested_names(n: int) -> Work:
 
 
 LACKING = Dialect(lacks=frozenset({"later_system_messages", "content_parts"}))
+FITTED = Dialect(lacks=frozenset({"repeated_roles", "parallel_calls_in_history"}), call_id_format="nine_alphanumerics")
 PART = {"type": "input_text", "text": "x"}
 
 CONTEXT: dict[str, tuple[int, Make]] = {
@@ -235,6 +236,8 @@ CONTEXT: dict[str, tuple[int, Make]] = {
         500,
         lambda n: prompted([{"role": "system", "content": "x"}, user("y")] * n, LACKING),
     ),
+    "prompt of one role": (500, lambda n: prompted([{"role": "user", "content": [PART] * 2}, user("y")] * n, FITTED)),
+    "prompt of calls one by one": (400, lambda n: prompted(calls(n), FITTED)),
     "halved ten times": (1200, lambda n: prompted([user("x")] * n, halvings=10)),
     "long arguments": (40_000, lambda n: prompted(calls(1, arguments=json.dumps({"a": '"\\' * n})))),
     "sources": (1000, lambda n: partial(sources_of, [item(one) for one in searched(n)] * 3)),
@@ -261,9 +264,9 @@ def turned(chunks: Sequence[Chunk], toolbox: Any = FUNCTION) -> Work:
     return run
 
 
-def split(pieces: Sequence[str]) -> Work:
+def split(pieces: Sequence[str], where: Where = "start") -> Work:
     def run() -> object:
-        splitter = ThinkSplitter()
+        splitter = ThinkSplitter(where)
         return [splitter.feed(one) for one in pieces], splitter.close()
 
     return run
@@ -296,6 +299,7 @@ SPOKEN: dict[str, tuple[int, Make]] = {
     "many thoughts at once": (2000, lambda n: split(["<think>a</think>" * n])),
     "empty thoughts at once": (2000, lambda n: split(["<think></think>" * n])),
     "thoughts piece by piece": (1000, lambda n: split(list("<think>a</think> " * (n // 4)))),
+    "thoughts anywhere": (1000, lambda n: split(["a <think>b</think> <thi"] * n, "anywhere")),
     "line breaks of thoughts": (2000, lambda n: split(["<think>", *["\n"] * n])),
     "beginnings of a tag": (2000, lambda n: split(["<think>", *["</thin"] * n])),
     "thoughts and text in turns": (

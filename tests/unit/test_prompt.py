@@ -299,9 +299,9 @@ def test_a_custom_tool_is_wrapped_as_a_function():
 
 def test_a_grammar_is_refused_described_or_passed_on():
     with pytest.raises(UnsupportedParameter, match="'run'") as caught:
-        asked(tools=[custom(format=GRAMMAR)])
+        asked(tools=[custom(format=GRAMMAR)], dialect=Dialect(custom_tools="function"))
     assert caught.value.param == "tools"
-    (made,) = asked(tools=[custom(format=GRAMMAR)], dialect=Dialect(custom_tools="describe"))["tools"]
+    (made,) = asked(tools=[custom(format=GRAMMAR)])["tools"]
     assert made["function"]["description"].endswith("lark grammar:\nstart: WORD")
     (made,) = asked(tools=[custom(format=GRAMMAR)], dialect=HOSTED)["tools"]
     assert made["custom"]["format"] == {
@@ -349,6 +349,51 @@ def test_reasoning_goes_back_where_the_upstream_takes_it(item: dict[str, Any], t
         tool_call("c1"), reasoning=text
     )
     assert said(assistant("yes"), chain=[item]) == [{"role": "assistant", "content": "yes"}]
+
+
+def test_reasoning_goes_back_in_the_content_as_tags_or_as_a_part():
+    items = [reasoning(encrypted_content="sealed hm"), assistant("yes")]
+    assert said(*items, dialect=Dialect(reasoning="think")) == [
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\nyes"}
+    ]
+    assert said(*items, dialect=Dialect(reasoning="parts")) == [
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+                {"type": "text", "text": "yes"},
+            ],
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("form", "given", "recalled"),
+    [
+        ("reasoning", None, ["a", "b"]),
+        ("reasoning", {"context": "auto"}, ["a", "b"]),
+        ("reasoning", {"context": "all_turns"}, ["a", "b"]),
+        ("reasoning", {"context": "current_turn"}, ["b"]),
+        ("think", None, ["b"]),
+        ("think", {"context": "all_turns"}, ["a", "b"]),
+        ("none", {"context": "all_turns"}, []),
+        ("same", {"context": "all_turns"}, []),
+    ],
+)
+def test_the_reasoning_of_earlier_turns_goes_back_as_the_request_says(form: Any, given: Any, recalled: list[str]):
+    body = asked(
+        user("hi"),
+        reasoning(encrypted_content="sealed a"),
+        assistant("yes"),
+        user("and?"),
+        reasoning(id="rs_2", encrypted_content="sealed b"),
+        call("c1"),
+        output("c1"),
+        dialect=Dialect(reasoning=form),
+        reasoning=given,
+    )
+    thoughts = [message.get("reasoning") or message["content"] or "" for message in body["messages"]]
+    assert [one for one in ("a", "b") if any(one == text or f"\n{one}\n" in text for text in thoughts)] == recalled
 
 
 def test_reasoning_that_nothing_followed_is_not_said():
