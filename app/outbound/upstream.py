@@ -176,8 +176,8 @@ class Upstream:
         try:
             async with asyncio.timeout(LOOK_WAIT_S):
                 models = await self.list_models(caller_key)
-        except UpstreamRefused:
-            models = []  # it lists none
+        except (UpstreamRefused, KeyRefused):
+            models = []  # it lists none, to us
         except (ApiError, TimeoutError):
             return
         finally:

@@ -52,6 +52,7 @@ def served(
         default = "rogue"
         upstreams.rogue.base_url = "{rogue.base_url}"
         upstreams.rogue.key = "key-of-rogue"
+        upstreams.rogue.dialect = {{}}
         upstreams.good.base_url = "{upstream.base_url}"
 
         [[models]]
