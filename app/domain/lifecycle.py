@@ -141,7 +141,7 @@ def close_response(response: Response, outcome: Outcome, *, usage: Usage | None,
 
 def add_usage(total: Usage | None, turn: ChatUsage | None) -> Usage | None:
     """The sum over turns, as far as the upstream has reported it; None if it has reported nothing."""
-    if turn is None or turn.prompt_tokens is turn.completion_tokens is turn.total_tokens is None:
+    if turn is None or not turn.is_reported:
         return total
     total = total or Usage(0, InputTokensDetails(), 0, OutputTokensDetails(), 0)
     prompt, completion = turn.prompt_tokens or 0, turn.completion_tokens or 0

@@ -86,7 +86,7 @@ class Turn:
 
     def feed(self, chunk: Chunk) -> list[Event]:
         """The events that a chunk leads to."""
-        if chunk.usage is not None:
+        if chunk.usage is not None and chunk.usage.is_reported:
             self.usage = chunk.usage
         choice = chunk.choices.first if chunk.choices else None
         if choice is None:

@@ -143,7 +143,7 @@ def _error(status: int, said: _Said, asked: Asked, failed: str) -> ApiError:
         return UpstreamBusy(said.message or "The upstream is busy.", code=code)
     if _is_too_long(status, said):
         return UpstreamRefused(said.message or "The context is too long.", param="input", code=CONTEXT_TOO_LONG)
-    if _NO_MEDIA.search(said.message):
+    if status < 502 and _NO_MEDIA.search(said.message):
         return UpstreamRefused(said.message, param=said.param or "input", code=_own_code(said))
     if status >= 500 and status != 501:
         return UpstreamUnavailable(f"{failed}: {said.message or 'it gave no reason'}", code=_own_code(said))

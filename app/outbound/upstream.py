@@ -332,7 +332,7 @@ class ChunkStream:
         self._finished = self._ended = False
         self._tail_bytes = 0
         self.read_bytes = 0
-        """How many bytes the last list of chunks has come in."""
+        """How many bytes the last list of chunks has come in; those behind the finish count for nothing."""
 
     async def begin(self) -> None:
         """Wait until the upstream says something; what fails before has failed like a head, whatever the head was.
@@ -373,7 +373,7 @@ class ChunkStream:
                     raise UpstreamStalled(f"The upstream was silent for {idle_s:g} seconds.") from None
                 chunks, failed = self._parse(raw)
                 patience.continues = not chunks or patience is tail  # comments are no life of the model
-                self.read_bytes = len(raw)
+                self.read_bytes = 0 if patience is tail else len(raw)
                 yield chunks
                 if failed:
                     raise failed

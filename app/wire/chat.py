@@ -80,6 +80,11 @@ class ChatUsage(Struct):
     prompt_tokens_details: PromptTokensDetails | None = None
     completion_tokens_details: CompletionTokensDetails | None = None
 
+    @property
+    def is_reported(self) -> bool:
+        """Whether anything was counted: some servers have a usage of nulls in every chunk."""
+        return not self.prompt_tokens is self.completion_tokens is self.total_tokens is None
+
 
 class Chunk(Struct):
     """One delta of an upstream's stream; `error` is an error object sent inside it."""

@@ -101,10 +101,23 @@ def test_the_reasoning_of_earlier_turns_goes_back_as_the_request_says(client, up
 # -- Dialects that are found ------------------------------------------------------------------------------------------------
 
 
-def test_an_engine_is_known_by_what_it_lists(new_server, said):
-    with Upstream(owner="mistralai") as engine:
+class OddLister(Upstream):
+    """An engine whose list of models has other types than the API's."""
+
+    async def answer(self, record, wire):
+        """The list is its own, all else as ever."""
+        if record.method != "GET":
+            await super().answer(record, wire)
+            return
+        whole = {"id": "a", "created": 1700000000.5, "owned_by": "mistralai"}
+        await wire.whole(200, {"data": [whole, {"id": None}, "b", 7, {"name": "c", "created": None, "owned_by": 1}]})
+
+
+def test_an_engine_is_known_by_what_it_lists_however_odd_the_list(new_server):
+    with OddLister() as engine:
         served = new_server(OPENAI_BASE_URL=engine.base_url)
         with served.client() as client:
+            assert [(one.id, one.created) for one in client.models.list()] == [("a", 1700000000), ("b", 0), ("c", 0)]
             begun = client.responses.create(
                 model="m",
                 input=script([call("f", {}, id="call_0123456789"), finish("tool_calls")], answer("Yes.")),

@@ -435,6 +435,8 @@ def test_usage_counts_wherever_it_stands():
     assert speaking.usage is not None and speaking.usage.prompt_tokens == 3
     speaking.feed(decode_chunk(b'{"choices":[{"finish_reason":"length"}],"usage":{"prompt_tokens":5}}'))
     assert speaking.usage.prompt_tokens == 5 and speaking.finish_reason == "length"
+    speaking.feed(decode_chunk(b'{"choices":[],"usage":{"prompt_tokens":null}}'))
+    assert speaking.usage.prompt_tokens == 5
 
 
 def test_chunks_without_anything_say_nothing():

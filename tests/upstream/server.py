@@ -134,14 +134,12 @@ class Upstream(Threaded):
         no_usage_option: bool = False,
         no_content_parts: bool = False,
         keep_requests: bool = True,
-        owner: str = "tests",
     ) -> None:
-        """Set what it refuses: `stream_options`, content parts for pure text, other keys than `api_key`. Engines are known by
-        the owner of their models."""
+        """Set what it refuses: `stream_options`, content parts for pure text, other keys than `api_key`."""
         super().__init__(port)
         self.requests: list[Recorded] = []
         self.connections: set[Connection] = set()
-        self._models, self._api_key, self._keep, self._owner = models, api_key, keep_requests, owner
+        self._models, self._api_key, self._keep = models, api_key, keep_requests
         self._no_usage_option, self._no_content_parts = no_usage_option, no_content_parts
         self._gates: dict[str, Gate] = {}
         self._counts: Counter[tuple[str, int, bytes]] = Counter()
@@ -207,7 +205,7 @@ class Upstream(Threaded):
                     await self._answer_chat(record, wire)
                 case "GET", [*_, "models"]:
                     models = [
-                        {"id": name, "object": "model", "created": 0, "owned_by": self._owner} for name in self._models
+                        {"id": name, "object": "model", "created": 0, "owned_by": "tests"} for name in self._models
                     ]
                     await wire.whole(200, {"object": "list", "data": models})
                 case "POST", ["gates", name]:
