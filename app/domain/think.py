@@ -38,9 +38,11 @@ class ThinkSplitter:
         text, self._held = self._held + text, ""
         pieces: list[tuple[Kind, str]] = []
         at: int | None = 0
-        steps = {"start": self._start, "thinking": self._think, "anywhere": self._look}
         while at is not None and at < len(text):
-            at = steps[self._where](text, at, pieces)
+            if self._where == "thinking":
+                at = self._think(text, at, pieces)
+            else:
+                at = self._start(text, at, pieces) if self._where == "start" else self._look(text, at, pieces)
         return [piece for piece in pieces if piece[1]]
 
     def close(self) -> list[tuple[Kind, str]]:
