@@ -65,6 +65,9 @@ FENCED = "Somebody else has taken this response over."
 OWNER_WAIT_S = 0.5
 """How long a cancel waits for the owner of a run without a stream to end it, with what was said."""
 
+COMMIT_PAUSE_S = 0.005
+"""Before a cancel looks again whether a commit is over."""
+
 CANCEL_WAIT_S = 2.0
 """How long a cancel waits for the response to end elsewhere, when it lost the race."""
 
@@ -78,14 +81,20 @@ class Work:
         self.log: RunLog | None = None
         self.tools: Tools | None = None
         self.task: asyncio.Task[None] | None = None
-        self.making: asyncio.Timeout | None = None
-        """Of the part that may be broken off."""
+        self.can_be_cancelled = False
+        """Whether its outcome is open: it is being made."""
+        self.cancelled = False
         self.stopped = False
 
     def cancel(self) -> None:
-        """End it as cancelled, with what was said; its outcome may be decided already."""
-        if self.making:
-            self.making.reschedule(0.0)
+        """End it as cancelled, with what was said. What is being committed is committed first."""
+        if not (self.can_be_cancelled and self.task and self.recorder) or self.stopped:
+            return
+        if self.recorder.is_committing:
+            asyncio.get_running_loop().call_later(COMMIT_PAUSE_S, self.cancel)
+            return
+        self.cancelled, self.can_be_cancelled = True, False
+        self.task.cancel()
 
     def stop(self) -> None:
         """Break it off without a word: somebody else goes on with it."""
@@ -487,13 +496,17 @@ class Background:
             output_index=index,
             call_ids=recovered.call_ids,
         )
+        work.can_be_cancelled = True
         try:
-            async with asyncio.timeout(None) as work.making:
-                return await loop.outcome(None, self._settings.run_duration_max_s)
-        except TimeoutError:
+            return await loop.outcome(None, self._settings.run_duration_max_s)
+        except asyncio.CancelledError:
+            if not work.cancelled or work.stopped:
+                raise
+            assert work.task
+            work.task.uncancel()
             return Outcome("cancelled")
         finally:
-            work.making = None
+            work.can_be_cancelled = False
             task.room.release()
 
     # -- Storing ----------------------------------------------------------------------------------------------------------

@@ -60,6 +60,8 @@ class Recorder:
         self._unkept: list[Entry] = list(unkept)
         self._held: list[Entry] = []
         self._stopped: Exception | None = None
+        self.is_committing = False
+        """Whether it waits for the journal: then nobody knows yet what is kept."""
         self._bytes_left, self._events_left = bytes_max, events_max
         self._unheard_bytes = bytes_max
         """How much more the upstream may send, whatever comes of it."""
@@ -154,12 +156,15 @@ class Recorder:
     async def _commit(self, entries: list[Entry]) -> None:
         """These, and all before them, are journalled before a reader hears of them."""
         assert self._keep
+        self.is_committing = True
         try:
             await self._keep([*self._unkept, *entries])
         except BaseException as error:
             # Their numbers are given, and they may be committed: nothing else may follow from here.
             self.stop(error if isinstance(error, Exception) else None)
             raise
+        finally:
+            self.is_committing = False
         self._send(entries)
         self._unkept = []
 

@@ -8,7 +8,7 @@ import msgspec
 
 from app.domain.context import Context, resolve
 from app.domain.fold import Fold
-from app.domain.lifecycle import NO_USAGE, Outcome, close_response, open_response
+from app.domain.lifecycle import Outcome, close_response, open_response
 from app.domain.sealed import KEY_BYTES, Seal
 from app.domain.toolbox import Toolbox, open_toolbox
 from app.domain.turn import Turn
@@ -160,7 +160,7 @@ def heard(events: Iterable[Event]) -> list[dict[str, Any]]:
 
     for event in (Created(response=response), InProgress(response=response), *events):
         say(event)
-    closed = close_response(fold.response, Outcome("completed"), usage=NO_USAGE, now=2)
+    closed = close_response(fold.response, Outcome("completed"), usage=None, now=2)
     say(TERMINAL["completed"](response=closed))
     return numbered
 

@@ -7,7 +7,7 @@ import pytest
 
 from app.domain.fold import Fold
 from app.domain.groups import Manner
-from app.domain.lifecycle import NO_USAGE, Outcome, close_response, open_response
+from app.domain.lifecycle import Outcome, close_response, open_response
 from app.domain.turn import Turn
 from app.wire.events import TERMINAL, Created, TextDelta
 from tests.replay import replay
@@ -183,6 +183,6 @@ def test_only_item_borders_and_snapshots_change_the_response():
     fold.apply(TextDelta(item_id="msg_1", output_index=0, delta="x"))
     fold.apply(Created(response=response))
     assert fold.response == response
-    closed = close_response(response, Outcome("completed"), usage=NO_USAGE, now=2)
+    closed = close_response(response, Outcome("completed"), usage=None, now=2)
     fold.apply(TERMINAL["completed"](response=closed))
     assert fold.response == closed
