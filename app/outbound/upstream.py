@@ -402,30 +402,29 @@ class ChunkStream:
             self._ended = True
             return chunks, None if self._finished else error
         for data in payloads:
+            if not data:
+                continue
             if data == b"[DONE]":
                 self._finished = True
                 continue
             try:
-                chunk = self._chunk(data)
-            except ApiError as error:
-                if self._finished:
-                    continue
-                return chunks, error
-            chunks.append(chunk)
-            self._finished = self._finished or _is_last(chunk)
+                chunk = read_chunk(data)
+            except NO_JSON as error:
+                failed: ApiError | None = UpstreamGarbled(f"The upstream sent what is no chunk: {error}")
+            else:
+                failed = self._failure(chunk)
+            if failed is None:
+                chunks.append(chunk)
+                self._finished = self._finished or _is_last(chunk)
+            elif not self._finished:
+                return chunks, failed
         if self._finished:
             self._tail_bytes += len(raw)
             self._ended = self._ended or self._tail_bytes > self.upstream.line_bytes_max
         return chunks, None
 
-    def _chunk(self, data: bytes) -> Chunk:
-        try:
-            chunk = read_chunk(data)
-        except NO_JSON as error:
-            raise UpstreamGarbled(f"The upstream sent what is no chunk: {error}") from None
-        if chunk.error and is_error(chunk.error):
-            raise failed_in_stream(chunk.error, self._asked)
-        return chunk
+    def _failure(self, chunk: Chunk) -> ApiError | None:
+        return failed_in_stream(chunk.error, self._asked) if chunk.error and is_error(chunk.error) else None
 
     async def _whole(self, response: httpx2.Response) -> Chunk:
         """The answer of a server that does not stream, as one chunk."""
@@ -465,7 +464,11 @@ class LineBuffer:
             self._held_bytes += len(rest)
         if self._held_bytes > self._line_bytes_max:
             raise UpstreamGarbled(f"The upstream sent a line of more than {self._line_bytes_max} bytes.")
-        return [payload for line in lines if line.startswith(_FIELDS) and (payload := _payload(line))]
+        return [
+            line[5:].strip() if line.startswith(b"data:") else _error_of_line(line)
+            for line in lines
+            if line.startswith(_FIELDS)
+        ]
 
 
 async def _read(response: httpx2.Response, bytes_max: int) -> bytes:
@@ -493,11 +496,9 @@ def _is_compressed(response: httpx2.Response) -> bool:
     return response.headers.get("content-encoding", "identity").lower() not in {"", "identity"}
 
 
-def _payload(line: bytes) -> bytes:
-    """What a line of a stream says; older llama.cpp has a field of its own for errors."""
-    if line.startswith(b"error:"):
-        return b'{"error":%b}' % line[6:].strip()
-    return line[5:].strip()
+def _error_of_line(line: bytes) -> bytes:
+    """A line of older llama.cpp, which has a field of its own for errors, as a chunk."""
+    return b'{"error":%b}' % line[6:].strip()
 
 
 def _says_something(chunk: Chunk) -> bool:
