@@ -42,7 +42,12 @@ def test_parts_and_texts_of_neighbours_are_parts():
 
 
 def test_an_answer_before_a_call_is_said_with_it():
-    thought = {"type": "reasoning", "id": "rs", "summary": [], "encrypted_content": "hm"}
+    thought = {
+        "type": "reasoning",
+        "id": "rs",
+        "summary": [],
+        "content": [{"type": "reasoning_text", "text": "hm"}],
+    }
     dialect = Dialect(lacks=frozenset({"repeated_roles"}), reasoning="reasoning")
     items = [assistant("a"), thought, assistant("b"), call("c1"), output("c1"), assistant("c")]
     first, tool, last = said(*items, dialect=dialect)

@@ -351,8 +351,11 @@ def test_reasoning_goes_back_where_the_upstream_takes_it(item: dict[str, Any], t
     assert said(assistant("yes"), chain=[item]) == [{"role": "assistant", "content": "yes"}]
 
 
+THOUGHT_OF = {text: {"type": "reasoning_text", "text": text} for text in ("a", "b", "hm")}
+
+
 def test_reasoning_goes_back_in_the_content_as_tags_or_as_a_part():
-    items = [reasoning(encrypted_content="sealed hm"), assistant("yes")]
+    items = [reasoning(content=[THOUGHT_OF["hm"]]), assistant("yes")]
     assert said(*items, dialect=Dialect(reasoning="think")) == [
         {"role": "assistant", "content": "<think>\nhm\n</think>\n\nyes"}
     ]
@@ -383,10 +386,10 @@ def test_reasoning_goes_back_in_the_content_as_tags_or_as_a_part():
 def test_the_reasoning_of_earlier_turns_goes_back_as_the_request_says(form: Any, given: Any, recalled: list[str]):
     body = asked(
         user("hi"),
-        reasoning(encrypted_content="sealed a"),
+        reasoning(content=[THOUGHT_OF["a"]]),
         assistant("yes"),
         user("and?"),
-        reasoning(id="rs_2", encrypted_content="sealed b"),
+        reasoning(id="rs_2", content=[THOUGHT_OF["b"]]),
         call("c1"),
         output("c1"),
         dialect=Dialect(reasoning=form),
