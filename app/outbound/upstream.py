@@ -508,7 +508,7 @@ def _says_something(chunk: Chunk) -> bool:
         return bool(choice and choice.finish_reason)
     delta = choice.delta
     reasoning = delta.reasoning_content or delta.reasoning or delta.thinking
-    return bool(delta.content or reasoning or delta.refusal or delta.tool_calls)
+    return bool(delta.content or reasoning or delta.refusal or delta.tool_calls or delta.annotations)
 
 
 def _is_last(chunk: Chunk) -> bool:

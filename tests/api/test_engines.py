@@ -79,9 +79,7 @@ def history(record):
 def test_reasoning_goes_back_in_the_form_in_which_it_came(client, upstream, said, name):
     """In a run's own loop, here behind a call that is refused, and to the run that continues with a function's output."""
     thought, expected = THOUGHTS[name]
-    asking = script(
-        [note(said), thought, *calling("nobody", id="c0")], [thought, *calling("f", id="c1")], answer("Yes.")
-    )
+    asking = script([note(said), thought, *calling("nobody", id="c0")], calling("f", id="c1"), answer("Yes."))
     first = client.responses.create(model="m", input=asking, tools=[TOOL])
     output = {"type": "function_call_output", "call_id": "c1", "output": "one"}
     client.responses.create(model="m", previous_response_id=first.id, input=[output], tools=[TOOL])

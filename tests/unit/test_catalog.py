@@ -220,7 +220,7 @@ SERVER = '[tool_servers.s]\nurl = "http://x/mcp"\n'
             ONE + 'dialect = { lacks = ["everything"] }',
             r"\[upstreams\.a\]: .*'everything'.*; it may be content_parts, .*strict",
         ),
-        (ONE + 'dialect = { reasoning = "loud" }', "it may be none, reasoning, reasoning_content"),
+        (ONE + 'dialect = { reasoning = "loud" }', "it may be none, parts, reasoning, reasoning_content, same, think"),
         (ONE + "atempts_max = 3", r"\[upstreams\.a\]: .*`atempts_max`.*did you mean `attempts_max`"),
         (ONE + '[[models]]\nname = "m"\nroute = []', r"\[\[models\]\] 'm': .*`route`.*did you mean `routes`"),
         (ONE + "[[models]]\nroutes = []", r"\[\[models\]\] number 1: "),
