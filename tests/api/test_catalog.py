@@ -88,6 +88,10 @@ dialect = {{ reasoning = "reasoning_content", think = "thinking" }}
 base_url = "{plain}"
 dialect = {{ reasoning = "reasoning", think = "text" }}
 
+[upstreams.rambler]
+base_url = "{plain}"
+dialect = {{ think = "anywhere" }}
+
 [upstreams.wrapping]
 base_url = "{plain}"
 dialect = {{ custom_tools = "function" }}
@@ -542,6 +546,16 @@ def test_where_thinking_begins_is_the_dialects_to_say(cataloged, name, thought, 
     made = cataloged.responses.create(model=f"{name}@x", input=given)
     assert [one.content[0].text for one in made.output if one.type == "reasoning"] == thought
     assert made.output_text == answered
+
+
+def test_thoughts_in_the_middle_of_an_answer_are_reasoning_where_the_dialect_says_so(cataloged):
+    given = script([text("Well <thi"), text("nk>hm</think>\nyes, "), text("<b>."), finish()])
+    made = cataloged.responses.create(model="rambler@x", input=given)
+    assert [(one.type, one.content[0].text) for one in made.output] == [
+        ("message", "Well "),
+        ("reasoning", "hm"),
+        ("message", "yes, <b>."),
+    ]
 
 
 def test_a_dialect_that_leaves_content_alone_takes_think_tags_as_text(cataloged):

@@ -7,6 +7,7 @@ until then. Requests are tried again only while nothing was sent to anybody.
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
@@ -75,15 +76,38 @@ class Speechless(BaseHTTPRequestHandler):
         """Nobody reads it."""
 
 
-@pytest.fixture(scope="module")
-def speechless() -> Iterator[str]:
+class Mute(Speechless):
+    """An upstream that says 200, and nothing more."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.end_headers()
+        self.rfile.read(1)  # until the client leaves
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     """The base URL of such an upstream."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), Speechless) as running:
-        serving = threading.Thread(target=running.serve_forever, daemon=True)
-        serving.start()
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        thread = threading.Thread(target=running.serve_forever, daemon=True)
+        thread.start()
         yield f"http://127.0.0.1:{running.server_port}/v1"
         running.shutdown()
-        serving.join()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def speechless() -> Iterator[str]:
+    with serving(Speechless) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def mute() -> Iterator[str]:
+    with serving(Mute) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +117,7 @@ def faulty(
     upstream: Upstream,
     locked: Upstream,
     speechless: str,
+    mute: str,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Served]:
     """A server with small limits, and upstreams that are dead, locked, scripted."""
@@ -103,6 +128,7 @@ def faulty(
         upstreams.dead.base_url = "http://127.0.0.1:{free_port()}/v1"
         upstreams.locked.base_url = "{locked.base_url}"
         upstreams.speechless.base_url = "{speechless}"
+        upstreams.mute.base_url = "{mute}"
 
         [[models]]
         name = "failover"
@@ -111,6 +137,10 @@ def faulty(
         [[models]]
         name = "late-failover"
         routes = [{{ upstream = "speechless" }}, {{ upstream = "dead" }}, {{ upstream = "scripted" }}]
+
+        [[models]]
+        name = "latest-failover"
+        routes = [{{ upstream = "mute" }}, {{ upstream = "scripted" }}]
     """)
     env = {**base_env, **LIMITS, "DATABASE_URL": new_database(), "REPRISE_CATALOG": str(catalog)}
     with Served(env) as running:
@@ -362,7 +392,7 @@ def test_a_key_that_the_upstream_does_not_know_is_no_secret_told(http, said, loc
     assert len(locked.requests) == before + 1
 
 
-@pytest.mark.parametrize("model", ["failover", "late-failover"])
+@pytest.mark.parametrize("model", ["failover", "late-failover", "latest-failover"])
 def test_the_next_route_is_taken_before_anything_is_said(http, upstream, said, model):
     reply = ask(http, said, said, stream=False, model=model)
     assert text_of(reply.json()) == f"ok: {said}"
