@@ -11,6 +11,9 @@ from app.domain.think import CLOSE, OPEN
 from app.wire.chat import ChatMessage
 
 CALL_ID_CHARS = 9
+TAKEN_NOTE = "OK."
+"""What the assistant says between the output of its call and a user who speaks at once."""
+
 _ALPHANUMERICS = string.digits + string.ascii_letters
 
 
@@ -94,10 +97,13 @@ def _merge_system(made: list[ChatMessage]) -> list[ChatMessage]:
 
 
 def _merge_neighbours(made: list[ChatMessage]) -> list[ChatMessage]:
-    """For chat templates that demand roles in turn."""
+    """For chat templates that demand roles in turn. They count neither calls nor their outputs: a user who speaks behind those,
+    as with an output's attachments, would be the second in a row."""
     groups: list[list[ChatMessage]] = []
     for message in made:
         before = groups[-1][-1] if groups else None
+        if before and before["role"] == "tool" and message["role"] == "user":
+            groups.append([{"role": "assistant", "content": TAKEN_NOTE}])
         if before and before["role"] == message["role"] != "tool" and not before.get("tool_calls"):
             groups[-1].append(message)
         else:

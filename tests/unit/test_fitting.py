@@ -35,6 +35,11 @@ def test_neighbours_of_one_role_are_one():
     ]
 
 
+def test_a_user_never_speaks_at_once_behind_the_output_of_a_call():
+    items = [user("a"), call("c1"), output("c1"), user("b")]
+    assert [role for role, _ in roles(*items, dialect=IN_TURN)] == ["user", "assistant", "tool", "assistant", "user"]
+
+
 def test_parts_and_texts_of_neighbours_are_parts():
     assert roles(user("a"), IMAGE, user(""), dialect=IN_TURN) == [
         ("user", [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "data:x"}}])
