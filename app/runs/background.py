@@ -81,19 +81,20 @@ class Work:
         self.log: RunLog | None = None
         self.tools: Tools | None = None
         self.task: asyncio.Task[None] | None = None
-        self.can_be_cancelled = False
-        """Whether its outcome is open: it is being made."""
+        self.loop: Loop | None = None
+        """As long as it is being made, and its outcome is open."""
         self.cancelled = False
         self.stopped = False
 
     def cancel(self) -> None:
-        """End it as cancelled, with what was said. What is being committed is committed first."""
-        if not (self.can_be_cancelled and self.task and self.recorder) or self.stopped:
+        """End it as cancelled, with what was said. What is being committed is committed first; calls under way are left to
+        whoever takes the run, as if this process had died: it says that their outcome is unknown."""
+        if not (self.loop and self.task and self.recorder) or self.loop.is_calling or self.stopped:
             return
         if self.recorder.is_committing:
             asyncio.get_running_loop().call_later(COMMIT_PAUSE_S, self.cancel)
             return
-        self.cancelled, self.can_be_cancelled = True, False
+        self.cancelled, self.loop = True, None
         self.task.cancel()
 
     def stop(self) -> None:
@@ -496,7 +497,7 @@ class Background:
             output_index=index,
             call_ids=recovered.call_ids,
         )
-        work.can_be_cancelled = True
+        work.loop = loop
         try:
             return await loop.outcome(None, self._settings.run_duration_max_s)
         except asyncio.CancelledError:
@@ -506,7 +507,7 @@ class Background:
             work.task.uncancel()
             return Outcome("cancelled")
         finally:
-            work.can_be_cancelled = False
+            work.loop = None
             task.room.release()
 
     # -- Storing ----------------------------------------------------------------------------------------------------------

@@ -91,6 +91,8 @@ class Loop:
         if self._calls_made:
             self._context = replace(self._context, toolbox=_at_will(self._context.toolbox))
         self._reader = reader
+        self.is_calling = False
+        """Whether calls of this server's are under way."""
 
     async def open(self) -> ChunkStream:
         """The upstream's answer to the next turn; the next route is tried where one is out of order. Raises ApiError."""
@@ -263,6 +265,7 @@ class Loop:
             events += call.open(self._output_index)
             self._output_index += 1
         await self._recorder.record(events, keep=True)
+        self.is_calling = bool(calls)
         answers = [asyncio.create_task(self._answer_of(call)) for call in calls]
         waiting = deque(calls)
         try:
@@ -278,6 +281,7 @@ class Loop:
             await self._recorder.record([event for call in waiting for event in call.cut_off()])
             raise
         finally:
+            self.is_calling = False
             await _drop(answers)
 
     async def _answer_of(self, call: PendingCall) -> Answer:

@@ -74,7 +74,7 @@ def test_the_end_of_a_run_says_what_it_took(client, logged, background):
 
 
 def test_the_end_of_a_failed_run_says_its_code_but_nothing_that_an_upstream_wrote(client, logged, http):
-    given = script([text("Hm."), error("it hurts", code="Sesame 7")])
+    given = script([text("Hm."), error("it hurts", code="sesame.7")])
     events = http.post("/responses", json={"model": "m", "input": given, "stream": True}).text
     id = json.loads(events.partition("data: ")[2].partition("\n")[0])["response"]["id"]
     [line] = logged("run_ended", id)

@@ -359,7 +359,15 @@ def test_text_is_heard_as_soon_as_it_is_said(client, upstream):
         (
             404,
             {"error": {"message": "No such model.", "type": "NotFoundError", "param": None, "code": 404}},
-            (404, {"message": "No such model.", "type": "NotFoundError", "param": None, "code": "404"}),
+            (
+                404,
+                {
+                    "message": "No such model.",
+                    "type": "invalid_request_error",
+                    "param": "model",
+                    "code": "model_not_found",
+                },
+            ),
         ),
         (
             429,
