@@ -100,7 +100,7 @@ class RunLog:
     async def reconcile(self, client: redis.Redis) -> None:
         """Look what Redis holds of this stream, and begin anew behind it. Raises RedisError, Fenced."""
         held = await hold(client, self.key, self.lease, self.ttl_s)
-        if held.newest_lease == self.lease and (self._anew or self._is_strange(held.life)):
+        if held.is_foreign or (held.newest_lease == self.lease and (self._anew or self._is_strange(held.life))):
             await drop(client, self.key, self.lease)
             held = await hold(client, self.key, self.lease, self.ttl_s)
         if held.newest_lease > self.lease:
@@ -156,6 +156,8 @@ class Held(Struct, frozen=True):
     newest_lease: int
     newest_number: int
     length: int
+    is_foreign: bool
+    """Whether the last entry is none of ours: somebody else has written there, and nothing can be added behind it."""
 
 
 async def hold(client: redis.Redis, key: str, lease: int, ttl_s: float) -> Held:
@@ -179,6 +181,7 @@ async def hold(client: redis.Redis, key: str, lease: int, ttl_s: float) -> Held:
         newest_lease=_id(newest[0][0])[0],
         newest_number=numbers[0] - 1 if numbers else -1,
         length=length,
+        is_foreign=_is_foreign(newest[0][1]),
     )
 
 
@@ -187,11 +190,15 @@ async def drop(client: redis.Redis, key: str, lease: int) -> None:
     async with client.pipeline(transaction=True) as pipe:
         await pipe.watch(key)
         last: Any = await pipe.xrevrange(key, count=1)
-        if last and _id(last[0][0])[0] > lease:
+        if last and _id(last[0][0])[0] > lease and not _is_foreign(last[0][1]):
             return
         pipe.multi()  # type: ignore[no-untyped-call]
         pipe.delete(key)
         await pipe.execute()
+
+
+def _is_foreign(fields: dict[bytes, bytes]) -> bool:
+    return b"e" not in fields and b"m" not in fields
 
 
 def _raise(reply: object) -> None:

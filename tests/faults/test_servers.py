@@ -139,6 +139,17 @@ def test_redis_emptied_while_the_worker_lives(cluster, upstream, check):
     assert closed_as(follower.seen) == ["completed"]
 
 
+def test_an_entry_of_somebody_else_is_no_new_owner(cluster, upstream, check):
+    """Its id is greater than all of ours, so that Redis takes nothing more behind it."""
+    said, follower = started(cluster, "foreign")
+    [key] = cluster.servers.redis.scan_iter(f"*{follower.response_id}*")
+    cluster.servers.redis.xadd(key, {"hello": "there"})
+    upstream.open("foreign")
+    whole(check(follower))
+    assert closed_as(follower.seen) == ["completed"]
+    assert len(upstream.asked(said)) == 1
+
+
 def test_redis_emptied_and_the_worker_killed_is_the_one_announced_jump(cluster, upstream, check):
     said, follower = started(cluster, "double", workers=2)
     owner = cluster.owner_of(follower.response_id)
