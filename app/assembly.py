@@ -16,6 +16,7 @@ from msgspec import Struct
 
 from app import echo, embedded, migrate
 from app.api import asgi
+from app.api.bodies import Bodies
 from app.domain.sealed import KEY_BYTES, Seal, parse_key
 from app.outbound.catalog import Catalog
 from app.outbound.catalog_file import load_catalog
@@ -218,6 +219,7 @@ async def assembled(settings: Settings) -> AsyncIterator[Assembly]:
                 await worker.close()
 
         keys_in_use = await _check_openness(settings, made.database)
+        bodies = Bodies(settings)
         app = asgi.build(
             settings=settings,
             database=made.database,
@@ -227,12 +229,14 @@ async def assembled(settings: Settings) -> AsyncIterator[Assembly]:
             background=made.background,
             worker=worker,
             backlogs=made.backlogs,
+            bodies=bodies,
             outdated_schemas=frozenset(migrate.revisions()[1:]),
             lifespan=lifespan,
         )
 
         async def break_off() -> None:
             made.background.release()
+            bodies.close()
             await executor.close()
 
         yield Assembly(settings, catalog, app, keys_in_use, worker.drain, break_off)

@@ -37,6 +37,7 @@ def build(
     background: Background,
     worker: Worker,
     backlogs: Backlogs,
+    bodies: Bodies,
     outdated_schemas: frozenset[str],
     lifespan: Lifespan,
 ) -> ASGIApp:
@@ -50,7 +51,7 @@ def build(
         background=background,
         worker=worker,
         backlogs=backlogs,
-        bodies=Bodies(settings),
+        bodies=bodies,
         outdated_schemas=outdated_schemas,
         auth=Auth(settings, database),
     )

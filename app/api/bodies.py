@@ -11,7 +11,7 @@ from litestar import Request
 from litestar.exceptions import InternalServerException
 
 from app.api.connected import ClientGone
-from app.errors import TooManyRequests
+from app.errors import ApiError, ServerUnavailable, TooManyRequests
 from app.settings import Settings
 
 UNCOUNTED_BYTES = 64 * 1024
@@ -46,12 +46,17 @@ class Bodies:
             eldest = next(iter(self._arriving))
             if eldest.age_s() < self._patience_s:
                 raise _too_many()
-            eldest.give_up()
+            eldest.give_up(_too_many())
         self._left -= size
 
     def give(self, size: int) -> None:
         """Hold so much less."""
         self._left += size
+
+    def close(self) -> None:
+        """The server ends: what has not arrived by now is given up."""
+        for body in list(self._arriving):
+            body.give_up(ServerUnavailable("The server is shutting down."))
 
 
 class Body:
@@ -63,14 +68,14 @@ class Body:
         self._begun = self._loop.time()
         self._held = 0
         self._task: asyncio.Task[Any] | None = None
-        self._given_up = False
+        self._refusal: ApiError | None = None
 
     def age_s(self) -> float:
         """How long it has been arriving."""
         return self._loop.time() - self._begun
 
     async def read(self) -> bytes:
-        """The whole of it. Raises TooManyRequests, ClientGone."""
+        """The whole of it. Raises TooManyRequests, ClientGone, ServerUnavailable."""
         self._task = asyncio.current_task()
         self._bodies.begin(self)
         try:
@@ -78,10 +83,10 @@ class Body:
         except InternalServerException:  # so Litestar calls it if the client leaves
             raise ClientGone("The client has gone.") from None
         except asyncio.CancelledError:
-            if not self._given_up or not self._task:
+            if not self._refusal or not self._task:
                 raise
             self._task.uncancel()
-            raise _too_many() from None
+            raise self._refusal from None
         finally:
             self._bodies.end(self)
 
@@ -96,10 +101,10 @@ class Body:
                 self._held += more
         return b"".join(parts)
 
-    def give_up(self) -> None:
-        """Others need the room."""
+    def give_up(self, refusal: ApiError) -> None:
+        """Do not wait for the rest; the client hears why."""
         self._release()
-        self._given_up = True
+        self._refusal = refusal
         self._bodies.end(self)
         assert self._task
         self._task.cancel()

@@ -4,6 +4,7 @@ answer, none costs memory, and others are answered meanwhile."""
 import contextlib
 import json
 import resource
+import signal
 import socket
 import threading
 import time
@@ -306,6 +307,17 @@ def test_bodies_that_are_late_make_room_for_new_ones(served):
             time.sleep(0.05)  # the very thing under test
         assert create(served, b" " * 3_000_000) == (200, None)
         assert late[0].read_reply()[0] == 429
+
+
+def test_a_body_that_is_not_whole_when_the_server_ends_is_refused(new_server):
+    served = new_server(REPRISE_SHUTDOWN_GRACE_S="0.5", REPRISE_SHUTDOWN_DELAY_S="0")
+    with Peer(served) as peer:
+        peer.send(HEAD + b"content-length: 1000\r\n\r\n{")
+        until(lambda: httpx.get(f"{served.url}/responses").status_code == 200)
+        served.process.send_signal(signal.SIGTERM)
+        refused(peer, 503, None, "shutting down", headers=["retry-after", "x-request-id"])
+    assert served.process.wait(20) == 0
+    assert not any("Traceback" in line or '"level": "error"' in line for line in served.printed)
 
 
 def create(served, padding):
