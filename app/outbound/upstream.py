@@ -11,8 +11,10 @@ key go where the operator said, and what is read is what was counted. Every answ
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import closing
+from contextvars import ContextVar
 from http.cookiejar import CookieJar, DefaultCookiePolicy
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 import aiohttp
 import httpx2
@@ -59,15 +61,32 @@ PLAIN = "plain"
 
 BROKEN_OFF = "The upstream broke off its answer."
 
+CUT_OFF = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError)
+"""The connection was closed before the beginning of an answer."""
+
 _FIELDS = (b"data:", b"error:")
+
+
+class _Sent(Struct):
+    """How a request was sent."""
+
+    on_used: bool = False
+    """On a connection on which another has been answered."""
+
+
+_SENT: ContextVar[_Sent] = ContextVar("sent")
 
 
 class _Request(aiohttp.ClientRequest):
     """One that is given up leaves nothing to send: an upstream that reads nothing would keep the conversation in memory."""
 
+    _used: ClassVar[WeakSet[object]] = WeakSet()
+
     async def send(self, conn: aiohttp.connector.Connection) -> aiohttp.ClientResponse:
         transport = conn.transport
         assert transport is not None
+        _SENT.get().on_used = conn.protocol in self._used
+        self._used.add(conn.protocol)
 
         def drop_unsent() -> None:
             if transport.get_write_buffer_size():
@@ -87,10 +106,18 @@ class _Transport(AiohttpTransport):
         return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), request_class=_Request)
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        try:
-            return await super().handle_async_request(request)
-        except (aiohttp.ClientResponseError, UnicodeError):
-            raise httpx2.RemoteProtocolError("the head can't be read") from None  # the cause quotes it
+        while True:
+            sent = _Sent()
+            _SENT.set(sent)
+            try:
+                return await super().handle_async_request(request)
+            except (aiohttp.ClientResponseError, UnicodeError):
+                raise httpx2.RemoteProtocolError("the head can't be read") from None  # the cause quotes it
+            except httpx2.TransportError as error:
+                # Engines close kept connections without a word, so the next request fails. Each such failure takes one of
+                # them out of the pool.
+                if not (sent.on_used and isinstance(error.__cause__, CUT_OFF)):
+                    raise
 
 
 class _Client(DefaultAioHttpClient):

@@ -4,11 +4,16 @@ Before the first event an error is an HTTP status and nothing is stored; after i
 until then. Requests are tried again only while nothing was sent to anybody.
 """
 
+import contextlib
+import json
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Self
 
 import httpx
 import pytest
@@ -598,3 +603,58 @@ def test_a_slow_start_shows_after_the_head_when_the_head_does_not_wait(new_serve
         assert events[-1]["type"] == "response.failed"
         assert events[-1]["response"]["error"] == {"code": "invalid_prompt", "message": "no"}
         assert http.get(f"/responses/{events[-1]['response']['id']}").json() == events[-1]["response"]
+
+
+class Forgetful:
+    """An upstream that keeps its connections, as it says, and closes each when the next request comes on it."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.base_url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/v1"
+        self.asked = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self._answer, args=self._listener.accept()[:1], daemon=True).start()
+
+    def _answer(self, connection: socket.socket) -> None:
+        message = {"role": "assistant", "content": "Hello."}
+        body = json.dumps({"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}).encode()
+        with connection:
+            self._read(connection)
+            self.asked += 1
+            head = f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+            connection.sendall(head.encode() + body)
+            connection.recv(1)
+
+    def _read(self, connection: socket.socket) -> None:
+        received = b""
+        while b"\r\n\r\n" not in received:
+            received += connection.recv(65536)
+        head, _, body = received.partition(b"\r\n\r\n")
+        [length] = re.findall(rb"content-length: (\d+)", head.lower())
+        while len(body) < int(length):
+            body += connection.recv(65536)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
+
+
+def test_a_kept_connection_that_was_closed_is_no_failed_attempt(new_server, catalog_file):
+    with Forgetful() as forgetful:
+        catalog = f"""
+            default = "forgetful"
+            upstreams.forgetful.base_url = "{forgetful.base_url}"
+            upstreams.forgetful.dialect = {{}}
+            upstreams.forgetful.attempts_max = 1
+        """
+        served = new_server(REPRISE_CATALOG=catalog_file(catalog))
+        with served.client() as client, ThreadPoolExecutor(4) as pool:
+            made = list(pool.map(lambda _: client.responses.create(model="m", input="hi").output_text, range(24)))
+        assert made == ["Hello."] * 24
+        assert forgetful.asked == 24
