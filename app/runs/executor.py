@@ -6,7 +6,8 @@ policy, `reader_gone`.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
 
 import msgspec
 import structlog
@@ -75,6 +76,8 @@ class Run:
         """Whether its row may be there, with our lease."""
         self.stored = False
         """Whether it surely is there."""
+        self.storing: asyncio.Task[None] | None = None
+        """Stores it while the upstream opens."""
         self.ending = False
         """Whether its outcome is decided: then it can't be broken off any more."""
         self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -134,9 +137,7 @@ class Executor:
     def _ended(self, run: Run) -> None:
         """Its task is over, perhaps before its first step: then nothing of its own has run, and its readers still wait."""
         for waited in (run.opened, run.finished):
-            if not waited.done():
-                waited.set_exception(ServerError(NOT_BEGUN))
-                waited.exception()
+            _settle(waited, ServerError(NOT_BEGUN))
         run.work.room.release()
         del run.work  # its context: readers may stay for long
         if not run.late:
@@ -199,10 +200,9 @@ class Executor:
         structlog.contextvars.bind_contextvars(response_id=run.response.id, tenant_id=run.tenant_id)
         try:
             await self._make(run, tools)
-            run.finished.set_result(None)
+            _settle(run.finished, None)
         except BaseException as error:
-            run.finished.set_exception(error)
-            run.finished.exception()  # as a rule nobody is there to look
+            _settle(run.finished, error)
             raise
         finally:
             await tools.close()
@@ -226,11 +226,13 @@ class Executor:
             opening = await self._open(run, loop)
         except ApiError as error:
             _refuse(run, error)
+            await self._withdraw(run)
             return
         except BaseException as error:
             _refuse(run, ServerError(NOT_BEGUN))
             if not isinstance(error, asyncio.CancelledError):
                 log.exception("A run could not begin.", action="run_refused")
+            await self._withdraw(run)
             return
         await recorder.begin()
         run.opened.set_result(None)
@@ -245,26 +247,27 @@ class Executor:
         log_ended(run.response, recorder)
 
     async def _open(self, run: Run, loop: Loop) -> "asyncio.Task[ChunkStream] | None":
-        """Reach the upstream and store the row. A stream's head waits only so long for the upstream's answer."""
-        request = run.work.request
+        """Reach the upstream and store the row, at once: neither waits for the other. A stream's head waits only so long for the
+        upstream's answer. Approvals are used up only when the upstream has taken the request."""
+        request, decisions = run.work.request, run.work.context.decisions
         opening: asyncio.Task[ChunkStream] | None = None
         if run.work.begins_with_upstream:
             opening = asyncio.create_task(loop.open())
+        is_stored = run.response.store and bool(request.stream or run.work.parent or not opening)
         try:
             if opening:
-                timeout_s = self._settings.stream_head_wait_s if request.stream else None
-                await asyncio.wait({opening}, timeout=timeout_s)
-                if opening.done():
-                    opening.result()
-            if run.response.store and (request.stream or run.work.parent or not opening):
-                await self._insert(run, run.response, self._owner)
+                if is_stored and not decisions:
+                    run.storing = asyncio.create_task(self._insert(run, run.response, self._owner))
+                await _opened(opening, run.storing, self._settings.stream_head_wait_s if request.stream else None)
+            if is_stored:
+                await (asyncio.shield(run.storing) if run.storing else self._insert(run, run.response, self._owner))
                 run.stored = True
-            elif run.work.context.decisions:
+            elif decisions:
                 await self._insert(run, None, None)
         except DatabaseUnavailable as error:
             # Nobody knows whether the row is there: if it is, it must not stay in progress.
             failed = close_response(run.response, Outcome("failed", error=error), usage=None, now=int(time.time()))
-            run.late = asyncio.create_task(self._store_late(run, failed))
+            run.late = asyncio.create_task(self._late(run, self._ended_as(run, failed)))
             if opening:
                 await drop_opening(opening)
             raise
@@ -316,6 +319,27 @@ class Executor:
                 run=owner,
             )
 
+    async def _withdraw(self, run: Run) -> None:
+        """Take back the row of a run that was refused while it was stored: nobody has heard of it."""
+        if run.storing is None or run.late:
+            return
+        run.ending = True
+        run.work.room.release()
+
+        async def take_back(tx: Tx) -> None:
+            await responses.withdraw_response(tx, run.tenant_id, run.response.id, FOREGROUND_LEASE)
+
+        try:
+            await run.storing
+            async with self._database.begin() as tx:
+                await take_back(tx)
+        except DatabaseUnavailable:
+            run.late = asyncio.create_task(self._late(run, take_back))
+        except ApiError:
+            pass  # it was never stored
+        finally:
+            run.storing.cancel()
+
     async def _commit(self, run: Run, closed: Response) -> Response:
         """Store the end of a response; gives what is stored in truth, which is not ours if the lease was lost."""
         if not closed.store:
@@ -332,7 +356,7 @@ class Executor:
             run.error = unstored
             failed = close_response(begun, Outcome("failed", error=unstored), usage=closed.usage, now=int(time.time()))
             if run.stored:
-                run.late = asyncio.create_task(self._store_late(run, failed))
+                run.late = asyncio.create_task(self._late(run, self._ended_as(run, failed)))
             return failed
 
     async def _store_unless_closed(self, run: Run, closed: Response) -> Response:
@@ -356,14 +380,18 @@ class Executor:
                     return responses.response_of(await responses.get_response(tx, run.tenant_id, closed.id))
         raise AssertionError("stamina gives up by raising")
 
-    async def _store_late(self, run: Run, failed: Response) -> None:
-        """Store what the client was told of a response that could not be stored in time. Until then its lease is held."""
+    def _ended_as(self, run: Run, failed: Response) -> Callable[[Tx], Awaitable[object]]:
+        """What the client was told of a response that could not be stored in time."""
+        return lambda tx: responses.finish_response(tx, run.tenant_id, failed)
+
+    async def _late(self, run: Run, write: Callable[[Tx], Awaitable[object]]) -> None:
+        """Write what could not be written in time. Until then the run's lease is held."""
         try:
             while True:
                 await asyncio.sleep(self._owner.lease_s / LATE_ATTEMPTS_PER_LEASE)
                 try:
-                    async with self._database.autocommit() as tx:
-                        await responses.finish_response(tx, run.tenant_id, failed)
+                    async with self._database.begin() as tx:
+                        await write(tx)
                         return
                 except DatabaseUnavailable:
                     continue
@@ -376,6 +404,31 @@ def _refuse(run: Run, error: ApiError) -> None:
     if run.log:
         run.log.abandon()
         run.log.backlog.close()
-    if not run.opened.done():
-        run.opened.set_exception(error)
-        run.opened.exception()  # the reader may have gone: nobody else need look
+    _settle(run.opened, error)
+    _settle(run.finished, None)
+
+
+def _settle(waited: "asyncio.Future[None]", error: BaseException | None) -> None:
+    """What is waited for has come, or will not, unless that is known already."""
+    if waited.done():
+        return
+    if error is None:
+        waited.set_result(None)
+    else:
+        waited.set_exception(error)
+        waited.exception()  # the reader may have gone: nobody else need look
+
+
+async def _opened(
+    opening: "asyncio.Task[ChunkStream]", storing: "asyncio.Task[None] | None", timeout_s: float | None
+) -> None:
+    """Wait for the upstream's answer, or until the row can't be stored. Raises what went wrong."""
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    waiting: set[asyncio.Task[Any]] = {opening, storing} if storing else {opening}
+    while opening in waiting:
+        left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+        done, waiting = await asyncio.wait(waiting, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+        if not done:
+            return

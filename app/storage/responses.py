@@ -14,7 +14,7 @@ from sqlalchemy import text
 from app.errors import InvalidParameter, InvalidRequest, PreviousResponseNotFound, ResponseNotFound
 from app.ids import new_id, seconds_of
 from app.storage.contexts import Place
-from app.storage.database import Query, Tx, storable
+from app.storage.database import Query, Row, Tx, storable
 from app.storage.facets import STATUSES, facets, terms_of
 from app.storage.journal import Pages
 from app.storage.queue import Owner, Queued
@@ -409,6 +409,25 @@ _PURGE = Query(
 )
 
 
+_WITHDRAW = Query(
+    text("""
+    with run as (
+        delete from runs where tenant_id = :tenant_id and response_id = :id and lease = :lease and state = 'running'
+        returning 1
+    )
+    select thread_id, turn, previous_response_id from responses
+    where tenant_id = :tenant_id and id = :id and status = 'in_progress' and exists (select from run)
+    """)
+)
+
+
+async def withdraw_response(tx: Tx, tenant_id: str, response_id: str, lease: int) -> None:
+    """Take back a response that nobody has heard of, as if it had never been inserted; not if the lease is lost: then another
+    process has ended it. Needs a transaction."""
+    row = await tx.one(_WITHDRAW, tenant_id=tenant_id, id=response_id, lease=lease)
+    await _purge(tx, tenant_id, response_id, row)
+
+
 async def delete_response(tx: Tx, tenant_id: str, response_id: str, *, again: bool = False) -> None:
     """Delete a response: gone at once for everyone. Its items stay as long as a later response's context holds them.
 
@@ -422,8 +441,11 @@ async def delete_response(tx: Tx, tenant_id: str, response_id: str, *, again: bo
     if row["in_flight"]:
         raise InvalidRequest("Cannot delete an in-flight response.", param="response_id")
     await tx.one(_TOMBSTONE, tenant_id=tenant_id, id=response_id)
-    # What nothing builds on any more goes for good, from the leaf towards the root.
-    id: str | None = response_id
+    await _purge(tx, tenant_id, response_id, row)
+
+
+async def _purge(tx: Tx, tenant_id: str, id: str | None, row: Row | None) -> None:
+    """What nothing builds on any more goes for good, from this leaf towards the root, as far as it is deleted."""
     while row is not None and id is not None:
         place = {"tenant_id": tenant_id, "thread_id": row["thread_id"], "turn": row["turn"]}
         child = await tx.one(_HAS_CHILD, **place)

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -16,7 +17,7 @@ import pytest
 from app import embedded, migrate
 from tests.looking import count, fetch, settled, until
 from tests.servers import Served
-from tests.upstream import answer, finish, forever, gate, note, script, text
+from tests.upstream import answer, finish, forever, gate, note, script, status, text
 
 DIED = {"code": "server_error", "message": "The server that made this response has died."}
 SHUT_DOWN = {"code": "server_error", "message": "The server was shut down."}
@@ -323,6 +324,24 @@ def test_while_postgres_is_gone_every_request_is_answered_503_and_later_it_works
     on = http.post("/responses", json={"model": "m", "input": "on", "previous_response_id": made["id"]})
     assert (on.status_code, on.json()["status"]) == (200, "completed")
     assert httpx.get(f"{root}/readyz").status_code == 200
+
+
+def test_what_is_refused_while_postgres_is_gone_is_taken_back_later(new_server, postgres, upstream, said):
+    short = new_server(DATABASE_URL=postgres.url, REPRISE_DATABASE_TIMEOUT_S="1", REPRISE_LEASE_S="3")
+    body = {"model": "m", "input": script([gate(said), status(400)]), "metadata": {"test": said[-500:]}}
+
+    def statuses():
+        return fetch(postgres.url, "select status from responses where metadata ->> 'test' = $1", said[-500:])
+
+    with short.client() as client, ThreadPoolExecutor() as pool:
+        refused = pool.submit(client.responses.create, stream=True, **body)
+        until(lambda: [row["status"] for row in statuses()] == ["in_progress"])
+        postgres.down()
+        upstream.open(said)
+        assert isinstance(refused.exception(timeout=5), openai.BadRequestError)
+        postgres.up()
+        until(lambda: statuses() == [])
+        assert client.responses.create(model="m", input="hi").status == "completed"
 
 
 def test_a_postgres_that_stands_still_is_answered_503_in_time(postgres, http):

@@ -102,6 +102,7 @@ BY_ID = {
     "events": journal._READ,
     "tombstone": responses._TOMBSTONE,
     "purge": responses._PURGE,
+    "withdraw": responses._WITHDRAW,
 }
 
 
