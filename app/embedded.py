@@ -329,10 +329,12 @@ def _supervise(home: Path, deputy: _Deputy, *, durable: bool) -> None:
     servers: dict[str, _Server] = {}
     lease = _open(home / "lease")
     try:
-        while not _lock(lease, fcntl.LOCK_EX):
+        while True:
             for name in [name for name in make if name not in servers]:
                 if _is_locked(home / f"{name}.use") or _is_locked(home / f"{name}.lock"):
                     servers[name] = make[name](home)
+            if _lock(lease, fcntl.LOCK_EX):
+                break  # and what was adopted is stopped, also where the last client has gone before this began
             for server in servers.values():
                 server.keep_running()
             deputy.keep_waiting()
