@@ -5,7 +5,7 @@ import contextlib
 import os
 import secrets
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -170,7 +170,6 @@ async def core(
     try:
         if not await sealing.accept_key(database, seal.fingerprints):
             raise SettingsError(OTHER_KEY)
-        await asyncio.gather(*(upstream.find_dialect(None) for upstream in upstreams.values()))
         yield Core(database, tasks, background, guard, programs, worker, Backlogs(settings)), upstreams
     finally:
         await programs.close()
@@ -179,10 +178,15 @@ async def core(
         await asyncio.gather(database.close(), heartbeats.close())
 
 
+async def _find_dialects(upstreams: Mapping[str, Upstream]) -> None:
+    await asyncio.gather(*(upstream.find_dialect(None) for upstream in upstreams.values()))
+
+
 @asynccontextmanager
 async def working(settings: Settings) -> AsyncIterator[Worker]:
     """A worker process without an API. Raises SettingsError."""
-    async with _catalog(settings) as catalog, core(settings, catalog, claims=True) as (made, _):
+    async with _catalog(settings) as catalog, core(settings, catalog, claims=True) as (made, upstreams):
+        await _find_dialects(upstreams)
         made.worker.start(list, claims=True)
         try:
             yield made.worker
@@ -211,6 +215,7 @@ async def assembled(settings: Settings) -> AsyncIterator[Assembly]:
 
         @asynccontextmanager
         async def lifespan(_: Any) -> AsyncIterator[None]:
+            await _find_dialects(upstreams)
             worker.start(lambda: executor.holds, claims=claims)
             try:
                 yield

@@ -130,7 +130,7 @@ environment = {{ TEAM = "blue" }}
         [heard] = [one.headers for one in toolserver.calls(name)]
         assert (heard["authorization"], heard["x-team"], heard["x-mine"]) == ("Bearer s3cret", "research", "1")
         first, second = (json.loads(item.output) for item in response.output if item.type == "mcp_call")
-        assert (first["authorization"], first["x-team"], first["x-mine"]) == ("Bearer ***", "***", "1")
+        assert (first["authorization"], first["x-team"], first["x-mine"]) == ("Bearer ***", "research", "1")
         assert second["TEAM"] == "blue" and "DATABASE_URL" not in second
         assert [tool.to_dict()["server_url"] for tool in response.tools] == [None, None]
         # A URL of the client's own under that label is the client's server, and gets no secrets.

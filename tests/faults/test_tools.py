@@ -28,6 +28,7 @@ def perform(cluster, upstream, box, check):
     def perform(name, *turns, **options):
         return Performance(cluster, upstream, box, check, name, *turns, **options)
 
+    perform.box = box
     return perform
 
 
@@ -297,8 +298,10 @@ def in_mid_call_of_what_was_approved(perform) -> Iterator[None]:
 
 def before_what_was_approved_was_sent(perform) -> Iterator[None]:
     """That it would be sent was kept; so nobody can know that it was not."""
-    run, (request,) = asked(perform, "unsent", [("echo", {"x": 1})], "I can't tell.")
-    run.approve(request, tools=[run.declare({"greeting": "unsent"}, require_approval="always")])
+    perform.box.open("unsent")
+    run, (request,) = asked(perform, "unsent", [("echo", {"x": 1})], "I can't tell.", options={"greeting": "unsent"})
+    run.box.shut("unsent")
+    run.approve(request)
     run.box.wait_reached("unsent")
     run.follower.wait_for("response.mcp_call.in_progress")
     yield
@@ -325,12 +328,14 @@ def before_what_was_approved_was_begun(perform) -> Iterator[None]:
     run.assert_sessions_left(0)
 
 
-def asked(perform, name, calls, last):
-    """A run that has ended with requests for these calls."""
+def asked(perform, name, calls, last, options=None):
+    """A run that has ended with requests for these calls; `options` are the tool server's."""
     steps = [
         tool_call(tool, arguments, index=index, id=f"call_{index}") for index, (tool, arguments) in enumerate(calls)
     ]
-    run = perform(name, [*steps, finish("tool_calls")], answer(last), tools={"require_approval": "always"})
+    run = perform(
+        name, [*steps, finish("tool_calls")], answer(last), tools={"require_approval": "always"}, options=options
+    )
     return run, [item for item in run.ended()["output"] if item["type"] == "mcp_approval_request"]
 
 

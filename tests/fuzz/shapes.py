@@ -58,7 +58,7 @@ def _history(mark: str) -> list[dict[str, Any]]:
             "type": "reasoning",
             "id": "rs_1",
             "summary": [{"type": "summary_text", "text": "s"}],
-            "encrypted_content": "e",
+            "encrypted_content": "",
         },
         {"type": "function_call", "call_id": "c1", "name": "look", "arguments": '{"a":"x"}', "status": "completed"},
         {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "o"}]},

@@ -22,7 +22,7 @@ The second word is a name of the test's choice, under which calls, requests and 
 
 `python -m tests.toolserver --port N [--record FILE]` serves other processes (`Toolprocess` starts it); there `GET /calls` lists
 the calls as JSON, `GET /sessions` the sessions, `GET /gates/<name>` says whether somebody has come to a gate, and
-`POST /gates/<name>` opens it. FILE gets a line of JSON for each call as it arrives, over standard input and output too.
+`POST /gates/<name>` opens it, `DELETE` shuts it again. FILE gets a line of JSON for each call as it arrives, over standard input and output too.
 """
 
 from tests.toolserver.process import Toolprocess

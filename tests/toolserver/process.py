@@ -65,6 +65,10 @@ class Toolprocess:
             assert time.monotonic() < deadline, f"nobody came to gate '{gate}'"
             time.sleep(0.01)
 
+    def shut(self, gate: str) -> None:
+        """Shut an open gate: nobody has come to it yet."""
+        self._ask("DELETE", f"/gates/{gate}")
+
     def open(self, gate: str) -> None:
         """Open a gate for those who wait and those who will come."""
         self._ask("POST", f"/gates/{gate}")

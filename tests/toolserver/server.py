@@ -208,6 +208,9 @@ class Toolserver(Threaded):
             case "POST", "gates":
                 self.script.gate(request.server).opened.set()
                 await connection.whole(request, 200, {"opened": request.server})
+            case "DELETE", "gates":
+                self.script.gates.pop(request.server, None)
+                await connection.whole(request, 200, {"shut": request.server})
             case _, "mcp" | "json" | "sse" | "messages":
                 await self._answer_client(connection, request)
             case _:
