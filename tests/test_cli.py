@@ -385,10 +385,12 @@ routes = [{{ upstream = "up" }}]
 def test_doctor_prints_as_it_goes_and_waits_for_nothing_long(base_env, new_database, silent):
     env = {**base_env, "DATABASE_URL": new_database(), "OPENAI_BASE_URL": silent.url, "REPRISE_MODELS_WAIT_S": "1"}
     command = [sys.executable, "-m", "app", "doctor"]
-    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True) as doctor:
-        with silent.listener.accept()[0]:  # the upstream is asked, and says nothing yet
-            assert [doctor.stdout.readline()[:13] for _ in range(2)] == ["ok   settings", "ok   Postgres"]
-            assert "BAD  upstream default: " in doctor.stdout.read()
+    with (
+        subprocess.Popen(command, cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True) as doctor,
+        silent.listener.accept()[0],  # the upstream is asked, and says nothing yet
+    ):
+        assert [doctor.stdout.readline()[:13] for _ in range(2)] == ["ok   settings", "ok   Postgres"]
+        assert "BAD  upstream default: " in doctor.stdout.read()
 
 
 # -- Ctrl-C -----------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ Lack = Literal[
     "stream_options",
     "parallel_tool_calls",
     "tool_choice_required",
+    "tool_choice_named",
     "json_schema",
     "json_object",
     "reasoning_effort",
@@ -30,7 +31,8 @@ class Dialect(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How an upstream's Chat Completions differ; the defaults suit vLLM, llama.cpp and Ollama."""
 
     lacks: frozenset[Lack] = frozenset()
-    """What must not be sent: options are left out, what can't be left out is refused."""
+    """What must not be sent: options are left out, what can't be left out is refused. Without `tool_choice_named` the tool of
+    that name is the only one that is declared, and some tool is required."""
     developer_role: bool = False
     """It knows the role `developer`; otherwise such messages are `system` ones."""
     refusals: bool = False
@@ -80,7 +82,7 @@ Preset = Literal["openai", "vllm", "llama.cpp", "sglang", "ollama", "mistral", "
 PRESETS: dict[Preset, Dialect] = {
     "openai": HOSTED,
     "vllm": Dialect(reasoning="reasoning"),
-    "llama.cpp": Dialect(reasoning="reasoning_content"),
+    "llama.cpp": Dialect(reasoning="reasoning_content", lacks=frozenset({"tool_choice_named"})),
     "sglang": Dialect(reasoning="reasoning_content"),
     "ollama": Dialect(reasoning="reasoning", lacks=frozenset({"tool_choice_required", "parallel_tool_calls"})),
     "mistral": Dialect(

@@ -95,10 +95,12 @@ def _tools(request: CreateResponse, toolbox: Toolbox, dialect: Dialect) -> dict[
     if not toolbox.offers:
         return {}
     is_choice = dialect.allowed_tools and toolbox.mode != "none" and len(toolbox.offers) < len(toolbox.every)
+    is_alone = toolbox.only is not None and "tool_choice_named" in dialect.lacks
     declared = toolbox.every if is_choice else toolbox.offers
-    made: dict[str, Any] = {"tools": [_tool(offer, dialect) for offer in declared.values()]}
+    offers = [toolbox.only] if toolbox.only and is_alone else declared.values()
+    made: dict[str, Any] = {"tools": [_tool(offer, dialect) for offer in offers]}
     if toolbox.only:
-        made["tool_choice"] = _named(toolbox.only, dialect)
+        made["tool_choice"] = "required" if is_alone else _named(toolbox.only, dialect)
     elif is_choice:
         allowed = {"mode": toolbox.mode, "tools": [_named(offer, dialect) for offer in toolbox.offers.values()]}
         made["tool_choice"] = {"type": "allowed_tools", "allowed_tools": allowed}

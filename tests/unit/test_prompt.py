@@ -628,6 +628,13 @@ def test_an_option_that_is_lacking_is_left_out(lack: Any, body: dict[str, Any], 
 SCHEMA = {"type": "json_schema", "name": "n", "schema": {}}
 
 
+def test_where_no_tool_can_be_named_it_is_the_only_one_that_is_declared():
+    body = {"tools": [function("f"), function("g")], "tool_choice": {"type": "function", "name": "g"}}
+    made = asked(**body, dialect=Dialect(lacks=frozenset({"tool_choice_named"})))
+    assert [tool["function"]["name"] for tool in made["tools"]] == ["g"]
+    assert made["tool_choice"] == "required"
+
+
 @pytest.mark.parametrize(
     ("lack", "body", "param"),
     [
