@@ -2,7 +2,8 @@
 
 A context is in memory as long as its run, several times over while it is read and sent. Without a bound a few long chains
 together end the process, and every other run with it. Small contexts have room of their own, so that they never wait behind
-long ones, nor keep those from ever finding enough; among themselves they take turns.
+long ones, nor keep those from ever finding enough; among themselves they take turns. The tiniest never wait: of those there are
+no more than runs.
 """
 
 import asyncio
@@ -16,6 +17,9 @@ SMALL_SHARE = 4
 SMALL_PARTS = 256
 """A context is small up to one part of the whole in so many."""
 
+TINY_BYTES = 64 * 1024
+"""Up to so much a context does not count."""
+
 RETRY_AFTER_S = 5
 
 
@@ -27,9 +31,13 @@ class Queue:
         self._waiting_max = waiting_max
         self._waiting: dict[asyncio.Future[None], int] = {}
 
+    def has(self, size: int) -> bool:
+        """Whether so many bytes are free, and nobody waits for them."""
+        return not self._waiting and size <= self.free
+
     async def take(self, size: int, *, wait_s: float) -> None:
         """Wait for so many bytes. Raises TooManyRequests if they are not free in time, or too many wait already."""
-        if not self._waiting and size <= self.free:
+        if self.has(size):
             self.free -= size
             return
         if len(self._waiting) >= self._waiting_max:
@@ -78,6 +86,9 @@ class Room:
     async def take(self, size: int, *, wait_s: float) -> None:
         """Give up what is held, and wait for so many bytes. Raises TooManyRequests."""
         self.release()
+        if size <= TINY_BYTES:
+            self.size = size
+            return
         queue = self._rooms.queue_for(size)
         taken = min(size, queue.bytes_max)  # what is larger than all there is comes alone
         await queue.take(taken, wait_s=wait_s)
@@ -105,6 +116,10 @@ class Rooms:
         waiting_max = settings.foreground_runs_max
         self._small = Queue(whole // SMALL_SHARE, waiting_max=waiting_max)
         self._large = Queue(whole - whole // SMALL_SHARE, waiting_max=waiting_max)
+
+    def at_first(self) -> int:
+        """How much may be taken without a wait, for a context whose size is not known yet."""
+        return self.small_max if self._small.has(self.small_max) else TINY_BYTES
 
     def queue_for(self, size: int) -> Queue:
         """Where a context of so many bytes waits."""

@@ -217,7 +217,7 @@ class Tasks:
     ) -> T:
         """What `read` finds, read when there is room for it beside what is given. It says how many bytes that takes, and reads
         it only if they are no more than its argument; as a rule the first look is enough."""
-        await self._take(room, given, room_for=self._rooms.small_max, wait_s=wait_s)
+        await self._take(room, given, room_for=self._rooms.at_first(), wait_s=wait_s)
         while True:
             needed, found = await read(min(room.size, self._settings.context_bytes_max) - given)
             if found is not None:

@@ -14,7 +14,7 @@ CHAOS_S = 60.0
 """Of random faults before each round of the suite."""
 
 CHAOS = ["tests.faults.chaos"]
-SUITE = ["pytest", "-x", "tests/faults"]
+SUITE = ["pytest", "-x", "-n", "3", "--dist", "loadfile", "tests/faults"]
 
 
 def run(arguments: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:

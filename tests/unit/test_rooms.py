@@ -5,10 +5,10 @@ import asyncio
 import pytest
 
 from app.errors import TooManyRequests
-from app.runs.rooms import Room, Rooms
+from app.runs.rooms import TINY_BYTES, Room, Rooms
 from app.settings import Settings
 
-WHOLE = 1024 * 1024
+WHOLE = 64 * 1024 * 1024
 SMALL = WHOLE // 256
 LARGE = WHOLE // 4
 """Three of them fit."""
@@ -141,3 +141,12 @@ async def test_what_was_taken_too_much_is_free_again(rooms):
     await taken(rooms, LARGE)
     with pytest.raises(TooManyRequests):
         await taken(rooms, LARGE)
+
+
+async def test_the_tiniest_never_wait(rooms):
+    for _ in range(WHOLE // 4 // SMALL):
+        await taken(rooms, SMALL)
+    assert rooms.at_first() == TINY_BYTES
+    assert (await taken(rooms, TINY_BYTES)).size == TINY_BYTES
+    with pytest.raises(TooManyRequests):
+        await taken(rooms, TINY_BYTES + 1)
