@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import closing
 from contextvars import ContextVar
+from functools import cached_property
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, ClassVar
 from weakref import WeakSet
@@ -97,7 +98,16 @@ class _Request(aiohttp.ClientRequest):
 
 
 class _Transport(AiohttpTransport):
-    """The SDK's, without a memory for cookies, and with an error of its own for heads that can't be read."""
+    """The SDK's, without a memory for cookies, and with an error of its own for heads that can't be read. Engines close kept
+    connections without a word: what is cut off on one of them goes out again, once, on a new one."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._options = options
+
+    @cached_property
+    def _keeping_none(self) -> "_Transport":
+        return _Transport(**{**self._options, "limits": httpx2.Limits(keepalive_expiry=0)})
 
     def get_client(self) -> aiohttp.ClientSession:
         made = super().get_client()
@@ -106,18 +116,21 @@ class _Transport(AiohttpTransport):
         return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), request_class=_Request)
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        while True:
-            sent = _Sent()
-            _SENT.set(sent)
-            try:
-                return await super().handle_async_request(request)
-            except (aiohttp.ClientResponseError, UnicodeError):
-                raise httpx2.RemoteProtocolError("the head can't be read") from None  # the cause quotes it
-            except httpx2.TransportError as error:
-                # Engines close kept connections without a word, so the next request fails. Each such failure takes one of
-                # them out of the pool.
-                if not (sent.on_used and isinstance(error.__cause__, CUT_OFF)):
-                    raise
+        sent = _Sent()
+        _SENT.set(sent)
+        try:
+            return await super().handle_async_request(request)
+        except (aiohttp.ClientResponseError, UnicodeError):
+            raise httpx2.RemoteProtocolError("the head can't be read") from None  # the cause quotes it
+        except httpx2.TransportError as error:
+            if not (sent.on_used and isinstance(error.__cause__, CUT_OFF)):
+                raise
+        return await self._keeping_none.handle_async_request(request)
+
+    async def aclose(self) -> None:
+        if "_keeping_none" in self.__dict__:
+            await self._keeping_none.aclose()
+        await super().aclose()
 
 
 class _Client(DefaultAioHttpClient):

@@ -263,16 +263,20 @@ def test_files_that_the_server_does_not_hold_are_refused(client, said, part):
     assert refused.value.code == "unsupported_parameter"
 
 
-def test_reasoning_of_the_past_is_not_shown_to_an_upstream_that_takes_none(client, said, heard):
-    client.responses.create(
-        model="m",
-        input=[
-            {"role": "user", "content": "Hi"},
-            {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]},
-            {"role": "assistant", "content": "Hello"},
-            {"role": "user", "content": said},
-        ],
-    )
+def test_reasoning_of_the_past_is_not_shown_to_an_upstream_that_takes_none(
+    new_server, upstream, catalog_file, said, heard
+):
+    catalog = f'upstreams.mute.base_url = "{upstream.base_url}"\nupstreams.mute.dialect = {{ reasoning = "none" }}'
+    with new_server(REPRISE_CATALOG=catalog_file(catalog)).client() as client:
+        client.responses.create(
+            model="m",
+            input=[
+                {"role": "user", "content": "Hi"},
+                {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]},
+                {"role": "assistant", "content": "Hello"},
+                {"role": "user", "content": said},
+            ],
+        )
     assert heard()["messages"] == [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Hello"},

@@ -356,7 +356,8 @@ def test_an_upstream_that_never_begins_is_an_http_status(http, faulty, upstream,
     assert (error["type"], error["code"]) == (case.type, case.code)
     assert case.said in error["message"]
     assert {name: reply.headers.get(name) for name in case.headers} == case.headers
-    assert len(upstream.asked(asking)) == case.requests
+    # What is cut off on a kept connection goes out once more on a new one.
+    assert case.requests <= len(upstream.asked(asking)) <= case.requests * (2 if "cut" in case.turn[0] else 1)
     assert stored(faulty) == []
 
 
