@@ -30,6 +30,9 @@ first event an error is an HTTP status, after it an event; never both.
 
 from collections.abc import Mapping, Sequence
 
+RESPONSE_ID_HEADER = "x-reprise-response-id"
+"""On the error of a create that has made output: where that can be retrieved."""
+
 
 class ApiError(Exception):
     """An error with OpenAI's four keys; subclasses give status, type and default code."""
@@ -192,14 +195,18 @@ class OutcomeUnknown(DatabaseUnavailable):
 
 
 class TooMuchUnread(ServerError):
-    """Clients leave more unread than they may together, and this reply is too large to be added."""
+    """Clients leave more unread than they may together, and this reply is too large to be added. A response that was `made` for
+    it must not be made again."""
 
     status = 503
 
-    def __init__(self) -> None:
-        super().__init__(
-            "Too much of this server's replies is not read yet; please try again.", headers={"Retry-After": "1"}
-        )
+    def __init__(self, made: str | None = None) -> None:
+        if made is None:
+            message, headers = "please try again", {"Retry-After": "1"}
+        else:
+            message, headers = f"retrieve '{made}' later", {RESPONSE_ID_HEADER: made}
+        super().__init__(f"Too much of this server's replies is not read yet; {message}.", headers=headers)
+        self.is_final = made is not None
 
 
 class UpstreamError(ApiError):

@@ -6,6 +6,7 @@ table of docs/settings.md is made from this file.
 """
 
 import difflib
+import math
 import re
 from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_network
@@ -287,6 +288,8 @@ def load(environ: Mapping[str, str]) -> Settings:
             values[field.name] = msgspec.convert(_spelt(text, field.type), field.type, strict=False)
         except msgspec.ValidationError as error:
             raise SettingsError(f"{name}={text!r} is not valid: {error}") from None
+        if values[field.name] == math.inf:
+            raise SettingsError(f"{name}={text!r} is not valid: expected a number that ends")
     try:
         parse_allowed(values.get("outbound_allow", ""))
     except ValueError as error:

@@ -13,19 +13,21 @@ from app.errors import TooMuchUnread
 from app.storage.backlog import PAGE_BYTES, Backlog, Backlogs
 
 
-def json_reply(body: bytes, backlogs: Backlogs, headers: Mapping[str, str] | None = None) -> Response[Any]:
-    """A reply with this JSON."""
+def json_reply(
+    body: bytes, backlogs: Backlogs, headers: Mapping[str, str] | None = None, *, made: str | None = None
+) -> Response[Any]:
+    """A reply with this JSON; `made` is the id of the response that was made for it."""
     if len(body) <= PAGE_BYTES:
         return Response(body, media_type=MediaType.JSON, headers=headers)
-    return LargeReply(body, backlogs, headers or {})
+    return LargeReply(body, backlogs, headers or {}, made)
 
 
 class LargeReply(Response[None]):
     """A body that the connection can't take at once."""
 
-    def __init__(self, body: bytes, backlogs: Backlogs, headers: Mapping[str, str]) -> None:
+    def __init__(self, body: bytes, backlogs: Backlogs, headers: Mapping[str, str], made: str | None) -> None:
         super().__init__(None)
-        self._large, self._backlogs = body, backlogs
+        self._large, self._backlogs, self._made = body, backlogs, made
         given = {"content-type": MediaType.JSON, "content-length": str(len(body)), **headers}
         self._head = [(name.encode(), value.encode()) for name, value in given.items()]
 
@@ -39,7 +41,7 @@ class LargeReply(Response[None]):
         with closing(self._backlogs.open()) as backlog:
             backlog.add(len(self._large))
             if backlog.closed:
-                raise TooMuchUnread
+                raise TooMuchUnread(self._made)
             backlog.disconnect = task.cancel
             try:
                 await self._write(send, backlog)

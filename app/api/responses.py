@@ -68,7 +68,7 @@ class ResponsesController(Controller):
                 raise
         [(run, headers)] = started
         if made:
-            return _reply(parts, made, create.include, headers)
+            return _reply(parts, made, create.include, headers, is_new=True)
         options = create.body.stream_options
         assert run.log
         return EventStream(
@@ -219,9 +219,15 @@ def _shown(response: resources.Response, include: Collection[str]) -> resources.
 
 
 def _reply(
-    parts: Parts, response: resources.Response, include: Collection[str], headers: dict[str, str] | None = None
+    parts: Parts,
+    response: resources.Response,
+    include: Collection[str],
+    headers: dict[str, str] | None = None,
+    *,
+    is_new: bool = False,
 ) -> Response[Any]:
-    return json_reply(encode(_shown(response, include)), parts.backlogs, headers)
+    body = encode(_shown(response, include))
+    return json_reply(body, parts.backlogs, headers, made=response.id if is_new else None)
 
 
 def _page(parts: Parts, rows: "list[tuple[str, bytes]]", limit: int, *, backwards: bool = False) -> Response[Any]:

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import msgspec
 from msgspec.structs import replace
 
@@ -22,6 +23,7 @@ _UPSTREAM_NAME = re.compile(r"[^\s@]{1,64}")
 _LABEL = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+_KEY = re.compile(r"[\x21-\x7e]*")
 
 
 def load_catalog(settings: Settings, environ: Mapping[str, str], *, demo_url: str = "") -> Catalog:
@@ -31,8 +33,10 @@ def load_catalog(settings: Settings, environ: Mapping[str, str], *, demo_url: st
     """
     if not settings.catalog:
         if settings.openai_base_url:
-            if not settings.openai_base_url.startswith(("http://", "https://")):
+            if not _is_url(settings.openai_base_url):
                 raise SettingsError(f"OPENAI_BASE_URL={settings.openai_base_url!r} is no http:// or https:// URL.")
+            if not _KEY.fullmatch(settings.openai_api_key):
+                raise SettingsError("OPENAI_API_KEY holds characters that no key has.")
             entry = UpstreamEntry(base_url=settings.openai_base_url, key=settings.openai_api_key)
             return Catalog(upstreams={"default": entry})
         return Catalog(upstreams={"echo": UpstreamEntry(base_url=demo_url)})
@@ -107,6 +111,7 @@ def _hint(message: str, type_: Any) -> str:
 
 def _faults(catalog: Catalog) -> Iterator[str]:
     yield from _faults_of_names(catalog)
+    yield from _faults_of_urls(catalog)
     yield from _faults_of_models(catalog)
     yield from _faults_of_headers(catalog)
     yield from _faults_of_tools(catalog)
@@ -121,6 +126,23 @@ def _faults_of_names(catalog: Catalog) -> Iterator[str]:
             yield f"[tool_servers.{name!r}]: a name has up to 64 letters, digits, '_' and '-'"
     if catalog.default and catalog.default not in catalog.upstreams:
         yield f"'default' names an unknown upstream '{catalog.default}'; there are {', '.join(catalog.upstreams)}"
+
+
+def _faults_of_urls(catalog: Catalog) -> Iterator[str]:
+    for name, upstream in catalog.upstreams.items():
+        if not _is_url(upstream.base_url):
+            yield f"[upstreams.{name}]: 'base_url' is no http:// or https:// URL"
+    for name, server in catalog.tool_servers.items():
+        if server.url and not _is_url(server.url):
+            yield f"[tool_servers.{name}]: 'url' is no http:// or https:// URL"
+
+
+def _is_url(text: str) -> bool:
+    try:
+        url = httpx2.URL(text)
+        return url.scheme in {"http", "https"} and bool(url.host) and url.port != 0
+    except (httpx2.InvalidURL, ValueError):
+        return False
 
 
 def _faults_of_models(catalog: Catalog) -> Iterator[str]:
@@ -167,6 +189,8 @@ def _with_secrets(path: str, catalog: Catalog, environ: Mapping[str, str]) -> Ca
     upstreams = {}
     for name, upstream in catalog.upstreams.items():
         key = _secret(path, f"upstream '{name}'", upstream.key_env, environ) or upstream.key
+        if not _KEY.fullmatch(key):
+            raise SettingsError(f"{path}: the key of upstream '{name}' holds characters that no key has.")
         upstreams[name] = replace(upstream, key=key)
     tool_servers = {}
     for name, server in catalog.tool_servers.items():

@@ -14,7 +14,14 @@ import structlog
 from msgspec import Struct
 
 from app.domain.lifecycle import Outcome, close_response, open_response
-from app.errors import ApiError, DatabaseUnavailable, ServerError, ServerUnavailable, TooManyRequests
+from app.errors import (
+    RESPONSE_ID_HEADER,
+    ApiError,
+    DatabaseUnavailable,
+    ServerError,
+    ServerUnavailable,
+    TooManyRequests,
+)
 from app.ids import new_id
 from app.outbound.guard import Guard
 from app.outbound.mcp import ToolPrograms
@@ -45,9 +52,6 @@ CLOSE_STORE_S = 2.0
 """How long runs that a shutdown has broken off may take to be stored."""
 
 NOT_BEGUN = "The run broke off before it began."
-
-RESPONSE_ID_HEADER = "x-reprise-response-id"
-"""On the error of a create that has made output: where that can be retrieved."""
 
 FOREGROUND_LEASE = 1
 """A foreground run has one owner in its life."""

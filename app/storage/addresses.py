@@ -1,11 +1,12 @@
 """DATABASE_URL and REDIS_URL, as libpq, SQLAlchemy and Valkey's own tools write them."""
 
+import math
 from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
 import asyncpg
-from redis.asyncio.connection import parse_url
+from redis.asyncio.connection import Connection, parse_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
@@ -33,7 +34,8 @@ def connector(database_url: str, *, timeout_s: float | None = None, **settings: 
     connect_timeout_s = float(query.get("connect_timeout") or 0) or timeout_s
     kept = {name: value for name, value in query.items() if name not in _DRIVER_DECIDES}
     if "ssl" in kept:  # SQLAlchemy's name for it
-        kept["sslmode"] = kept.pop("ssl")
+        ssl = kept.pop("ssl")
+        kept["sslmode"] = {"true": "require", "false": "disable"}.get(ssl, ssl)
     dsn = parts._replace(scheme="postgresql", query=urlencode(kept)).geturl()
     options: dict[str, Any] = {
         "command_timeout": timeout_s,
@@ -43,7 +45,14 @@ def connector(database_url: str, *, timeout_s: float | None = None, **settings: 
         options["timeout"] = connect_timeout_s
 
     async def connect() -> asyncpg.Connection:
-        return await asyncpg.connect(dsn, **options)
+        try:
+            return await asyncpg.connect(dsn, **options)
+        except asyncpg.InterfaceError:
+            raise
+        except ValueError:  # it quotes what it can't read, which may be a piece of a password
+            raise SettingsError(
+                f"DATABASE_URL is not valid: {_EXPECTED}, with % and two digits for characters such as / # ? @."
+            ) from None
 
     return connect
 
@@ -57,13 +66,15 @@ def _parse(database_url: str) -> tuple[SplitResult, dict[str, str]]:
     try:
         parts = urlsplit(database_url)
         query = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
-        float(query.get("connect_timeout") or 0)
+        has_timeout = 0 <= float(query.get("connect_timeout") or 0) < math.inf
     except ValueError as error:
         raise SettingsError(f"DATABASE_URL is not valid: {error}; {_EXPECTED}.") from None
     if parts.scheme.partition("+")[0] not in {"postgres", "postgresql"} or not (
         parts.netloc or parts.path.strip("/") or "host" in query
     ):
         raise SettingsError(f"DATABASE_URL is not valid: {_EXPECTED}.")
+    if not has_timeout:
+        raise SettingsError("DATABASE_URL is not valid: connect_timeout is a number of seconds.")
     if query.get("channel_binding") == "require":
         raise SettingsError("DATABASE_URL asks for channel_binding=require, which the driver can't do; leave it out.")
     return parts, query
@@ -74,7 +85,12 @@ def redis_address(redis_url: str) -> str:
     scheme, colon, rest = redis_url.partition("://")
     address = f"{_REDIS_SCHEMES.get(scheme.lower(), scheme.lower())}{colon}{rest}"
     try:
-        parse_url(address)
+        options: dict[str, Any] = {**parse_url(address)}
     except ValueError as error:
         raise SettingsError(f"REDIS_URL is not valid: {str(error).rstrip('.')}.") from None
+    try:
+        connection_class: Any = options.pop("connection_class", Connection)
+        connection_class(**options)
+    except TypeError:
+        raise SettingsError("REDIS_URL is not valid: it has a parameter that is not known.") from None
     return address

@@ -1,6 +1,7 @@
 """The catalog: which upstream a request goes to, with which key, and in which dialect."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -628,9 +629,20 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path: Path, name: str):
         load_catalog(Settings(catalog=str(tmp_path / name)), {})
 
 
-def test_an_upstream_that_is_no_url_is_told():
-    with pytest.raises(SettingsError, match=r"OPENAI_BASE_URL='localhost:8000/v1' is no http:// or https:// URL\."):
-        load_catalog(Settings(openai_base_url="localhost:8000/v1"), {})
+@pytest.mark.parametrize("url", ["localhost:8000/v1", "http://h:abc/v1", "http://[::1/v1", "http://", "ftp://h/v1"])
+def test_an_upstream_that_is_no_url_is_told(tmp_path: Path, url: str):
+    with pytest.raises(SettingsError, match=rf"OPENAI_BASE_URL='{re.escape(url)}' is no http:// or https:// URL\."):
+        load_catalog(Settings(openai_base_url=url), {})
+    path = tmp_path / "catalog.toml"
+    path.write_text(f'upstreams.local.base_url = "{url}"')
+    with pytest.raises(SettingsError, match="local"):
+        load_catalog(Settings(catalog=str(path)), {})
+
+
+@pytest.mark.parametrize("key", ["schl\u00fcssel", "sk-1\u20132", "sk-1\n", "sk 1"])
+def test_a_key_that_is_none_is_told_without_a_quotation(key: str):
+    with pytest.raises(SettingsError, match=r"^OPENAI_API_KEY holds characters that no key has\.$"):
+        load_catalog(Settings(openai_base_url="http://h/v1", openai_api_key=key), {})
 
 
 def test_a_file_that_is_not_utf8_is_told(tmp_path: Path):

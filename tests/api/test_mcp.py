@@ -422,6 +422,19 @@ def test_a_create_that_fails_behind_a_call_is_not_sent_again(server, upstream, t
     assert len(toolserver.calls(name)) == 1
 
 
+def test_a_reply_that_is_too_much_to_be_held_is_not_made_again(new_server, toolserver, name, mcp):
+    server = new_server(REPRISE_UNREAD_BYTES_MAX="65536")
+    given = script([note(name), *calling("long", {"chars": 60_000})], answer("Long."))
+    with server.client().with_options(max_retries=2) as client:
+        with pytest.raises(openai.InternalServerError) as failed:
+            client.responses.create(model="m", input=given, tools=[mcp()])
+        assert failed.value.status_code == 503
+        assert failed.value.response.headers["x-should-retry"] == "false"
+        made = failed.value.response.headers["x-reprise-response-id"]
+        assert [item.type for item in client.responses.input_items.list(made)] == ["message"]
+    assert len(toolserver.calls(name)) == 1
+
+
 def test_turns_are_limited(impatient, upstream, toolserver, name, mcp):
     given = script(*([note(name), *calling("echo", {"x": number}), usage(1, 1)] for number in range(9)))
     _, made = told(impatient, input=given, tools=[mcp()], tool_choice="required")

@@ -28,6 +28,7 @@ def connected(monkeypatch):
         ("postgresql://u@/d?host=%2Frun&port=5432", "postgresql://u@/d?host=%2Frun&port=5432"),
         ("postgresql://h/d?sslmode=require&channel_binding=prefer", "postgresql://h/d?sslmode=require"),
         ("postgresql+asyncpg://h/d?ssl=verify-full", "postgresql://h/d?sslmode=verify-full"),
+        ("postgresql+asyncpg://h/d?ssl=true", "postgresql://h/d?sslmode=require"),
         ("postgresql://h/d?target_session_attrs=read-write", "postgresql://h/d?target_session_attrs=read-write"),
         ("postgresql://h/d?options=-c%20lock_timeout%3D5s", "postgresql://h/d?options=-c+lock_timeout%3D5s"),
         ("postgresql://h/d?keepalives=1&keepalives_idle=30&gssencmode=disable", "postgresql://h/d"),
@@ -58,6 +59,8 @@ async def test_what_a_url_says_counts_before_our_own(connected):
         "postgresql://[::1/d",
         "postgresql://h/d?sslmode",
         "postgresql://h/d?connect_timeout=soon",
+        "postgresql://h/d?connect_timeout=nan",
+        "postgresql://h/d?connect_timeout=-1",
         "postgresql://h/d?channel_binding=require",
     ],
 )
@@ -80,7 +83,18 @@ def test_a_usual_redis_url_is_taken(url, address):
     assert redis_address(url) == address
 
 
-@pytest.mark.parametrize("url", ["nonsense", "http://h", "redis://h:port", "redis://h?db=x"])
+@pytest.mark.parametrize(
+    "url", ["nonsense", "http://h", "redis://h:port", "redis://h?db=x", "redis://h?foo=1", "unix:///s?foo=1"]
+)
 def test_any_other_redis_url_is_refused_in_one_line(url):
     with pytest.raises(SettingsError, match=r"^REDIS_URL [^\n]+\.$"):
         redis_address(url)
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql://u:p#ss@127.0.0.1:1/d", "postgresql://u:p@ss:w/rd@h", "postgresql://h:abc/d"]
+)
+async def test_a_database_url_that_only_the_driver_can_refuse_is_refused_without_a_quotation(url):
+    with pytest.raises(SettingsError, match=r"^DATABASE_URL [^\n]+\.$") as caught:
+        await connector(url)()
+    assert not any(piece in str(caught.value) for piece in ("ss@", "w/rd", "abc", "'p'"))

@@ -72,7 +72,7 @@ def test_a_limit_has_its_unit_in_its_name(name: str):
 
 
 @pytest.mark.parametrize("name", [*LIMITS, "port"])
-@pytest.mark.parametrize("value", ["many", "-1", "1_000", "1e400", "nan"])
+@pytest.mark.parametrize("value", ["many", "-1", "1_000", "1e400", "nan", "inf"])
 def test_a_bad_number_is_refused_by_name(name: str, value: str):
     with pytest.raises(SettingsError) as caught:
         load({variable(name): value})
