@@ -57,20 +57,28 @@ def _read(path: Path) -> Catalog:
         raise SettingsError(f"REPRISE_CATALOG={str(path)!r} can't be read: {error.strerror}.") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(f"{path}: {error}") from None
-    _fill_in_presets(raw)
+    _fill_in_presets(path, raw)
     for entry, value, type_ in _entries(raw):
         _convert(path, value, type_, entry)
     catalog: Catalog = _convert(path, raw, Catalog, "")
     return catalog
 
 
-def _fill_in_presets(raw: Mapping[str, Any]) -> None:
-    """A dialect may begin with a preset, and say what is different."""
+def _fill_in_presets(path: Path, raw: Mapping[str, Any]) -> None:
+    """A dialect may begin with a preset, and say what is different: what it lacks and takes is added."""
     upstreams = raw.get("upstreams")
-    for upstream in upstreams.values() if isinstance(upstreams, dict) else ():
+    for name, upstream in upstreams.items() if isinstance(upstreams, dict) else ():
         dialect = upstream.get("dialect") if isinstance(upstream, dict) else None
-        if isinstance(dialect, dict) and dialect.get("preset") in PRESETS:
-            upstream["dialect"] = {**msgspec.to_builtins(PRESETS[dialect.pop("preset")]), **dialect}
+        if not isinstance(dialect, dict) or "preset" not in dialect:
+            continue
+        preset = dialect.pop("preset")
+        if not isinstance(preset, str) or preset not in PRESETS:
+            raise SettingsError(
+                f"{path}: [upstreams.{name}]: there is no preset {preset!r}; it may be {', '.join(PRESETS)}"
+            )
+        base = msgspec.to_builtins(PRESETS[preset])
+        added = {key: [*base[key], *dialect[key]] for key in ("lacks", "takes") if isinstance(dialect.get(key), list)}
+        upstream["dialect"] = {**base, **dialect, **added}
 
 
 def _entries(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:

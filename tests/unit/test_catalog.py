@@ -151,8 +151,11 @@ def test_a_dialect_is_named_by_a_preset_which_a_table_may_change(read: Read):
     assert read(toml + 'dialect = "mistral"\n').upstreams["a"].speaks is PRESETS["mistral"]
     changed = read(toml + 'dialect = { preset = "vllm", lacks = ["json_schema"] }\n').upstreams["a"].speaks
     assert changed == replace(PRESETS["vllm"], lacks=frozenset({"json_schema"}))
-    with pytest.raises(SettingsError, match=r"it may be .*vllm"):
-        read(toml + 'dialect = "vlm"\n')
+    added = read(toml + 'dialect = { preset = "llama.cpp", lacks = ["repeated_roles"] }\n').upstreams["a"].speaks
+    assert added.lacks == {"tool_choice_named", "repeated_roles"}
+    for wrong in ('"vlm"', '{ preset = "vlm" }', "{ preset = 1 }"):
+        with pytest.raises(SettingsError, match=r"upstreams\.a.* it may be .*vllm"):
+            read(toml + f"dialect = {wrong}\n")
 
 
 def test_parameters_are_let_through_that_any_upstream_takes(read: Read):
