@@ -51,9 +51,10 @@ def container_named(declaration: Json) -> str:
 
 def names_data(declaration: Json) -> bool:
     """Whether a declaration names what the answer is to come from: vector stores, files, or a container that there is."""
-    holders = (declaration, declaration.get("container"), declaration.get("environment"))
+    holders = (declaration, *(declaration.get(key) for key in ("container", "environment", "input_image_mask")))
     return bool(container_named(declaration)) or any(
-        isinstance(one, dict) and bool(one.get("vector_store_ids") or one.get("file_ids")) for one in holders
+        isinstance(one, dict) and any(one.get(key) for key in ("vector_store_ids", "file_ids", "file_id"))
+        for one in holders
     )
 
 

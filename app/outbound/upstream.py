@@ -369,7 +369,7 @@ class ChunkStream:
         self._first: list[Chunk] = []
         self._failed: ApiError | None = None
         """What has gone wrong behind the first chunks, in the same read."""
-        self._finished = self._ended = False
+        self._finished = self._done = self._ended = False
         self._tail_bytes = 0
         self.read_bytes = 0
         """How many bytes the last list of chunks has come in; those behind the finish count for nothing."""
@@ -442,10 +442,9 @@ class ChunkStream:
             self._ended = True
             return chunks, None if self._finished else error
         for data in payloads:
-            if not data:
-                continue
             if data == b"[DONE]":
-                self._finished = True
+                self._finished = self._done = True
+            if not data or self._done:  # what comes behind the end is only read so that the connection can be kept
                 continue
             try:
                 chunk = read_chunk(data)

@@ -441,6 +441,9 @@ CASES: dict[str, Case] = {
         turns=[[text("Hi"), finish("eos")]], made=["[incomplete] says Hi"], ends="incomplete"
     ),
     "no finish reason": Case(turns=[[text("Hi")]], made=["says Hi"]),
+    "text behind [DONE]": Case(
+        turns=[[text("Hi"), finish(), raw("data: [DONE]\n\n"), text(" never")]], made=["says Hi"]
+    ),
     "no [DONE]": Case(turns=[[text("Hi"), finish(), no_done()]], made=["says Hi"]),
     # -- The stream itself --
     "comments, bare lines, carriage returns": Case(
