@@ -80,8 +80,8 @@ class McpTool(Struct, tag_field="type", tag="mcp", kw_only=True, forbid_unknown_
     require_approval: Literal["always", "never"] | McpApproval | None = None
     connector_id: str | None = None
     tunnel_id: str | None = None
-    defer_loading: bool | None = None
-    allowed_callers: list[Caller] | None = None
+    defer_loading: bool | UnsetType | None = UNSET
+    allowed_callers: list[Caller] | UnsetType | None = UNSET
 
 
 class ListedTool(Struct, omit_defaults=True, forbid_unknown_fields=True):
@@ -171,6 +171,8 @@ def _shown_tool(tool: AnyTool) -> Any:
                 server_description=tool.server_description,
                 allowed_tools=tool.allowed_tools,
                 require_approval=tool.require_approval or "always",
+                defer_loading=tool.defer_loading,
+                allowed_callers=tool.allowed_callers,
             )
     return tool
 
@@ -184,6 +186,8 @@ class _ShownMcpTool(Struct, tag_field="type", tag="mcp", kw_only=True):
     headers: None = None
     allowed_tools: Any
     require_approval: Any
+    defer_loading: bool | UnsetType | None
+    allowed_callers: "list[Caller] | UnsetType | None"
 
 
 def _shown_url(url: str | None) -> str | None:

@@ -59,7 +59,7 @@ def test_the_echo_of_a_declaration_holds_no_secrets(client, mcp):
         mcp(
             "plain", options={"key": "s3cret"}, require_approval={"never": {"read_only": True}}, server_description="d"
         ),
-        {"type": "mcp", "server_label": "bare", "server_url": "http://127.0.0.1:1"},
+        {"type": "mcp", "server_label": "bare", "server_url": "http://127.0.0.1:1", "allowed_callers": ["direct"]},
     ]
     response = client.responses.create(model="m", input="x", tools=tools)
     for shown in response, client.responses.retrieve(response.id):
@@ -76,6 +76,7 @@ def test_the_echo_of_a_declaration_holds_no_secrets(client, mcp):
         }
         assert (second["require_approval"], second["server_description"]) == ({"never": {"read_only": True}}, "d")
         assert (third["require_approval"], third["server_url"]) == ("always", "http://127.0.0.1:1/")
+        assert third["allowed_callers"] == ["direct"]
         assert "s3cret" not in shown.to_json()
 
 
