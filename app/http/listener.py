@@ -1,6 +1,7 @@
 """The listening socket, and how it stops: what waits to be accepted is accepted first."""
 
 import asyncio
+import contextlib
 import ctypes
 import socket
 import struct
@@ -40,11 +41,13 @@ def listen(settings: Settings) -> socket.socket:
 async def accept_last(listener: socket.socket) -> None:
     """Return when all that have connected are accepted, and no more will: to close a socket resets those that wait at it.
 
-    Only Linux can do that. A client that comes meanwhile asks again within a second, and then meets another process or none.
+    Only Linux can do that, and where it lets nobody but root, those who come at the last moment may be reset. A client that comes
+    meanwhile asks again within a second, and then meets another process or none.
     """
     if sys.platform != "linux":
         return
-    _drop_new(listener)
+    with contextlib.suppress(PermissionError):
+        _drop_new(listener)
     await asyncio.sleep(HANDSHAKE_S)
     while await _waiting(listener):
         pass
