@@ -66,7 +66,7 @@ clean:
 .venv/synced: requirements-dev.lock
 	@uv --version >/dev/null 2>&1 || $(MAKE) -s .tools/bin/uv
 	@.venv/bin/python -c '$(FITS)' >/dev/null 2>&1 || { $(need_python); $(UV) venv --quiet --clear --python "$$python" .venv; }
-	@echo "Installing $$(grep -c '^[a-z].*==' requirements-dev.lock) packages into .venv, Postgres and Valkey among them"
+	@echo "Installing packages into .venv, Postgres and Valkey among them"
 	@{ $(UV) pip sync --compile-bytecode --python .venv/bin/python --require-hashes requirements-dev.lock 2>&1 \
 		|| echo not-installed; } | awk '$(SHOW_INSTALLING)'
 	@$(write_command)
