@@ -46,7 +46,8 @@ async def answer_requests(tx: Tx, tenant_id: str, response_id: str, answers: Seq
     """
     if not answers:
         return
-    given = {"ids": [id for id, _ in answers], "approve": [approve for _, approve in answers]}
+    in_order = sorted(answers)  # two that answer the same requests wait for each other at the first, and not crosswise
+    given = {"ids": [id for id, _ in in_order], "approve": [approve for _, approve in in_order]}
     rows = await tx.all(_ANSWER, tenant_id=tenant_id, response_id=response_id, **given)
     if rows:  # perhaps by an attempt of ours whose commit the first look could not see yet
         rows = await tx.all(_ANSWER, tenant_id=tenant_id, response_id=response_id, **given)

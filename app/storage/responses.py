@@ -425,7 +425,8 @@ async def withdraw_response(tx: Tx, tenant_id: str, response_id: str, lease: int
     """Take back a response that nobody has heard of, as if it had never been inserted; not if the lease is lost: then another
     process has ended it. Needs a transaction."""
     row = await tx.one(_WITHDRAW, tenant_id=tenant_id, id=response_id, lease=lease)
-    await _purge(tx, tenant_id, response_id, row)
+    if row is not None:
+        await _purge(tx, tenant_id, response_id, row, await _lock_parent(tx, tenant_id, row))
 
 
 async def delete_response(tx: Tx, tenant_id: str, response_id: str, *, again: bool = False) -> None:
@@ -440,22 +441,30 @@ async def delete_response(tx: Tx, tenant_id: str, response_id: str, *, again: bo
         raise ResponseNotFound(response_id)
     if row["in_flight"]:
         raise InvalidRequest("Cannot delete an in-flight response.", param="response_id")
+    parent = await _lock_parent(tx, tenant_id, row)
     await tx.one(_TOMBSTONE, tenant_id=tenant_id, id=response_id)
-    await _purge(tx, tenant_id, response_id, row)
+    await _purge(tx, tenant_id, response_id, row, parent)
 
 
-async def _purge(tx: Tx, tenant_id: str, id: str | None, row: Row | None) -> None:
+async def _lock_parent(tx: Tx, tenant_id: str, row: Row) -> Row | None:
+    """Always before the row itself is changed: whoever continues the parent has locked it, and waits for what becomes of the
+    turn behind it."""
+    id = row["previous_response_id"]
+    return await tx.one(_LOCK, tenant_id=tenant_id, id=id) if id else None
+
+
+async def _purge(tx: Tx, tenant_id: str, id: str, row: Row, parent: Row | None) -> None:
     """What nothing builds on any more goes for good, from this leaf towards the root, as far as it is deleted."""
-    while row is not None and id is not None:
+    while True:
         place = {"tenant_id": tenant_id, "thread_id": row["thread_id"], "turn": row["turn"]}
         child = await tx.one(_HAS_CHILD, **place)
         if child is None or child["has_child"]:
             return
         await tx.one(_PURGE, id=id, **place)
-        id = row["previous_response_id"]
-        row = await tx.one(_LOCK, tenant_id=tenant_id, id=id) if id else None
-        if row is not None and not row["deleted"]:
+        if parent is None or not parent["deleted"]:
             return
+        id, row = row["previous_response_id"], parent
+        parent = await _lock_parent(tx, tenant_id, row)
 
 
 _RESPONSE = msgspec.json.Decoder(Response)

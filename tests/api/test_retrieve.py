@@ -1,14 +1,17 @@
 """Stored responses: retrieving, listing, paging through their input, deleting, cancelling."""
 
+import asyncio
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
+import asyncpg
 import httpx
 import openai
 import pytest
 
 from app.storage import tables
 from tests.api.streams import events_of
-from tests.looking import fetch
+from tests.looking import fetch, until
 from tests.servers import Served
 from tests.upstream import answer, calling, finish, gate, note, script, text
 
@@ -488,6 +491,31 @@ def test_a_chain_deleted_from_its_root_to_its_tip_leaves_nothing(own, own_client
     for id in ids[1:]:
         own_client.responses.delete(id)
     assert added(own, before) == NOTHING
+
+
+CONTINUE = """
+    insert into responses (tenant_id, id, thread_id, turn, status, background, model, metadata, created_at, body)
+    select tenant_id, id || '-other', thread_id, turn, status, background, model, metadata, created_at, body
+    from responses where id = $1
+    on conflict do nothing
+"""
+"""As storing does it: at the turn behind the parent, whose row is locked."""
+
+
+def test_deleting_a_turn_waits_for_whoever_stores_one_at_its_place(own, own_client):
+    parent = own_client.responses.create(model="m", input="parent")
+    turn = own_client.responses.create(model="m", input="turn", previous_response_id=parent.id)
+    with asyncio.Runner() as runner, ThreadPoolExecutor() as pool:
+        storing = runner.run(asyncpg.connect(own.database_url))
+        runner.run(storing.execute("begin"))
+        runner.run(storing.fetch("select 1 from responses where id = $1 for key share", parent.id))
+        deleting = pool.submit(own_client.responses.delete, turn.id)
+        until(lambda: fetch(own.database_url, "select 1 from pg_stat_activity where wait_event_type = 'Lock'"))
+        assert runner.run(storing.execute(CONTINUE, turn.id, timeout=10)) == "INSERT 0 0"
+        runner.run(storing.execute("commit"))
+        deleting.result()
+        runner.run(storing.close())
+    own_client.responses.delete(parent.id)
 
 
 # -- Cancelling -------------------------------------------------------------------------------------------------------------
