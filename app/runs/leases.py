@@ -9,6 +9,8 @@ import math
 import time
 from datetime import datetime, timedelta
 
+from msgspec import Struct
+
 BEATS_PER_LEASE = 4
 
 RETRIES_PER_LEASE = 12
@@ -19,6 +21,15 @@ LATE = 0.5
 
 SELF_FENCE = 0.8
 """The part of a lease after which a process that can't prolong it stops by itself."""
+
+
+class Sight(Struct, frozen=True):
+    """What a process has seen at some moment."""
+
+    horizon: datetime
+    """The database's time by our clock, which no jump and no delay of a statement moves forward."""
+    watched_s: float
+    """For how long heartbeats have been on time and the database's clock steady."""
 
 
 class Watch:
@@ -47,16 +58,14 @@ class Watch:
 
     @property
     def is_on_time(self) -> bool:
-        """Whether runs may be claimed. If not, the next heartbeat comes first."""
+        """Whether the last heartbeat is young enough to judge other owners by it."""
         return time.monotonic() - self._ended_at < self._late_s
 
-    @property
-    def watched_s(self) -> float:
-        """For how long heartbeats have been on time and the database's clock steady."""
-        return time.monotonic() - self._steady_since
-
-    @property
-    def horizon(self) -> datetime:
-        """The database's time by our clock, which no jump and no delay of a statement moves forward."""
-        assert self._clock is not None
-        return self._clock + timedelta(seconds=time.monotonic() - self._ended_at)
+    def look(self) -> Sight | None:
+        """What can be judged at this moment; None if the next heartbeat comes first. Whatever is waited for afterwards, a
+        connection or an answer, proves nothing more."""
+        now = time.monotonic()
+        since_s = now - self._ended_at
+        if self._clock is None or since_s >= self._late_s:
+            return None
+        return Sight(self._clock + timedelta(seconds=since_s), now - self._steady_since)

@@ -125,16 +125,15 @@ class Worker:
                     pass
 
     async def _claim(self) -> int:
-        if not self._watch.is_on_time:
+        seen = self._watch.look()
+        if seen is None:
             return 0
         await self._clear_up()
         free = self._settings.worker_runs_max - len(self._works)
         if free <= 0:
             return 0
         async with self._database.begin() as tx:
-            claims = await queue.claim(
-                tx, self.owner, limit=free, horizon=self._watch.horizon, watched_s=self._watch.watched_s
-            )
+            claims = await queue.claim(tx, self.owner, limit=free, horizon=seen.horizon, watched_s=seen.watched_s)
         for claim in claims:
             if former := self._works.get(claim.response_id):
                 former.stop()  # we were frozen for longer than our own lease

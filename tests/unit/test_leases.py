@@ -34,17 +34,19 @@ def test_without_a_heartbeat_nothing_is_sure(now):
     watch = Watch(LEASE_S)
     assert not watch.is_sure
     assert not watch.is_on_time
+    assert watch.look() is None
 
 
 def test_heartbeats_on_time_are_watched_time(now):
     watch = Watch(LEASE_S)
     beaten(watch, now, 0, 3, 6, 9, 12)
-    assert watch.watched_s == 12
+    assert watch.look().watched_s == 12
     assert watch.is_on_time
     now(17)
-    assert watch.watched_s == 17
+    assert watch.look().watched_s == 17
     now(18.1)
     assert not watch.is_on_time
+    assert watch.look() is None
     assert watch.is_sure
     now(12 + 0.8 * LEASE_S)
     assert not watch.is_sure
@@ -54,7 +56,7 @@ def test_after_a_late_heartbeat_the_watch_begins_anew(now):
     watch = Watch(LEASE_S)
     beaten(watch, now, 0, 3, 6)
     beaten(watch, now, 12.1)
-    assert watch.watched_s == 0
+    assert watch.look().watched_s == 0
     assert watch.is_on_time
 
 
@@ -63,11 +65,14 @@ def test_after_a_jump_of_the_clock_the_watch_begins_anew(now, by):
     watch = Watch(LEASE_S)
     beaten(watch, now, 0, 3, 6)
     beaten(watch, now, 9, ahead_s=by)
-    assert watch.watched_s == 0
+    assert watch.look().watched_s == 0
 
 
-def test_the_horizon_goes_on_by_our_own_clock(now):
+def test_what_was_seen_does_not_grow_while_something_is_waited_for(now):
+    """As a connection to a database that is frozen: it comes together with leases that nobody could prolong."""
     watch = Watch(LEASE_S)
     beaten(watch, now, 0, 3)
     now(5)
-    assert watch.horizon == CLOCK + timedelta(seconds=5)
+    seen = watch.look()
+    now(30)
+    assert (seen.horizon, seen.watched_s) == (CLOCK + timedelta(seconds=5), 5)
