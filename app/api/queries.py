@@ -83,7 +83,7 @@ def parse(request: Request[Any, Any, Any], type_: type[Q]) -> Q:
     try:
         return msgspec.convert(values, type_, strict=False)
     except msgspec.ValidationError as error:
-        raise invalid(str(error), "") from None
+        raise invalid(str(error), "", type_) from None
 
 
 def _boolean(value: str) -> str | bool:

@@ -3,12 +3,13 @@
 import codecs
 import itertools
 import re
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import msgspec
 
 from app.errors import InvalidParameter, InvalidRequest
-from app.wire.keys import suggestion, without_unknown
+from app.wire.keys import choices, nearest, suggestion, without_unknown
 
 T = TypeVar("T")
 
@@ -113,10 +114,23 @@ def missing(path: str) -> InvalidParameter:
     return InvalidParameter(f"Missing required parameter: '{path}'.", param=path, code="missing_required_parameter")
 
 
-def unknown(path: str, nearest: str | None) -> InvalidParameter:
+def did_you_mean(near: str | None) -> str:
+    """What an error's message ends with where a name resembles a known one."""
+    return f" Did you mean '{near}'?" if near else ""
+
+
+def unknown(path: str, near: str | None) -> InvalidParameter:
     """The 400 for a key that is not declared, with the path of the one that may be meant."""
-    hint = f" Did you mean '{nearest}'?" if nearest else ""
-    return InvalidParameter(f"Unknown parameter: '{path}'.{hint}", param=path, code="unknown_parameter")
+    return InvalidParameter(f"Unknown parameter: '{path}'.{did_you_mean(near)}", param=path, code="unknown_parameter")
+
+
+def not_among(path: str, value: str, known: Iterable[str]) -> InvalidParameter:
+    """The 400 for a value that is not one of those which may stand at a path."""
+    known = tuple(known)
+    listed = ", ".join(f"'{one}'" for one in known)
+    supported = f" Supported values are: {listed}." if known else ""
+    message = f"Invalid value for '{path}': '{value}'.{supported}{did_you_mean(nearest(value, known))}"
+    return InvalidParameter(message, param=path)
 
 
 def invalid(message: str, at: str, type_: Any = None) -> InvalidParameter:
@@ -127,8 +141,8 @@ def invalid(message: str, at: str, type_: Any = None) -> InvalidParameter:
     if absent := _MISSING.match(detail):
         return missing(join(path, f".{absent['name']}"))
     if extra := _UNKNOWN.match(detail):
-        nearest = suggestion(type_, found["path"] if found else "", extra["name"]) if type_ else None
-        return unknown(join(path, f".{extra['name']}"), nearest and join(path, f".{nearest}"))
+        near = suggestion(type_, found["path"] if found else "", extra["name"]) if type_ else None
+        return unknown(join(path, f".{extra['name']}"), near and join(path, f".{near}"))
     name = path or "body"
     if wrong := _TYPE.match(detail):
         return InvalidParameter(
@@ -137,7 +151,7 @@ def invalid(message: str, at: str, type_: Any = None) -> InvalidParameter:
             code="invalid_type",
         )
     if enum := _ENUM.match(detail):
-        return InvalidParameter(f"Invalid value for '{name}': '{enum['value']}'.", param=path or None)
+        return not_among(path, enum["value"], choices(type_, found["path"] if found else "") if type_ else ())
     return InvalidParameter(f"Invalid value for '{name}': {detail}.", param=path or None)
 
 

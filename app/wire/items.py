@@ -14,8 +14,8 @@ import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType, field
 
 from app.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
-from app.wire.decoding import Json, decode, missing
-from app.wire.keys import without_unknown
+from app.wire.decoding import Json, decode, did_you_mean, missing, not_among
+from app.wire.keys import nearest, without_unknown
 from app.wire.tools import AnyTool, ListedTool, McpTool, decode_tools, encode_tools
 
 Role = Literal["user", "assistant", "system", "developer"]
@@ -282,7 +282,7 @@ CARRIED = frozenset(
 )
 """Types of `OpaqueItem`: histories of other servers hold them."""
 
-PHASES = frozenset({"commentary", "final_answer"})
+PHASES = ("commentary", "final_answer")
 
 ID_CHARS_MAX = 512
 """Longer ids do not fit into an index; those of other servers are some hundred characters long."""
@@ -291,7 +291,7 @@ ID_CHARS_MAX = 512
 class _Peek(Struct):
     type: Any = UNSET
     role: Any = None
-    id: Any = None
+    id: Any = UNSET
 
 
 class _RawAdditionalTools(Struct, tag_field="type", tag="additional_tools", forbid_unknown_fields=True):
@@ -342,7 +342,7 @@ def decode_item(raw: bytes | Raw, at: str = "") -> AnyItem:
             f"Invalid value for '{at}.call_id': expected 1 to {CALL_ID_CHARS_MAX} characters.", param=f"{at}.call_id"
         )
     if isinstance(item, Message) and item.phase and item.phase not in PHASES:
-        raise InvalidParameter(f"Invalid value for '{at}.phase': '{item.phase}'.", param=f"{at}.phase")
+        raise not_among(f"{at}.phase", item.phase, PHASES)
     return item
 
 
@@ -360,14 +360,14 @@ def decode_stored_item(raw: bytes | Raw) -> AnyItem:
 def _decode_item(raw: bytes | Raw, at: str) -> AnyItem:
     peek = decode(_PEEK, raw, at)
     type_ = peek.type
-    if not isinstance(peek.id, str | None):
+    if not isinstance(peek.id, str | UnsetType | None):
         raise InvalidParameter(f"Invalid type for '{at}.id': expected a string.", param=f"{at}.id", code="invalid_type")
-    if type_ == "item_reference" and peek.id is None:
+    if type_ == "item_reference" and not isinstance(peek.id, str):
         raise missing(f"{at}.id")
-    if type_ is None:
-        raw = _without_type(raw)
+    if type_ is None or peek.id is None:
+        raw = _without_nulls(raw)
     if type_ is None or type_ is UNSET:
-        type_ = "item_reference" if peek.role is None and peek.id is not None else "message"
+        type_ = "item_reference" if peek.role is None and isinstance(peek.id, str) else "message"
     if not isinstance(type_, str):
         raise InvalidParameter(
             f"Invalid type for '{at}.type': expected a string.", param=f"{at}.type", code="invalid_type"
@@ -381,7 +381,8 @@ def _decode_item(raw: bytes | Raw, at: str) -> AnyItem:
     if type_ in CARRIED:
         fields = decode(_OPAQUE, raw, at)
         return OpaqueItem(id=str(fields.get("id") or ""), type=type_, fields=fields)
-    raise UnsupportedParameter(f"Items of type '{type_}' are not supported by this server.", param=f"{at}.type")
+    hint = did_you_mean(nearest(type_, (*_DECODERS, "additional_tools", *CARRIED)))
+    raise UnsupportedParameter(f"Items of type '{type_}' are not supported by this server.{hint}", param=f"{at}.type")
 
 
 def _added_tools(raws: list[Raw], at: str) -> list[AnyTool]:
@@ -395,10 +396,12 @@ def _added_tools(raws: list[Raw], at: str) -> list[AnyTool]:
     return tools
 
 
-def _without_type(raw: bytes | Raw) -> bytes:
-    """References may have a null `type`, which a tagged Struct does not take."""
+def _without_nulls(raw: bytes | Raw) -> bytes:
+    """References may have a null `type`, which a tagged Struct does not take, and any item that has no id yet a null `id`."""
     keys = msgspec.json.decode(raw, type=dict[str, Raw])
-    return msgspec.json.encode({key: value for key, value in keys.items() if key != "type"})
+    return msgspec.json.encode(
+        {key: value for key, value in keys.items() if key not in {"type", "id"} or bytes(value) != b"null"}
+    )
 
 
 def encode_item(item: AnyItem) -> bytes:

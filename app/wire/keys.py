@@ -1,18 +1,19 @@
-"""The keys that a Struct declares, looked up in its types: to suggest the right one, and to leave out those of a newer version."""
+"""The keys and values that a Struct declares, looked up in its types: to suggest the right one, and to leave out keys of a newer
+version."""
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
 from msgspec import inspect
 
 LIKENESS = 0.7
-"""Of two keys, from 0 to 1; below it nothing is suggested."""
+"""Of two names, from 0 to 1; below it nothing is suggested."""
 
 NAME_CHARS_MAX = 64
-"""A longer key resembles none of ours; to compare it would take long."""
+"""A longer name resembles none of ours; to compare it would take long."""
 
 _STEP = re.compile(r"\.(?P<key>[^.\[]+)|\[")
 
@@ -22,14 +23,20 @@ def _type(type_: Any) -> inspect.Type:
     return inspect.type_info(type_)
 
 
-def suggestion(type_: Any, path: str, name: str) -> str | None:
-    """The declared key that an unknown key `name` resembles; `path` leads from `type_` to the object that holds it."""
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The one of the known names that a name resembles."""
     if len(name) > NAME_CHARS_MAX:
         return None
-    places = _places(type_, path)
-    known = [field.encode_name for place in places if isinstance(place, inspect.StructType) for field in place.fields]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=LIKENESS)
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=LIKENESS)
     return near[0] if near else None
+
+
+def suggestion(type_: Any, path: str, name: str) -> str | None:
+    """The declared key that an unknown key `name` resembles; `path` leads from `type_` to the object that holds it."""
+    places = _places(type_, path)
+    return nearest(
+        name, [field.encode_name for place in places if isinstance(place, inspect.StructType) for field in place.fields]
+    )
 
 
 def choices(type_: Any, path: str) -> list[str]:
@@ -59,6 +66,8 @@ def _members(type_: inspect.Type) -> Iterator[inspect.Type]:
 
 def _below(place: inspect.Type, key: str | None) -> list[inspect.Type]:
     match place:
+        case inspect.StructType(tag_field=str(tag_field), tag=tag) if tag_field == key:
+            return [inspect.LiteralType((tag,))]
         case inspect.StructType(fields=fields):
             return [field.type for field in fields if field.encode_name == key]
         case inspect.ListType(item_type=item) | inspect.FrozenSetType(item_type=item):

@@ -1,13 +1,14 @@
 """Tool declarations and tool_choice."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType, field
 
-from app.errors import InvalidParameter, UnsupportedParameter
-from app.wire.decoding import Json, decode, missing
+from app.errors import UnsupportedParameter
+from app.wire.decoding import Json, decode, missing, not_among
 from app.wire.hosted_tools import HOSTED, Caller, decode_declaration
 
 ToolName = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[a-zA-Z0-9_-]+$")]
@@ -142,8 +143,7 @@ def _decode_tool(raw: Raw, at: str) -> AnyTool:
         return tool
     if type_ in HOSTED:
         return HostedTool(type_, decode_declaration(type_, raw, at))
-    known = ", ".join(f"'{name}'" for name in [*_DECODERS, *sorted(HOSTED)])
-    raise InvalidParameter(f"Invalid value: '{type_}'. Supported values are: {known}.", param=f"{at}.type")
+    raise not_among(f"{at}.type", type_, (*_DECODERS, *sorted(HOSTED)))
 
 
 def _refuse_elsewhere(tool: McpTool, at: str) -> None:
@@ -217,6 +217,9 @@ class AllowedTools(Struct, tag_field="type", tag="allowed_tools", kw_only=True, 
 ToolMode = Literal["none", "auto", "required"]
 ToolChoice = ToolMode | NamedTool | AllowedTools
 
+_CHOOSABLE = ("function", "custom", "mcp", *sorted(HOSTED | {"computer_use"}))
+"""Types of tools that a choice may name."""
+
 _CHOICES: dict[str, msgspec.json.Decoder[Any]] = {"allowed_tools": msgspec.json.Decoder(AllowedTools)}
 _NAMED = msgspec.json.Decoder(NamedTool)
 _MODE: msgspec.json.Decoder[ToolMode] = msgspec.json.Decoder(ToolMode)
@@ -230,6 +233,16 @@ def decode_tool_choice(raw: Raw, at: str = "tool_choice") -> ToolChoice:
     if not text.startswith(b"{"):
         return decode(_MODE, text, at)
     choice: ToolChoice = decode(_CHOICES.get(decode(_PEEK, text, at).type, _NAMED), text, at)
-    if isinstance(choice, NamedTool) and choice.type in {"function", "custom"} and not choice.name:
-        raise missing(f"{at}.name")
+    if isinstance(choice, NamedTool):
+        _check_named(choice, at, ("allowed_tools", *_CHOOSABLE))
+        if choice.type in {"function", "custom"} and not choice.name:
+            raise missing(f"{at}.name")
+    if isinstance(choice, AllowedTools):
+        for index, named in enumerate(choice.tools):
+            _check_named(named, f"{at}.tools[{index}]", _CHOOSABLE)
     return choice
+
+
+def _check_named(named: NamedTool, at: str, known: Sequence[str]) -> None:
+    if named.type not in known:
+        raise not_among(f"{at}.type", named.type, known)

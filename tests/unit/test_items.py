@@ -209,6 +209,7 @@ def test_tools_of_an_item_are_decoded():
         {"role": "user", "content": "x"},
         {"type": "mcp_call", "server_label": "s", "name": "x", "arguments": "{}"},
         {"type": "shell_call", "id": None},
+        {"type": "function_call_output", "id": None, "call_id": "c", "output": "x"},
     ],
 )
 def test_an_item_gets_an_id(fields: dict[str, Any]):

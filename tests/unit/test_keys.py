@@ -200,7 +200,6 @@ ODD = [
     ({"reasoning": {"context": "some"}}, "reasoning.context"),
     ({"prompt_cache_options": {"ttl": "1h"}}, "prompt_cache_options.ttl"),
     ({"image": {"context_compression": "much"}}, "image.context_compression"),
-    ({"input": [{"role": "assistant", "content": "x", "phase": "overture"}]}, "input[0].phase"),
     ({"input": [{"type": "function_call", "call_id": "", "name": "f", "arguments": "{}"}]}, "input[0].call_id"),
     ({"input": [{"type": "function_call_output", "call_id": "x" * 65, "output": ""}]}, "input[0].call_id"),
 ]
@@ -211,3 +210,40 @@ def test_values_that_the_api_does_not_have_are_refused(body: dict[str, Any], par
     with pytest.raises(InvalidRequest) as caught:
         request(**body)
     assert (caught.value.param, caught.value.code) == (param, "invalid_value")
+
+
+BESIDE = [
+    ({"include": ["web_search_call.result"]}, "include[0]", "'web_search_call.results'"),
+    ({"text": {"format": {"type": "json_shema"}}}, "text.format.type", "'json_schema'"),
+    ({"text": {"format": {"type": "xml"}}}, "text.format.type", None),
+    ({"reasoning": {"effort": "hihg"}}, "reasoning.effort", "'high'"),
+    ({"tools": [{"type": "functon"}]}, "tools[0].type", "'function'"),
+    ({"tools": [{"type": "web_serch"}]}, "tools[0].type", "'web_search'"),
+    ({"tool_choice": "requird"}, "tool_choice", "'required'"),
+    ({"tool_choice": {"type": "functon", "name": "f"}}, "tool_choice.type", "'function'"),
+    (
+        {"tool_choice": {"type": "allowed_tools", "tools": [{"type": "custm"}]}},
+        "tool_choice.tools[0].type",
+        "'custom'",
+    ),
+    ({"input": [{"role": "asistant", "content": "x"}]}, "input[0].role", "'assistant'"),
+    ({"input": [{"role": "user", "content": [{"type": "input_txt"}]}]}, "input[0].content[0].type", "'input_text'"),
+    ({"input": [{"role": "assistant", "content": "x", "phase": "comentary"}]}, "input[0].phase", "'commentary'"),
+]
+
+
+@pytest.mark.parametrize(("body", "param", "meant"), BESIDE, ids=[param for _, param, _ in BESIDE])
+def test_a_value_beside_those_that_may_stand_is_refused_with_them_and_the_nearest(
+    body: dict[str, Any], param: str, meant: str | None
+):
+    with pytest.raises(InvalidRequest) as caught:
+        request(**body)
+    message = caught.value.message
+    assert (caught.value.param, caught.value.code) == (param, "invalid_value")
+    assert message.startswith(f"Invalid value for '{param}': '") and ". Supported values are: '" in message
+    assert message.partition(" Did you mean ")[2] == (f"{meant}?" if meant else "")
+
+
+def test_an_item_of_an_unknown_type_is_refused_with_the_nearest_one():
+    with pytest.raises(InvalidRequest, match=r"'mesage' are not supported .* Did you mean 'message'\?$"):
+        request(input=[{"type": "mesage", "role": "user", "content": "x"}])
