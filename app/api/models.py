@@ -1,7 +1,6 @@
 """`/v1/models`: what the catalog names, and what the upstreams list."""
 
 import asyncio
-from collections.abc import Sequence
 from typing import Any
 
 import structlog
@@ -12,11 +11,11 @@ from msgspec.structs import replace
 from app.api.connected import while_connected
 from app.api.parts import Parts
 from app.errors import NotFound, UpstreamError, UpstreamStalled
-from app.outbound.catalog import Catalog
 from app.outbound.upstream import Upstream
 from app.runs.executor import Caller
 from app.telemetry import describe
 from app.wire.chat import ModelEntry
+from app.wire.requests import is_model_name
 from app.wire.resources import Model, Models, encode
 
 log = structlog.get_logger()
@@ -38,22 +37,29 @@ class ModelsController(Controller):
         self, request: Request[Any, Any, Any], model_id: str, caller: Caller, parts: Parts
     ) -> Response[bytes]:
         """One model, by any name that a request may give it; it may contain slashes."""
-        wanted = str(model_id).removeprefix("/")
-        models = await while_connected(request.receive, _models(caller, parts))
-        found = next((model for model in models if model.id == wanted), None) or _routed(wanted, models, parts.catalog)
-        if found is None:
-            raise NotFound(f"The model '{wanted}' does not exist.", param="model", code="model_not_found")
-        return Response(encode(found), media_type=MediaType.JSON)
+        name = str(model_id).removeprefix("/")
+        if not is_model_name(name):
+            raise NotFound(f"The model '{name}' does not exist.", param="model", code="model_not_found")
+        model = await while_connected(request.receive, _model(name, caller, parts))
+        return Response(encode(model), media_type=MediaType.JSON)
 
 
-def _routed(wanted: str, models: Sequence[Model], catalog: Catalog) -> Model | None:
-    """A model that is listed under another name: by a pattern of the catalog, its upstream's name, or the default upstream's."""
-    routes = catalog.routes(wanted)
-    if catalog.is_named(wanted):
-        return Model(id=wanted, owned_by=routes[0].upstream)
-    names = {name for route in routes for name in (f"{route.upstream}@{route.model}", route.model)}
-    listed = next((model for model in models if model.id in names), None)
-    return listed and replace(listed, id=wanted)
+async def _model(name: str, caller: Caller, parts: Parts) -> Model:
+    """As its upstream lists it. Many list less than they take: then the upstream decides when it is asked for an answer.
+
+    Raises NotFound if no upstream would be asked.
+    """
+    if name in parts.catalog.model_names:
+        return Model(id=name)
+    route = parts.catalog.routes(name)[0]
+    upstream = parts.upstreams[route.upstream]
+    try:
+        entries = await _listed(upstream, caller, parts.settings.models_wait_s)
+    except UpstreamError as error:
+        _warn(upstream, error)
+        entries = []
+    listed = next((_as_model(entry, upstream) for entry in entries if entry.id == route.model), None)
+    return replace(listed, id=name) if listed else Model(id=name, owned_by=upstream.name)
 
 
 async def _listed(upstream: Upstream, caller: Caller, wait_s: float) -> list[ModelEntry]:
@@ -75,21 +81,26 @@ async def _models(caller: Caller, parts: Parts) -> list[Model]:
     listed: list[Model] = []
     for upstream, answer in zip(upstreams.values(), answers, strict=True):
         if isinstance(answer, UpstreamError):
-            log.warning(
-                "An upstream does not list its models.",
-                action="models_not_listed",
-                upstream=upstream.name,
-                error=describe(answer),
-            )
+            _warn(upstream, answer)
         elif isinstance(answer, BaseException):
             raise answer
         else:
             prefix = "" if len(upstreams) == 1 else f"{upstream.name}@"
-            listed += [
-                Model(id=prefix + one.id, created=one.created or 0, owned_by=one.owned_by or upstream.name)
-                for one in answer
-            ]
+            listed += [replace(model, id=prefix + model.id) for model in (_as_model(one, upstream) for one in answer)]
     if not named and not listed and answers and all(isinstance(answer, UpstreamError) for answer in answers):
         raise answers[0]
     known = {model.id for model in named}
     return named + [model for model in listed if model.id not in known]
+
+
+def _as_model(entry: ModelEntry, upstream: Upstream) -> Model:
+    return Model(id=entry.id, created=entry.created or 0, owned_by=entry.owned_by or upstream.name)
+
+
+def _warn(upstream: Upstream, error: UpstreamError) -> None:
+    log.warning(
+        "An upstream does not list its models.",
+        action="models_not_listed",
+        upstream=upstream.name,
+        error=describe(error),
+    )

@@ -133,7 +133,7 @@ class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
 
     def routes(self, model: str) -> list[Route]:
         """The ways to a model, best first. Raises NotFound."""
-        if entry := self._entry(model):
+        if entry := next((entry for entry in self.models if fnmatchcase(model, entry.name)), None):
             return [Route(route.upstream, route.model or model) for route in entry.routes]
         upstream, at, name = model.partition("@")
         if at and upstream in self.upstreams:
@@ -146,13 +146,6 @@ class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
             code="model_not_found",
             param="model",
         )
-
-    def is_named(self, model: str) -> bool:
-        """Whether a `[[models]]` entry matches, by its name or its pattern."""
-        return self._entry(model) is not None
-
-    def _entry(self, model: str) -> ModelEntry | None:
-        return next((entry for entry in self.models if fnmatchcase(model, entry.name)), None)
 
     def tool_server(self, name: str) -> ToolServer | None:
         """The operator's tool server of this name."""

@@ -217,7 +217,7 @@ def decode_create(raw: bytes, passed_on: Collection[str]) -> CreateResponse:
     _refuse_unsupported(body)
     if not body.model:
         raise missing("model")
-    if "\0" in body.model or len(body.model) > ID_CHARS_MAX:
+    if not is_model_name(body.model):
         raise InvalidParameter(
             f"Invalid value for 'model': expected at most {ID_CHARS_MAX} characters, none of them NUL.", param="model"
         )
@@ -283,6 +283,11 @@ def mend_surrogates(raw: bytes) -> bytes:
     if b"\\ud" not in raw and b"\\uD" not in raw:
         return raw
     return _ESCAPES.sub(lambda found: rb"\ufffd" if len(found[0]) == _LONE_SURROGATE_CHARS else found[0], raw)
+
+
+def is_model_name(name: str) -> bool:
+    """Whether a model may be called so."""
+    return 0 < len(name) <= ID_CHARS_MAX and "\0" not in name
 
 
 def _decode_input(body: Body) -> list[AnyItem]:

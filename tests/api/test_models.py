@@ -26,15 +26,28 @@ def test_a_model_is_retrieved_as_it_is_listed(client):
     assert client.models.retrieve("scripted").to_dict() == client.models.list().data[0].to_dict()
 
 
-@pytest.mark.parametrize("id", ["nobody", "some/model", "script", "SCRIPTED", "a%00b"])
-def test_an_unknown_model_is_not_found(http, id):
-    reply = http.get(f"/models/{id}")
+def not_found(http, name):
+    """The error's message for a name that is none."""
+    reply = http.get(f"/models/{name}")
     assert reply.status_code == 404
-    assert reply.json()["error"].pop("message").startswith("The model '")
-    assert {key: reply.json()["error"][key] for key in ("type", "param", "code")} == {
-        "type": "invalid_request_error",
-        "param": "model",
-        "code": "model_not_found",
+    error = reply.json()["error"]
+    assert [error[key] for key in ("type", "param", "code")] == ["invalid_request_error", "model", "model_not_found"]
+    return error["message"]
+
+
+@pytest.mark.parametrize("name", ["a%00b", "m" * 513])
+def test_what_no_model_may_be_called_is_not_found(http, name):
+    assert not_found(http, name).startswith("The model '")
+
+
+@pytest.mark.parametrize("name", ["unlisted", "some/model", "default@any", "SCRIPTED", "a b", "scripted:free"])
+def test_whatever_name_create_takes_is_found(client, name):
+    assert client.responses.create(model=name, input="Hello").model == name
+    assert client.models.retrieve(name).to_dict() == {
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "default",
     }
 
 
@@ -65,8 +78,7 @@ def test_a_catalog_names_its_models_first_and_marks_whose_the_others_are(new_ser
             # Whatever a request may say is found: by a pattern, and by its plain name at the default upstream.
             assert client.models.retrieve("qwen-anything").owned_by == "local"
             assert (client.models.retrieve("small").id, client.models.retrieve("small").owned_by) == ("small", "tests")
-            with pytest.raises(openai.NotFoundError):
-                client.models.retrieve("hosted@small")
+            assert client.models.retrieve("hosted@small").owned_by == "hosted"
             # An upstream that is down lists nothing, the others go on.
             hosted.stop()
             assert ids_of(client) == ["house/best", "local@Qwen/Qwen3-8B", "local@small"]
@@ -82,6 +94,9 @@ def test_an_upstream_that_says_nothing_is_not_waited_for_long(new_server, catalo
     served = new_server(REPRISE_CATALOG=catalog, REPRISE_MODELS_WAIT_S="0.2")
     with served.client(timeout=30) as client:
         assert ids_of(client) == [f"good@{id}" for id in LISTED]
+        assert client.models.retrieve("silent@any").owned_by == "silent"
+        with httpx.Client(base_url=served.url) as http:
+            assert not_found(http, "any") == "The model 'any' does not exist or you do not have access to it."
     served = new_server(OPENAI_BASE_URL=silent.url, REPRISE_MODELS_WAIT_S="0.2")
     reply = httpx.get(f"{served.url}/models", timeout=30)
     assert (reply.status_code, reply.json()["error"]["message"]) == (
@@ -103,4 +118,4 @@ def test_an_upstream_that_is_down_lists_nothing_and_says_so(new_server):
             "param": None,
             "code": "server_error",
         }
-        assert http.get("/models/m").status_code == 502
+        assert http.get("/models/m").json()["owned_by"] == "default"  # create decides whom it asks
