@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import concurrent.futures
+import itertools
 import os
 import shutil
 import signal
@@ -440,6 +441,11 @@ def banner(served):
     return "".join(line for line in served.printed if not line.startswith("{"))
 
 
+def is_no_welcome(line: str) -> bool:
+    """Whether a line is none of the welcome."""
+    return not line.startswith("Reprise listens on ")
+
+
 @pytest.fixture
 def data_dir(tmp_path):
     """A data directory whose servers have stopped by the end of the test."""
@@ -454,6 +460,7 @@ def test_a_second_start_is_quick_and_finds_the_data_again(data_dir, capsys):
     with Homely(data_dir) as served:
         first_s = time.monotonic() - begun_s
         said = banner(served)
+        assert not any(line.startswith("{") for line in itertools.takewhile(is_no_welcome, served.printed))
         with served.client() as client:
             one = client.responses.create(model="echo", input="My name is Ada.")
             two = client.responses.create(model="echo", input="What is my name?", previous_response_id=one.id)

@@ -11,7 +11,7 @@ import httpx2
 import msgspec
 from msgspec.structs import replace
 
-from app.domain.dialect import PRESETS
+from app.domain.dialect import PRESETS, Dialect
 from app.domain.hosted import placeholders
 from app.outbound.catalog import Catalog, ModelEntry, ToolServerEntry, UpstreamEntry
 from app.settings import Settings, SettingsError
@@ -39,7 +39,7 @@ def load_catalog(settings: Settings, environ: Mapping[str, str], *, demo_url: st
                 raise SettingsError("OPENAI_API_KEY holds characters that no key has.")
             entry = UpstreamEntry(base_url=settings.openai_base_url, key=settings.openai_api_key)
             return Catalog(upstreams={"default": entry})
-        return Catalog(upstreams={"echo": UpstreamEntry(base_url=demo_url)})
+        return Catalog(upstreams={"echo": UpstreamEntry(base_url=demo_url, dialect=Dialect())})
     catalog = _read(Path(settings.catalog))
     fault = next(_faults(catalog), None)
     if fault:
