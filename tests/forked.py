@@ -1,9 +1,10 @@
 """Server processes that need not import the server first, which takes longer than most tests: forks of one that has.
 
-python -m tests.forked FD    forks on request; a request and two pipes come on the socket FD
+python -m tests.forked FD    forks on request; a request and three files come on the socket FD
 """
 
 import atexit
+import gc
 import json
 import os
 import resource
@@ -11,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,19 +29,45 @@ class ForkServer:
         self._socket: socket.socket | None = None
         self._lock = threading.Lock()
 
-    def start(self, env: Mapping[str, str], command: str, *, files_max: tuple[int, int] | None = None) -> "Process":
-        """`reprise COMMAND` in this environment; `files_max` are its soft and hard limits of open files."""
-        request = json.dumps({"env": dict(env), "command": command, "files_max": files_max}).encode()
-        assert len(request) <= REQUEST_BYTES_MAX
+    def start(self, env: Mapping[str, str], *arguments: str, files_max: tuple[int, int] | None = None) -> "Process":
+        """`reprise ARGUMENTS` in this environment; `files_max` are its soft and hard limits of open files."""
         output, output_end = os.pipe()
+        try:
+            status = self._forked(env, arguments, files_max, output_end, output_end)
+        finally:
+            os.close(output_end)
+        return Process(status, os.fdopen(output, encoding="utf-8", errors="replace"))
+
+    def run(self, env: Mapping[str, str], *arguments: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
+        """`reprise ARGUMENTS`, run to its end. Raises subprocess.TimeoutExpired."""
+        with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+            process = Process(self._forked(env, arguments, None, output.fileno(), errors.fileno()))
+            try:
+                status = process.wait(timeout_s)
+            finally:
+                process.kill()
+            output.seek(0)
+            errors.seek(0)
+            return subprocess.CompletedProcess(arguments, status, output.read(), errors.read())
+
+    def _forked(
+        self,
+        env: Mapping[str, str],
+        arguments: tuple[str, ...],
+        files_max: tuple[int, int] | None,
+        output: int,
+        errors: int,
+    ) -> int:
+        """Where the status of the new process is read."""
+        request = json.dumps({"env": dict(env), "arguments": arguments, "files_max": files_max}).encode()
+        assert len(request) <= REQUEST_BYTES_MAX
         status, status_end = os.pipe()
         with self._lock:
             if self._socket is None:
                 self._socket = _forking()
-            socket.send_fds(self._socket, [request], [output_end, status_end])
-        os.close(output_end)
+            socket.send_fds(self._socket, [request], [output, errors, status_end])
         os.close(status_end)
-        return Process(output, status)
+        return status
 
 
 def _forking() -> socket.socket:
@@ -62,8 +90,8 @@ def _forking() -> socket.socket:
 class Process:
     """What `subprocess.Popen` says of a child, of one that is somebody else's."""
 
-    def __init__(self, output: int, status: int) -> None:
-        self.stdout: TextIO = os.fdopen(output, encoding="utf-8", errors="replace")
+    def __init__(self, status: int, stdout: TextIO | None = None) -> None:
+        self.stdout = stdout
         self._status = os.fdopen(status)
         self.pid = int(self._status.readline())
         self.returncode: int | None = None
@@ -99,10 +127,12 @@ def fork_for_ever(requests: socket.socket) -> None:
     """Fork for every request until nobody can make one."""
     from app import cli  # noqa: F401 - this is what takes so long
 
+    gc.collect()
+    gc.freeze()  # else every fork looks through it all when it starts and ends, and so copies it
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that watch
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the tests
     while True:
-        request, files, _, _ = socket.recv_fds(requests, REQUEST_BYTES_MAX, 2)
+        request, files, _, _ = socket.recv_fds(requests, REQUEST_BYTES_MAX, 3)
         if not request:
             return
         if os.fork() == 0:
@@ -112,33 +142,35 @@ def fork_for_ever(requests: socket.socket) -> None:
             os.close(file)
 
 
-def _watch(request: dict[str, Any], output: int, status: int) -> None:
+def _watch(request: dict[str, Any], output: int, errors: int, status: int) -> None:
     """Fork the server, and write its pid, then how it has ended."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     pid = os.fork()
     if pid == 0:
         os.close(status)
-        _become(request, output)
+        _become(request, output, errors)
     os.close(output)
+    os.close(errors)
     os.write(status, f"{pid}\n".encode())
     _, ended = os.waitpid(pid, 0)
     os.write(status, f"{os.waitstatus_to_exitcode(ended)}\n".encode())
     os._exit(0)
 
 
-def _become(request: dict[str, Any], output: int) -> None:
+def _become(request: dict[str, Any], output: int, errors: int) -> None:
     from app import cli
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(output, 1)
-    os.dup2(output, 2)
+    os.dup2(errors, 2)
     os.close(output)
+    os.close(errors)
     os.environ.clear()
     os.environ.update(request["env"])
     if request["files_max"]:
         resource.setrlimit(resource.RLIMIT_NOFILE, tuple(request["files_max"]))
-    sys.argv = ["reprise", request["command"]]
+    sys.argv = ["reprise", *request["arguments"]]
     cli.main()
     sys.exit()
 

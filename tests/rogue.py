@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import gzip
 import json
 import threading
 import time
@@ -37,6 +38,9 @@ def headed(*lines: str, status: str = "200 OK") -> bytes:
 
 EVENTS = headed("content-type: text/event-stream")
 JSON = headed("content-type: application/json")
+
+ZEROS = gzip.compress(bytes(2**26))
+"""64 MB; each of the bombs has many of them, as gzip allows."""
 
 
 class Rogue(Threaded):

@@ -13,6 +13,7 @@ import openai
 from tests.forked import ROOT, ForkServer, Process
 
 START_TIMEOUT_S = 180.0
+COMMAND_TIMEOUT_S = 60.0
 
 
 FORKS = ForkServer()
@@ -20,14 +21,17 @@ FORKS = ForkServer()
 
 
 def reprise(env: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """One command, run to its end; `env` are its settings."""
+    """One command, run to its end; `env` are its settings. With a PYTHONPATH it is no fork, so that Python reads that first."""
+    whole_env = {**_inherited(), **env}
+    if "PYTHONPATH" not in env:
+        return FORKS.run(whole_env, *arguments, timeout_s=COMMAND_TIMEOUT_S)
     return subprocess.run(
         [sys.executable, "-m", "app", *arguments],
         cwd=ROOT,
-        env={**_inherited(), **env},
+        env=whole_env,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=COMMAND_TIMEOUT_S,
         check=False,
     )
 

@@ -1,7 +1,6 @@
 """A tool server is not trusted: how much it says, and how often, is bounded, and it is left when the client leaves."""
 
 import asyncio
-import gzip
 import itertools
 import json
 import time
@@ -13,7 +12,7 @@ import pytest
 
 from tests.faults.memory import GROWTH_MAX_KB, Grown, needs_proc
 from tests.looking import until
-from tests.rogue import EVENTS, JSON, PIECE, Rogue, Visit, headed
+from tests.rogue import EVENTS, JSON, PIECE, ZEROS, Rogue, Visit, headed
 from tests.servers import Served
 from tests.upstream import Upstream, answer, calling, note, script
 
@@ -112,7 +111,6 @@ def ask(server: Served, rogue: Rogue, said: str, *turns: list[dict[str, Any]]) -
 
 # -- Lists ------------------------------------------------------------------------------------------------------------------
 
-ZEROS = gzip.compress(bytes(2**26))
 MOVED = "location: /v1/box"
 
 LISTS: dict[str, tuple[dict[str, Act], str]] = {

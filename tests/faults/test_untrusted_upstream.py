@@ -18,7 +18,7 @@ from msgspec import Struct
 from tests.api.streams import events_of
 from tests.faults.memory import GROWTH_MAX_KB, needs_proc
 from tests.looking import until
-from tests.rogue import EVENTS, JSON, PIECE, Answer, Rogue, headed
+from tests.rogue import EVENTS, JSON, PIECE, ZEROS, Answer, Rogue, headed
 from tests.servers import Served
 from tests.upstream import Upstream
 
@@ -226,9 +226,6 @@ def endless(first: bytes, part: bytes) -> Answer:
 def gigabyte(first: bytes, part: bytes) -> Answer:
     return lambda _: itertools.chain([first], itertools.repeat(part * (PIECE // len(part)), GIGABYTE // PIECE))
 
-
-ZEROS = gzip.compress(bytes(2**26))
-"""64 MB; each of the bombs has many of them, as gzip allows."""
 
 RUN = "REPRISE_RUN_OUTPUT_BYTES_MAX"
 LONG_LINE = "a line of more than 4194304 bytes"
