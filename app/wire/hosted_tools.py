@@ -18,7 +18,7 @@ class _Declaration(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class _UserLocation(Struct, forbid_unknown_fields=True):
-    type: Literal["approximate"] = "approximate"
+    type: Literal["approximate"] | None = "approximate"
     city: str | None = None
     country: str | None = None
     region: str | None = None

@@ -2,21 +2,34 @@
 
 An item is input and output at once, so one Struct serves both. `type` is absent on plain messages, and an object with an
 `id` and no `role` is a reference; `decode_item` looks before it decodes. Item types that we do not read (a hosted tool's
-call in a replayed history) are `OpaqueItem`s: their bytes are kept, stored and listed as they came.
+call in a replayed history) are `OpaqueItem`s: once their keys are checked they are kept, stored and listed as they came.
 
 Optional fields are `UNSET`, never null, where strict clients reject a null.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType, field
 
 from app.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
+from app.wire.carried import (
+    CARRIED,
+    Annotation,
+    Caller,
+    CodeOutput,
+    FileSearchResult,
+    ImageError,
+    Logprob,
+    PromptCacheBreakpoint,
+    SvgUsage,
+    WebSearchAction,
+    check_keys,
+)
 from app.wire.decoding import Json, decode, did_you_mean, missing, not_among
 from app.wire.keys import nearest, without_unknown
-from app.wire.tools import AnyTool, ListedTool, McpTool, decode_tools, encode_tools
+from app.wire.tools import AnyTool, ListedTool, McpTool, check_declarations, decode_tools, encode_tools
 
 Role = Literal["user", "assistant", "system", "developer"]
 ItemStatus = Literal[
@@ -33,14 +46,14 @@ class Part(Struct, tag_field="type", kw_only=True, forbid_unknown_fields=True):
 
 class InputText(Part, tag="input_text"):
     text: str
-    prompt_cache_breakpoint: Json | UnsetType | None = UNSET
+    prompt_cache_breakpoint: PromptCacheBreakpoint | UnsetType | None = UNSET
 
 
 class InputImage(Part, tag="input_image"):
     image_url: str | None = None
     file_id: str | UnsetType | None = UNSET
     detail: Detail | None = "auto"
-    prompt_cache_breakpoint: Json | UnsetType | None = UNSET
+    prompt_cache_breakpoint: PromptCacheBreakpoint | UnsetType | None = UNSET
 
 
 class InputFile(Part, tag="input_file"):
@@ -49,7 +62,7 @@ class InputFile(Part, tag="input_file"):
     file_url: str | UnsetType | None = UNSET
     filename: str | UnsetType | None = UNSET
     detail: Detail | UnsetType | None = UNSET
-    prompt_cache_breakpoint: Json | UnsetType | None = UNSET
+    prompt_cache_breakpoint: PromptCacheBreakpoint | UnsetType | None = UNSET
 
 
 class Audio(Struct, forbid_unknown_fields=True):
@@ -109,7 +122,7 @@ class FunctionCall(Item, tag="function_call"):
     namespace: str | UnsetType | None = UNSET
     status: ItemStatus | UnsetType | None = UNSET
     asynchronous: bool | UnsetType | None = field(default=UNSET, name="async")
-    caller: Json | UnsetType | None = UNSET
+    caller: Caller | UnsetType | None = UNSET
     created_by: str | UnsetType | None = UNSET
 
 
@@ -119,7 +132,7 @@ class FunctionCallOutput(Item, tag="function_call_output"):
     status: ItemStatus | UnsetType | None = UNSET
     name: str | UnsetType | None = UNSET
     namespace: str | UnsetType | None = UNSET
-    caller: Json | UnsetType | None = UNSET
+    caller: Caller | UnsetType | None = UNSET
     created_by: str | UnsetType | None = UNSET
 
 
@@ -130,7 +143,7 @@ class CustomToolCall(Item, tag="custom_tool_call"):
     namespace: str | UnsetType | None = UNSET
     status: ItemStatus | UnsetType | None = UNSET
     asynchronous: bool | UnsetType | None = field(default=UNSET, name="async")
-    caller: Json | UnsetType | None = UNSET
+    caller: Caller | UnsetType | None = UNSET
     created_by: str | UnsetType | None = UNSET
 
 
@@ -138,7 +151,7 @@ class CustomToolCallOutput(Item, tag="custom_tool_call_output"):
     call_id: str
     output: str | list[Content]
     status: ItemStatus | UnsetType | None = UNSET
-    caller: Json | UnsetType | None = UNSET
+    caller: Caller | UnsetType | None = UNSET
     created_by: str | UnsetType | None = UNSET
 
 
@@ -276,12 +289,6 @@ AnyItem = (
 ServerCall = McpCall | WebSearchCall | FileSearchCall | CodeInterpreterCall | ImageGenerationCall
 """Calls that the server runs; each carries its own result."""
 
-CARRIED = frozenset(
-    "computer_call computer_call_output local_shell_call local_shell_call_output shell_call shell_call_output "
-    "apply_patch_call apply_patch_call_output tool_search_call tool_search_output".split()
-)
-"""Types of `OpaqueItem`: histories of other servers hold them."""
-
 PHASES = ("commentary", "final_answer")
 
 ID_CHARS_MAX = 512
@@ -327,9 +334,10 @@ _ADDITIONAL_TOOLS = msgspec.json.Decoder(_RawAdditionalTools)
 
 
 def decode_item(raw: bytes | Raw, at: str = "") -> AnyItem:
-    """One item of an `input` array, or a stored one. Raises InvalidParameter with the path below `at`."""
+    """One item of an `input` array. Raises InvalidParameter with the path below `at`."""
     item = _decode_item(raw, at)
-    if at and isinstance(item, FunctionCall | CustomToolCall | McpCall | McpApprovalRequest) and not item.name:
+    _check_carried(item, at)
+    if isinstance(item, FunctionCall | CustomToolCall | McpCall | McpApprovalRequest) and not item.name:
         raise InvalidParameter(f"Invalid value for '{at}.name': it is empty.", param=f"{at}.name")
     if not isinstance(item, ItemReference) and (len(item.id) > ID_CHARS_MAX or "\0" in item.id):
         raise InvalidParameter(
@@ -344,6 +352,44 @@ def decode_item(raw: bytes | Raw, at: str = "") -> AnyItem:
     if isinstance(item, Message) and item.phase and item.phase not in PHASES:
         raise not_among(f"{at}.phase", item.phase, PHASES)
     return item
+
+
+_SHAPES: Mapping[type[Item], Mapping[str, Any]] = {
+    WebSearchCall: {"action": WebSearchAction},
+    FileSearchCall: {"results": list[FileSearchResult]},
+    CodeInterpreterCall: {"outputs": list[CodeOutput]},
+    ImageGenerationCall: {"error": ImageError, "svg_usage": SvgUsage},
+}
+"""What is carried at the keys of items that are read."""
+
+_OUTPUT_TEXT: Mapping[str, msgspec.json.Decoder[Any]] = {
+    "annotations": msgspec.json.Decoder(Annotation),
+    "logprobs": msgspec.json.Decoder(Logprob),
+}
+
+
+def _check_carried(item: AnyItem, at: str) -> None:
+    """Raises InvalidParameter for an unknown key in what an item carries."""
+    match item:
+        case OpaqueItem(type="tool_search_output"):
+            check_keys(item.fields, CARRIED[item.type], at)
+            check_declarations(item.fields.get("tools") or (), f"{at}.tools")
+        case OpaqueItem():
+            check_keys(item.fields, CARRIED[item.type], at)
+        case Message(content=[*parts]):
+            for index, part in enumerate(parts):
+                if isinstance(part, OutputText):
+                    _check_output_text(part, f"{at}.content[{index}]")
+        case _:
+            for key, shape in _SHAPES.get(type(item), {}).items():
+                if carried := getattr(item, key):
+                    check_keys(carried, shape, f"{at}.{key}")
+
+
+def _check_output_text(part: OutputText, at: str) -> None:
+    for key, decoder in _OUTPUT_TEXT.items():
+        for index, carried in enumerate(getattr(part, key) or ()):
+            decode(decoder, carried, f"{at}.{key}[{index}]")
 
 
 def decode_stored_item(raw: bytes | Raw) -> AnyItem:

@@ -128,7 +128,17 @@ _DECODERS: dict[str, msgspec.json.Decoder[Any]] = {
 
 def decode_tools(raws: list[Raw], at: str = "tools") -> list[AnyTool]:
     """The `tools` array. Raises InvalidParameter with the path of the tool that is wrong."""
-    return [_decode_tool(raw, f"{at}[{index}]") for index, raw in enumerate(raws)]
+    tools = [_decode_tool(raw, f"{at}[{index}]") for index, raw in enumerate(raws)]
+    for index, tool in enumerate(tools):
+        if isinstance(tool, McpTool):
+            _refuse_elsewhere(tool, f"{at}[{index}]")
+    return tools
+
+
+def check_declarations(tools: Sequence[Json], at: str) -> None:
+    """Raises InvalidParameter for a declaration that is wrong, though it may be of a tool that this server can't reach."""
+    for index, tool in enumerate(tools):
+        _decode_tool(Raw(msgspec.json.encode(tool)), f"{at}[{index}]")
 
 
 def _decode_tool(raw: Raw, at: str) -> AnyTool:
@@ -138,8 +148,6 @@ def _decode_tool(raw: Raw, at: str) -> AnyTool:
         raise missing(f"{at}.name")
     if decoder := _DECODERS.get(type_):
         tool: AnyTool = decode(decoder, raw, at)
-        if isinstance(tool, McpTool):
-            _refuse_elsewhere(tool, at)
         return tool
     if type_ in HOSTED:
         return HostedTool(type_, decode_declaration(type_, raw, at))

@@ -6,8 +6,8 @@ import msgspec
 import pytest
 
 from app.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
+from app.wire.carried import CARRIED
 from app.wire.items import (
-    CARRIED,
     AdditionalTools,
     FunctionCall,
     InputText,
@@ -123,8 +123,8 @@ def test_the_kind_of_an_item_is_seen_with_and_without_a_type(fields: dict[str, A
 
 
 @pytest.mark.parametrize("type", sorted(CARRIED))
-def test_items_of_hosted_tools_are_carried_unread(type: str):
-    fields = {"type": type, "id": "x_1", "unknown": [1, {"a": None}]}
+def test_what_stands_at_the_keys_of_items_of_hosted_tools_is_carried_unread(type: str):
+    fields = {"type": type, "id": "x_1", "caller": None, "created_by": [1, {"a": None}]}
     assert plain_item(item(fields)) == fields
 
 

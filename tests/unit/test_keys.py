@@ -1,5 +1,6 @@
 """Keys of the wire: none that the official SDK can send is refused, and a misspelt one is refused with the right one."""
 
+import types
 import typing
 from collections.abc import Iterator
 from typing import Any, get_args, get_type_hints
@@ -32,16 +33,20 @@ def _literals(hint: Any) -> list[str]:
     return [tag for argument in get_args(hint) for tag in _literals(argument)]
 
 
+def _keys_of(hint: Any) -> dict[str, Any]:
+    if is_typeddict(hint):
+        return get_type_hints(hint)
+    if isinstance(hint, type) and issubclass(hint, pydantic.BaseModel):
+        return {field.alias or name: field.annotation for name, field in hint.model_fields.items()}
+    return {}
+
+
 def _objects(hint: Any, seen: set[int]) -> Iterator[tuple[str, set[str]]]:
     """Every object that a type of the SDK reaches: its tag, or the name of its type, and its keys on the wire."""
     if id(hint) in seen or getattr(hint, "__name__", "").startswith("ToolChoice"):  # it shares its tags with tools
         return
     seen.add(id(hint))
-    keys: dict[str, Any] = {}
-    if is_typeddict(hint):
-        keys = get_type_hints(hint)
-    elif isinstance(hint, type) and issubclass(hint, pydantic.BaseModel):
-        keys = {field.alias or name: field.annotation for name, field in hint.model_fields.items()}
+    keys = _keys_of(hint)
     for tag in _literals(keys.get("type")) or ([hint.__name__] if keys else []):
         yield tag, set(keys)
     for inner in [*keys.values(), *get_args(hint)]:
@@ -82,6 +87,46 @@ def test_the_comparison_sees_items_parts_tools_and_options():
     } <= KNOWN.keys() & STRUCTS.keys()
 
 
+def _samples(hint: Any) -> list[Any]:
+    """Values of a type of the SDK, so that each key, each member of a union and each null stands in one of them."""
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        return [get_args(hint)[0]]
+    if origin is dict:
+        return [{}]
+    if is_typeddict(hint) or (isinstance(hint, type) and issubclass(hint, pydantic.BaseModel)):
+        values = {key: _samples(inner) for key, inner in _keys_of(hint).items()}
+        longest = max(map(len, values.values()))
+        return [{key: given[index % len(given)] for key, given in values.items()} for index in range(longest)]
+    if hint in PLAIN:
+        return [PLAIN[hint]]
+    inner = [sample for argument in get_args(hint) for sample in _samples(argument)]
+    return inner if origin in {None, typing.Union, types.UnionType, typing.Annotated} else [inner]
+
+
+PLAIN = {str: "x", int: 1, float: 0.5, bool: True, object: {}, type(None): None}
+UNOFFERED = "additional_tools program program_output compaction compaction_trigger configuration_update".split()
+"""Types of items that are refused, or that hold a tool which is."""
+
+
+def _items() -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for sample in (sample for hint in (SENT[0], *ANSWERED) for sample in _samples(hint)):
+        found.setdefault(sample.get("type") or "message", []).append(sample)
+    for output in found["function_call_output"]:  # every tool has a name here, and every call an id
+        output["call_id"] = "x"
+    return {type_: samples for type_, samples in found.items() if type_ not in UNOFFERED}
+
+
+ITEMS = _items()
+
+
+@pytest.mark.parametrize("type_", sorted(ITEMS))
+def test_whatever_the_sdk_can_send_or_hand_back_as_an_item_is_taken(type_: str):
+    for fields in ITEMS[type_]:
+        items.decode_item(msgspec.json.encode(fields), "input[0]")
+
+
 MISSPELT = [
     ({"text": {"verbosty": "low"}}, "text.verbosty", "text.verbosity"),
     (
@@ -115,6 +160,49 @@ MISSPELT = [
     ({"response_format": {"type": "json_object"}}, "response_format", "text.format"),
     ({"max_tokens": 20}, "max_tokens", "max_output_tokens"),
     ({"zzz": 20}, "zzz", None),
+]
+
+
+PART = {"type": "input_text", "text": "x"}
+SAID = {"type": "output_text", "text": "x"}
+MISSPELT_INSIDE = [
+    ({"type": "computer_call", "action": {"type": "click", "buton": "left"}}, "action.buton", "button"),
+    ({"type": "computer_call", "actions": [{"path": [{"z": 1}]}]}, "actions[0].path[0].z", None),
+    ({"type": "computer_call_output", "output": {"image_ulr": "x"}}, "output.image_ulr", "image_url"),
+    ({"type": "web_search_call", "action": {"type": "search", "qery": "x"}}, "action.qery", "query"),
+    ({"type": "file_search_call", "results": [{"filname": "x"}]}, "results[0].filname", "filename"),
+    ({"type": "code_interpreter_call", "outputs": [{"type": "logs", "log": "x"}]}, "outputs[0].log", "logs"),
+    ({"type": "image_generation_call", "error": {"mesage": "x"}}, "error.mesage", "message"),
+    ({"type": "shell_call", "action": {"comands": ["ls"]}}, "action.comands", "commands"),
+    ({"type": "shell_call_output", "output": [{"outcome": {"exit": 1}}]}, "output[0].outcome.exit", None),
+    ({"type": "local_shell_call", "action": {"comand": ["ls"]}}, "action.comand", "command"),
+    ({"type": "apply_patch_call", "operation": {"pth": "x"}}, "operation.pth", "path"),
+    ({"type": "apply_patch_call", "caller": {"callr_id": "x"}}, "caller.callr_id", "caller_id"),
+    ({"type": "tool_search_call", "argumets": {}}, "argumets", "arguments"),
+    (
+        {"type": "tool_search_output", "tools": [{"type": "function", "name": "f", "parmeters": {}}]},
+        "tools[0].parmeters",
+        "parameters",
+    ),
+    (
+        {"role": "user", "content": [{**PART, "prompt_cache_breakpoint": {"mod": "explicit"}}]},
+        "content[0].prompt_cache_breakpoint.mod",
+        "mode",
+    ),
+    (
+        {"role": "assistant", "content": [SAID, {**SAID, "annotations": [{"type": "url_citation", "titel": "x"}]}]},
+        "content[1].annotations[0].titel",
+        "title",
+    ),
+    (
+        {"role": "assistant", "content": [{**SAID, "logprobs": [{"token": "x"}, {"byts": []}]}]},
+        "content[0].logprobs[1].byts",
+        "bytes",
+    ),
+]
+MISSPELT += [
+    ({"input": [item]}, f"input[0].{path}", meant and f"input[0].{path.rpartition('.')[0]}.{meant}".replace("..", "."))
+    for item, path, meant in MISSPELT_INSIDE
 ]
 
 
