@@ -5,7 +5,6 @@ forms of all secrets are one automaton (Aho-Corasick): a text is read once, howe
 """
 
 import base64
-import binascii
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -107,7 +106,7 @@ def _of_basic(encoded: str) -> Iterator[str]:
     """User and password, and the password alone."""
     try:
         pair = base64.b64decode(encoded).decode()
-    except (binascii.Error, UnicodeDecodeError):
+    except ValueError:
         return
     yield pair
     yield pair.partition(":")[2]

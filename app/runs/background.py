@@ -487,18 +487,17 @@ class Background:
             return Outcome("failed", error=error)
         # An index that a lost event may have used is not used again.
         index = recovered.next_output_index + (1 if skip else 0)
-        work.tools = Tools(task, self._guard, self._programs, self._settings)
-        loop = Loop(
-            task,
-            recorder,
-            work.tools,
-            turns_max=self._settings.turns_max,
-            calls_max=self._settings.turn_calls_max,
-            output_index=index,
-            call_ids=recovered.call_ids,
-        )
-        work.loop = loop
         try:
+            work.tools = Tools(task, self._guard, self._programs, self._settings)
+            loop = work.loop = Loop(
+                task,
+                recorder,
+                work.tools,
+                turns_max=self._settings.turns_max,
+                calls_max=self._settings.turn_calls_max,
+                output_index=index,
+                call_ids=recovered.call_ids,
+            )
             return await loop.outcome(None, self._settings.run_duration_max_s)
         except asyncio.CancelledError:
             if not work.cancelled or work.stopped:

@@ -252,6 +252,8 @@ def failing(mcp, toolserver, kind):
             return {**mcp("bad"), "server_url": "http://127.0.0.1:1/mcp"}
         case "401":
             return mcp("bad", options={"auth": "other"}, authorization="wrong-t0ken")
+        case "unsendable":
+            return mcp("bad", authorization="Basic é")
         case "500":
             return mcp("bad", options={"status": 500})
         case "garbage":
@@ -277,7 +279,7 @@ def impatient(base_env, new_database):
         yield running
 
 
-@pytest.mark.parametrize("kind", ["refused", "401", "500", "garbage", "stall", "too many"])
+@pytest.mark.parametrize("kind", ["refused", "401", "unsendable", "500", "garbage", "stall", "too many"])
 def test_a_server_that_can_t_be_listed_says_so_and_the_others_go_on(impatient, upstream, toolserver, name, mcp, kind):
     given = script([note(name), *calling("echo", {"x": 1})], answer("Done."))
     bad = failing(mcp, toolserver, kind)

@@ -86,6 +86,11 @@ def test_the_secret_inside_a_header_is_masked_alone(headers, echo):
     assert Mask(secrets_of(headers)).text(f"got {echo}!").rstrip() in {"got ***!", "got bearer ***!"}
 
 
+@pytest.mark.parametrize("credentials", ["é", "a", "_w"])
+def test_credentials_that_cannot_be_decoded_are_masked_as_they_stand(credentials):
+    assert list(secrets_of({"authorization": f"Basic {credentials}"})) == [f"Basic {credentials}", credentials]
+
+
 def test_what_a_tool_server_is_told_is_secret_and_what_it_is_called_is_not():
     server = ToolServer(
         label="box",
