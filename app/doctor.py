@@ -12,7 +12,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from app import assembly, echo, migrate
+from app import assembly, echo, migrate, setup
 from app.embedded import POSTGRES, VALKEY, EmbeddedError
 from app.errors import ApiError
 from app.outbound.catalog import Catalog
@@ -55,10 +55,10 @@ async def examine(environ: Mapping[str, str]) -> AsyncIterator[Finding]:
         yield Finding("settings", False, str(error))
         return
     yield Finding("settings", True, "every name and value is valid")
-    missing = assembly.missing_servers(settings)
+    missing = setup.missing_servers(settings)
     try:
-        made = frozenset(server for server in missing if assembly.has_embedded(settings, server))
-        settings = await asyncio.to_thread(assembly.with_servers, settings, made)
+        made = frozenset(server for server in missing if setup.has_embedded(settings, server))
+        settings = await asyncio.to_thread(setup.with_servers, settings, made)
     except EmbeddedError as error:
         yield Finding("embedded servers", False, str(error))
         return
@@ -130,17 +130,17 @@ def _workers(settings: Settings, *, connected: bool) -> Finding:
 
 
 async def _secret_key(settings: Settings, database: Database | None) -> Finding:
-    path = assembly.secret_key_path(settings)
-    if not assembly.has_secret_key(settings):
+    path = setup.secret_key_path(settings)
+    if not setup.has_secret_key(settings):
         if database is None or await sealing.is_known(database, []):
             return Finding("secret key", True, f"none yet; `reprise serve` makes one, {path}")
         return Finding("secret key", False, f"there is no {path}, but the database knows one; set REPRISE_SECRET_KEY")
     try:
-        fingerprints = assembly.open_seal(settings).fingerprints
+        fingerprints = setup.open_seal(settings).fingerprints
     except SettingsError as error:
         return Finding("secret key", False, str(error))
     if database and not await sealing.is_known(database, fingerprints):
-        return Finding("secret key", False, assembly.OTHER_KEY)
+        return Finding("secret key", False, setup.OTHER_KEY)
     return Finding(
         "secret key", True, f"{'REPRISE_SECRET_KEY' if settings.secret_key else path}; replicas must share it"
     )

@@ -65,6 +65,12 @@ async def fault(database_url: str) -> str | None:
     return f"the database's schema {found} is newer than this version's {own}: run the version that made it, or a later one."
 
 
+async def demand(database_url: str) -> None:
+    """Raises SettingsError unless the schema is that of this version."""
+    if found := await fault(database_url):
+        raise SettingsError(found)
+
+
 @contextmanager
 def _reached() -> Iterator[None]:
     try:

@@ -23,6 +23,8 @@ PLAIN_NAMES = {
     "openai_api_key": "OPENAI_API_KEY",
 }
 
+DEFAULT_TENANT = "default"
+"""Whose data it is while a server has no keys."""
 
 DATA_DIR = ".data"
 PROJECT = Path(__file__).resolve().parent.parent

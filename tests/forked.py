@@ -125,7 +125,7 @@ class Process:
 
 def fork_for_ever(requests: socket.socket) -> None:
     """Fork for every request until nobody can make one."""
-    from app import cli  # noqa: F401 - this is what takes so long
+    from app import cli, doctor, serving  # noqa: F401 - this is what takes so long
 
     gc.collect()
     gc.freeze()  # else every fork looks through it all when it starts and ends, and so copies it

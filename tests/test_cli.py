@@ -23,9 +23,9 @@ from sqlalchemy import inspect, pool
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from app import embedded, migrate
-from app.assembly import OTHER_KEY, _kept_key, open_seal
 from app.doctor import _about_redis
 from app.settings import SettingsError, load
+from app.setup import OTHER_KEY, _kept_key, open_seal
 from app.storage.tables import metadata
 from tests.looking import fetch, until
 from tests.servers import ROOT, Served, reprise
@@ -48,6 +48,14 @@ def test_the_version_is_that_of_the_project(base_env):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert reprise(base_env, "--version").stdout == f"reprise {project['version']}\n"
     assert "serve" in reprise(base_env, "-h").stdout
+
+
+def test_a_command_imports_nothing_that_it_does_not_need():
+    begin = "import sys\nfrom app.cli import reprise\nreprise(['keys', '-h'], standalone_mode=False)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", begin + "print(*sys.modules)"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert not {"openai", "mcp", "litestar", "sqlalchemy", "alembic", "redis"} & set(done.stdout.split())
 
 
 # -- Settings ---------------------------------------------------------------------------------------------------------------

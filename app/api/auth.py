@@ -6,7 +6,7 @@ import time
 from app.api.sites import Headers, refuse_foreign
 from app.errors import AuthenticationFailed
 from app.runs.executor import Caller
-from app.settings import Settings
+from app.settings import DEFAULT_TENANT, Settings
 from app.storage import tenants
 from app.storage.database import Database
 
@@ -53,7 +53,7 @@ class Auth:
             if not key:
                 raise _missing()
             return Caller(f"caller_{hashlib.sha256(key.encode()).hexdigest()[:32]}", key)
-        return Caller(tenants.DEFAULT_TENANT, key)
+        return Caller(DEFAULT_TENANT, key)
 
     async def _tenant(self, key: str) -> str | None:
         digest = tenants.digest(key)

@@ -199,6 +199,16 @@ class Database:
             await self.engine.dispose(close=False)
 
 
+@asynccontextmanager
+async def opened(settings: Settings) -> AsyncIterator[Database]:
+    """A way to Postgres, for as long as a command needs it."""
+    database = Database(settings)
+    try:
+        yield database
+    finally:
+        await database.close()
+
+
 def _engine(settings: Settings, application_name: str) -> AsyncEngine:
     engine = create_async_engine(
         "postgresql+asyncpg://",

@@ -9,9 +9,6 @@ from sqlalchemy import text
 from app.ids import new_id
 from app.storage.database import Query, Tx
 
-DEFAULT_TENANT = "default"
-"""Whose data it is while a server has no keys."""
-
 _KEY_PREFIX = "sk-reprise-"
 
 _BY_KEY = "finds the tenant"

@@ -1,0 +1,96 @@
+"""What a set-up brings: the servers' addresses, with embedded ones where none is given, and the secret key."""
+
+import contextlib
+import os
+import secrets
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+from app import embedded
+from app.domain.sealed import KEY_BYTES, Seal, parse_key
+from app.settings import Settings, SettingsError
+
+OTHER_KEY = (
+    "the secret key is not the one that this database knows: give every process the same REPRISE_SECRET_KEY, and former ones in "
+    "REPRISE_OLD_SECRET_KEYS; if the key is lost, `reprise rekey` goes on without what it has sealed."
+)
+
+
+def missing_servers(settings: Settings) -> frozenset[str]:
+    """The servers that no address is given for: POSTGRES, VALKEY."""
+    addresses = {embedded.POSTGRES: settings.database_url, embedded.VALKEY: settings.redis_url}
+    return frozenset(server for server, address in addresses.items() if not address)
+
+
+def with_servers(
+    settings: Settings, servers: frozenset[str] = embedded.BOTH, *, create_database: bool = False
+) -> Settings:
+    """The settings with the addresses of `servers`: where none is given, an embedded one is started, and lives as long as this
+    process. Raises EmbeddedError, and SettingsError if there is no database that may not be created."""
+    missing = missing_servers(settings) & servers
+    if not missing:
+        return settings
+    if embedded.POSTGRES in missing and not (create_database or has_embedded(settings, embedded.POSTGRES)):
+        raise SettingsError(
+            f"there is no database in {settings.data_path}: `reprise serve` makes one, or set DATABASE_URL."
+        )
+    started = embedded.start(settings.data_path, servers=missing, durable=settings.durable)
+    return msgspec.structs.replace(
+        settings,
+        database_url=started.database_url if embedded.POSTGRES in missing else settings.database_url,
+        redis_url=started.redis_url if embedded.VALKEY in missing else settings.redis_url,
+    )
+
+
+def has_embedded(settings: Settings, server: str) -> bool:
+    """Whether the data directory holds data of an embedded server."""
+    return embedded.exists(settings.data_path, server)
+
+
+def open_seal(settings: Settings) -> Seal:
+    """The server's key: REPRISE_SECRET_KEY, or one that is made once in the data directory; and the old ones that it still opens
+    with. Raises SettingsError."""
+    old = [
+        _parsed("REPRISE_OLD_SECRET_KEYS", part) for part in map(str.strip, settings.old_secret_keys.split(",")) if part
+    ]
+    if settings.secret_key:
+        return Seal(_parsed("REPRISE_SECRET_KEY", settings.secret_key), *old)
+    path = secret_key_path(settings)
+    try:
+        return Seal(_kept_key(path), *old)
+    except OSError as error:
+        raise SettingsError(f"{path} can't be used: {error.strerror}; set REPRISE_SECRET_KEY.") from None
+    except ValueError as error:
+        raise SettingsError(f"{path} is not valid: {error}.") from None
+
+
+def has_secret_key(settings: Settings) -> bool:
+    """Whether a key is set, or one was made."""
+    return bool(settings.secret_key) or os.path.lexists(secret_key_path(settings))
+
+
+def secret_key_path(settings: Settings) -> Path:
+    """Where the key is kept that is made."""
+    return settings.data_path / "secret.key"
+
+
+def _parsed(variable: str, key: str) -> bytes:
+    try:
+        return parse_key(key)
+    except ValueError as error:
+        raise SettingsError(f"{variable} is not valid: {error}.") from None
+
+
+def _kept_key(path: Path) -> bytes:
+    """The key in a file. It is made whole or not at all: of processes that make one at once, all take the first."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix="secret.key.") as made:  # mode 0600
+            made.write(secrets.token_bytes(KEY_BYTES))
+            made.flush()
+            os.fsync(made.fileno())
+            with contextlib.suppress(FileExistsError):
+                os.link(made.name, path)
+    return path.read_bytes()
