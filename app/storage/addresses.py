@@ -14,7 +14,8 @@ from app.settings import SettingsError
 
 Connector = Callable[[], Awaitable[asyncpg.Connection]]
 
-_EXPECTED = "expected postgresql://USER:PASSWORD@HOST/NAME"
+_ESCAPED = "with % and two digits for characters such as / # ? @"
+_EXPECTED = f"expected postgresql://USER:PASSWORD@HOST/NAME, {_ESCAPED}"
 _DRIVER_DECIDES = frozenset(
     "channel_binding client_encoding connect_timeout fallback_application_name gssencmode keepalives keepalives_count "
     "keepalives_idle keepalives_interval load_balance_hosts requirepeer sslcompression sslsni tcp_user_timeout".split()
@@ -50,9 +51,7 @@ def connector(database_url: str, *, timeout_s: float | None = None, **settings: 
         except asyncpg.InterfaceError:
             raise
         except ValueError:  # it quotes what it can't read, which may be a piece of a password
-            raise SettingsError(
-                f"DATABASE_URL is not valid: {_EXPECTED}, with % and two digits for characters such as / # ? @."
-            ) from None
+            raise SettingsError(f"DATABASE_URL is not valid: {_EXPECTED}.") from None
 
     return connect
 
@@ -66,18 +65,26 @@ def _parse(database_url: str) -> tuple[SplitResult, dict[str, str]]:
     try:
         parts = urlsplit(database_url)
         query = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
-        has_timeout = 0 <= float(query.get("connect_timeout") or 0) < math.inf
-    except ValueError as error:
-        raise SettingsError(f"DATABASE_URL is not valid: {error}; {_EXPECTED}.") from None
+    except ValueError:  # it quotes what it can't read, as the driver does
+        raise SettingsError(f"DATABASE_URL is not valid: {_EXPECTED}.") from None
     if parts.scheme.partition("+")[0] not in {"postgres", "postgresql"} or not (
         parts.netloc or parts.path.strip("/") or "host" in query
     ):
         raise SettingsError(f"DATABASE_URL is not valid: {_EXPECTED}.")
-    if not has_timeout:
+    if "@" in parts.netloc.rpartition("@")[0]:  # the driver takes the first one for the end of the password
+        raise SettingsError(f"DATABASE_URL is not valid: {_EXPECTED}.")
+    if not _is_duration(query.get("connect_timeout") or "0"):
         raise SettingsError("DATABASE_URL is not valid: connect_timeout is a number of seconds.")
     if query.get("channel_binding") == "require":
         raise SettingsError("DATABASE_URL asks for channel_binding=require, which the driver can't do; leave it out.")
     return parts, query
+
+
+def _is_duration(text: str) -> bool:
+    try:
+        return 0 <= float(text) < math.inf
+    except ValueError:
+        return False
 
 
 def redis_address(redis_url: str) -> str:
@@ -86,8 +93,10 @@ def redis_address(redis_url: str) -> str:
     address = f"{_REDIS_SCHEMES.get(scheme.lower(), scheme.lower())}{colon}{rest}"
     try:
         options: dict[str, Any] = {**parse_url(address)}
-    except ValueError as error:
-        raise SettingsError(f"REDIS_URL is not valid: {str(error).rstrip('.')}.") from None
+    except ValueError:  # it quotes what it can't read
+        raise SettingsError(
+            f"REDIS_URL is not valid: expected redis://:PASSWORD@HOST:PORT/NUMBER, {_ESCAPED}."
+        ) from None
     try:
         connection_class: Any = options.pop("connection_class", Connection)
         connection_class(**options)

@@ -92,9 +92,29 @@ def test_any_other_redis_url_is_refused_in_one_line(url):
 
 
 @pytest.mark.parametrize(
-    "url", ["postgresql://u:p#ss@127.0.0.1:1/d", "postgresql://u:p@ss:w/rd@h", "postgresql://h:abc/d"]
+    "url",
+    [
+        "postgresql://u:p#ss@127.0.0.1:1/d",
+        "postgresql://u:p@ss:w/rd@h",
+        "postgresql://h:abc/d",
+        "postgresql://u:abc?w/rd@h/d",
+        "postgresql://u:abc\u2100w/rd@h/d",
+        "postgresql://u:abc@[w/rd]@h/d",
+        "postgresql://u:abc@[::1]ss@h/d",
+        "postgresql://u@h/d?connect_timeout=abc",
+    ],
 )
-async def test_a_database_url_that_only_the_driver_can_refuse_is_refused_without_a_quotation(url):
+async def test_a_database_url_is_refused_without_a_quotation(url):
     with pytest.raises(SettingsError, match=r"^DATABASE_URL [^\n]+\.$") as caught:
         await connector(url)()
     assert not any(piece in str(caught.value) for piece in ("ss@", "w/rd", "abc", "'p'"))
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["redis://:secret/x@h", "redis://:secret\u2100x@h", "redis://:[secret@h", "redis://u:secret?x@h", "secret://h"],
+)
+def test_a_redis_url_is_refused_without_a_quotation(url):
+    with pytest.raises(SettingsError, match=r"^REDIS_URL [^\n]+\.$") as caught:
+        redis_address(url)
+    assert "secret" not in str(caught.value)
