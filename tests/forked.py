@@ -125,8 +125,11 @@ class Process:
 
 def fork_for_ever(requests: socket.socket) -> None:
     """Fork for every request until nobody can make one."""
+    from litestar import Litestar
+
     from app import cli, doctor, serving  # noqa: F401 - this is what takes so long
 
+    Litestar()  # imports its plugins when it is first made
     gc.collect()
     gc.freeze()  # else every fork looks through it all when it starts and ends, and so copies it
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that watch
