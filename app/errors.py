@@ -33,6 +33,15 @@ from collections.abc import Mapping, Sequence
 RESPONSE_ID_HEADER = "x-reprise-response-id"
 """On the error of a create that has made output: where that can be retrieved."""
 
+TEXT_CHARS_MAX = 2_000
+"""Of a message or a path: both quote what clients send, which may be as long as a body."""
+
+
+def shortened(text: str) -> str:
+    """A text without its middle if it is too long: the beginning says what is wrong, the end says where, or what would be right."""
+    half = TEXT_CHARS_MAX // 2
+    return text if len(text) <= TEXT_CHARS_MAX else f"{text[: half - 1]}…{text[-half:]}"
+
 
 class ApiError(Exception):
     """An error with OpenAI's four keys; subclasses give status, type and default code."""
@@ -52,9 +61,9 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         """`message` is for people, `param` is the parameter's path (`input[0].role`), `code` is for programs."""
-        super().__init__(message)
-        self.message = message
-        self.param = param
+        self.message = shortened(message)
+        super().__init__(self.message)
+        self.param = None if param is None else shortened(param)
         self.code = code if code is not None else type(self).code
         self.headers = dict(headers or {})
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from app.errors import InvalidParameter, InvalidRequest
+from app.errors import InvalidParameter, InvalidRequest, shortened
 from app.wire.keys import choices, nearest, suggestion, without_unknown
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ def decode(decoder: msgspec.json.Decoder[T], raw: bytes | msgspec.Raw, at: str =
     try:
         return decoder.decode(raw)
     except msgspec.ValidationError as error:
-        raise invalid(str(error), at, decoder.type) from None
+        raise invalid(shortened(str(error)), at, decoder.type) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"We could not parse the JSON body of your request: {error}.", param=at or None) from None
     except RecursionError:

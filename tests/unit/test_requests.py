@@ -8,13 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.errors import InvalidRequest, UnsupportedParameter
+from app.errors import TEXT_CHARS_MAX, InvalidRequest, UnsupportedParameter
 from app.wire.items import InputText, Message
 from app.wire.requests import INPUT_CHARS_MAX, decode_create, mend_surrogates
 from app.wire.tools import AllowedTools, CustomTool, FunctionTool, HostedTool, NamedTool, NamespaceTool
 from tests.unit.build import function, request
 
 PASSED_ON = frozenset({"top_k"})
+
+LONG = "x" * 100_000
 
 
 def refused(**body: Any) -> InvalidRequest:
@@ -198,6 +200,26 @@ def test_what_this_server_does_not_offer_is_said_to_be_so(body: dict[str, Any], 
     error = refused(**body)
     assert isinstance(error, UnsupportedParameter)
     assert (error.param, error.code) == (param, "unsupported_parameter")
+
+
+@pytest.mark.parametrize(
+    ("body", "begins", "ends"),
+    [
+        ({"truncation": LONG}, "Invalid value for 'truncation': 'xxx", "Supported values are: 'auto', 'disabled'."),
+        ({LONG: 1}, "Unknown parameter: 'xxx", "xxx'."),
+        ({"text": {LONG: 1}}, "Unknown parameter: 'text.xxx", "xxx'."),
+        ({"tools": [{"type": LONG}]}, "Invalid value for 'tools[0].type': 'xxx", "'."),
+        ({"input": [{"type": LONG}]}, "Items of type 'xxx", "xxx' are not supported by this server."),
+        ({"input": [{"role": LONG, "content": "x"}]}, "Invalid value for 'input[0].role': 'xxx", "'user'."),
+        ({"input": [{"role": "assistant", "content": "x", "phase": LONG}]}, "Invalid value for 'input[0].phase", "'."),
+        ({"input": [{"role": "user", "content": "x", LONG: 1}]}, "Unknown parameter: 'input[0].xxx", "xxx'."),
+    ],
+    ids=range(8),
+)
+def test_a_refusal_quotes_only_so_much(body: dict[str, Any], begins: str, ends: str):
+    error = refused(**body)
+    assert error.message.startswith(begins) and error.message.endswith(ends)
+    assert max(len(error.message), len(error.param or ""), len(str(error))) <= TEXT_CHARS_MAX
 
 
 @pytest.mark.parametrize(
