@@ -7,9 +7,13 @@ no more than runs.
 """
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from app.errors import TooManyRequests
 from app.settings import Settings
+
+T = TypeVar("T")
 
 SMALL_SHARE = 4
 """One part in so many is for small contexts, the rest for the others."""
@@ -35,12 +39,13 @@ class Queue:
         """Whether so many bytes are free, and nobody waits for them."""
         return not self._waiting and size <= self.free
 
-    async def take(self, size: int, *, wait_s: float) -> None:
-        """Wait for so many bytes. Raises TooManyRequests if they are not free in time, or too many wait already."""
+    async def take(self, size: int, *, wait_s: float, is_accepted: bool = False) -> None:
+        """Wait for so many bytes. Raises TooManyRequests if they are not free in time, or if too many wait already: what is
+        accepted waits in any case."""
         if self.has(size):
             self.free -= size
             return
-        if len(self._waiting) >= self._waiting_max:
+        if len(self._waiting) >= self._waiting_max and not is_accepted:
             raise _no_room()
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting[turn] = size
@@ -83,7 +88,25 @@ class Room:
         self.size = 0
         """Bytes of context that may be held."""
 
-    async def take(self, size: int, *, wait_s: float) -> None:
+    async def read(
+        self,
+        read: Callable[[int], Awaitable[tuple[int, T | None]]],
+        *,
+        least: int = 0,
+        wait_s: float,
+        is_accepted: bool = False,
+    ) -> T:
+        """What `read` finds, when there is room for it. It gives how many bytes are needed, and reads only if they are no more
+        than its argument, which is `least` or more; as a rule the first look is enough. Raises TooManyRequests."""
+        await self.take(max(least, self._rooms.at_first()), wait_s=wait_s, is_accepted=is_accepted)
+        while True:
+            needed, found = await read(self.size)
+            if found is not None:
+                self.shrink(needed)
+                return found
+            await self.take(needed, wait_s=wait_s, is_accepted=is_accepted)
+
+    async def take(self, size: int, *, wait_s: float, is_accepted: bool = False) -> None:
         """Give up what is held, and wait for so many bytes. Raises TooManyRequests."""
         self.release()
         if size <= TINY_BYTES:
@@ -91,7 +114,7 @@ class Room:
             return
         queue = self._rooms.queue_for(size)
         taken = min(size, queue.bytes_max)  # what is larger than all there is comes alone
-        await queue.take(taken, wait_s=wait_s)
+        await queue.take(taken, wait_s=wait_s, is_accepted=is_accepted)
         self._queue, self._taken, self.size = queue, taken, size
 
     def shrink(self, size: int) -> None:

@@ -155,8 +155,8 @@ class Tasks:
         try:
             # A run waits like one of the queue: as long as it may last.
             wait_s = self._settings.run_duration_max_s
-            chain = await self._fitting(room, read, wait_s=wait_s)
-            rows, size = chain.items or [], chain.bytes
+            chain = await self._fitting(room, read, request.size, wait_s=wait_s, is_accepted=True)
+            rows, size = chain.items or [], request.size + chain.bytes
             stored = await aside(size, _decoded, rows)
             own = [item for item, row in zip(stored, rows, strict=True) if row.turn == chain.place.turn]
             requests: dict[str, McpApprovalRequest] = {}
@@ -203,30 +203,33 @@ class Tasks:
         given = len(bytes(request.body.input))
         wait_s = self._settings.context_wait_s
         if previous is None and not wanted and not answered:
-            await self._take(room, given, wait_s=wait_s)
+            self._check(given)
+            await room.take(request.size, wait_s=wait_s)
             return _Found()
-        return await self._fitting(room, read, given=given, wait_s=wait_s)
+        return await self._fitting(room, read, request.size, given=given, wait_s=wait_s)
 
     async def _fitting(
         self,
         room: Room,
         read: Callable[[int], Awaitable[tuple[int, T | None]]],
+        size: int,
         *,
-        wait_s: float,
         given: int = 0,
+        wait_s: float,
+        is_accepted: bool = False,
     ) -> T:
-        """What `read` finds, read when there is room for it beside what is given. It says how many bytes that takes, and reads
-        it only if they are no more than its argument; as a rule the first look is enough."""
-        await self._take(room, given, room_for=self._rooms.at_first(), wait_s=wait_s)
-        while True:
-            needed, found = await read(min(room.size, self._settings.context_bytes_max) - given)
-            if found is not None:
-                room.shrink(given + needed)
-                return found
-            await self._take(room, given + needed, wait_s=wait_s)
+        """What `read` finds, when there is room for it beside a request of this size, of whose context so much is given."""
 
-    async def _take(self, room: Room, size: int, *, room_for: int = 0, wait_s: float) -> None:
-        """Wait for room; `room_for` is how much is taken at least. Raises InvalidRequest for what never fits."""
+        async def look(bytes_max: int) -> tuple[int, T | None]:
+            needed, found = await read(min(bytes_max - size, self._settings.context_bytes_max - given))
+            self._check(given + needed)
+            return size + needed, found
+
+        self._check(given)
+        return await room.read(look, least=size, wait_s=wait_s, is_accepted=is_accepted)
+
+    def _check(self, size: int) -> None:
+        """Raises InvalidRequest for a context that is too long."""
         most = self._settings.context_bytes_max
         if size > most:
             raise InvalidRequest(
@@ -234,7 +237,6 @@ class Tasks:
                 param="input",
                 code="context_length_exceeded",
             )
-        await room.take(max(size, room_for), wait_s=wait_s)
 
     async def _chain(self, tx: Tx, tenant_id: str, response_id: str, bytes_max: int) -> Chain:
         items_max = self._settings.context_items_max

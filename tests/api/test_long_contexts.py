@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import openai
@@ -162,6 +162,48 @@ async def test_who_waits_too_long_for_room_is_told_when_to_come_again(impatient,
         upstream.open(said)
         await asyncio.gather(*held)
         assert (await go_on()).status == "completed"
+
+
+@pytest.mark.parametrize("background", [False, True])
+async def test_all_of_a_request_takes_room(impatient, upstream, said, background):
+    async with impatient.async_client() as client:
+        asking = script([note(said), text("ok"), gate(said), finish()])
+
+        def create(background: bool) -> Awaitable[openai.types.responses.Response]:
+            return client.responses.create(
+                model="m", input=asking, instructions="x" * CHAIN_MB * MB, background=background
+            )
+
+        held = [asyncio.create_task(create(background)) for _ in range(AT_ONCE)]
+        await until_async(lambda: len(upstream.asked(asking)) == AT_ONCE)
+        with pytest.raises(openai.RateLimitError):
+            await create(False)
+        upstream.open(said)
+        await asyncio.gather(*held)
+
+
+def test_accepted_runs_wait_for_room_however_many_they_are(new_server, upstream, said):
+    queueing = new_server(REPRISE_WORKERS_IN_API="false")
+    asking = script([note(said), text("ok"), gate(said), finish()])
+    with queueing.client() as client:
+        queued = [
+            client.responses.create(model="m", input=asking, instructions="x" * (MB // 4), background=True)
+            for _ in range(AT_ONCE + 3)
+        ]
+    cramped = new_server(
+        DATABASE_URL=queueing.database_url,
+        REPRISE_CONTEXTS_BYTES_MAX=str(MB + MB // 8),
+        REPRISE_FOREGROUND_RUNS_MAX="1",
+    )
+    until(lambda: len(upstream.asked(asking)) == AT_ONCE)
+    upstream.open(said)
+    with cramped.client() as client:
+
+        def ended() -> set[str]:
+            return {client.responses.retrieve(one.id).status or "" for one in queued}
+
+        until(lambda: not ended() & {"queued", "in_progress"})
+        assert ended() == {"completed"}
 
 
 async def test_a_client_that_leaves_while_it_waits_for_room_gives_up_its_place_at_once(crowded, upstream, said):

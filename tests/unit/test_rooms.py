@@ -132,6 +132,18 @@ async def test_no_more_than_so_many_wait(rooms, waits):
         await Room(rooms).take(LARGE, wait_s=60)
 
 
+async def test_what_is_accepted_waits_however_many_wait(rooms, waits):
+    held = await taken(rooms, 3 * LARGE)
+    for _ in range(10):
+        waits(SMALL + 1)
+    await settled()
+    accepted = asyncio.create_task(Room(rooms).take(LARGE, wait_s=60, is_accepted=True))
+    await settled()
+    assert not accepted.done()
+    held.release()
+    await accepted
+
+
 async def test_what_was_taken_too_much_is_free_again(rooms):
     room = await taken(rooms, 3 * LARGE)
     room.shrink(LARGE)
