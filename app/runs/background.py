@@ -40,7 +40,7 @@ from app.runs.task import Task, Tasks
 from app.runs.tools import Tools
 from app.settings import Settings
 from app.storage import approvals, journal, queue, responses
-from app.storage.backlog import Backlog, pages_of
+from app.storage.backlog import Backlog, pages_of, size_of
 from app.storage.database import Database
 from app.storage.journal import Kept
 from app.storage.queue import Claim, Hold, Owner, Queued
@@ -514,7 +514,7 @@ class Background:
     async def _keep(self, claim: Claim, entries: Sequence[Entry], usage: Usage | None) -> None:
         """Commit entries to the journal, however long Postgres is away: as long as it is, no other worker can go on either, and
         what only we know would be lost. Raises Fenced."""
-        pages = journal.paged(list(entries))
+        pages = await aside(size_of(entries), journal.paged, list(entries))
         async for attempt in self._database.retrying(for_ever=True):
             with attempt:
                 async with self._database.begin() as tx:
@@ -522,7 +522,7 @@ class Background:
                         raise Fenced
 
     async def _seal_response(self, claim: Claim, closed: Response, entries: Sequence[Entry]) -> Response:
-        archive = await asyncio.to_thread(journal.packed, journal.paged(list(entries))) if claim.streamed else []
+        archive = await asyncio.to_thread(journal.archive, list(entries)) if claim.streamed else []
         async for attempt in self._database.retrying(for_ever=True):
             with attempt:
                 async with self._database.begin() as tx:

@@ -33,13 +33,13 @@ def size_of(entries: Iterable[Entry]) -> int:
     return size
 
 
-def first_page(entries: Sequence[Entry], page_bytes: int = PAGE_BYTES) -> int:
-    """How many of the entries one page holds: at least one, however large."""
+def page_end(entries: Sequence[Entry], begin: int = 0, page_bytes: int = PAGE_BYTES) -> int:
+    """Where the page ends that begins there: it holds at least one entry, however large."""
     size = 0
-    for count, entry in enumerate(entries):
-        size += len(entry.frame) + ENTRY_OVERHEAD_BYTES
+    for at in range(begin, len(entries)):
+        size += len(entries[at].frame) + ENTRY_OVERHEAD_BYTES
         if size > page_bytes:
-            return max(count, 1)
+            return max(at, begin + 1)
     return len(entries)
 
 
@@ -49,10 +49,11 @@ def pages_of(entries: list[Entry], size: int, page_bytes: int = PAGE_BYTES) -> I
 
 
 def _cut(entries: list[Entry], page_bytes: int) -> Iterator[list[Entry]]:
-    while entries:
-        count = first_page(entries, page_bytes)
-        yield entries[:count]
-        entries = entries[count:]
+    begin = 0
+    while begin < len(entries):
+        end = page_end(entries, begin, page_bytes)
+        yield entries[begin:end]
+        begin = end
 
 
 def nothing() -> None:
@@ -193,10 +194,12 @@ class Backlogs:
         self._open.discard(backlog)
 
     def _make_room(self) -> None:
-        """What can be read again is let go before anybody is disconnected; in both, clients that take nothing come first."""
+        """What never fits goes first. What can be read again is let go before anybody else is disconnected; in both, clients that
+        take nothing come first."""
         enough = int(self._all_bytes_max * SPARE)
         stale_since = self.now() - STALE_S
         behind = sorted((one for one in self._open if one.counted), key=lambda one: one.taken_at)
+        self._relieve([one.drop for one in behind if one.counted > self._all_bytes_max and not one.rereads], 0)
         stale = [one for one in behind if one.taken_at < stale_since]
         self._relieve([one.let_go for one in stale if one.rereads], enough)
         self._relieve([one.let_go for one in behind if one.rereads], 0)

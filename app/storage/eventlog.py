@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import closing
 
 from app.patience import Patience
-from app.storage.backlog import PAGE_BYTES, Backlog, first_page, size_of
+from app.storage.backlog import PAGE_BYTES, Backlog, page_end, size_of
 from app.wire.events import Entry
 
 
@@ -69,6 +69,6 @@ class MemoryLog:
 
     def _page(self) -> tuple[list[Entry], int]:
         """The beginning of a long backlog, and its size."""
-        count = first_page(self._entries)
+        count = page_end(self._entries)
         page, self._entries = self._entries[:count], self._entries[count:]
         return page, size_of(page)

@@ -88,9 +88,9 @@ def paged(entries: list[Entry]) -> Pages:
     ]
 
 
-def packed(pages: Pages) -> Pages:
-    """Pages as the archive keeps them."""
-    return [(number, zstandard.compress(frames, ARCHIVE_LEVEL)) for number, frames in pages]
+def archive(entries: list[Entry]) -> Pages:
+    """Events as the archive keeps them: pages, compressed."""
+    return [(number, zstandard.compress(frames, ARCHIVE_LEVEL)) for number, frames in paged(entries)]
 
 
 async def append(tx: Tx, tenant_id: str, response_id: str, lease: int, pages: Pages, usage: Usage | None) -> bool:

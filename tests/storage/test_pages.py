@@ -63,8 +63,8 @@ async def store(connection, id, table, pages):
 
 @pytest.mark.parametrize("table", ["event_archive", "event_journal"])
 async def test_a_long_run_is_read_in_pages_from_any_number_on(connection, table):
-    pages = journal.paged(entries(range(100), KEPT_PAGE_BYTES // 10))
-    await store(connection, "r", table, journal.packed(pages) if table == "event_archive" else pages)
+    pages_of = journal.archive if table == "event_archive" else journal.paged
+    await store(connection, "r", table, pages_of(entries(range(100), KEPT_PAGE_BYTES // 10)))
     found = await all_of(connection, "r")
     assert [number for page in found for number in page] == list(range(100))
     assert 10 <= len(found) <= 15

@@ -119,6 +119,12 @@ async def test_beyond_the_bound_of_all_the_stalest_are_disconnected_first():
     assert [client.heard for client in (old, older, fresh, new)] == [[], ["disconnected"], [], []]
 
 
+async def test_what_never_fits_disconnects_nobody_else():
+    every = backlogs()
+    stale, huge = Client(every, 1_000_000, idle_s=60), Client(every, 4_000_001)
+    assert (stale.heard, huge.heard) == ([], ["disconnected"])
+
+
 async def test_what_can_be_read_again_is_let_go_before_anybody_is_disconnected():
     every = backlogs()
     lagging, other = Client(every, 2_000_000, idle_s=60), Client(every, 1_900_000, idle_s=120)

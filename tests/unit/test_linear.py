@@ -33,6 +33,7 @@ from app.domain.turn import Turn
 from app.errors import ApiError
 from app.outbound.upstream import LineBuffer
 from app.runs.recorder import Recorder
+from app.storage.backlog import pages_of, size_of
 from app.wire.chat import Chunk
 from app.wire.decoding import invalid
 from app.wire.events import (
@@ -377,6 +378,11 @@ def recovered(events: Sequence[Event]) -> Work:
     return lambda: recover(entries)
 
 
+def paged(n: int) -> Work:
+    entries = [encode_event(ItemDone(output_index=0, item=DONE))] * n
+    return lambda: list(pages_of(entries, size_of(entries), page_bytes=1))
+
+
 TEXT_PART = {"type": "output_text", "text": "", "annotations": []}
 OPENED = [ItemAdded(output_index=0, item=MESSAGE), PartAdded(**AT, part=TEXT_PART)]
 
@@ -400,6 +406,7 @@ RECORDED: dict[str, tuple[int, Make]] = {
         1000,
         lambda n: partial(split_frames, encode_event(ItemDone(output_index=0, item=DONE)).frame * n),
     ),
+    "pages": (4000, paged),
     "items shown": (
         500,
         lambda n: partial(Shown(()).output, [Raw(msgspec.json.encode(item(one))) for one in searched(3) * n]),
