@@ -133,8 +133,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = 256 * 1024 * 1024
     context_wait_s: Annotated[
-        float, _about("how long a request's context waits for the room it needs; longer: 429", gt=0)
+        float, _about("how long a request waits for the room that its context, or its reply, needs; longer: 429", gt=0)
     ] = 30.0
+    page_bytes_max: Annotated[
+        int, _about("a page of a list, unless its first entry alone is larger; a longer page ends early", ge=1024)
+    ] = 16 * 1024 * 1024
+    reads_bytes_max: Annotated[
+        int, _about("what one process reads at once of stored responses and items for replies; more wait", ge=1024)
+    ] = 128 * 1024 * 1024
     foreground_runs_max: Annotated[int, _about("foreground runs at once in one process; beyond: 429", ge=1)] = 1_000
     turns_max: Annotated[int, _about("upstream completions in one run", ge=1)] = 32
     run_duration_max_s: Annotated[float, _about("a run's whole duration", gt=0)] = 3_600.0

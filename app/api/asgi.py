@@ -19,6 +19,7 @@ from app.outbound.catalog import Catalog
 from app.outbound.upstream import Upstream
 from app.runs.background import Background
 from app.runs.executor import Executor
+from app.runs.rooms import Rooms
 from app.runs.worker import Worker
 from app.settings import Settings
 from app.storage.backlog import Backlogs
@@ -52,6 +53,7 @@ def build(
         worker=worker,
         backlogs=backlogs,
         bodies=bodies,
+        reads=Rooms(settings.reads_bytes_max, waiting_max=settings.connections_max),
         outdated_schemas=outdated_schemas,
         auth=Auth(settings, database),
     )

@@ -13,6 +13,7 @@ from app.outbound.catalog import Catalog
 from app.outbound.upstream import Upstream
 from app.runs.background import Background
 from app.runs.executor import Caller, Executor
+from app.runs.rooms import Rooms
 from app.runs.worker import Worker
 from app.settings import Settings
 from app.storage.backlog import Backlogs
@@ -31,6 +32,7 @@ class Parts(Struct, frozen=True):
     worker: Worker
     backlogs: Backlogs
     bodies: Bodies
+    reads: Rooms
     outdated_schemas: frozenset[str]
     auth: Auth
 

@@ -1,9 +1,10 @@
 """`/v1/responses`: create, retrieve, list, delete, input items."""
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import ExitStack
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import msgspec
 import structlog
@@ -18,13 +19,19 @@ from app.api.sse import EventStream
 from app.errors import InvalidParameter, InvalidRequest
 from app.runs.aside import aside
 from app.runs.executor import Caller, Run
+from app.runs.rooms import Room
 from app.storage import contexts, responses
+from app.storage.contexts import StoredItem
 from app.storage.journal import Kept
+from app.storage.pages import Page
+from app.storage.responses import Stored
 from app.wire import resources
 from app.wire.items import OpaqueItem, decode_stored_item, encode_item
 from app.wire.requests import CreateResponse, Order, decode_create
-from app.wire.resources import Deleted, Page, encode
+from app.wire.resources import Deleted, encode
 from app.wire.shown import Shown
+
+T = TypeVar("T")
 
 log = structlog.get_logger()
 
@@ -116,12 +123,21 @@ class ResponsesController(Controller):
             created_after=query.created_after,
             created_before=query.created_before,
         )
-        async with parts.database.autocommit() as tx:
-            found = await responses.list_responses(
-                tx, caller.tenant_id, filter, after=query.after, limit=query.limit + 1, order=query.order
-            )
-        rows = [(id, encode(_shown(responses.response_of(stored), ()))) for id, stored in found]
-        return _page(parts, rows, query.limit)
+
+        async def read(bytes_max: int) -> tuple[int, Page[tuple[str, Stored]] | None]:
+            async with parts.database.autocommit() as tx:
+                return await responses.list_responses(
+                    tx,
+                    caller.tenant_id,
+                    filter,
+                    after=query.after,
+                    limit=query.limit,
+                    order=query.order,
+                    page_bytes=parts.settings.page_bytes_max,
+                    bytes_max=bytes_max,
+                )
+
+        return await _read(parts, read, _page_of_responses)
 
     @get("/{response_id:str}")
     async def retrieve(
@@ -131,9 +147,12 @@ class ResponsesController(Controller):
         query = queries.parse(request, queries.Retrieve)
         if query.stream:
             return await self._replay(response_id, query, caller, parts)
-        async with parts.database.autocommit() as tx:
-            stored = await responses.get_response(tx, caller.tenant_id, response_id)
-        return _reply(parts, responses.response_of(stored), query.include)
+
+        async def read(bytes_max: int) -> tuple[int, Stored | None]:
+            async with parts.database.autocommit() as tx:
+                return await responses.find_response(tx, caller.tenant_id, response_id, bytes_max=bytes_max)
+
+        return await _read(parts, read, partial(_retrieved, include=query.include))
 
     async def _replay(self, response_id: str, query: queries.Retrieve, caller: Caller, parts: Parts) -> Response[Any]:
         after = -1 if query.starting_after is None else query.starting_after
@@ -178,19 +197,22 @@ class ResponsesController(Controller):
         if query.before is not None and query.after is not None:
             raise InvalidParameter("Give 'after' or 'before', not both.", param="before")
         backwards = query.before is not None
-        async with parts.database.autocommit() as tx:
-            found = await contexts.list_input_items(
-                tx,
-                caller.tenant_id,
-                response_id,
-                after=query.before if backwards else query.after,
-                limit=query.limit + 1,
-                order=OPPOSITE[query.order] if backwards else query.order,
-                param="before" if backwards else "after",
-            )
-        shown = Shown(query.include)
-        rows = [(item.id, shown.item(_listed(item.body))) for item in found]
-        return _page(parts, rows, query.limit, backwards=backwards)
+
+        async def read(bytes_max: int) -> tuple[int, Page[StoredItem] | None]:
+            async with parts.database.autocommit() as tx:
+                return await contexts.list_input_items(
+                    tx,
+                    caller.tenant_id,
+                    response_id,
+                    after=query.before if backwards else query.after,
+                    limit=query.limit,
+                    order=OPPOSITE[query.order] if backwards else query.order,
+                    page_bytes=parts.settings.page_bytes_max,
+                    bytes_max=bytes_max,
+                    param="before" if backwards else "after",
+                )
+
+        return await _read(parts, read, partial(_page_of_items, include=query.include, backwards=backwards))
 
     @post("/{response_id:str}/cancel", status_code=200)
     async def cancel(self, response_id: str, caller: Caller, parts: Parts) -> Response[Any]:
@@ -230,17 +252,40 @@ def _reply(
     return json_reply(body, parts.backlogs, headers, made=response.id if is_new else None)
 
 
-def _page(parts: Parts, rows: "list[tuple[str, bytes]]", limit: int, *, backwards: bool = False) -> Response[Any]:
-    """One row more than the limit was read: that tells whether there are more. They come the other way round, if they were read
-    `backwards` from a cursor."""
-    shown = rows[:limit][::-1] if backwards else rows[:limit]
-    page = Page(
-        data=[msgspec.Raw(body) for _, body in shown],
-        first_id=shown[0][0] if shown else None,
-        last_id=shown[-1][0] if shown else None,
-        has_more=len(rows) > limit,
+async def _read(
+    parts: Parts, read: Callable[[int], Awaitable[tuple[int, T | None]]], write: Callable[[T], bytes]
+) -> Response[Any]:
+    """A reply with what is stored, once there is room for it."""
+    with Room(parts.reads) as room:
+        found = await room.read(read, wait_s=parts.settings.context_wait_s)
+        body = await aside(room.size, write, found)
+    return json_reply(body, parts.backlogs)
+
+
+def _retrieved(stored: Stored, include: Collection[str]) -> bytes:
+    return encode(_shown(responses.response_of(stored), include))
+
+
+def _page_of_responses(page: Page[tuple[str, Stored]]) -> bytes:
+    return _encoded_page([(id, _retrieved(stored, ())) for id, stored in page.rows], has_more=page.has_more)
+
+
+def _page_of_items(page: Page[StoredItem], include: Collection[str], *, backwards: bool) -> bytes:
+    """They come the other way round, if they were read `backwards` from a cursor."""
+    shown = Shown(include)
+    rows = [(item.id, shown.item(_listed(item.body))) for item in page.rows]
+    return _encoded_page(rows[::-1] if backwards else rows, has_more=page.has_more)
+
+
+def _encoded_page(rows: Sequence[tuple[str, bytes]], *, has_more: bool) -> bytes:
+    return encode(
+        resources.Page(
+            data=[msgspec.Raw(body) for _, body in rows],
+            first_id=rows[0][0] if rows else None,
+            last_id=rows[-1][0] if rows else None,
+            has_more=has_more,
+        )
     )
-    return json_reply(encode(page), parts.backlogs)
 
 
 def _listed(body: str) -> bytes:

@@ -3,15 +3,14 @@
 A context is in memory as long as its run, several times over while it is read and sent. Without a bound a few long chains
 together end the process, and every other run with it. Small contexts have room of their own, so that they never wait behind
 long ones, nor keep those from ever finding enough; among themselves they take turns. The tiniest never wait: of those there are
-no more than runs.
+no more than runs. What is read for replies has room of its own in the same way, for as long as it takes to write the reply.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from app.errors import TooManyRequests
-from app.settings import Settings
 
 T = TypeVar("T")
 
@@ -123,6 +122,12 @@ class Room:
             self._queue.give(self._taken - size)
             self._taken = self.size = size
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
     def release(self) -> None:
         """Nothing is held any more."""
         if self._queue:
@@ -131,12 +136,11 @@ class Room:
 
 
 class Rooms:
-    """All room for contexts in this process."""
+    """All room of one kind in this process."""
 
-    def __init__(self, settings: Settings) -> None:
-        whole = settings.contexts_bytes_max
+    def __init__(self, whole: int, *, waiting_max: int) -> None:
+        """Of so many bytes; in each of the two parts no more than `waiting_max` wait."""
         self.small_max = whole // SMALL_PARTS
-        waiting_max = settings.foreground_runs_max
         self._small = Queue(whole // SMALL_SHARE, waiting_max=waiting_max)
         self._large = Queue(whole - whole // SMALL_SHARE, waiting_max=waiting_max)
 
@@ -151,5 +155,6 @@ class Rooms:
 
 def _no_room() -> TooManyRequests:
     return TooManyRequests(
-        "Too many long contexts are being worked on; please try again.", headers={"Retry-After": str(RETRY_AFTER_S)}
+        "Too many long contexts or replies are being worked on; please try again.",
+        headers={"Retry-After": str(RETRY_AFTER_S)},
     )

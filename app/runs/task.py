@@ -100,7 +100,7 @@ class Tasks:
     ) -> None:
         self._settings, self._database, self._catalog = settings, database, catalog
         self._upstreams, self._seal = upstreams, seal
-        self._rooms = Rooms(settings)
+        self._rooms = Rooms(settings.contexts_bytes_max, waiting_max=settings.foreground_runs_max)
         self._tool_servers = {name: server for name in catalog.tool_servers if (server := catalog.tool_server(name))}
 
     async def prepare(self, tenant_id: str, caller_key: str | None, request: CreateResponse) -> Task:

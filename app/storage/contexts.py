@@ -10,6 +10,7 @@ from sqlalchemy import text
 
 from app.errors import InvalidParameter, InvalidRequest, PreviousResponseNotFound, ResponseNotFound
 from app.storage.database import Query, Row, Tx, storable
+from app.storage.pages import SHOWN, Page
 from app.storage.tables import OUTPUT_POSITION
 from app.wire.requests import Order
 
@@ -100,7 +101,8 @@ _FIND_ITEMS = Query(
 
 
 def _page_of_context(order: Order) -> Query:
-    """One page of a context; each thread on the path gives at most a page, so a page costs the same however long the chain."""
+    """One page of a context; each thread on the path gives at most a page, so a page costs the same however long the chain. All
+    of its items are measured: together they are no more than a context."""
     direction, beyond = ("desc", "<") if order == "desc" else ("asc", ">")
     return Query(
         text(
@@ -114,19 +116,26 @@ def _page_of_context(order: Order) -> Query:
         where item.turn < target.turn or item.position < :output_position
         order by item.turn, item.position limit 1
     )
-    select target.turn as tip, (:after = '' or exists (select from cursor)) as found, item.turn, item.position, item.id, item.body
-    from target left join lateral (
-        select one.* from path cross join lateral (
-            select turn, position, id, body from items
-            where tenant_id = :tenant_id and thread_id = path.thread_id and turn <= path.turn_max
-              and (turn < target.turn or position < :output_position)
-              and (:after = '' or (turn, position) {beyond} (select turn, position from cursor))
-            order by turn {direction}, position {direction} limit :limit
-        ) one
-        order by one.turn {direction}, one.position {direction} limit :limit
-    ) item on true
+    , page as (
+        select item.*, row_number() over walk as number, sum(octet_length(cast(item.body as text))) over walk as bytes
+        from target cross join lateral (
+            select one.* from path cross join lateral (
+                select turn, position, id, body from items
+                where tenant_id = :tenant_id and thread_id = path.thread_id and turn <= path.turn_max
+                  and (turn < target.turn or position < :output_position)
+                  and (:after = '' or (turn, position) {beyond} (select turn, position from cursor))
+                order by turn {direction}, position {direction} limit cast(:limit as bigint) + 1
+            ) one
+            order by one.turn {direction}, one.position {direction} limit cast(:limit as bigint) + 1
+        ) item
+        where target.background or target.status not in ('queued', 'in_progress')
+        window walk as (order by item.turn {direction}, item.position {direction})
+    ), {SHOWN}
+    select (:after = '' or exists (select from cursor)) as found, whole.bytes,
+           whole.last < (select count(*) from page) as has_more, shown.turn, shown.position, shown.id, shown.body
+    from target cross join whole left join shown on whole.bytes <= :bytes_max
     where target.background or target.status not in ('queued', 'in_progress')
-    order by item.turn {direction}, item.position {direction}
+    order by shown.number
     """
         ).bindparams(output_position=OUTPUT_POSITION)
     )
@@ -166,20 +175,41 @@ async def find_items(
 
 
 async def list_input_items(
-    tx: Tx, tenant_id: str, response_id: str, *, after: str | None, limit: int, order: Order, param: str = "after"
-) -> list[StoredItem]:
-    """Up to `limit` items of a response's context (earlier inputs and outputs, and its own input) behind the cursor.
+    tx: Tx,
+    tenant_id: str,
+    response_id: str,
+    *,
+    after: str | None,
+    limit: int,
+    order: Order,
+    page_bytes: int,
+    bytes_max: int,
+    param: str = "after",
+) -> tuple[int, Page[StoredItem] | None]:
+    """Up to `limit` items of a response's context (earlier inputs and outputs, and its own input) behind the cursor, fewer if
+    they take more than `page_bytes`. First come their bytes; where they are more than `bytes_max`, the page does not come.
 
     Raises NotFound for the response, InvalidParameter for the cursor, which the client has given as `param`.
     """
     if not storable(response_id + (after or "")):
         raise ResponseNotFound(response_id)
-    rows = await tx.all(_PAGES[order], tenant_id=tenant_id, id=response_id, after=after or "", limit=limit)
+    rows = await tx.all(
+        _PAGES[order],
+        tenant_id=tenant_id,
+        id=response_id,
+        after=after or "",
+        limit=limit,
+        page_bytes=page_bytes,
+        bytes_max=bytes_max,
+    )
     if not rows:
         raise ResponseNotFound(response_id)
     if not rows[0]["found"]:
         raise InvalidParameter(f"Item with id '{after}' not found.", param=param)
-    return [_stored_item(row) for row in rows if row["id"] is not None]
+    size = int(rows[0]["bytes"])
+    if size > bytes_max:
+        return size, None
+    return size, Page([_stored_item(row) for row in rows if row["id"] is not None], rows[0]["has_more"])
 
 
 def _stored_item(row: Row) -> StoredItem:

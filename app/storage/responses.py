@@ -17,6 +17,7 @@ from app.storage.contexts import Place
 from app.storage.database import Query, Row, Tx, storable
 from app.storage.facets import STATUSES, facets, terms_of
 from app.storage.journal import Pages
+from app.storage.pages import BYTES_MAX, SHOWN, Page
 from app.storage.queue import Owner, Queued
 from app.storage.tables import OUTPUT_POSITION
 from app.wire.decoding import decode_stored
@@ -27,7 +28,6 @@ from app.wire.resources import Response, encode
 class Stored(Struct, frozen=True):
     """A response row with its output items."""
 
-    place: Place
     status: str
     body: str
     output: list[str]
@@ -254,15 +254,24 @@ def _item_id(raw: msgspec.Raw) -> str:
 
 # -- Reading ----------------------------------------------------------------------------------------------------------------
 
-_GET = Query(
-    text("""
-    select thread_id, turn, status, body, array(
+_OUTPUT_OF = """
+    array(
         select item.body from items item
-        where item.tenant_id = response.tenant_id and item.thread_id = response.thread_id and item.turn = response.turn
+        where item.tenant_id = :tenant_id and item.thread_id = {0}.thread_id and item.turn = {0}.turn
           and item.position >= :output_position
         order by item.position
-    ) as output
-    from responses response
+    )
+"""
+
+_GET = Query(
+    text(f"""
+    select status, measured.bytes, case when measured.bytes <= :bytes_max then body end as body,
+           case when measured.bytes <= :bytes_max then output end as output
+    from responses response cross join lateral (
+        select {_OUTPUT_OF.format("response")} as output offset 0  -- so that it is read once
+    ) made cross join lateral (
+        select cast(octet_length(cast(response.body as text)) + pg_column_size(made.output) as bigint) as bytes offset 0
+    ) measured
     where tenant_id = :tenant_id and id = :id and deleted_at is null
       and (background or status not in ('queued', 'in_progress'))
     """).bindparams(output_position=OUTPUT_POSITION)
@@ -270,7 +279,8 @@ _GET = Query(
 
 
 def _list_of_responses(order: Order, ranges: int) -> Query:
-    """A list along so many facets. Each range is read in its order, and only as far as the page goes."""
+    """A list along so many facets. Each range is read in its order, and only as far as the page goes; and of the responses
+    themselves, which may be large, no more than its bytes."""
     walk = f"order by created_at {order}, response_id {order}"
     one = """
         (select created_at, response_id from facets
@@ -281,19 +291,30 @@ def _list_of_responses(order: Order, ranges: int) -> Query:
     every = "union all".join(one.format(number=number, walk=walk) for number in range(ranges))
     return Query(
         text(f"""
-    select response.id, response.status, response.body, array(
-        select item.body from items item
-        where item.tenant_id = :tenant_id and item.thread_id = response.thread_id and item.turn = response.turn
-          and item.position >= :output_position
-        order by item.position
-    ) as output
-    from (select created_at, response_id from ({every}) one {walk}) listed cross join lateral (
-        select id, status, body, thread_id, turn from responses
-        where tenant_id = :tenant_id and id = listed.response_id
-          and (cast(:model as text) is null or model = :model) and metadata @> cast(:metadata as jsonb)
-        limit 1
-    ) response
-    {walk} limit :limit
+    with recursive listed as materialized (
+        select row_number() over ({walk}) as number, id, status, body, thread_id, turn from (
+            select created_at, response_id, response.*
+            from (select created_at, response_id from ({every}) one {walk}) along cross join lateral (
+                select id, status, body, thread_id, turn from responses
+                where tenant_id = :tenant_id and id = along.response_id
+                  and (cast(:model as text) is null or model = :model) and metadata @> cast(:metadata as jsonb)
+                limit 1
+            ) response
+            {walk} limit cast(:limit as bigint) + 1
+        ) one
+    ), page as (
+        select cast(0 as bigint) as number, cast(0 as bigint) as bytes, cast(null as text) as id, cast(null as text) as status,
+               cast(null as json) as body, cast(null as json[]) as output
+        union all
+        select listed.number, page.bytes + octet_length(cast(listed.body as text)) + pg_column_size(made.output),
+               listed.id, listed.status, listed.body, made.output
+        from page join listed on listed.number = page.number + 1
+        cross join lateral (select {_OUTPUT_OF.format("listed")} as output offset 0) made
+        where page.bytes <= :page_bytes
+    ), {SHOWN}
+    select whole.bytes, whole.last < (select count(*) from listed) as has_more, shown.id, status, body, output
+    from whole left join shown on whole.bytes <= :bytes_max
+    order by shown.number
     """).bindparams(output_position=OUTPUT_POSITION)
     )
 
@@ -307,10 +328,23 @@ _CREATED_AT = Query(text("select created_at from responses where tenant_id = :te
 
 async def get_response(tx: Tx, tenant_id: str, response_id: str) -> Stored:
     """A response that is finished, or made in the background. Raises NotFound."""
-    row = await tx.one(_GET, tenant_id=tenant_id, id=response_id) if storable(response_id) else None
+    _, stored = await find_response(tx, tenant_id, response_id, bytes_max=BYTES_MAX)
+    assert stored
+    return stored
+
+
+async def find_response(tx: Tx, tenant_id: str, response_id: str, *, bytes_max: int) -> tuple[int, Stored | None]:
+    """The same response, behind its bytes; where they are more than `bytes_max`, it does not come. Raises NotFound."""
+    row = (
+        await tx.one(_GET, tenant_id=tenant_id, id=response_id, bytes_max=bytes_max) if storable(response_id) else None
+    )
     if row is None:
         raise ResponseNotFound(response_id)
-    return Stored(Place(row["thread_id"], row["turn"]), row["status"], row["body"], row["output"])
+    return row["bytes"], _stored(row) if row["bytes"] <= bytes_max else None
+
+
+def _stored(row: Row) -> Stored:
+    return Stored(row["status"], row["body"], row["output"])
 
 
 class Filter(Struct, kw_only=True, frozen=True):
@@ -324,9 +358,18 @@ class Filter(Struct, kw_only=True, frozen=True):
 
 
 async def list_responses(
-    tx: Tx, tenant_id: str, filter: Filter, *, after: str | None, limit: int, order: Order
-) -> list[tuple[str, Stored]]:
-    """Up to `limit` responses behind the cursor, by creation. Raises InvalidParameter for the cursor."""
+    tx: Tx,
+    tenant_id: str,
+    filter: Filter,
+    *,
+    after: str | None,
+    limit: int,
+    order: Order,
+    page_bytes: int,
+    bytes_max: int,
+) -> tuple[int, Page[tuple[str, Stored]] | None]:
+    """Up to `limit` responses with their ids behind the cursor, by creation, fewer if they take more than `page_bytes`. First
+    come their bytes; where they are more than `bytes_max`, the page does not come. Raises InvalidParameter for the cursor."""
     begin, end = (filter.created_after, ""), (filter.created_before + 1, "")  # every id lies behind the empty one
     if after is not None:
         cursor = (await _created_at(tx, tenant_id, after), after)
@@ -336,12 +379,17 @@ async def list_responses(
         _LISTS[order, len(along)],
         tenant_id=tenant_id,
         limit=limit,
+        page_bytes=page_bytes,
+        bytes_max=bytes_max,
         model=filter.model,
         metadata=encode(filter.metadata).decode(),
         **{f"facet_{number}": facet for number, facet in enumerate(along)},
         **dict(zip(("from_time", "from_id", "to_time", "to_id"), (*begin, *end), strict=True)),
     )
-    return [(row["id"], Stored(Place("", 0), row["status"], row["body"], row["output"])) for row in rows]
+    size = rows[0]["bytes"]
+    if size > bytes_max:
+        return size, None
+    return size, Page([(row["id"], _stored(row)) for row in rows if row["id"] is not None], rows[0]["has_more"])
 
 
 async def _created_at(tx: Tx, tenant_id: str, id: str) -> int:

@@ -3,8 +3,10 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 
@@ -19,6 +21,9 @@ AT_ONCE = 3
 SMALL = {"REPRISE_CONTEXTS_BYTES_MAX": str(36 * MB), "REPRISE_DATABASE_POOL_SIZE": "1"}
 PEAK_MB_MAX = 4 * 36
 """What all contexts together may take of memory: more than their bytes, since they are decoded, sent, and sent again."""
+
+READS_PEAK_MB_MAX = 4 * 2 * CHAIN_MB + 8 * CHAIN_MB
+"""Several times the bytes of all reads at once, and the replies that are not taken yet."""
 
 
 def error_of(refused: openai.APIStatusError) -> tuple[int, str | None, str | None]:
@@ -125,6 +130,26 @@ async def test_long_contexts_wait_for_each_other(roomy, upstream, said):
         upstream.open(said)
         assert {response.status for response in await asyncio.gather(*waiting)} == {"completed"}
     assert peak_mb(roomy) - at_rest < PEAK_MB_MAX
+
+
+def test_reads_of_long_responses_wait_for_each_other(new_server):
+    """All of them at once would be hundreds of megabytes, several times over."""
+    reading = new_server(REPRISE_READS_BYTES_MAX=str(2 * CHAIN_MB * MB), REPRISE_PAGE_BYTES_MAX=str(2 * CHAIN_MB * MB))
+    with reading.client() as client:
+        for _ in range(4):
+            made = client.responses.create(model="m", input="x", instructions="x" * CHAIN_MB * MB)
+    at_rest = peak_mb(reading)
+
+    def size_of(path: str) -> int:
+        reply = httpx.get(f"{reading.url}/responses{path}", timeout=60)
+        assert reply.status_code == 200
+        return len(reply.content)
+
+    with ThreadPoolExecutor(8) as threads:
+        sizes = list(threads.map(size_of, ["?limit=100", f"/{made.id}"] * 4))
+    assert min(sizes) > CHAIN_MB * MB
+    assert max(sizes) < 2 * CHAIN_MB * MB + MB
+    assert peak_mb(reading) - at_rest < READS_PEAK_MB_MAX
 
 
 def test_a_context_is_forgotten_with_its_run(roomy, said):

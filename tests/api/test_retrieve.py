@@ -329,6 +329,46 @@ def test_the_list_is_the_same_whatever_the_page_size(own_http, listed, limit):
     assert pages(own_http, limit=limit, order="asc") == listed
 
 
+@pytest.fixture(scope="module")
+def tight(base_env: Mapping[str, str], own: Served) -> Iterator[httpx.Client]:
+    """The same responses from a server whose pages take 4 kB, and which reads one page at a time."""
+    bounds = {"REPRISE_PAGE_BYTES_MAX": "4096", "REPRISE_READS_BYTES_MAX": "1024"}
+    with (
+        Served({**base_env, "DATABASE_URL": own.database_url, **bounds}) as running,
+        httpx.Client(base_url=running.url, timeout=30) as made,
+    ):
+        yield made
+
+
+@pytest.mark.parametrize("order", ["asc", "desc"])
+def test_a_page_ends_with_its_bytes(tight, listed, order):
+    whole = listed if order == "asc" else listed[::-1]
+    assert len(tight.get("/responses").json()["data"]) < len(whole)
+    assert pages(tight, limit=100, order=order) == whole
+
+
+def test_what_is_larger_than_a_page_comes_alone(tight, own_client, listed):
+    def user(letter: str) -> dict[str, str]:
+        return {"role": "user", "content": letter * 10_000}
+
+    made = own_client.responses.create(model="m", input=[user("x"), user("y")], instructions="z" * 100_000)
+    try:
+        page = tight.get("/responses").json()
+        assert ([one["id"] for one in page["data"]], page["has_more"]) == ([made.id], True)
+        assert tight.get(f"/responses/{made.id}").json() == page["data"][0]
+        whole = own_client.responses.input_items.list(made.id, order="asc").to_dict()["data"]
+        path = f"/responses/{made.id}/input_items"
+        assert len(whole) == 2
+        for query, shown in (("order=asc", 0), ("", 1), (f"order=asc&before={whole[1]['id']}", 0)):
+            page = tight.get(f"{path}?{query}").json()
+            assert (page["data"], page["has_more"]) == ([whole[shown]], "before" not in query)
+        with ThreadPoolExecutor(8) as threads:  # they take turns
+            found = list(threads.map(lambda _: tight.get(f"/responses/{made.id}").status_code, range(16)))
+        assert found == [200] * 16
+    finally:
+        own_client.responses.delete(made.id)
+
+
 def test_the_list_is_filtered(own_http, listed):
     def numbers(**query):
         return [listed.index(found) for found in pages(own_http, order="asc", **query)]

@@ -3,6 +3,7 @@
 import asyncio
 import subprocess
 import sys
+from collections import Counter
 from itertools import combinations
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from app import migrate
 from app.errors import InvalidParameter
 from app.storage.database import Query, Tx
+from app.storage.pages import BYTES_MAX
 from app.storage.responses import Filter, list_responses
 from tests.servers import ROOT
 from tests.storage.plans import looked_at, nodes
@@ -23,6 +25,9 @@ LIMIT = 20
 STATUSES = 6
 READ_MAX = 6 * LIMIT
 """Each shown response is read in `facets`, in `responses` and perhaps in `items`; and each range is begun."""
+
+ROW_BYTES = 34
+"""A body of two bytes, and an array with one item."""
 
 FILL = f"""
 insert into responses (tenant_id, id, thread_id, turn, status, background, model, metadata, created_at, body)
@@ -72,14 +77,18 @@ PAIRS = [
 class Counting(Tx):
     """Runs statements, and counts what they look at."""
 
-    rows = 0
+    def __init__(self, connection: asyncpg.Connection) -> None:
+        super().__init__(connection)
+        self.rows: Counter[str] = Counter()
 
     async def all(self, query: Query, **binds: Any) -> Any:
         arguments = query.arguments(binds)
         plan = await self._connection.fetchval(f"explain (analyze, format json) {query.sql}", *arguments)
         (root,) = msgspec.json.decode(plan)
         every = list(nodes(root["Plan"]))
-        self.rows += sum(looked_at(node) for node in every if "Relation Name" in node)
+        for node in every:
+            if "Relation Name" in node:
+                self.rows[node["Relation Name"]] += looked_at(node)
         return await super().all(query, **binds)
 
 
@@ -115,7 +124,15 @@ def expected(ids: dict[int, str], order: str, after: int | None, filter: dict[st
     if after is not None:
         first, last = (max(first, after + 1), last) if order == "asc" else (first, min(last, after - 1))
     shown = [ids[i] for i, made in MADE.items() if first <= i <= last and wanted.items() <= made.items()]
-    return (shown if order == "asc" else shown[::-1])[:LIMIT]
+    return shown if order == "asc" else shown[::-1]
+
+
+async def page_of(tx: Tx, filter: Filter, **options: Any) -> tuple[list[str], bool]:
+    """The ids that a page shows, and whether others follow."""
+    asked = {"after": None, "limit": LIMIT, "order": "desc", "page_bytes": BYTES_MAX, **options}
+    _, page = await list_responses(tx, "t", filter, bytes_max=BYTES_MAX, **asked)
+    assert page
+    return [id for id, _ in page.rows], page.has_more
 
 
 @pytest.fixture(scope="module")
@@ -161,27 +178,56 @@ async def test_a_list_reads_what_it_shows(planned, ids, names):
     for order, cursor in (("asc", None), ("asc", 1000), ("desc", None), ("desc", 5000)):
         tx = Counting(planned)
         after = ids[cursor] if cursor else None
-        found = await list_responses(tx, "t", Filter(**filter), after=after, limit=LIMIT, order=order)
-        assert [id for id, _ in found] == expected(ids, order, cursor, filter)
-        assert tx.rows <= READ_MAX
+        shown, has_more = await page_of(tx, Filter(**filter), after=after, order=order)
+        wanted = expected(ids, order, cursor, filter)
+        assert (shown, has_more) == (wanted[:LIMIT], len(wanted) > LIMIT)
+        assert tx.rows.total() <= READ_MAX
 
 
 async def test_more_filters_than_two_are_all_kept(planned, ids):
     filter = {"model": "even", "status": "completed", "metadata": {"half": "first", "kind": "other"}}
-    found = await list_responses(Tx(planned), "t", Filter(**filter), after=None, limit=LIMIT, order="desc")
-    assert [id for id, _ in found] == expected(ids, "desc", None, filter)
+    shown, _ = await page_of(Tx(planned), Filter(**filter))
+    assert shown == expected(ids, "desc", None, filter)[:LIMIT]
+
+
+async def test_a_page_ends_with_its_bytes(planned, ids):
+    whole = expected(ids, "asc", None, {})[: 3 * LIMIT]
+    for page_bytes, most in ((1, 1), (10 * ROW_BYTES, 10), (10 * ROW_BYTES - 1, 9)):
+        seen: list[str] = []
+        for _ in range(3):
+            tx = Counting(planned)
+            after = seen[-1] if seen else None
+            shown, has_more = await page_of(tx, Filter(), after=after, order="asc", page_bytes=page_bytes)
+            assert (len(shown), has_more) == (most, True)
+            assert tx.rows["items"] <= most + 1
+            seen += shown
+        assert seen == whole[: 3 * most]
+
+
+async def test_a_page_for_which_there_is_no_room_is_measured(planned):
+    size, page = await list_responses(
+        Tx(planned),
+        "t",
+        Filter(),
+        after=None,
+        limit=10,
+        order="asc",
+        page_bytes=BYTES_MAX,
+        bytes_max=10 * ROW_BYTES - 1,
+    )
+    assert (size, page) == (10 * ROW_BYTES, None)
 
 
 async def test_a_purged_cursor_still_has_its_place(planned, ids):
     gone = ids[1000][:-1] + "5"
-    found = await list_responses(Tx(planned), "t", Filter(), after=gone, limit=2, order="asc")
-    assert [id for id, _ in found] == [ids[1001], ids[1002]]
+    shown, _ = await page_of(Tx(planned), Filter(), after=gone, limit=2, order="asc")
+    assert shown == [ids[1001], ids[1002]]
 
 
 async def test_a_cursor_that_is_no_id_is_refused(planned):
     for cursor in ("resp_", "nothing", "resp_ß", "a\0"):
         with pytest.raises(InvalidParameter) as refused:
-            await list_responses(Tx(planned), "t", Filter(), after=cursor, limit=2, order="asc")
+            await page_of(Tx(planned), Filter(), after=cursor)
         assert refused.value.param == "after"
 
 

@@ -8,12 +8,14 @@ import pytest
 
 from app.storage import contexts, journal, responses
 from app.storage.database import Tx
+from app.storage.pages import BYTES_MAX
 from app.storage.tables import OUTPUT_POSITION
 from tests.storage.plans import looked_at, nodes
 
 TURNS = 300
 ITEMS_PER_TURN = 3
 OTHER_THREADS = 60
+UNBOUNDED = {"page_bytes": BYTES_MAX, "bytes_max": BYTES_MAX}
 ITEM_BYTES = len('{"type": "message"}')
 
 FILL = f"""
@@ -77,18 +79,36 @@ async def test_a_context_that_was_never_counted_is_measured(filled):
 @pytest.mark.parametrize("order", ["asc", "desc"])
 async def test_a_page_costs_the_same_however_long_the_chain(filled, order):
     for turn in (1, TURNS):
-        read = await rows_read(filled, contexts._PAGES[order], id=f"resp_0_{turn}", after="", limit=20)
+        read = await rows_read(filled, contexts._PAGES[order], id=f"resp_0_{turn}", after="", limit=20, **UNBOUNDED)
         assert read <= 20 + ITEMS_PER_TURN
 
 
 async def test_a_page_behind_a_cursor_costs_a_page(filled):
     cursor = f"resp_0_{TURNS // 2}_0"
-    read = await rows_read(filled, contexts._PAGES["desc"], id=f"resp_0_{TURNS}", after=cursor, limit=20)
+    read = await rows_read(filled, contexts._PAGES["desc"], id=f"resp_0_{TURNS}", after=cursor, limit=20, **UNBOUNDED)
     assert read <= 20 + ITEMS_PER_TURN
 
 
+@pytest.mark.parametrize("order", ["asc", "desc"])
+async def test_a_page_of_items_ends_with_its_bytes(filled, order):
+    async def page(page_bytes: int, bytes_max: int = BYTES_MAX, after: str | None = None) -> Any:
+        id = f"resp_0_{TURNS}"
+        return await contexts.list_input_items(
+            Tx(filled), "t", id, after=after, limit=20, order=order, page_bytes=page_bytes, bytes_max=bytes_max
+        )
+
+    _, whole = await page(BYTES_MAX)
+    assert len(whole.rows) == 20
+    for page_bytes, most in ((1, 1), (10 * ITEM_BYTES, 10), (10 * ITEM_BYTES - 1, 9)):
+        size, first = await page(page_bytes)
+        assert (size, first.has_more) == (most * ITEM_BYTES, True)
+        _, second = await page(page_bytes, after=first.rows[-1].id)
+        assert [*first.rows, *second.rows] == whole.rows[: 2 * most]
+    assert await page(10 * ITEM_BYTES, 10 * ITEM_BYTES - 1) == (10 * ITEM_BYTES, None)
+
+
 async def test_a_response_costs_its_own_output(filled):
-    assert await rows_read(filled, responses._GET, id=f"resp_0_{TURNS}") == ITEMS_PER_TURN - 1
+    assert await rows_read(filled, responses._GET, id=f"resp_0_{TURNS}", bytes_max=BYTES_MAX) == ITEMS_PER_TURN - 1
 
 
 BY_ID = {

@@ -6,7 +6,6 @@ import pytest
 
 from app.errors import TooManyRequests
 from app.runs.rooms import TINY_BYTES, Room, Rooms
-from app.settings import Settings
 
 WHOLE = 64 * 1024 * 1024
 SMALL = WHOLE // 256
@@ -16,7 +15,7 @@ LARGE = WHOLE // 4
 
 @pytest.fixture
 async def rooms():
-    return Rooms(Settings(contexts_bytes_max=WHOLE, foreground_runs_max=10))
+    return Rooms(WHOLE, waiting_max=10)
 
 
 async def taken(rooms: Rooms, size: int) -> Room:
