@@ -631,7 +631,10 @@ async def test_a_program_gets_its_environment_and_not_ours(run: ToolSessions, at
     assert "OPENAI_API_KEY" not in found
 
 
-@pytest.mark.parametrize("url", ["", "nonsense", "http://", "http://[", "ftp://127.0.0.1/", "http://127.0.0.1:0/"])
+@pytest.mark.parametrize(
+    "url",
+    ["", "nonsense", "http://", "http://[", "ftp://127.0.0.1/", "http://127.0.0.1:0/", f"http://{'a' * 64}.example/"],
+)
 async def test_a_bad_url_is_a_failure(run: ToolSessions, url: str):
     failure = await fails(run.list_tools(ToolServer("tools", url=url)))
     assert failure.kind == "http_error"

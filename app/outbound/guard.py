@@ -10,7 +10,6 @@ name. Every redirect is a request of its own and passes here again. Proxies of t
 """
 
 import asyncio
-import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import cached_property
@@ -20,12 +19,13 @@ from typing import Any, Self
 import httpcore2
 import httpx2
 
+from app.outbound.names import Names
 from app.settings import Allowed, Settings, parse_allowed
 
 Address = IPv4Address | IPv6Address
 
-Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
-"""Host and port → its addresses. Raises OSError."""
+Resolve = Callable[[str, int, str], Awaitable[Sequence[str]]]
+"""Host, port and the tenant that asks → its addresses. Raises OSError."""
 
 NAT64 = IPv6Network("64:ff9b::/96")
 """Its last 32 bits are the IPv4 address that is meant."""
@@ -69,7 +69,7 @@ class Guard:
     def __init__(self, allowed: Allowed, *, resolve: Resolve | None = None) -> None:
         """`resolve` finds the addresses of a host; tests bring their own."""
         self._allowed = allowed
-        self._resolve = resolve or _ask_system
+        self._resolve = resolve or Names()
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
@@ -81,25 +81,17 @@ class Guard:
         """The certificates that we trust, read once."""
         return httpx2.create_ssl_context()
 
-    def transport(self) -> httpx2.AsyncHTTPTransport:
-        """A transport for `httpx2.AsyncClient` that calls only what may be called. Raises OutboundRefused from a request.
+    def transport(self, tenant: str) -> httpx2.AsyncHTTPTransport:
+        """A transport for a tenant's `httpx2.AsyncClient` that calls only what may be called. Raises OutboundRefused from a
+        request.
 
         Give it to a client with `trust_env=False`: proxies of the environment would have transports of their own.
         """
-        return _GuardedTransport(self)
+        return _GuardedTransport(self, tenant)
 
     def open_transport(self) -> httpx2.AsyncHTTPTransport:
         """A transport without a guard, for addresses that the operator wrote down."""
         return httpx2.AsyncHTTPTransport(verify=self.tls, trust_env=False)
-
-    async def check(self, url: str) -> None:
-        """Say now what a call would meet, for URLs that are only kept. Raises OutboundRefused, OSError for an unknown host."""
-        try:
-            parsed = httpx2.URL(url)
-        except httpx2.InvalidURL:
-            raise OutboundRefused(url[:100], "this is no URL") from None
-        self.check_form(parsed)
-        await self.addresses(parsed.raw_host.decode("ascii"), parsed.port or 0)
 
     def check_form(self, url: httpx2.URL) -> None:
         """Look at what needs no network. Raises OutboundRefused."""
@@ -113,9 +105,9 @@ class Guard:
         if url.port is not None and not 0 < url.port < 65536:
             raise OutboundRefused(host, "the URL's port is none")
 
-    async def addresses(self, host: str, port: int) -> list[str]:
+    async def addresses(self, host: str, port: int, tenant: str) -> list[str]:
         """The addresses of a host, all of which may be called. Raises OutboundRefused, OSError for an unknown host."""
-        found = list(dict.fromkeys(await self._resolve(host, port)))
+        found = list(dict.fromkeys(await self._resolve(host, port, tenant)))
         if host.lower().rstrip(".") in self._allowed.hosts:
             return found
         # One bad address among good ones is a trick, or a network that we do not understand: nothing is called.
@@ -147,15 +139,10 @@ def _is_public(address: Address) -> bool:
     )
 
 
-async def _ask_system(host: str, port: int) -> list[str]:
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [str(address[0]) for *_, address in found]
-
-
 class _GuardedTransport(httpx2.AsyncHTTPTransport):
     """httpx2's own transport on a pool whose connections are made by the guard."""
 
-    def __init__(self, guard: Guard) -> None:
+    def __init__(self, guard: Guard, tenant: str) -> None:
         limits = httpx2.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=5)
         super().__init__(verify=guard.tls, trust_env=False, limits=limits)
         self._guard = guard
@@ -164,7 +151,7 @@ class _GuardedTransport(httpx2.AsyncHTTPTransport):
             max_connections=limits.max_connections,
             max_keepalive_connections=limits.max_keepalive_connections,
             keepalive_expiry=limits.keepalive_expiry,
-            network_backend=_GuardedNetwork(guard),
+            network_backend=_GuardedNetwork(guard, tenant),
         )
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
@@ -175,8 +162,8 @@ class _GuardedTransport(httpx2.AsyncHTTPTransport):
 class _GuardedNetwork(httpcore2.AsyncNetworkBackend):
     """Connects to addresses that were looked at, not to names."""
 
-    def __init__(self, guard: Guard) -> None:
-        self._guard = guard
+    def __init__(self, guard: Guard, tenant: str) -> None:
+        self._guard, self._tenant = guard, tenant
         self._network = httpcore2.AnyIOBackend()
 
     async def connect_tcp(
@@ -189,7 +176,7 @@ class _GuardedNetwork(httpcore2.AsyncNetworkBackend):
     ) -> httpcore2.AsyncNetworkStream:
         try:
             async with asyncio.timeout(timeout):
-                addresses = await self._guard.addresses(host, port)
+                addresses = await self._guard.addresses(host, port, self._tenant)
                 return await self._connect(addresses, port, timeout, local_address, socket_options)
         except TimeoutError:
             raise httpcore2.ConnectTimeout from None

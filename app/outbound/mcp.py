@@ -223,7 +223,7 @@ class ToolSessions:
         return session
 
     def _open(self, server: ToolServer) -> "_Session":
-        return _Session(server, self._guard, self._settings)
+        return _Session(server, self._guard, self._settings, self._tenant)
 
     async def _request(
         self, session: "_Session", server: ToolServer, method: str, parameters: Mapping[str, Any], timeout_s: float
@@ -244,9 +244,9 @@ class ToolSessions:
 class _Session:
     """One session: a task that holds the SDK's contexts, and requests that callers put into it."""
 
-    def __init__(self, server: ToolServer, guard: Guard, settings: Settings) -> None:
+    def __init__(self, server: ToolServer, guard: Guard, settings: Settings, tenant: str) -> None:
         self._server, self._settings = server, settings
-        self._wire = _Wire(self, server, guard, settings)
+        self._wire = _Wire(self, server, guard, settings, tenant)
         self._dispatcher: _Dispatcher | None = None
         self._failure: ToolFailure | None = None
         self._opened = asyncio.Event()
@@ -496,9 +496,9 @@ class _Wire(httpx2.AsyncBaseTransport):
     So a POST that fails is answered here by ourselves, and the reason noted under the request's id.
     """
 
-    def __init__(self, session: _Session, server: ToolServer, guard: Guard, settings: Settings) -> None:
+    def __init__(self, session: _Session, server: ToolServer, guard: Guard, settings: Settings, tenant: str) -> None:
         self._session, self._server = session, server
-        self._inner = guard.open_transport() if server.trusted else guard.transport()
+        self._inner = guard.open_transport() if server.trusted else guard.transport(tenant)
         self._quick_s = settings.tool_connect_timeout_s
         self._bytes_max = settings.tool_answer_bytes_max
         self.two_streams = False
