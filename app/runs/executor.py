@@ -89,6 +89,8 @@ class Run:
         self.task: asyncio.Task[None] | None = None
         self.late: asyncio.Task[None] | None = None
         """Stores its end, if that could not be done in time."""
+        self.keeps_context = False
+        """Whether that takes its context."""
 
     def follow(self, *, silence_s: float) -> AsyncIterator[list[Entry]]:
         """The events of a stream, in batches, to the terminal one; an empty batch after so much silence. For one reader."""
@@ -142,7 +144,8 @@ class Executor:
         """Its task is over, perhaps before its first step: then nothing of its own has run, and its readers still wait."""
         for waited in (run.opened, run.finished):
             _settle(waited, ServerError(NOT_BEGUN))
-        run.work.room.release()
+        if not run.keeps_context:
+            run.work.room.release()
         del run.work  # its context: readers may stay for long
         if not run.late:
             self._runs.discard(run)
@@ -165,7 +168,7 @@ class Executor:
             return run.response
         if run.has_output:  # tools may have been called: an SDK's retry would call them again
             run.error.is_final = True
-            if run.response.store:
+            if run.stored or run.late:
                 run.error.headers[RESPONSE_ID_HEADER] = run.response.id
         raise run.error
 
@@ -361,6 +364,9 @@ class Executor:
             failed = close_response(begun, Outcome("failed", error=unstored), usage=closed.usage, now=int(time.time()))
             if run.stored:
                 run.late = asyncio.create_task(self._late(run, self._ended_as(run, failed)))
+            elif isinstance(error, DatabaseUnavailable) and not self._closing:
+                run.keeps_context = True
+                run.late = asyncio.create_task(self._insert_late(run, run.work, failed))
             return failed
 
     async def _store_unless_closed(self, run: Run, closed: Response) -> Response:
@@ -387,6 +393,20 @@ class Executor:
     def _ended_as(self, run: Run, failed: Response) -> Callable[[Tx], Awaitable[object]]:
         """What the client was told of a response that could not be stored in time."""
         return lambda tx: responses.finish_response(tx, run.tenant_id, failed)
+
+    async def _insert_late(self, run: Run, work: Task, failed: Response) -> None:
+        """Store a response that has no row yet. Until then there must be room for its context."""
+
+        async def insert(tx: Tx) -> None:
+            items = await aside(work.size, encode_items, work.context.input)
+            await responses.insert_response(
+                tx, run.tenant_id, failed, items, parent=None, earlier_bytes=work.earlier_bytes, run=None
+            )
+
+        try:
+            await self._late(run, insert)
+        finally:
+            work.room.release()
 
     async def _late(self, run: Run, write: Callable[[Tx], Awaitable[object]]) -> None:
         """Write what could not be written in time. Until then the run's lease is held."""

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+import httpx
 import pytest
 
 from tests import tap
@@ -212,9 +213,17 @@ def test_read_only_postgres_is_an_outage(cluster, serving, upstream, check):
             body = {"model": "m", "input": script([note("refused"), *answer("x")]), **more}
             status, reply = call(serving[1].url, "POST", "/responses", body, timeout_s=60)
             assert (status, reply) == (503, {"error": UNAVAILABLE})
+        body = {"model": "m", "input": script(answer("made"))}
+        unstored = httpx.post(f"{serving[1].url}/responses", json=body, timeout=60)
+        assert (unstored.status_code, unstored.headers["x-should-retry"]) == (503, "false")
         assert get(serving[1].url, done["id"]) == done
         assert call(serving[1].url, "DELETE", f"/responses/{done['id']}")[0] == 503
     assert told(streaming.join())["status"] == "completed"
+    path = f"/responses/{unstored.headers['x-reprise-response-id']}"
+    status, late = until(lambda: (found := call(serving[1].url, "GET", path))[0] == 200 and found, "it is stored late")
+    assert (late["status"], late["error"]["message"]) == ("failed", UNAVAILABLE["message"])
+    assert text_of(late) == "made"
+    assert call(serving[1].url, "GET", f"{path}/input_items")[1]["data"]
 
 
 # -- Rows that are left over ------------------------------------------------------------------------------------------------
