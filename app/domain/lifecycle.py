@@ -13,7 +13,15 @@ from msgspec.structs import replace
 
 from app.errors import ApiError, UpstreamError
 from app.wire.chat import ChatUsage
-from app.wire.requests import AnyFormat, CreateResponse, JsonSchemaFormat, ReasoningConfig, TextConfig, TextFormat
+from app.wire.requests import (
+    AnyFormat,
+    CreateResponse,
+    Image,
+    JsonSchemaFormat,
+    ReasoningConfig,
+    TextConfig,
+    TextFormat,
+)
 from app.wire.resources import (
     IncompleteDetails,
     InputTokensDetails,
@@ -91,6 +99,8 @@ def open_response(request: CreateResponse, *, id: str, created_at: int, left_out
         "prompt_cache_options": body.prompt_cache_options,
         "safety_identifier": body.safety_identifier,
         "user": body.user,
+        "image": body.image and Image(context_compression="disabled"),  # what `auto` comes to here
+        "access_programs": body.access_programs if body.access_programs and body.access_programs.cyber else None,
         "background": body.background,
     }
     return Response(

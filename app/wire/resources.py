@@ -9,7 +9,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from app.wire.requests import PromptCacheOptions, ReasoningConfig
+from app.wire.requests import AccessPrograms, Image, PromptCacheOptions, ReasoningConfig
 
 Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 
@@ -73,6 +73,8 @@ class Response(Struct, kw_only=True):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | UnsetType = UNSET
     prompt_cache_options: PromptCacheOptions | UnsetType = UNSET
+    image: Image | UnsetType = UNSET
+    access_programs: AccessPrograms | UnsetType = UNSET
     reasoning: ReasoningConfig
     safety_identifier: str | None = None
     service_tier: str = "default"

@@ -25,7 +25,7 @@ from app.domain.toolbox import ByHost
 from app.wire.items import CallError
 from app.wire.tools import ListedTool
 from tests.replay import replay
-from tests.unit.build import counting, heard, item, plain
+from tests.unit.build import counting, heard, item, plain, plain_item
 
 ROUTE = HostedRoute(server="box", tool="tool")
 
@@ -172,6 +172,14 @@ def test_the_model_reads_its_own_hosted_call_again(kind: Any, arguments: str, an
     one = hosted_call(counting(), ByHost(kind, {}), ROUTE, arguments, "cntr_1")
     said = asked_of_model(item(made([*one.open(0), *one.close(answer)])))
     assert said is not None and msgspec.json.decode(said.arguments) == msgspec.json.decode(arguments)
+
+
+def test_a_shell_call_and_its_output_are_taken_back_as_they_came():
+    one = hosted_call(counting(), ByHost("shell", {}), ROUTE, '{"commands": ["ls"]}', "cntr_1")
+    answer = Answer(structured=[{"stdout": "a", "exit_code": 0}, {"timed_out": True}])
+    events = [*one.open(0), *one.close(answer), *one.output(answer, 1)]
+    for done in replay(heard(events))["output"]:
+        assert plain_item(item(done)) == done
 
 
 def test_bare_code_is_code_and_other_arguments_must_be_json():

@@ -87,6 +87,20 @@ def test_an_incomplete_response_says_why():
 # -- The echo ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("given", "echo"),
+    [
+        ({"image": {"context_compression": "auto"}}, {"image": {"context_compression": "disabled"}}),
+        ({"image": {}, "access_programs": {}}, {"image": {"context_compression": "disabled"}}),
+        ({"access_programs": {"cyber": "standard"}}, {"access_programs": {"cyber": "standard"}}),
+        ({"image": None, "access_programs": None}, {}),
+    ],
+)
+def test_the_policies_that_are_in_effect_are_echoed_where_the_request_names_them(given: Any, echo: Any):
+    shown = plain(opened(**given))
+    assert {key: shown[key] for key in ("image", "access_programs") if key in shown} == echo
+
+
 def test_a_bare_request_is_echoed_with_every_default():
     assert plain(opened()) == {
         **ECHO,
