@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
@@ -90,7 +90,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     on_disconnect: Annotated[
         Literal["cancel", "finish"], _about("a stored foreground run whose client has gone is cancelled, or finished")
     ] = "cancel"
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], _about("the least that is logged")] = "info"
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error", "critical"], _about("the least that is logged")
+    ] = "info"
 
     connections_max: Annotated[
         int,
@@ -267,16 +269,27 @@ def variable(field: str) -> str:
     return PLAIN_NAMES.get(field) or f"REPRISE_{field.upper()}"
 
 
-_SPELLINGS = {"yes": "true", "on": "true", "no": "false", "off": "false", "warn": "warning"}
+SWITCHES = dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True) | dict.fromkeys(
+    ("false", "f", "no", "n", "off", "0"), False
+)
+"""The usual spellings of a boolean, in small letters."""
+
+_LEVELS = {"warn": "warning", "fatal": "critical"}
 
 
-def _spelt(text: str, type_: Any) -> str:
-    """A switch or a choice in small letters, and by its usual name."""
-    plain = getattr(type_, "__origin__", type_)
-    if plain is not bool and get_origin(plain) is not Literal:
+def _spelt(text: str, plain: Any) -> str | bool:
+    """A switch by its value, a choice by its usual name; spaces and capitals mean something in a text only."""
+    if plain is str:
         return text
     small = text.strip().lower()
-    return _SPELLINGS.get(small, small)
+    return SWITCHES.get(small, small) if plain is bool else _LEVELS.get(small, small)
+
+
+def _choices(plain: Any) -> str:
+    """What may stand where only a few values may."""
+    if plain is bool:
+        return "; it may be true or false"
+    return f"; it may be {', '.join(get_args(plain))}" if get_origin(plain) is Literal else ""
 
 
 def load(environ: Mapping[str, str]) -> Settings:
@@ -292,10 +305,11 @@ def load(environ: Mapping[str, str]) -> Settings:
     values = {}
     for name, text in given.items():
         field = fields[name]
+        plain = getattr(field.type, "__origin__", field.type)
         try:
-            values[field.name] = msgspec.convert(_spelt(text, field.type), field.type, strict=False)
+            values[field.name] = msgspec.convert(_spelt(text, plain), field.type, strict=False)
         except msgspec.ValidationError as error:
-            raise SettingsError(f"{name}={text!r} is not valid: {error}") from None
+            raise SettingsError(f"{name}={text!r} is not valid: {error}{_choices(plain)}") from None
         if values[field.name] == math.inf:
             raise SettingsError(f"{name}={text!r} is not valid: expected a number that ends")
     try:

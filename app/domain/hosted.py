@@ -194,6 +194,13 @@ _FIELDS: Mapping[Kind, Mapping[str, Sequence[str]]] = {
 }
 """Kind → a result's key → the names that tools give it."""
 
+_SHELL_KEYS = ("stdout", "stderr", "timed_out", "exit_code")
+
+
+def result_keys(kind: Kind) -> Sequence[str]:
+    """The keys of a result that `fields` may rename."""
+    return _SHELL_KEYS if kind == "shell" else tuple(_FIELDS.get(kind, ()))
+
 
 def results_of(kind: Kind, route: HostedRoute, structured: Any, text: str) -> list[Json]:
     """The results of a search: those of the structured answer, or of a text that is JSON; else the text is the one result."""

@@ -21,6 +21,7 @@
 A model that no entry names goes to the `default` upstream, or to the only one; `local@qwen3` names an upstream directly.
 """
 
+import sys
 from fnmatch import fnmatchcase
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -57,6 +58,9 @@ ENGINE_PARAMETERS = frozenset(
 """Parameters beyond the API that vLLM, SGLang, llama.cpp and Ollama take; an upstream's `pass` names more."""
 
 
+Seconds = Annotated[float, Meta(gt=0, le=sys.float_info.max)]
+
+
 class UpstreamEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`[upstreams.NAME]`; times in seconds, absent ones as the settings say."""
 
@@ -66,9 +70,9 @@ class UpstreamEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     headers: dict[str, str] = {}
     dialect: Dialect | Preset | None = None
     also_passed_on: frozenset[str] = msgspec.field(default=frozenset(), name="pass")
-    connect_timeout_s: Annotated[float, Meta(gt=0)] | None = None
-    answer_timeout_s: Annotated[float, Meta(gt=0)] | None = None
-    idle_timeout_s: Annotated[float, Meta(gt=0)] | None = None
+    connect_timeout_s: Seconds | None = None
+    answer_timeout_s: Seconds | None = None
+    idle_timeout_s: Seconds | None = None
     attempts_max: Annotated[int, Meta(ge=1)] | None = None
 
     def takes(self, parameter: str) -> bool:
@@ -101,7 +105,7 @@ class Route(Struct, frozen=True, forbid_unknown_fields=True):
 class ModelEntry(Struct, frozen=True, forbid_unknown_fields=True):
     """`[[models]]`."""
 
-    name: str
+    name: Annotated[str, Meta(min_length=1)]
     routes: Annotated[list[Route], Meta(min_length=1)]
 
 

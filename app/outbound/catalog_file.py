@@ -5,17 +5,17 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import httpx2
 import msgspec
 from msgspec.structs import replace
 
 from app.domain.dialect import PRESETS, Dialect
-from app.domain.hosted import placeholders
+from app.domain.hosted import KINDS, HostedRoute, Kind, placeholders, result_keys
 from app.outbound.catalog import Catalog, ModelEntry, ToolServerEntry, UpstreamEntry
-from app.settings import Settings, SettingsError
-from app.wire.keys import choices, suggestion
+from app.settings import SWITCHES, Settings, SettingsError
+from app.wire.keys import choices, nearest, suggestion
 
 _AT = re.compile(r" - at `(?:key` in `)?\$(?P<path>[^`]*)`$")
 _UNKNOWN_KEY = re.compile(r"unknown field `(?P<name>[^`]*)`")
@@ -24,6 +24,10 @@ _LABEL = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 _KEY = re.compile(r"[\x21-\x7e]*")
+_OF_CONNECTIONS = frozenset({"connection", "content-length", "host", "transfer-encoding"})
+_VARIABLE = re.compile(r"\$\{\w")
+"""What shells and Compose fill in, and a catalog does not."""
+_PLACEHOLDER = re.compile(r"\$\{?(?P<name>\w*)")
 
 
 def load_catalog(settings: Settings, environ: Mapping[str, str], *, demo_url: str = "") -> Catalog:
@@ -52,33 +56,63 @@ def load_catalog(settings: Settings, environ: Mapping[str, str], *, demo_url: st
 
 def _read(path: Path) -> Catalog:
     try:
-        raw = tomllib.loads(path.read_bytes().decode())
+        raw = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise SettingsError(f"REPRISE_CATALOG={str(path)!r} can't be read: {error.strerror}.") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(f"{path}: {error}") from None
+    _read_switches(raw)
     _fill_in_presets(path, raw)
+    _refuse_unknown_kinds(path, raw)
     for entry, value, type_ in _entries(raw):
         _convert(path, value, type_, entry)
     catalog: Catalog = _convert(path, raw, Catalog, "")
     return catalog
 
 
-def _fill_in_presets(path: Path, raw: Mapping[str, Any]) -> None:
-    """A dialect may begin with a preset, and say what is different: what it lacks and takes is added."""
+def _upstreams(raw: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     upstreams = raw.get("upstreams")
     for name, upstream in upstreams.items() if isinstance(upstreams, dict) else ():
-        dialect = upstream.get("dialect") if isinstance(upstream, dict) else None
+        if isinstance(upstream, dict):
+            yield name, upstream
+
+
+def _read_switches(raw: dict[str, Any]) -> None:
+    """Booleans may be spelt in any usual way, as in the settings."""
+    tables: list[tuple[Any, Any]] = [(raw, Catalog), *((one.get("dialect"), Dialect) for _, one in _upstreams(raw))]
+    for table, type_ in tables:
+        for field in msgspec.structs.fields(type_) if isinstance(table, dict) else ():
+            if field.name in table and bool in (field.type, *get_args(field.type)):
+                table[field.name] = SWITCHES.get(str(table[field.name]).strip().lower(), table[field.name])
+
+
+def _fill_in_presets(path: Path, raw: Mapping[str, Any]) -> None:
+    """A dialect may begin with a preset, and say what is different: what it lacks and takes is added."""
+    for name, upstream in _upstreams(raw):
+        dialect = upstream.get("dialect")
+        if isinstance(dialect, str):
+            upstream["dialect"] = dialect.lower()
         if not isinstance(dialect, dict) or "preset" not in dialect:
             continue
-        preset = dialect.pop("preset")
-        if not isinstance(preset, str) or preset not in PRESETS:
+        preset = str(dialect.pop("preset")).lower()
+        if preset not in PRESETS:
             raise SettingsError(
                 f"{path}: [upstreams.{name}]: there is no preset {preset!r}; it may be {', '.join(PRESETS)}"
             )
         base = msgspec.to_builtins(PRESETS[preset])
         added = {key: [*base[key], *dialect[key]] for key in ("lacks", "takes") if isinstance(dialect.get(key), list)}
         upstream["dialect"] = {**base, **dialect, **added}
+
+
+def _refuse_unknown_kinds(path: Path, raw: Mapping[str, Any]) -> None:
+    hosted, known = raw.get("hosted"), get_args(Kind)
+    for kind in hosted if isinstance(hosted, dict) else ():
+        if kind not in known:
+            near = KINDS.get(kind) or nearest(kind, known)
+            hint = f"; did you mean `{near}`?" if near else ""
+            raise SettingsError(
+                f"{path}: [hosted.{kind}]: there is no such tool; it may be {', '.join(sorted(known))}{hint}"
+            )
 
 
 def _entries(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -119,6 +153,7 @@ def _hint(message: str, type_: Any) -> str:
 
 def _faults(catalog: Catalog) -> Iterator[str]:
     yield from _faults_of_names(catalog)
+    yield from _faults_of_variables(catalog)
     yield from _faults_of_urls(catalog)
     yield from _faults_of_models(catalog)
     yield from _faults_of_headers(catalog)
@@ -134,6 +169,15 @@ def _faults_of_names(catalog: Catalog) -> Iterator[str]:
             yield f"[tool_servers.{name!r}]: a name has up to 64 letters, digits, '_' and '-'"
     if catalog.default and catalog.default not in catalog.upstreams:
         yield f"'default' names an unknown upstream '{catalog.default}'; there are {', '.join(catalog.upstreams)}"
+
+
+def _faults_of_variables(catalog: Catalog) -> Iterator[str]:
+    for name, upstream in catalog.upstreams.items():
+        if any(map(_VARIABLE.search, (upstream.base_url, upstream.key, *upstream.headers.values()))):
+            yield f"[upstreams.{name}]: ${{…}} is not filled in; 'key_env' names the environment variable of a key"
+    for name, server in catalog.tool_servers.items():
+        if any(map(_VARIABLE.search, (server.url, server.authorization, *server.headers.values()))):
+            yield f"[tool_servers.{name}]: ${{…}} is not filled in; 'authorization_env' names an environment variable"
 
 
 def _faults_of_urls(catalog: Catalog) -> Iterator[str]:
@@ -171,6 +215,8 @@ def _faults_of_headers(catalog: Catalog) -> Iterator[str]:
         for name, value in headers.items():
             if not _HEADER_NAME.fullmatch(name):
                 yield f"{entry}: {name!r} is no name of a header"
+            if name.lower() in _OF_CONNECTIONS:
+                yield f"{entry}: header '{name}' is the connection's own and can't be set"
             if not _HEADER_VALUE.fullmatch(value):
                 yield f"{entry}: the value of header '{name}' holds characters that no header may"
 
@@ -183,11 +229,36 @@ def _faults_of_tools(catalog: Catalog) -> Iterator[str]:
         if route.server not in catalog.tool_servers:
             known = ", ".join(catalog.tool_servers) or "none"
             yield f"hosted '{kind}' names an unknown tool server '{route.server}'; there are {known}"
-        known_names = placeholders(kind)
-        for value in route.arguments.values():
-            if isinstance(value, str) and value.startswith("$") and value[1:] not in known_names:
-                known = ", ".join(f"${name}" for name in sorted(known_names))
-                yield f"hosted '{kind}': there is no '{value}'; there are {known}"
+        yield from _faults_of_arguments(kind, route)
+        for name in route.fields:
+            if name not in result_keys(kind):
+                known = ", ".join(result_keys(kind)) or "none"
+                yield f"hosted '{kind}': there is no field '{name}'; there are {known}"
+
+
+def _faults_of_arguments(kind: Kind, route: HostedRoute) -> Iterator[str]:
+    known = placeholders(kind)
+    for name, value in route.arguments.items():
+        if isinstance(value, str) and value.startswith("$"):
+            if value[1:] not in known:
+                yield f"hosted '{kind}': there is no '{value}'; there are {', '.join(f'${one}' for one in sorted(known))}"
+            continue
+        for text in _texts(value):
+            if text.startswith("$") or any(one["name"] in known for one in _PLACEHOLDER.finditer(text)):
+                yield f"hosted '{kind}': '{text}' in '{name}' is not filled in: a placeholder is a whole argument"
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The strings in a TOML value, at any depth."""
+    match value:
+        case str():
+            yield value
+        case dict():
+            for one in value.values():
+                yield from _texts(one)
+        case list():
+            for one in value:
+                yield from _texts(one)
 
 
 # -- Secrets ----------------------------------------------------------------------------------------------------------------

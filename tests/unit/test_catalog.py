@@ -244,6 +244,36 @@ SERVER = '[tool_servers.s]\nurl = "http://x/mcp"\n'
             + '[[models]]\nname = "q*"\nroutes = [{ upstream = "a" }]\n[[models]]\nname = "q3"\nroutes = [{ upstream = "a" }]',
             r"model 'q3' is never reached: 'q\*' stands before it and matches",
         ),
+        (
+            ONE + '[hosted.web_serch]\nserver = "s"\ntool = "t"',
+            r"\[hosted\.web_serch\]: there is no such tool; it may be code_interpreter, .*did you mean `web_search`\?",
+        ),
+        (ONE + '[hosted.web_search_preview]\nserver = "s"\ntool = "t"', "did you mean `web_search`"),
+        (ONE + "idle_timeout_s = inf", r"\[upstreams\.a\]: .*idle_timeout_s"),
+        (ONE + 'key = "${KEY}"', r"\[upstreams\.a\]: \$\{…\} is not filled in; 'key_env'"),
+        (ONE + 'headers = { x = "Bearer ${A:-${B}}" }', r"\[upstreams\.a\]: \$\{…\} is not filled in"),
+        (ONE + SERVER + 'authorization = "${KEY}"', r"\[tool_servers\.s\]: .*'authorization_env'"),
+        *(
+            (ONE + f'headers = {{ {name} = "1" }}', rf"\[upstreams\.a\]: header '{name}' is the connection's own")
+            for name in ("Content-Length", "host", "transfer-encoding", "Connection")
+        ),
+        (ONE + '[[models]]\nname = ""\nroutes = [{ upstream = "a" }]', r"\[\[models\]\] '': .*length >= 1.*name"),
+        (ONE + 'dialect = { developer_role = "perhaps" }', r"\[upstreams\.a\]: Expected `bool`, got `str`"),
+        *(
+            (
+                ONE + SERVER + f'[hosted.web_search]\nserver = "s"\ntool = "t"\narguments = {{ q = {value} }}',
+                "hosted 'web_search': .* is not filled in: a placeholder is a whole argument",
+            )
+            for value in ('{ x = "$qury" }', '{ x = ["$query"] }', '"find $query"', '"find ${query}"')
+        ),
+        (
+            ONE + SERVER + '[hosted.web_search]\nserver = "s"\ntool = "t"\narguments = { q = "${${query}}" }',
+            r"there is no '\$\{\$\{query\}\}'; there are \$",
+        ),
+        (
+            ONE + SERVER + '[hosted.web_search]\nserver = "s"\ntool = "t"\nfields = { ur = "link" }',
+            "hosted 'web_search': there is no field 'ur'; there are url, title, text",
+        ),
         ('[upstreams."a@b"]\nbase_url = "http://x/v1"', "neither spaces nor '@'"),
         (ONE + '[tool_servers."a b"]\nurl = "http://x"', "letters, digits, '_' and '-'"),
     ],
@@ -251,3 +281,22 @@ SERVER = '[tool_servers.s]\nurl = "http://x/mcp"\n'
 def test_a_fault_names_its_entry_and_what_may_stand_there(read: Read, toml: str, message: str):
     with pytest.raises(SettingsError, match=rf"^[^\n]*catalog\.toml: [^\n]*{message}[^\n]*$"):
         read(toml)
+
+
+@pytest.mark.parametrize("written", ['"yes"', '"T"', "1", '"On"', "true"])
+def test_a_switch_may_be_spelt_in_any_usual_way(read: Read, written: str):
+    catalog = read(f"refuse_missing_tools = {written}\n" + ONE + f"dialect = {{ developer_role = {written} }}")
+    assert (catalog.refuse_missing_tools, catalog.upstreams["a"].speaks.developer_role) == (True, True)
+
+
+def test_a_preset_may_be_spelt_in_any_case(read: Read):
+    assert read(ONE + 'dialect = "vLLM"').upstreams["a"].speaks is PRESETS["vllm"]
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(read: Read):
+    assert set(read("\ufeff" + ONE).upstreams) == {"a"}
+
+
+def test_a_dollar_that_begins_no_placeholder_is_a_dollar(read: Read):
+    hosted = '[hosted.web_search]\nserver = "s"\ntool = "t"\narguments = { q = "$query", note = "below 5$, not $$" }'
+    assert read(ONE + SERVER + hosted).hosted["web_search"].arguments["note"] == "below 5$, not $$"

@@ -101,15 +101,39 @@ def test_a_value_out_of_range_is_refused_by_name(name: str, value: str):
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("Yes", True), ("on", True), ("1", True), ("NO", False), ("off", False), ("False", False)]
+    ("text", "value"),
+    [
+        *((text, True) for text in ("Yes", "on", "1", "y", "T", " true ")),
+        *((text, False) for text in ("NO", "off", "False", "0", "N", "f")),
+    ],
 )
 def test_a_switch_may_be_spelt_in_any_usual_way(text: str, value: bool):
     assert load({"REPRISE_DURABLE": text}).durable is value
 
 
-@pytest.mark.parametrize(("text", "level"), [("INFO", "info"), ("Warn", "warning"), ("ERROR", "error")])
+@pytest.mark.parametrize(
+    ("text", "level"),
+    [("INFO", "info"), ("Warn", "warning"), ("ERROR", "error"), ("Critical", "critical"), ("FATAL", "critical")],
+)
 def test_a_choice_may_be_spelt_in_any_case(text: str, level: str):
     assert load({"REPRISE_LOG_LEVEL": text}).log_level == level
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("LOG_LEVEL", "debug, info, warning, error, critical"),
+        ("ON_DISCONNECT", "cancel, finish"),
+        ("DURABLE", "true or false"),
+    ],
+)
+def test_a_choice_that_there_is_not_is_refused_with_those_that_there_are(name: str, known: str):
+    with pytest.raises(SettingsError, match=rf"^REPRISE_{name}='loud' is not valid: .*; it may be {known}$"):
+        load({f"REPRISE_{name}": "loud"})
+
+
+def test_spaces_around_a_number_are_none_of_it():
+    assert load({"REPRISE_PORT": " 8001 "}).port == 8001
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_one():
