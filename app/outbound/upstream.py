@@ -412,7 +412,7 @@ class ChunkStream:
                         return
                     raise UpstreamStalled(f"The upstream was silent for {idle_s:g} seconds.") from None
                 chunks, failed = self._parse(raw)
-                patience.continues = not chunks or patience is tail  # comments are no life of the model
+                patience.continues = patience is tail or not any(map(_is_of_model, chunks))
                 self.read_bytes = 0 if patience is tail else len(raw)
                 yield chunks
                 if failed:
@@ -548,6 +548,11 @@ def _says_something(chunk: Chunk) -> bool:
     delta = choice.delta
     reasoning = delta.reasoning_content or delta.reasoning or delta.thinking
     return bool(delta.content or reasoning or delta.refusal or delta.tool_calls or delta.annotations)
+
+
+def _is_of_model(chunk: Chunk) -> bool:
+    """Whether a chunk is a sign of life of the model; comments and chunks without a choice are one of the connection only."""
+    return bool(chunk.choices and chunk.choices.first)
 
 
 def _is_last(chunk: Chunk) -> bool:

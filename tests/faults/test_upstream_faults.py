@@ -424,6 +424,9 @@ FAILURES = {
     "comments in the place of tokens": Failure(
         [text("half"), forever(raw(": hi\n\n"), every_ms=100)], "half", 504, said="silent for 0.7 seconds"
     ),
+    "chunks without a choice in the place of tokens": Failure(
+        [text("half"), forever(raw('data: {"choices": []}\n\n'), every_ms=100)], "half", 504, said="silent for 0.7"
+    ),
     "silence inside a line": Failure(
         [text("half"), raw('data: {"choices"'), stall()], "half", 504, said="silent for 0.7 seconds"
     ),
