@@ -111,6 +111,10 @@ class Connection(HttpToolsProtocol):
 
     def _take_head(self) -> bool:
         """Hand a whole head to the parser; whether there was one."""
+        if self._searched == 0:
+            self._received = self._received.lstrip(b"\r\n")  # RFC 9112, 2.2: empty lines before a request say nothing
+            if not self._received:
+                return False
         ends = self._received.find(HEAD_ENDS, max(0, self._searched - len(HEAD_ENDS) + 1))
         size = ends + len(HEAD_ENDS) if ends >= 0 else len(self._received)
         if self._received.count(b"\n", 0, size) > self._limits.headers_max + 2:  # the request's line and the empty one

@@ -179,6 +179,14 @@ def test_a_head_that_comes_byte_by_byte_is_served(served):
         assert peer.read_reply()[2] == b"ok"
 
 
+def test_empty_lines_in_front_of_a_request_cost_nothing(served):
+    with contextlib.ExitStack() as stack, bounded(served):
+        peers = [stack.enter_context(Peer(served)) for _ in range(30)]
+        for peer in peers:
+            peer.flood(b"\r\n", 1_000_000, wait_s=1)
+        assert all(peer.is_closed() for peer in peers)  # they are no beginning of a request
+
+
 def test_what_is_no_http_gets_400_in_shape(served):
     with Peer(served) as peer:
         peer.send(b"\x16\x03\x01 hello\r\n\r\n")
