@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import structlog
+from msgspec import Struct
 
 from app.errors import DatabaseUnavailable, OutcomeUnknown
 from app.ids import new_id
@@ -23,6 +24,14 @@ HAND_OVER_S = 1.5
 """How long the handing over may take; after that the leases run out by themselves."""
 
 
+class GivenUp(Struct, frozen=True):
+    """A run that broke off here, and that any worker may go on with."""
+
+    claim: Claim
+    failed: bool
+    """By a mistake of ours, which may happen again; without Postgres that is no attempt."""
+
+
 class Worker:
     """One process's right to write, and its share of the queue."""
 
@@ -35,8 +44,7 @@ class Worker:
         self.owner = Owner(new_id("worker"), settings.lease_s)
         self._watch = Watch(settings.lease_s)
         self._works: dict[str, Work] = {}
-        self._given_up: list[Claim] = []
-        """Runs that broke off without Postgres, and that any worker may go on with."""
+        self._given_up: list[GivenUp] = []
         self._claims_lost = False
         """Whether we may own runs of which the answer of a claim was lost."""
         self._wake = asyncio.Event()
@@ -79,16 +87,16 @@ class Worker:
 
     async def _hand_over(self) -> None:
         works = list(self._works.values())
-        claims = [*(work.claim for work in works), *self._given_up]
-        if not claims:
+        given_up = [*(GivenUp(work.claim, failed=False) for work in works), *self._given_up]
+        if not given_up:
             return
         for work in works:
             work.stop()
         await break_off(work.task for work in works if work.task)
         try:
             async with asyncio.timeout(HAND_OVER_S), self._database.autocommit() as tx:
-                for claim in claims:
-                    await queue.hand_back(tx, claim)
+                for one in given_up:
+                    await queue.hand_back(tx, one.claim, failed=one.failed)
         except (DatabaseUnavailable, TimeoutError):
             log.warning("The database is unavailable; leases run out by themselves.", action="hand_over_failed")
         self._logs.tell("wake")
@@ -145,8 +153,10 @@ class Worker:
         if self._given_up:
             async with self._database.autocommit() as tx:
                 while self._given_up:
-                    await queue.hand_back(tx, self._given_up[-1], after_s=self._settings.poll_s)
-                    self._given_up.pop()
+                    one = self._given_up[0]  # others are put behind it meanwhile
+                    after_s = self.owner.lease_s if one.failed else self._settings.poll_s
+                    await queue.hand_back(tx, one.claim, after_s=after_s, failed=one.failed)
+                    self._given_up.remove(one)
         if self._claims_lost:
             async with self._database.autocommit() as tx:
                 await queue.disown(tx, self.owner.worker, holding=list(self._works))
@@ -176,9 +186,10 @@ class Worker:
             raise
         except DatabaseUnavailable:
             log.warning("The database is unavailable; a run is given up.", action="run_given_up")
-            self._given_up.append(work.claim)
+            self._given_up.append(GivenUp(work.claim, failed=False))
         except Exception:
             log.exception("A run failed by our own mistake.", action="run_failed")
+            self._given_up.append(GivenUp(work.claim, failed=True))
 
     # -- Beating ----------------------------------------------------------------------------------------------------------
 
@@ -207,12 +218,12 @@ class Worker:
             standing, clock = await queue.beat(tx, holds, self.owner.lease_s)
             was_on_time = self._watch.is_on_time
             self._watch.beaten(begun_at, time.monotonic(), clock)
+            for work in works:
+                if (work.claim.tenant_id, work.claim.response_id) not in standing:
+                    work.stop()
+            if not was_on_time:
+                self._wake.set()
             await queue.shorten(tx)
-        for work in works:
-            if (work.claim.tenant_id, work.claim.response_id) not in standing:
-                work.stop()
-        if not was_on_time:
-            self._wake.set()
 
     async def _refresh_for_ever(self) -> None:
         """Apart from the heartbeat, which must not wait for a Redis that does not answer."""

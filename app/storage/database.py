@@ -50,7 +50,7 @@ _NOT_NOW = (
 )
 """How SQLSTATEs begin with which Postgres says "not now": the same statement may succeed later, perhaps on another connection."""
 
-_CONNECTION_LOST = ("08", "40003", "57P")
+_CONNECTION_LOST = ("08", "40003", "57P", "XX000")
 """Those among them that come in the place of an answer; after the others nothing is stored."""
 
 

@@ -175,7 +175,7 @@ _SHORTEN = Query(
 _HAND_BACK = Query(
     text("""
     update runs set due_at = now() + cast(:after_s as float8) * interval '1 second', worker = null,
-                    handed_over = handed_over + 1
+                    handed_over = handed_over + case when :failed then 0 else 1 end
     where tenant_id = :tenant_id and response_id = :id and lease = :lease returning 1
     """)
 )
@@ -250,9 +250,16 @@ async def shorten(tx: Tx) -> None:
     await tx.all(_SHORTEN)
 
 
-async def hand_back(tx: Tx, claim: Claim, *, after_s: float = 0.0) -> None:
-    """Another worker shall go on with this run, in so many seconds."""
-    await tx.one(_HAND_BACK, tenant_id=claim.tenant_id, id=claim.response_id, lease=claim.lease, after_s=after_s)
+async def hand_back(tx: Tx, claim: Claim, *, after_s: float = 0.0, failed: bool = False) -> None:
+    """Another worker shall go on with this run, in so many seconds. If it has `failed` here, that was an attempt."""
+    await tx.one(
+        _HAND_BACK,
+        tenant_id=claim.tenant_id,
+        id=claim.response_id,
+        lease=claim.lease,
+        after_s=after_s,
+        failed=failed,
+    )
 
 
 async def disown(tx: Tx, worker: str, *, holding: Sequence[str]) -> None:

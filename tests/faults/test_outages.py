@@ -200,6 +200,21 @@ def test_an_outage_counts_no_attempt_while_no_owner_has_died(cluster, upstream, 
     check(follower)
 
 
+def test_a_run_that_meets_a_mistake_of_ours_each_time_ends(cluster, upstream):
+    """Also with a single worker, which takes it again itself; the mistake is a constraint that no code knows of."""
+    cluster.kill_workers()
+    said = script([note("mistake"), *answer("never stored")])
+    response_id = begin(cluster.urls[0], said)
+    cluster.query("alter table responses add constraint mistake check (status <> 'completed') not valid")
+    try:
+        cluster.start_worker(REPRISE_RUN_ATTEMPTS_MAX="2")
+        failed = cluster.ended(response_id, "failed")
+    finally:
+        cluster.query("alter table responses drop constraint mistake")
+    assert failed["error"]["message"] == "The response could not be made: every attempt broke off."
+    assert len(upstream.asked(said)) == 2
+
+
 def test_read_only_postgres_is_an_outage(cluster, serving, upstream, check):
     """As after a failover, while the old primary is still asked."""
     said = script([note("read-only"), text("half "), gate("read-only"), text("said"), finish()])
