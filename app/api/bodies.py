@@ -40,11 +40,11 @@ class Bodies:
         """It is whole, or given up."""
         self._arriving.pop(body, None)
 
-    def take(self, size: int) -> None:
-        """Hold so much more. Bodies that have been arriving for long are given up for it. Raises TooManyRequests."""
+    def take(self, size: int, body: "Body") -> None:
+        """Hold so much more of a body. Others that have been arriving for long are given up for it. Raises TooManyRequests."""
         while self._left < size:
             eldest = next(iter(self._arriving))
-            if eldest.age_s() < self._patience_s:
+            if eldest is body or eldest.age_s() < self._patience_s:
                 raise _too_many()
             eldest.give_up(_too_many())
         self._left -= size
@@ -97,7 +97,7 @@ class Body:
             size += len(part)
             if size > UNCOUNTED_BYTES + self._held:
                 more = size - UNCOUNTED_BYTES - self._held
-                self._bodies.take(more)
+                self._bodies.take(more, self)
                 self._held += more
         return b"".join(parts)
 

@@ -51,6 +51,7 @@ class Worker:
         self._handing_over = False
         self._others: Callable[[], Sequence[Hold]] = list
         self._tasks: list[asyncio.Task[None]] = []
+        self._claiming: asyncio.Task[None] | None = None
         self._grace_ends_at: float | None = None
 
     def start(self, others: Callable[[], Sequence[Hold]], *, claims: bool) -> None:
@@ -59,7 +60,8 @@ class Worker:
         self._logs.start(self._told, lambda: self._watch.is_sure)
         self._tasks = [asyncio.create_task(self._beat_for_ever()), asyncio.create_task(self._refresh_for_ever())]
         if claims:
-            self._tasks.append(asyncio.create_task(self._claim_for_ever()))
+            self._claiming = asyncio.create_task(self._claim_for_ever())
+            self._tasks.append(self._claiming)
 
     @property
     def draining(self) -> bool:
@@ -77,6 +79,8 @@ class Worker:
         """Runs may finish within the grace period, the others are handed over."""
         self.drain()
         assert self._grace_ends_at is not None
+        if self._claiming:  # what it is about to claim is to be finished or handed over, too
+            await asyncio.wait({self._claiming}, timeout=HAND_OVER_S)
         running = [work.task for work in self._works.values() if work.task]
         if running:
             await asyncio.wait(running, timeout=max(0.0, self._grace_ends_at - time.monotonic()))
@@ -88,7 +92,7 @@ class Worker:
     async def _hand_over(self) -> None:
         works = list(self._works.values())
         given_up = [*(GivenUp(work.claim, failed=False) for work in works), *self._given_up]
-        if not given_up:
+        if not (given_up or self._claims_lost):
             return
         for work in works:
             work.stop()
@@ -97,6 +101,8 @@ class Worker:
             async with asyncio.timeout(HAND_OVER_S), self._database.autocommit() as tx:
                 for one in given_up:
                     await queue.hand_back(tx, one.claim, failed=one.failed)
+                if self._claims_lost:
+                    await queue.disown(tx, self.owner.worker, holding=[])
         except (DatabaseUnavailable, TimeoutError):
             log.warning("The database is unavailable; leases run out by themselves.", action="hand_over_failed")
         self._logs.tell("wake")
