@@ -101,6 +101,8 @@ _HOSTS: dict[str, Preset] = {
     "openrouter.ai": "openrouter",
     "api.deepseek.com": "deepseek",
 }
+_HOSTED_SUFFIXES = (".api.openai.com", ".openai.azure.com")
+"""The hosted API's regions, and its resources at Azure."""
 
 _OWNERS: dict[str, Preset] = {
     "vllm": "vllm",
@@ -114,6 +116,8 @@ _OWNERS: dict[str, Preset] = {
 
 def preset_of_host(host: str | None) -> Preset | None:
     """The dialect of a service, by the host of its address."""
+    if host and host.endswith(_HOSTED_SUFFIXES):
+        return "openai"
     return _HOSTS.get(host or "")
 
 
