@@ -221,13 +221,13 @@ async def _upstreams(settings: Settings) -> AsyncIterator[Finding]:
                     listed = await upstream.list_models(None)
             except TimeoutError:
                 yield Finding(
-                    f"upstream {name}", False, f"{entry.base_url} lists no models within {settings.models_wait_s:g} s"
+                    f"upstream {name}", False, f"{entry.address} lists no models within {settings.models_wait_s:g} s"
                 )
             except ApiError as error:
-                yield Finding(f"upstream {name}", False, f"{entry.base_url}: {error.message}")
+                yield Finding(f"upstream {name}", False, f"{entry.address}: {error.message}")
             else:
                 upstream.recognize(listed)
-                said = f"{entry.base_url} lists {len(listed)} models; dialect: {upstream.dialect_name}"
+                said = f"{entry.address} lists {len(listed)} models; dialect: {upstream.dialect_name}"
                 yield Finding(f"upstream {name}", True, said)
                 for finding in _routed_models(catalog, name, [model.id for model in listed]):
                     yield finding

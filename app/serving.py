@@ -124,7 +124,7 @@ def _welcome(built: assembly.Assembly, port: int, embedded: frozenset[str]) -> s
     url = f"http://{host}:{port}/v1"
     demo = not settings.catalog and not settings.openai_base_url
     upstreams = ", ".join(
-        "echo, the built-in demo (set OPENAI_BASE_URL to call a real one)" if demo else f"{name} at {entry.base_url}"
+        "echo, the built-in demo (set OPENAI_BASE_URL to call a real one)" if demo else f"{name} at {entry.address}"
         for name, entry in catalog.upstreams.items()
     )
     model = "echo" if demo else (catalog.model_names or ["MODEL"])[0]

@@ -5,6 +5,7 @@ import time
 
 from app.api.sites import Headers, refuse_foreign
 from app.errors import AuthenticationFailed
+from app.outbound.catalog import KEY
 from app.runs.executor import Caller
 from app.settings import DEFAULT_TENANT, Settings
 from app.storage import tenants
@@ -35,7 +36,7 @@ class Auth:
             raise _missing()
         tenant_id = await self._tenant(key)
         if tenant_id is None:
-            raise AuthenticationFailed(f"Incorrect API key provided: {_masked(key)}.")
+            raise _incorrect(key)
         return Caller(tenant_id, None)  # a key of ours is nobody else's business
 
     async def _keys_in_use(self) -> bool:
@@ -52,6 +53,8 @@ class Auth:
         if self._per_caller:
             if not key:
                 raise _missing()
+            if not KEY.fullmatch(key):  # no header could pass it on
+                raise _incorrect(key)
             return Caller(f"caller_{hashlib.sha256(key.encode()).hexdigest()[:32]}", key)
         return Caller(DEFAULT_TENANT, key)
 
@@ -72,6 +75,10 @@ def _missing() -> AuthenticationFailed:
     return AuthenticationFailed(
         "You didn't provide an API key. Send it as 'Authorization: Bearer KEY'.", code="missing_api_key"
     )
+
+
+def _incorrect(key: str) -> AuthenticationFailed:
+    return AuthenticationFailed(f"Incorrect API key provided: {_masked(key)}.")
 
 
 def _masked(key: str) -> str:

@@ -21,6 +21,7 @@
 A model that no entry names goes to the `default` upstream, or to the only one; `local@qwen3` names an upstream directly.
 """
 
+import re
 import sys
 from fnmatch import fnmatchcase
 from typing import Annotated
@@ -57,6 +58,9 @@ ENGINE_PARAMETERS = frozenset(
 )
 """Parameters beyond the API that vLLM, SGLang, llama.cpp and Ollama take; an upstream's `pass` names more."""
 
+KEY = re.compile(r"[\x21-\x7e]*")
+"""What an upstream's key may be made of."""
+
 
 Seconds = Annotated[float, Meta(gt=0, le=sys.float_info.max)]
 
@@ -78,6 +82,11 @@ class UpstreamEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     def takes(self, parameter: str) -> bool:
         """Whether a parameter beyond the API goes to this upstream."""
         return parameter in ENGINE_PARAMETERS or parameter in self.also_passed_on
+
+    @property
+    def address(self) -> str:
+        """The base URL, to be shown: its query may hold a key."""
+        return self.base_url.partition("?")[0]
 
     @property
     def speaks(self) -> Dialect:

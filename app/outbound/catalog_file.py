@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from app.domain.dialect import PRESETS, Dialect
 from app.domain.hosted import KINDS, HostedRoute, Kind, placeholders, result_keys
-from app.outbound.catalog import Catalog, ModelEntry, ToolServerEntry, UpstreamEntry
+from app.outbound.catalog import KEY, Catalog, ModelEntry, ToolServerEntry, UpstreamEntry
 from app.settings import SWITCHES, Settings, SettingsError
 from app.wire.keys import choices, nearest, suggestion
 
@@ -22,12 +22,13 @@ _UNKNOWN_KEY = re.compile(r"unknown field `(?P<name>[^`]*)`")
 _UPSTREAM_NAME = re.compile(r"[^\s@]{1,64}")
 _LABEL = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
-_KEY = re.compile(r"[\x21-\x7e]*")
+_HEADER_VALUE = re.compile(r"[\t\x20-\x7e]*")
 _OF_CONNECTIONS = frozenset({"connection", "content-length", "host", "transfer-encoding"})
 _VARIABLE = re.compile(r"\$\{\w")
 """What shells and Compose fill in, and a catalog does not."""
 _PLACEHOLDER = re.compile(r"\$\{?(?P<name>\w*)")
+
+NO_URL = "is no http:// or https:// URL"
 
 
 def load_catalog(settings: Settings, environ: Mapping[str, str], *, demo_url: str = "") -> Catalog:
@@ -37,9 +38,9 @@ def load_catalog(settings: Settings, environ: Mapping[str, str], *, demo_url: st
     """
     if not settings.catalog:
         if settings.openai_base_url:
-            if not _is_url(settings.openai_base_url):
-                raise SettingsError(f"OPENAI_BASE_URL={settings.openai_base_url!r} is no http:// or https:// URL.")
-            if not _KEY.fullmatch(settings.openai_api_key):
+            if fault := _fault_of_url(settings.openai_base_url):
+                raise SettingsError(f"OPENAI_BASE_URL {fault}.")
+            if not KEY.fullmatch(settings.openai_api_key):
                 raise SettingsError("OPENAI_API_KEY holds characters that no key has.")
             entry = UpstreamEntry(base_url=settings.openai_base_url, key=settings.openai_api_key)
             return Catalog(upstreams={"default": entry})
@@ -182,19 +183,29 @@ def _faults_of_variables(catalog: Catalog) -> Iterator[str]:
 
 def _faults_of_urls(catalog: Catalog) -> Iterator[str]:
     for name, upstream in catalog.upstreams.items():
-        if not _is_url(upstream.base_url):
-            yield f"[upstreams.{name}]: 'base_url' is no http:// or https:// URL"
+        if fault := _fault_of_url(upstream.base_url):
+            yield f"[upstreams.{name}]: 'base_url' {fault}"
     for name, server in catalog.tool_servers.items():
-        if server.url and not _is_url(server.url):
-            yield f"[tool_servers.{name}]: 'url' is no http:// or https:// URL"
+        if server.url and _parsed(server.url) is None:
+            yield f"[tool_servers.{name}]: 'url' {NO_URL}"
 
 
-def _is_url(text: str) -> bool:
+def _fault_of_url(text: str) -> str | None:
+    """What is wrong with an upstream's address, without a quotation: two variables that are swapped make it a key."""
+    url = _parsed(text)
+    if url is None:
+        return NO_URL
+    if url.userinfo:
+        return "holds a user or a password, which a catalog's 'headers' may send as 'authorization'"
+    return None
+
+
+def _parsed(text: str) -> httpx2.URL | None:
     try:
         url = httpx2.URL(text)
-        return url.scheme in {"http", "https"} and bool(url.host) and url.port != 0
     except (httpx2.InvalidURL, ValueError):
-        return False
+        return None
+    return url if url.scheme in {"http", "https"} and url.host and url.port != 0 else None
 
 
 def _faults_of_models(catalog: Catalog) -> Iterator[str]:
@@ -268,7 +279,7 @@ def _with_secrets(path: str, catalog: Catalog, environ: Mapping[str, str]) -> Ca
     upstreams = {}
     for name, upstream in catalog.upstreams.items():
         key = _secret(path, f"upstream '{name}'", upstream.key_env, environ) or upstream.key
-        if not _KEY.fullmatch(key):
+        if not KEY.fullmatch(key):
             raise SettingsError(f"{path}: the key of upstream '{name}' holds characters that no key has.")
         upstreams[name] = replace(upstream, key=key)
     tool_servers = {}

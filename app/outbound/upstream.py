@@ -38,7 +38,7 @@ from app.errors import (
 )
 from app.outbound.catalog import UpstreamEntry
 from app.outbound.failures import NO_CREDIT, NO_JSON, Asked, KeyRefused, failed_in_stream, refused
-from app.outbound.masking import Mask, secrets_of
+from app.outbound.masking import KEY_NAME, Mask, secrets_of
 from app.patience import Patience
 from app.settings import Settings
 from app.wire.chat import Chunk, ModelEntry
@@ -184,17 +184,22 @@ class Upstream:
         sdk = AsyncOpenAI(
             base_url=entry.base_url,
             api_key=entry.key or NO_KEY,
-            default_headers={**entry.headers, "Accept-Encoding": "identity"},
             http_client=self._http,
         )
-        self._chat, self._models = sdk.base_url.join("chat/completions"), sdk.base_url.join("models")
+        query = sdk.base_url.query or None
+        self._chat = sdk.base_url.join("chat/completions").copy_with(query=query)
+        self._models = sdk.base_url.join("models").copy_with(query=query)
+        keys_in_url = (value for name, value in sdk.base_url.params.multi_items() if KEY_NAME.search(name))
+        self._secrets = [entry.key, *keys_in_url, *secrets_of(entry.headers)]
         said = {**sdk.auth_headers, **sdk.default_headers}
-        self._secrets = [entry.key, *secrets_of(entry.headers)]
-        self._headers = {
-            name: value
-            for name, value in said.items()
-            if isinstance(value, str) and (name in entry.headers or not name.lower().startswith(SDK_HEADERS))
-        }
+        self._headers = httpx2.Headers(
+            {
+                name: value
+                for name, value in said.items()
+                if isinstance(value, str) and not name.lower().startswith(SDK_HEADERS)
+            }
+        )
+        self._headers.update({**entry.headers, "Accept-Encoding": "identity"})
         # Made once: stamina takes as long to prepare its attempts as the first of them takes.
         self._opened = stamina.retry(
             on=self._backoff, attempts=self._attempts_max, timeout=None, wait_initial=0.1, wait_jitter=0.1, wait_max=2.0
@@ -312,7 +317,7 @@ class Upstream:
         """The head of an answer that is a success. Raises ApiError."""
         headers = self._headers
         if self.passes_caller and caller_key:
-            headers = {**headers, "Authorization": f"Bearer {caller_key}"}
+            headers = headers | {"Authorization": f"Bearer {caller_key}"}
         request = self._http.build_request(method, url, headers=headers, content=body)
         try:
             async with asyncio.timeout(self._answer_timeout_s):

@@ -1,7 +1,6 @@
 """The catalog: which upstream a request goes to, with which key, and in which dialect."""
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -68,6 +67,10 @@ headers = {{ x-team = "blue", x-stainless-mine = "kept" }}
 [upstreams.locked]
 base_url = "{keyed}"
 key = "wrong"
+
+[upstreams.own_headers]
+base_url = "{plain}?api-version=preview"
+headers = {{ authorization = "Basic dTpw", user-agent = "house/1", content-type = "application/json; charset=utf-8" }}
 
 [upstreams.hosted]
 base_url = "{plain}"
@@ -232,6 +235,20 @@ def test_the_key_of_an_upstream_comes_from_the_environment_and_its_headers_from_
     assert [name for name in record.headers if name.startswith("x-stainless-")] == ["x-stainless-mine"]
 
 
+def test_headers_of_the_catalog_stand_in_the_place_of_the_usual_ones_in_any_case(cataloged, upstream, said):
+    cataloged.responses.create(model="own_headers@x", input=said)
+    [record] = upstream.asked(said)
+    given = {"authorization": "Basic dTpw", "user-agent": "house/1", "content-type": "application/json; charset=utf-8"}
+    assert {name: record.headers[name] for name in given} == given
+
+
+def test_a_query_in_the_address_of_an_upstream_goes_with_every_request(cataloged, upstream, said):
+    cataloged.responses.create(model="own_headers@x", input=said)
+    cataloged.models.list()
+    paths = {record.path for record in (*upstream.asked(said), *upstream.requests) if "?" in record.path}
+    assert paths == {"/v1/chat/completions?api-version=preview", "/v1/models?api-version=preview"}
+
+
 def test_a_caller_does_not_learn_that_the_servers_own_key_is_wrong_by_a_401(cataloged, said):
     with pytest.raises(openai.InternalServerError) as failed:
         cataloged.responses.create(model="locked@x", input=said)
@@ -249,7 +266,7 @@ def test_the_callers_key_does_not_reach_the_upstream(served, upstream, said):
 
 def test_the_callers_own_key_is_passed_on_where_that_is_set(new_server, catalog_file, keyed, said):
     catalog = catalog_file(
-        f'default = "keyed"\n[upstreams.keyed]\nbase_url = "{keyed.base_url}"\n[upstreams.other]\nbase_url = "http://127.0.0.1:9/v1"'
+        f'default = "keyed"\n[upstreams.keyed]\nbase_url = "{keyed.base_url}"\nheaders = {{ authorization = "Basic dTpw" }}\n[upstreams.other]\nbase_url = "http://127.0.0.1:9/v1"'
     )
     own = new_server(REPRISE_CATALOG=catalog, REPRISE_UPSTREAM_AUTH="caller")
     with own.client(api_key=KEY) as client, own.client(api_key="another") as other:
@@ -271,6 +288,9 @@ def test_the_callers_own_key_is_passed_on_where_that_is_set(new_server, catalog_
             method, f"{own.url}{path}", json={"model": "m", "input": said} if method == "POST" else None
         )
         assert (reply.status_code, reply.json()["error"]["code"]) == (401, "missing_api_key")
+    for key in (b"schl\xc3\xbcssel", b"sk 1"):  # could not be sent as it stands
+        reply = httpx.get(f"{own.url}/models/m", headers={"authorization": b"Bearer " + key})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key")
 
 
 # -- Parameters beyond the API ----------------------------------------------------------------------------------------------
@@ -578,7 +598,10 @@ def test_a_refusal_comes_as_a_refusal_in_every_dialect(cataloged, name):
     [
         ("https://api.openai.com/v1", HOSTED),
         ("http://127.0.0.1:8000/v1", Dialect()),
+        ("https://eu.api.openai.com/v1", HOSTED),
+        ("https://house.openai.azure.com/openai/v1", HOSTED),
         ("https://api.openai.com.example.org/v1", Dialect()),
+        ("https://notapi.openai.com/v1", Dialect()),
     ],
 )
 def test_the_hosted_api_is_known_by_its_host(url, dialect):
@@ -629,14 +652,32 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path: Path, name: str):
         load_catalog(Settings(catalog=str(tmp_path / name)), {})
 
 
-@pytest.mark.parametrize("url", ["localhost:8000/v1", "http://h:abc/v1", "http://[::1/v1", "http://", "ftp://h/v1"])
-def test_an_upstream_that_is_no_url_is_told(tmp_path: Path, url: str):
-    with pytest.raises(SettingsError, match=rf"OPENAI_BASE_URL='{re.escape(url)}' is no http:// or https:// URL\."):
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("localhost:8000/v1", "is no http:// or https:// URL"),
+        ("http://h:abc/v1", "is no http:// or https:// URL"),
+        ("http://[::1/v1", "is no http:// or https:// URL"),
+        ("http://", "is no http:// or https:// URL"),
+        ("ftp://h/v1", "is no http:// or https:// URL"),
+        ("sk-secret", "is no http:// or https:// URL"),
+        ("http://user:secret@h/v1", "holds a user or a password"),
+        ("https://secret@h/v1", "holds a user or a password"),
+    ],
+)
+def test_an_upstream_that_is_no_url_is_told_without_a_quotation(tmp_path: Path, url: str, said: str):
+    with pytest.raises(SettingsError, match=rf"^OPENAI_BASE_URL {said}[^\n]*\.$") as wrong:
         load_catalog(Settings(openai_base_url=url), {})
+    assert "secret" not in str(wrong.value)
     path = tmp_path / "catalog.toml"
     path.write_text(f'upstreams.local.base_url = "{url}"')
-    with pytest.raises(SettingsError, match="local"):
+    with pytest.raises(SettingsError, match="local") as wrong:
         load_catalog(Settings(catalog=str(path)), {})
+    assert "secret" not in str(wrong.value)
+
+
+def test_an_address_is_shown_without_its_query():
+    assert UpstreamEntry(base_url="https://h/v1?key=secret").address == "https://h/v1"
 
 
 @pytest.mark.parametrize("key", ["schl\u00fcssel", "sk-1\u20132", "sk-1\n", "sk 1"])
