@@ -209,11 +209,14 @@ class TooMuchUnread(ServerError):
 
     status = 503
 
-    def __init__(self, made: str | None = None) -> None:
+    def __init__(self, made: str | None = None, *, stored: bool = True) -> None:
+        """`made` is the id of the response, `stored` whether it can be retrieved."""
         if made is None:
             message, headers = "please try again", {"Retry-After": "1"}
-        else:
+        elif stored:
             message, headers = f"retrieve '{made}' later", {RESPONSE_ID_HEADER: made}
+        else:
+            message, headers = "the response was made, and is lost, since 'store' is false", {}
         super().__init__(f"Too much of this server's replies is not read yet; {message}.", headers=headers)
         self.is_final = made is not None
 

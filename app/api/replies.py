@@ -14,20 +14,25 @@ from app.storage.backlog import PAGE_BYTES, Backlog, Backlogs
 
 
 def json_reply(
-    body: bytes, backlogs: Backlogs, headers: Mapping[str, str] | None = None, *, made: str | None = None
+    body: bytes,
+    backlogs: Backlogs,
+    headers: Mapping[str, str] | None = None,
+    *,
+    made: str | None = None,
+    stored: bool = True,
 ) -> Response[Any]:
-    """A reply with this JSON; `made` is the id of the response that was made for it."""
+    """A reply with this JSON; `made` is the id of the response that was made for it, `stored` whether it can be retrieved."""
     if len(body) <= PAGE_BYTES:
         return Response(body, media_type=MediaType.JSON, headers=headers)
-    return LargeReply(body, backlogs, headers or {}, made)
+    return LargeReply(body, backlogs, headers or {}, TooMuchUnread(made, stored=stored))
 
 
 class LargeReply(Response[None]):
     """A body that the connection can't take at once."""
 
-    def __init__(self, body: bytes, backlogs: Backlogs, headers: Mapping[str, str], made: str | None) -> None:
+    def __init__(self, body: bytes, backlogs: Backlogs, headers: Mapping[str, str], refusal: TooMuchUnread) -> None:
         super().__init__(None)
-        self._large, self._backlogs, self._made = body, backlogs, made
+        self._large, self._backlogs, self._refusal = body, backlogs, refusal
         given = {"content-type": MediaType.JSON, "content-length": str(len(body)), **headers}
         self._head = [(name.encode(), value.encode()) for name, value in given.items()]
 
@@ -41,7 +46,7 @@ class LargeReply(Response[None]):
         with closing(self._backlogs.open()) as backlog:
             backlog.add(len(self._large))
             if backlog.closed:
-                raise TooMuchUnread(self._made)
+                raise self._refusal
             backlog.disconnect = task.cancel
             try:
                 await self._write(send, backlog)

@@ -94,7 +94,7 @@ class ResponsesController(Controller):
         queued = await parts.background.enqueue(caller, create, raw)
         headers = _left_out(queued.left_out)
         if not create.stream:
-            return _reply(parts, queued.response, (), headers)
+            return _reply(parts, queued.response, (), headers, is_new=True)
         kept = Kept(status="queued", background=True, streamed=True, archived=False, entries=queued.entries)
         options = create.body.stream_options
         backlog = parts.backlogs.open()
@@ -249,7 +249,7 @@ def _reply(
     is_new: bool = False,
 ) -> Response[Any]:
     body = encode(_shown(response, include))
-    return json_reply(body, parts.backlogs, headers, made=response.id if is_new else None)
+    return json_reply(body, parts.backlogs, headers, made=response.id if is_new else None, stored=response.store)
 
 
 async def _read(

@@ -8,10 +8,12 @@ import time
 import urllib.parse
 from pathlib import Path
 
+import httpx
 import msgspec
 import pytest
 
 from tests.faults.client import Follower, begin, connect, frames_of, get, until
+from tests.faults.cluster import query
 from tests.servers import Served
 from tests.upstream import finish, gate, note, repeat, script, size, text
 
@@ -190,6 +192,35 @@ def test_unread_json_costs_little_and_those_who_read_get_all(served, new_server,
                 stack.enter_context(Unread(strict.url, "GET", path).socket)
         until(lambda: http_get(strict.url, path) == whole, "somebody who reads gets all")
         assert undisturbed(strict.url) < 20
+
+
+@pytest.mark.parametrize("how", ["stored", "lost", "queued"])
+def test_a_response_whose_reply_is_too_large_is_not_made_again(narrow, how):
+    said = script([note(how), size(200_000) if how != "queued" else text("x"), finish()])
+    body = {"model": "m", "input": said, "store": how != "lost", "background": how == "queued"}
+    if how == "queued":
+        body["instructions"] = "x" * 200_000
+    reply = httpx.post(f"{narrow.url}/responses", json=body, timeout=60)
+    assert (reply.status_code, reply.headers["x-should-retry"]) == (503, "false")
+    message, made = reply.json()["error"]["message"], reply.headers.get("x-reprise-response-id")
+    if how == "lost":
+        assert made is None and "resp_" not in message and "lost" in message
+    else:
+        status = until(lambda: statuses_of(narrow.database_url).get(made), "it is there")
+        assert status in {"queued", "in_progress", "completed"} and f"retrieve '{made}' later" in message
+
+
+@pytest.fixture(scope="module")
+def narrow(base_env, new_database):
+    """A server that holds next to nothing for its clients."""
+    env = {"DATABASE_URL": new_database(), "REPRISE_UNREAD_BYTES_MAX": "100000"}
+    with Served({**base_env, **env}) as running:
+        yield running
+
+
+def statuses_of(database_url):
+    """Of every response, by id."""
+    return {row["id"]: row["status"] for row in query(database_url, "select id, status from responses")}
 
 
 def http_get(url, path):
