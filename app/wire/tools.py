@@ -136,9 +136,17 @@ def decode_tools(raws: list[Raw], at: str = "tools") -> list[AnyTool]:
 
 
 def check_declarations(tools: Sequence[Json], at: str) -> None:
-    """Raises InvalidParameter for a declaration that is wrong, though it may be of a tool that this server can't reach."""
-    for index, tool in enumerate(tools):
-        _decode_tool(Raw(msgspec.json.encode(tool)), f"{at}[{index}]")
+    """Declarations in an item, which is stored as it came: they may be of tools that this server can't reach, and hold no secrets.
+
+    Raises InvalidParameter or UnsupportedParameter."""
+    for index, given in enumerate(tools):
+        tool = _decode_tool(Raw(msgspec.json.encode(given)), f"{at}[{index}]")
+        for name in ("authorization", "headers"):
+            if isinstance(tool, McpTool) and getattr(tool, name):
+                raise UnsupportedParameter(
+                    "Secrets of MCP servers can't stand in an item; declare them in 'tools'.",
+                    param=f"{at}[{index}].{name}",
+                )
 
 
 def _decode_tool(raw: Raw, at: str) -> AnyTool:

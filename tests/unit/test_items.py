@@ -192,6 +192,15 @@ def test_what_is_no_object_is_no_item(raw: bytes):
     assert (caught.value.param, caught.value.code) == ("input[3]", "invalid_type")
 
 
+@pytest.mark.parametrize(("name", "secret"), [("authorization", "sk"), ("headers", {"x-key": "sk"})])
+def test_a_secret_of_a_tool_server_is_not_stored_in_an_item(name: str, secret: Any):
+    server = {"type": "mcp", "server_label": "s", "server_url": "https://x/mcp", name: None}
+    item({"type": "tool_search_output", "tools": [server]})
+    with pytest.raises(UnsupportedParameter) as caught:
+        item({"type": "tool_search_output", "tools": [{**server, name: secret}]})
+    assert caught.value.param == f"input[0].tools[0].{name}"
+
+
 def test_an_unsupported_type_is_said_to_be_so():
     with pytest.raises(UnsupportedParameter, match="'program'"):
         item({"type": "program", "id": "x"})

@@ -115,6 +115,10 @@ def _items() -> dict[str, list[Any]]:
         found.setdefault(sample.get("type") or "message", []).append(sample)
     for output in found["function_call_output"]:  # every tool has a name here, and every call an id
         output["call_id"] = "x"
+    for output in found["tool_search_output"]:
+        output["tools"] = [
+            {**tool, "authorization": None} if tool["type"] == "mcp" else tool for tool in output["tools"]
+        ]
     return {type_: samples for type_, samples in found.items() if type_ not in UNOFFERED}
 
 
