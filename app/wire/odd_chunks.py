@@ -154,7 +154,7 @@ def _parts(content: Any) -> tuple[str | None, str]:
     for part in _list(content):
         if not isinstance(part, dict):
             texts.append(_text(part) or "")
-        elif part.get("type") in {"thinking", "reasoning"}:
+        elif part.get("type") in ("thinking", "reasoning"):
             thoughts.append(_parts(part.get("thinking") or part.get("text") or part.get("reasoning"))[0] or "")
         else:
             texts.append(_text(part.get("text")) or "")
@@ -185,9 +185,15 @@ def _logprob(given: Object) -> Logprob:
 
 def _one_logprob(given: Object) -> TopLogprob:
     value, raw = given.get("logprob"), given.get("bytes")
-    logprob = float(value) if isinstance(value, int | float) and math.isfinite(value) else LEAST_LOGPROB
-    is_bytes = isinstance(raw, list) and all(isinstance(one, int) for one in raw)
-    return TopLogprob(_text(given.get("token")) or "", logprob, raw if is_bytes else None)
+    is_bytes = isinstance(raw, list) and all(isinstance(one, int) and 0 <= one < 256 for one in raw)
+    return TopLogprob(_text(given.get("token")) or "", _finite(value), raw if is_bytes else None)
+
+
+def _finite(value: Any) -> float:
+    try:
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else LEAST_LOGPROB
+    except OverflowError:  # an integer that is no float
+        return LEAST_LOGPROB
 
 
 def _usage(given: Any) -> ChatUsage | None:
