@@ -1,10 +1,13 @@
-"""Instances of JSON schemas: pure. `pattern`, `uniqueItems` and conditions are not looked at."""
+"""Instances of JSON schemas: pure, and bounded. `pattern`, `uniqueItems` and conditions are not looked at."""
 
 import contextlib
 import math
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct, field
 
 JsonSchema = dict[str, Any]
 
@@ -22,16 +25,56 @@ FORMATS = {
 }
 
 
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+
+WORK_MAX = 20_000
+"""What an instance may take: keywords, choices and values that are looked at, and characters that are made. All of it takes a
+tenth of a second."""
+
+Count = Annotated[int, Meta(ge=0)]
+
+
+class Keywords(Struct, rename="camel"):
+    """What a schema must be as far as it is looked at."""
+
+    ref: str = field(default="", name="$ref")
+    all_of: list[Any] = []
+    any_of: list[Any] = []
+    one_of: list[Any] = []
+    enum: Annotated[list[Any], Meta(min_length=1)] = []
+    type: str | list[str] = ""
+    properties: dict[str, Any] = {}
+    required: list[str] = []
+    min_items: Count = 0
+    max_items: Count = 0
+    format: str = ""
+    min_length: Count = 0
+    max_length: Count = 0
+    minimum: float = 0
+    maximum: float = 0
+    exclusive_minimum: float = 0
+    exclusive_maximum: float = 0
+    multiple_of: Annotated[float, Meta(gt=0)] = 1
+
+
+class SchemaError(Exception):
+    """This is no JSON schema, or none that this demo fills."""
+
+
 class EndlessError(Exception):
     """This part of a recursive schema has no end; another must be taken."""
 
 
 def instance(schema: JsonSchema, text: str) -> Any:
-    """A value that satisfies the schema, made from the text where it fits; None where no value ends."""
+    """A value that satisfies the schema, made from the text where it fits; None where no value ends. Raises SchemaError."""
     try:
         return Filler(schema, text).value(schema, frozenset({"#"}))
     except EndlessError:
         return None
+    except (msgspec.ValidationError, ArithmeticError, ValueError) as error:
+        raise SchemaError(f"The schema is not valid: {error}") from error
+    except RecursionError as error:
+        raise SchemaError("The schema nests too deeply for the demo model.") from error
 
 
 class Filler:
@@ -41,11 +84,29 @@ class Filler:
         """`root` is what references point into."""
         self.root = root
         self.text = text
+        self.work = WORK_MAX
+
+    def spend(self, work: int) -> None:
+        """Count work before it is done. Raises SchemaError when it is too much."""
+        self.work -= work
+        if self.work < 0:
+            raise SchemaError("What the schema describes is too large for the demo model.")
+
+    def check(self, schema: JsonSchema) -> None:
+        """Look at a schema's own keywords. Raises SchemaError, msgspec.ValidationError."""
+        self.spend(1 + sum(len(value) for value in schema.values() if isinstance(value, str | list | dict)))
+        msgspec.convert(schema, Keywords)
+
+    def given(self, value: Any) -> Any:
+        """A value that stands in the schema."""
+        self.spend(len(msgspec.json.encode(value)))
+        return value
 
     def value(self, schema: Any, path: frozenset[str]) -> Any:
         """A value for a schema anywhere in the root, where `true` allows everything."""
         if not isinstance(schema, dict):
-            return self.text
+            return self.string({})
+        self.check(schema)
         key = next((key for key in ("$ref", "allOf", "anyOf", "oneOf") if key in schema), None)
         if key is None:
             return self.plain(schema, path)
@@ -53,12 +114,12 @@ class Filler:
         if key == "$ref":
             if found in path:
                 raise EndlessError
-            return self.value(merged([self.target(found), rest]), path | {found})
+            return self.value(self.merged([self.target(found), rest]), path | {found})
         if key == "allOf":
-            return self.value(merged([*found, rest]), path)
-        return self.first([merged([choice, rest]) for choice in found], path)
+            return self.value(self.merged([*found, rest]), path)
+        return self.first((self.merged([choice, rest]) for choice in found), path)
 
-    def first(self, choices: Sequence[JsonSchema], path: frozenset[str]) -> Any:
+    def first(self, choices: Iterable[JsonSchema], path: frozenset[str]) -> Any:
         """A value for the first choice that has an end."""
         for choice in choices:
             with contextlib.suppress(EndlessError):
@@ -69,18 +130,27 @@ class Filler:
         """A value for a schema without references and branches."""
         for key in ("const", "default"):
             if key in schema:
-                return schema[key]
+                return self.given(schema[key])
         if options := schema.get("enum"):
-            spoken = [one for one in options if isinstance(one, str) and one.lower() in self.text.lower()]
-            return (spoken or options)[0]
+            strings = [one for one in options if isinstance(one, str)]
+            self.spend(sum(map(len, strings)))
+            text = self.text.lower()
+            return self.given(next((one for one in strings if one.lower() in text), options[0]))
         kind = kind_of(schema)
         if kind == "object":
             return self.object(schema, path)
         if kind == "array":
             return self.array(schema, path)
         if kind in ("integer", "number"):
+            self.spend(len(self.text))
             return number(schema, kind, self.text)
-        return {"boolean": True, "null": None}.get(kind, string(schema, self.text))
+        return {"boolean": True, "null": None}[kind] if kind in ("boolean", "null") else self.string(schema)
+
+    def string(self, schema: JsonSchema) -> str:
+        """The text in the allowed length, or an example of the format."""
+        value = FORMATS.get(schema.get("format", ""), self.text)
+        self.spend(max(len(value), schema.get("minLength", 0)))
+        return value.ljust(schema.get("minLength", 0), ".")[: schema.get("maxLength")]
 
     def object(self, schema: JsonSchema, path: frozenset[str]) -> dict[str, Any]:
         """The required properties, or all of them if none is required."""
@@ -88,10 +158,11 @@ class Filler:
         required: list[str] = schema.get("required", [])
         made: dict[str, Any] = {}
         for name in required or properties:
+            self.spend(len(name))
             try:
                 made[name] = self.value(properties.get(name, True), path)
             except EndlessError:
-                if name in required:
+                if required:
                     raise
         return made
 
@@ -100,11 +171,24 @@ class Filler:
         least: int = schema.get("minItems", 0)
         count = min(max(least, 1), schema.get("maxItems", math.inf))
         try:
-            return [self.value(schema.get("items", True), path)] * int(count)
+            return [self.value(schema.get("items", True), path) for _ in range(int(count))]
         except EndlessError:
             if least:
                 raise
             return []
+
+    def merged(self, schemas: Iterable[Any]) -> JsonSchema:
+        """One schema with the keywords of all; properties and requirements add up."""
+        whole: JsonSchema = {}
+        properties: JsonSchema = {}
+        required: list[str] = []
+        for schema in schemas:
+            if isinstance(schema, dict):
+                self.check(schema)
+                properties |= schema.get("properties", {})
+                required += schema.get("required", ())
+                whole |= schema
+        return whole | ({"properties": properties} if properties else {}) | ({"required": required} if required else {})
 
     def target(self, reference: str) -> JsonSchema:
         """What a reference points to; only those into the same schema are followed."""
@@ -113,18 +197,6 @@ class Filler:
             key = step.replace("~1", "/").replace("~0", "~")
             found = found.get(key) if isinstance(found, dict) else None
         return found if isinstance(found, dict) else {}
-
-
-def merged(schemas: Sequence[Any]) -> JsonSchema:
-    """One schema with the keywords of all; properties and requirements add up."""
-    whole: JsonSchema = {}
-    for schema in schemas:
-        if isinstance(schema, dict):
-            properties = {**whole.get("properties", {}), **schema.get("properties", {})}
-            required = [*whole.get("required", ()), *schema.get("required", ())]
-            whole |= schema
-            whole |= ({"properties": properties} if properties else {}) | ({"required": required} if required else {})
-    return whole
 
 
 def kind_of(schema: JsonSchema) -> str:
@@ -141,12 +213,6 @@ def kind_of(schema: JsonSchema) -> str:
     return "number" if schema.keys() & {"minimum", "maximum", "multipleOf"} else "string"
 
 
-def string(schema: JsonSchema, text: str) -> str:
-    """The text in the allowed length, or an example of the format."""
-    value = FORMATS.get(schema.get("format", ""), text)
-    return value.ljust(schema.get("minLength", 0), ".")[: schema.get("maxLength")]
-
-
 def number(schema: JsonSchema, kind: str, text: str) -> float:
     """The first number of the text that is allowed, or else a small one that is."""
     step = schema.get("multipleOf", 1)
@@ -154,7 +220,7 @@ def number(schema: JsonSchema, kind: str, text: str) -> float:
         float(found) if "." in found else int(found) for found in re.findall(r"-?\d{1,15}(?:\.\d{1,9})?", text)
     ]
     candidates += [1, 0, step]
-    bounds = [schema[key] for key in schema if key.lower().endswith(("minimum", "maximum"))]
+    bounds = [schema[key] for key in BOUNDS if key in schema]
     for bound in bounds:
         candidates += [bound, *(step * (math.floor(bound / step) + offset) for offset in (-1, 0, 1, 2))]
     if bounds:

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import uvicorn
 
+from app.echo.instances import SchemaError
 from app.echo.talk import ChatRequest, Reply, reply_to
 
 MODEL = "echo"
@@ -72,10 +73,10 @@ async def answer(receive: Receive, send: Send) -> None:
     """Answer one chat request, streamed or whole."""
     try:
         request = msgspec.json.decode(await body_of(receive), type=ChatRequest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        reply = reply_to(request)
+    except (msgspec.DecodeError, UnicodeDecodeError, SchemaError) as error:
         await send_json(send, 400, problem(str(error)))
         return
-    reply = reply_to(request)
     call_ids = [f"call_{uuid.uuid4().hex}" for _ in reply.calls]
     base = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": MODEL}
     if request.stream:

@@ -85,7 +85,7 @@ class Reply(Struct):
 
 
 def reply_to(request: ChatRequest) -> Reply:
-    """Calls, an instance of the asked schema, or talk."""
+    """Calls, an instance of the asked schema, or talk. Raises SchemaError."""
     if functions := wanted_functions(request):
         names = [function.name for function in functions]
         return Reply(calls=[(one.name, arguments_for(one, names, request.said)) for one in functions])

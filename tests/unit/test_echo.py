@@ -1,6 +1,8 @@
 """The demo model: what it says, what it calls, what it makes of a schema, and one stream over real HTTP."""
 
+import functools
 import json
+import time
 from typing import Any
 
 import httpx
@@ -9,7 +11,7 @@ import msgspec
 import pytest
 
 from app.echo import serve, server
-from app.echo.instances import instance
+from app.echo.instances import SchemaError, instance
 from app.echo.server import deltas
 from app.echo.talk import ChatRequest, Reply, reply_to
 
@@ -202,6 +204,45 @@ def test_a_schema_without_any_finite_instance() -> None:
     assert instance({"type": "object", "properties": {"x": {"$ref": "#"}}, "required": ["x"]}, "") is None
 
 
+TWICE = {"type": "object", "required": ["a", "b"]}
+
+
+def doubling(depth: int) -> dict[str, Any]:
+    """A schema whose parts each refer twice to the next."""
+    following = ({"$ref": f"#/$defs/{at + 1}"} for at in range(depth))
+    parts = {str(at): TWICE | {"properties": {"a": one, "b": one}} for at, one in enumerate(following)}
+    return {"$ref": "#/$defs/0", "$defs": parts | {str(depth): {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "why"),
+    [
+        (doubling(40), "too large"),
+        ({"type": "string", "minLength": 10**10}, "too large"),
+        ({"type": "array", "minItems": 10**9}, "too large"),
+        ({"type": "array", "items": {"const": "x" * 1000}, "minItems": 1000}, "too large"),
+        ({"type": "array", "items": {"enum": ["x" * 1000]}, "minItems": 1000}, "too large"),
+        ({"anyOf": [{"$ref": "#"}] * 10**6}, "too large"),
+        ({"allOf": [{"properties": {str(at): {}}} for at in range(10**5)]}, "too large"),
+        (functools.reduce(lambda inner, _: {"items": inner}, range(2000), {}), "nests"),
+        ({"format": []}, "format"),
+        ({"type": "number", "multipleOf": 0, "minimum": 1}, "multipleOf"),
+        ({"type": "number", "multipleOf": 1e-300, "minimum": 1e300}, "not valid"),
+        ({"minLength": "a"}, "minLength"),
+        ({"enum": []}, "enum"),
+        ({"allOf": [{"properties": []}]}, "properties"),
+        ({"type": {}}, "type"),
+    ],
+    ids=range(15),
+)
+def test_a_schema_that_is_none_or_too_large_is_refused(schema: dict[str, Any], why: str) -> None:
+    """Nothing of what it takes is done before."""
+    begun = time.process_time()
+    with pytest.raises(SchemaError, match=why):
+        instance(schema, "three words 42 here")
+    assert time.process_time() - begun < 5
+
+
 def test_deltas_join_to_the_reply() -> None:
     """Words and pieces of arguments are nothing but the reply in pieces."""
     reply = Reply("a b\n c ", [("f", '{"x":"y z"}'), ("g", "{}")])
@@ -226,6 +267,8 @@ async def test_a_stream_over_http() -> None:
                 lines = [line.removeprefix("data: ") async for line in reply.aiter_lines() if line]
             whole = (await client.post("/chat/completions", json=body)).json()
             bad = await client.post("/chat/completions", content=b"{")
+            form = {"type": "json_schema", "json_schema": {"name": "t", "schema": {"minLength": "a"}}}
+            unfilled = await client.post("/chat/completions", json=body | {"response_format": form})
     finally:
         await echo.close()
     assert lines.pop() == "[DONE]"
@@ -236,7 +279,8 @@ async def test_a_stream_over_http() -> None:
     assert finish["choices"][0]["finish_reason"] == "stop"
     assert usage["choices"] == []
     assert usage["usage"] == whole["usage"]
-    assert (bad.status_code, bad.json()["error"]["type"]) == (400, "invalid_request_error")
+    for refused in (bad, unfilled):
+        assert (refused.status_code, refused.json()["error"]["type"]) == (400, "invalid_request_error")
 
 
 async def test_it_stops_when_the_reader_leaves(
