@@ -35,12 +35,14 @@ KEY_NAME = re.compile(r"auth|code|cred|key|pass|secret|sig|token", re.IGNORECASE
 """In the name of what holds a secret, among headers and parameters of URLs that may hold none."""
 
 
-WORDS = re.compile(r"[A-Za-z]{1,20}(?:[ _.,/-]+[A-Za-z]{1,20})*")
-"""A value that is a name, a place or a yes, as `x-team: research` has it; to mask it would garble ordinary answers."""
+_WORD = r"(?:[A-Za-z]{1,20}|[A-Za-z]?\d{1,12}|\d{1,12}[A-Za-z])"
+WORDS = re.compile(rf"{_WORD}(?:[ _.,:/+-]+{_WORD})*")
+"""A value that is a name, a place, a date, a number or a yes, as `x-region: us-east-1` has it; to mask it would garble ordinary
+answers."""
 
 
 def is_secret(name: str, value: str) -> bool:
-    """Whether what is given under a name is to be kept: by its name, or because it is no plain words."""
+    """Whether what is given under a name is to be kept: by its name, or because it is no plain words and numbers."""
     return bool(KEY_NAME.search(name) or name.lower() == "cookie") or not WORDS.fullmatch(value.strip())
 
 
@@ -68,7 +70,7 @@ class Mask:
         return "".join([*parts, text[end:]]) if parts else text
 
     def json(self, value: Any) -> Any:
-        """A JSON value with masked strings, keys and numbers."""
+        """A JSON value with masked strings and keys; of numbers those that are a secret as a whole."""
         # Secrets are rare: as a rule, one look at the whole value says that there is none.
         if not self._secrets or not self._automaton.find_matches_as_indexes(msgspec.json.encode(value).decode()):
             return value
@@ -82,8 +84,8 @@ class Mask:
                 return {self.text(str(key)): self._within(inner) for key, inner in value.items()}
             case list():
                 return [self._within(inner) for inner in value]
-            case int() | float() if (masked := self.text(str(value))) != str(value):
-                return masked
+            case int() | float() if str(value) in self._secrets:
+                return MASKED
         return value
 
 

@@ -13,7 +13,7 @@ from mcp.shared.exceptions import MCPError
 from msgspec import Struct
 
 from app.outbound.guard import OutboundRefused
-from app.outbound.masking import KEY_NAME, Mask, is_secret, secrets_of
+from app.outbound.masking import KEY_NAME, WORDS, Mask, is_secret, secrets_of
 
 log = structlog.get_logger()
 
@@ -97,7 +97,7 @@ class ToolServer(Struct, frozen=True):
         yield url.userinfo.decode()
         yield url.password
         for name, value in chain(url.params.multi_items(), (("", part) for part in url.path.split("/"))):
-            if KEY_NAME.search(name) or KEY_IN_URL.fullmatch(value):
+            if KEY_NAME.search(name) or (KEY_IN_URL.fullmatch(value) and not WORDS.fullmatch(value)):
                 yield value
 
 

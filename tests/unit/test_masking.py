@@ -110,6 +110,20 @@ def test_what_a_tool_server_is_told_is_secret_and_what_it_is_called_is_not():
         assert Mask(server.secrets).text(f"<{secret}>") == "<***>", secret
 
 
+def test_what_is_no_key_does_not_garble_ordinary_answers():
+    server = ToolServer(
+        label="box",
+        url="https://tools.example.com/acme-team-42/mcp",
+        headers={"x-region": "us-east-1a", "X-GitHub-Api-Version": "2022-11-28", "x-user-id": "100000"},
+    )
+    said = {"arn": "arn:aws:s3:us-east-1a:1000001:b", "n": 1000001, "at": "2022-11-28T10:00", "team": "acme-team-42"}
+    assert Mask(server.secrets).json(said) == said
+
+
+def test_a_number_is_masked_only_as_a_whole():
+    assert Mask(secrets_of({"x-key": "100000"})).json([100000, 1000001, 0.100000]) == ["***", 1000001, 0.1]
+
+
 def test_masking_takes_no_longer_for_more_secrets():
     """As many as a request may have, a long text that is nearly all of them: a replace for each would take minutes."""
     secrets = [f"{number:06d}-{'ab' * 50}" for number in range(600)]
