@@ -92,7 +92,8 @@ def _text(request: CreateResponse, dialect: Dialect) -> dict[str, Any]:
 
 
 def _tools(request: CreateResponse, toolbox: Toolbox, dialect: Dialect) -> dict[str, Any]:
-    if not toolbox.offers:
+    # Where no choice is heard, none is not either: then only tools that are not declared are not called.
+    if not toolbox.offers or (toolbox.mode == "none" and "tool_choice_required" in dialect.lacks):
         return {}
     is_choice = dialect.allowed_tools and toolbox.mode != "none" and len(toolbox.offers) < len(toolbox.every)
     is_alone = toolbox.only is not None and "tool_choice_named" in dialect.lacks

@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from app.domain.dialect import HOSTED, Dialect
+from app.domain.dialect import HOSTED, PRESETS, Dialect
 from app.domain.messages import messages, truncate
 from app.domain.prompt import chat_request
 from app.errors import UnsupportedParameter
@@ -633,6 +633,12 @@ def test_where_no_tool_can_be_named_it_is_the_only_one_that_is_declared():
     made = asked(**body, dialect=Dialect(lacks=frozenset({"tool_choice_named"})))
     assert [tool["function"]["name"] for tool in made["tools"]] == ["g"]
     assert made["tool_choice"] == "required"
+
+
+def test_where_no_choice_is_heard_and_none_may_be_called_none_is_declared():
+    body = {"tools": [function("f")], "tool_choice": "none"}
+    assert "tools" in asked(**body)
+    assert not {"tools", "tool_choice"} & asked(**body, dialect=PRESETS["ollama"]).keys()
 
 
 @pytest.mark.parametrize(
