@@ -6,6 +6,7 @@ or as a Markdown link, becomes a `url_citation` of that span; a file's name beco
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 
 from ahocorasick_rs import AhoCorasick, MatchKind
 from msgspec import Raw, Struct
@@ -22,7 +23,7 @@ _LINK = re.compile(r"\[[^\[\]\n]*\]\(")
 _GOES_ON = re.compile(r"[\w/]")
 
 
-class Sources(Struct, frozen=True):
+class Sources(Struct, frozen=True, dict=True):
     """What may be cited: titles by URL, file ids by file name."""
 
     urls: Mapping[str, str] = {}
@@ -34,10 +35,10 @@ class Sources(Struct, frozen=True):
 
     def _spans(self, text: str) -> list[tuple[int, int, str]]:
         """A link is cited as a whole; behind a bare address may follow what is not part of a longer one."""
-        names = self._names()
+        names = self._names
         if not names:
             return []
-        found = AhoCorasick(names, matchkind=MatchKind.LeftmostLongest).find_matches_as_indexes(text)
+        found = self._automaton.find_matches_as_indexes(text)
         links = {match.end(): match.start() for match in _LINK.finditer(text)} if found else {}
         spans: list[tuple[int, int, str]] = []
         for number, start, end in found:
@@ -49,6 +50,12 @@ class Sources(Struct, frozen=True):
                 spans.append((start, end, names[number]))
         return spans
 
+    @cached_property
+    def _automaton(self) -> AhoCorasick:
+        """Made once for all the texts of a turn."""
+        return AhoCorasick(self._names, matchkind=MatchKind.LeftmostLongest)
+
+    @cached_property
     def _names(self) -> list[str]:
         """What was found last, as far as it is not too much to look for."""
         left = NAMES_CHARS_MAX

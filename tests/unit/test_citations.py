@@ -1,5 +1,7 @@
 """Citations: where a message names what was found for it."""
 
+import time
+
 import pytest
 
 from app.domain.citations import NO_SOURCES, sources_of
@@ -57,6 +59,18 @@ def test_a_citation_names_its_source():
         "end_index": 19,
     }
     assert file == {"type": "file_citation", "file_id": "file_1", "filename": "plan.md", "index": 20}
+
+
+def test_sources_are_prepared_once_for_all_texts():
+    results = [{"url": f"https://a.example/{at:0100}"} for at in range(2000)]
+    sources = sources_of([item({**SEARCHED, "results": results})])
+
+    def seconds(texts: int) -> float:
+        begun = time.process_time()
+        assert not any(sources.cited("Nothing.") for _ in range(texts))
+        return time.process_time() - begun
+
+    assert seconds(1) * 10 > seconds(50)
 
 
 def test_without_searches_nothing_is_cited():
