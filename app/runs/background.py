@@ -184,7 +184,7 @@ class Background:
             work.room.release()
 
     async def _enqueue(self, caller: Caller, request: CreateResponse, raw: bytes, work: Task) -> Enqueued:
-        work.refuse_unanswerable()
+        await aside(work.size, work.refuse_unanswerable)
         response = open_response(
             request, id=new_id("resp"), created_at=int(time.time()), left_out=work.context.toolbox.left_out
         )
