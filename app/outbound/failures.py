@@ -51,6 +51,10 @@ _STATUSES = {
     "invalid_api_key": 401,
     "permissiondeniederror": 403,
     "permission_error": 403,
+    "permission_denied": 403,
+    "insufficient_permissions": 403,
+    "access_denied": 403,
+    "forbidden": 403,
     "notfounderror": 404,
     "not_found_error": 404,
     MODEL_NOT_FOUND: 404,
@@ -104,6 +108,8 @@ class _Said(Struct, frozen=True):
     param: str | None = None
     code: str = ""
     status: int | None = None
+    has_reasons: bool = False
+    """It names what was wrong with the content, as OpenRouter's moderation does."""
 
 
 def refused(status: int, headers: Mapping[str, str], raw: bytes, asked: Asked) -> ApiError:
@@ -134,7 +140,7 @@ def failed_in_stream(raw: msgspec.Raw, asked: Asked) -> ApiError:
 
 
 def _error(status: int, said: _Said, asked: Asked, failed: str) -> ApiError:
-    if status in {401, 403} and not asked.passes_caller:
+    if _refuses_key(status, said) and not asked.passes_caller:
         return KeyRefused(f"Upstream '{asked.upstream}' does not accept this server's key.")
     if status == 401:
         return AuthenticationFailed(said.message or "The upstream does not accept the key.")
@@ -159,6 +165,14 @@ def _error(status: int, said: _Said, asked: Asked, failed: str) -> ApiError:
     )
 
 
+def _refuses_key(status: int, said: _Said) -> bool:
+    """A 403 may as well be about the model, or about what was asked; then it says so."""
+    if status != 403 or said.has_reasons:
+        return status == 401
+    code = _own_code(said)
+    return code is None or _STATUSES.get(code) in {401, 403}
+
+
 def _is_too_long(status: int, said: _Said) -> bool:
     if _TOO_LONG_TYPES & {said.code.lower(), said.type.lower()}:
         return True
@@ -179,6 +193,7 @@ def _read(body: Any) -> _Said:
     if not isinstance(inner, dict):
         return _Said(message=_words(inner), type=_words(body.get("error_type")))
     code = inner.get("code")
+    metadata = inner.get("metadata")
     numbers = (code, inner.get("status"), inner.get("status_code"), inner.get("http_status_code"))
     return _Said(
         message=_words(inner.get("message") or inner.get("detail") or inner.get("msg")),
@@ -186,6 +201,7 @@ def _read(body: Any) -> _Said:
         param=_words(inner.get("param")) or None,
         code="" if _status(code) else _words(code),
         status=next(filter(None, map(_status, numbers)), None),
+        has_reasons=isinstance(metadata, dict) and bool(metadata.get("reasons")),
     )
 
 

@@ -25,6 +25,8 @@ OURS = Asked("up", passes_caller=False, mask=Mask(["the-key"]))
         (400, {"message": "prompt is too long: 9 tokens > 8"}, (400, "context_length_exceeded")),
         (500, {"message": "Failed to load image or audio file"}, (400, None)),
         (400, {"message": "m is not a multimodal model"}, (400, None)),
+        (403, {"message": "no access to model `m`", "code": "model_not_found"}, (403, "model_not_found")),
+        (403, {"message": "flagged", "code": 403, "metadata": {"reasons": ["violence"]}}, (403, None)),
     ],
 )
 def test_engines_own_words_become_the_apis(status, error, expected):
@@ -32,6 +34,19 @@ def test_engines_own_words_become_the_apis(status, error, expected):
     assert isinstance(made, UpstreamRefused)
     assert (made.status, made.code) == expected
     assert made.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (401, {"message": "no", "code": "account_deactivated"}),
+        (403, {"message": "Key limit exceeded", "code": 403, "metadata": None}),
+        (403, {"message": "no", "type": "PermissionDeniedError", "code": "PermissionDeniedError"}),
+        (403, {"message": "no", "code": "permission_denied"}),
+    ],
+)
+def test_a_401_is_about_the_key_and_a_403_unless_it_names_another_reason(status, error):
+    assert type(refused(status, {}, msgspec.json.encode({"error": error}), OURS)) is KeyRefused
 
 
 @pytest.mark.parametrize(
