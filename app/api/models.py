@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from app.api.connected import while_connected
 from app.api.parts import Parts
-from app.errors import NotFound, UpstreamError, UpstreamStalled
+from app.errors import ApiError, NotFound, UpstreamError, UpstreamStalled
 from app.outbound.upstream import Upstream
 from app.runs.executor import Caller
 from app.telemetry import describe
@@ -80,14 +80,14 @@ async def _models(caller: Caller, parts: Parts) -> list[Model]:
     )
     listed: list[Model] = []
     for upstream, answer in zip(upstreams.values(), answers, strict=True):
-        if isinstance(answer, UpstreamError):
+        if isinstance(answer, ApiError):
             _warn(upstream, answer)
         elif isinstance(answer, BaseException):
             raise answer
         else:
             prefix = "" if len(upstreams) == 1 else f"{upstream.name}@"
             listed += [replace(model, id=prefix + model.id) for model in (_as_model(one, upstream) for one in answer)]
-    if not named and not listed and answers and all(isinstance(answer, UpstreamError) for answer in answers):
+    if not named and not listed and answers and all(isinstance(answer, ApiError) for answer in answers):
         raise answers[0]
     known = {model.id for model in named}
     return named + [model for model in listed if model.id not in known]
@@ -97,7 +97,7 @@ def _as_model(entry: ModelEntry, upstream: Upstream) -> Model:
     return Model(id=entry.id, created=entry.created or 0, owned_by=entry.owned_by or upstream.name)
 
 
-def _warn(upstream: Upstream, error: UpstreamError) -> None:
+def _warn(upstream: Upstream, error: ApiError) -> None:
     log.warning(
         "An upstream does not list its models.",
         action="models_not_listed",

@@ -264,6 +264,16 @@ def test_the_callers_key_does_not_reach_the_upstream(served, upstream, said):
     assert "callers-own" not in str(record.headers)
 
 
+def test_an_upstream_that_refuses_the_callers_key_lists_nothing_and_the_others_do(new_server, catalog_file, upstream):
+    with OutOfOrder(401) as locked:
+        catalog = catalog_file(
+            f'[upstreams.locked]\nbase_url = "{locked.base_url}"\n[upstreams.open]\nbase_url = "{upstream.base_url}"'
+        )
+        own = new_server(REPRISE_CATALOG=catalog, REPRISE_UPSTREAM_AUTH="caller")
+        with own.client(api_key=KEY) as client:
+            assert {model.id.partition("@")[0] for model in client.models.list()} == {"open"}
+
+
 def test_the_callers_own_key_is_passed_on_where_that_is_set(new_server, catalog_file, keyed, said):
     catalog = catalog_file(
         f'default = "keyed"\n[upstreams.keyed]\nbase_url = "{keyed.base_url}"\nheaders = {{ authorization = "Basic dTpw" }}\n[upstreams.other]\nbase_url = "http://127.0.0.1:9/v1"'
