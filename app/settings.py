@@ -54,7 +54,7 @@ def parse_allowed(text: str) -> Allowed:
     for entry in filter(None, (part.strip().lower().rstrip(".") for part in text.split(","))):
         if "/" in entry or ":" in entry or entry.replace(".", "").isdigit():
             networks.append(ip_network(entry))
-        elif re.fullmatch(r"[a-z0-9_]([a-z0-9_-]*\.?[a-z0-9_-])*", entry):
+        elif re.fullmatch(r"[a-z0-9_][a-z0-9_-]*(\.[a-z0-9_-]+)*", entry):
             hosts.add(entry)
         else:
             raise ValueError(f"{entry!r} is neither a host name (in ASCII, without port) nor a network")

@@ -136,6 +136,16 @@ def test_spaces_around_a_number_are_none_of_it():
     assert load({"REPRISE_PORT": " 8001 "}).port == 8001
 
 
+@pytest.mark.timeout(20)
+def test_a_list_of_hosts_is_read_in_linear_time():
+    with pytest.raises(SettingsError, match="is neither a host name"):
+        load({"REPRISE_OUTBOUND_ALLOW": "a" * 5_000 + "!"})
+    assert load({"REPRISE_OUTBOUND_ALLOW": "_a-b.c,localhost"}).outbound_allow
+    for bad in ("a..b", "-a", ".a"):
+        with pytest.raises(SettingsError, match="is neither a host name"):
+            load({"REPRISE_OUTBOUND_ALLOW": bad})
+
+
 def test_an_unknown_name_is_refused_with_the_nearest_one():
     with pytest.raises(
         SettingsError, match=r"^REPRISE_TURN_MAX is no setting of Reprise; did you mean REPRISE_TURNS_MAX\?$"
