@@ -9,6 +9,7 @@ key go where the operator said, and what is read is what was counted. Every answ
 """
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import closing
 from contextvars import ContextVar
@@ -49,6 +50,9 @@ log = structlog.get_logger()
 NO_KEY = "none"
 """The SDK demands a key; servers without one ignore it."""
 
+MERE_WORD = re.compile(r"[A-Za-z]{1,12}")
+"""A key that protects nothing, as `ollama`: to mask it would garble what is said of a failure."""
+
 SDK_HEADERS = "x-stainless-"
 """How the names of those headers begin in which the SDK tells OpenAI what it runs on. An upstream needs none of them."""
 
@@ -56,6 +60,8 @@ TAIL_WAIT_S = 2.0
 """How long the usage, or the connection's end, may come after the finish."""
 
 LOOK_WAIT_S, LOOK_AGAIN_S = 2.0, 10.0
+
+FORMS_MAX = 1_000
 
 PLAIN = "plain"
 """The name of a dialect that is none."""
@@ -107,7 +113,8 @@ class _Transport(AiohttpTransport):
 
     @cached_property
     def _keeping_none(self) -> "_Transport":
-        return _Transport(**{**self._options, "limits": httpx2.Limits(keepalive_expiry=0)})
+        limits = httpx2.Limits(max_connections=self.limits.max_connections, keepalive_expiry=0)
+        return _Transport(**{**self._options, "limits": limits})
 
     def get_client(self) -> aiohttp.ClientSession:
         made = super().get_client()
@@ -146,6 +153,7 @@ class _Client(DefaultAioHttpClient):
 class _Sending(Struct):
     """What is sent, until it is: stamina's attempts are cycles, which keep their arguments until they are collected."""
 
+    model: str
     body: bytes
     caller_key: str | None
 
@@ -159,7 +167,7 @@ class Upstream:
         self.dialect: Dialect = entry.speaks
         """As far as it is known: one that nobody has named is looked for."""
         self.dialect_name = entry.dialect_name
-        self._reasoning_form: ReasoningForm | None = None
+        self._forms: dict[str, ReasoningForm] = {}
         self._looking: asyncio.Task[None] | None = None
         self._looks_at = 0.0
         self.passes_caller = settings.upstream_auth == "caller"
@@ -190,7 +198,7 @@ class Upstream:
         self._chat = sdk.base_url.join("chat/completions").copy_with(query=query)
         self._models = sdk.base_url.join("models").copy_with(query=query)
         keys_in_url = (value for name, value in sdk.base_url.params.multi_items() if KEY_NAME.search(name))
-        self._secrets = [entry.key, *keys_in_url, *secrets_of(entry.headers)]
+        self._secrets = [*keys_in_url, *secrets_of(entry.headers)]
         said = {**sdk.auth_headers, **sdk.default_headers}
         self._headers = httpx2.Headers(
             {
@@ -221,10 +229,15 @@ class Upstream:
         try:
             async with asyncio.timeout(LOOK_WAIT_S):
                 models = await self.list_models(caller_key)
-        except (UpstreamRefused, KeyRefused):
+        except (UpstreamRefused, KeyRefused) as refusal:
+            if self.passes_caller and refusal.status == 403:
+                return  # it lists none to this caller
             models = []  # it lists none, to us
         except (ApiError, TimeoutError):
             return
+        else:
+            if not models:
+                return  # it has none yet
         finally:
             self._looking = None
         self.recognize(models)
@@ -238,20 +251,26 @@ class Upstream:
         self.dialect_name = found or PLAIN
         if found:
             self.dialect = PRESETS[found]
-        self.hear(self._reasoning_form)
 
-    def hear(self, form: ReasoningForm | None) -> None:
-        """It reasons in this form: as a rule earlier reasoning is passed back in the same."""
-        if form and (self.dialect.reasoning == "same" or self._reasoning_form):
-            self._reasoning_form = form
-            self.dialect = replace(self.dialect, reasoning=form)
+    def dialect_for(self, model: str) -> Dialect:
+        """The dialect of one of its models: as a rule earlier reasoning is passed back in the form of the model's own."""
+        form = self._forms.get(model)
+        return replace(self.dialect, reasoning=form) if form else self.dialect
 
-    async def open(self, body: bytes, caller_key: str | None) -> "ChunkStream":
+    def hear(self, model: str, form: ReasoningForm | None) -> None:
+        """A model reasons in this form; that is known of the FORMS_MAX models that were heard last."""
+        if form and (self.dialect.reasoning == "same" or model in self._forms):
+            self._forms.pop(model, None)
+            self._forms[model] = form
+            if len(self._forms) > FORMS_MAX:
+                del self._forms[next(iter(self._forms))]
+
+    async def open(self, model: str, body: bytes, caller_key: str | None) -> "ChunkStream":
         """Send a chat request; gives the stream once the upstream says something.
 
         Connection errors, 429 and 5xx are tried again, because nothing was sent to anybody yet. Raises ApiError.
         """
-        sending = _Sending(body, caller_key)
+        sending = _Sending(model, body, caller_key)
         try:
             return await self._opened(sending)
         finally:
@@ -280,7 +299,7 @@ class Upstream:
 
     async def _begin(self, sending: "_Sending") -> "ChunkStream":
         response = await self._ask("POST", self._chat, sending.caller_key, sending.body)
-        stream = ChunkStream(self, response, self._asked(sending.caller_key))
+        stream = ChunkStream(self, sending.model, response, self._asked(sending.caller_key))
         try:
             await stream.begin()
         except BaseException:
@@ -293,10 +312,11 @@ class Upstream:
 
     def mask(self, caller_key: str | None) -> Mask:
         """Takes keys out of what the upstream says of its failures; what it says to the model's users is not looked at."""
-        return Mask([*self._secrets, caller_key or ""])
+        keys = (self.entry.key, caller_key if self.passes_caller else None)
+        return Mask([*self._secrets, *(key for key in keys if key and not MERE_WORD.fullmatch(key))])
 
     async def list_models(self, caller_key: str | None) -> list[ModelEntry]:
-        """The models that the upstream lists. Raises UpstreamError."""
+        """The models that the upstream lists. Raises ApiError."""
         response = await self._ask("GET", self._models, caller_key)
         try:
             async with asyncio.timeout(self._answer_timeout_s):
@@ -361,10 +381,10 @@ class ChunkStream:
     """An upstream's answer: lists of chunks, one list a read. Begin it first, and always close it; that breaks the upstream's
     work off."""
 
-    def __init__(self, upstream: Upstream, response: httpx2.Response, asked: Asked) -> None:
+    def __init__(self, upstream: Upstream, model: str, response: httpx2.Response, asked: Asked) -> None:
         """Of a response that streams only the stream is kept: the rest of it holds the request, with the whole conversation."""
         assert isinstance(response.stream, httpx2.AsyncByteStream)
-        self.upstream = upstream
+        self.upstream, self.model = upstream, model
         self._asked = asked
         self._stream = response.stream
         self._reads = aiter(response.stream)  # what the response's own `aiter_raw` adds is bookkeeping, for every read

@@ -117,7 +117,7 @@ class Loop:
                 replace(task.request, extra=taken),
                 self._context,
                 model=model,
-                dialect=upstream.dialect,
+                dialect=upstream.dialect_for(model),
                 unseal=task.seal.open,
                 output_tokens_max=self._tokens_left,
                 halvings=halvings,
@@ -125,7 +125,7 @@ class Loop:
             if body is None:
                 break
             try:
-                return await upstream.open(body, task.caller_key)
+                return await upstream.open(model, body, task.caller_key)
             except UpstreamRefused as error:
                 if task.request.body.truncation != "auto" or error.code != CONTEXT_TOO_LONG:
                     raise
@@ -321,7 +321,7 @@ class Loop:
             try:
                 await self._recorder.record(turn.close(status), ending=True)
             finally:
-                stream.upstream.hear(turn.reasoning_form)
+                stream.upstream.hear(stream.model, turn.reasoning_form)
                 self._output_index = turn.output_index
                 self._recorder.usage = add_usage(self._recorder.usage, turn.usage)
                 await asyncio.shield(stream.close())

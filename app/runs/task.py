@@ -58,7 +58,8 @@ class Task(Struct, frozen=True):
     def refuse_unanswerable(self) -> None:
         """Raises UnsupportedParameter for what the first upstream can't be asked: before a run is queued for it."""
         upstream, route = self.routes[0]
-        chat_request(self.request, self.context, model=route.model, dialect=upstream.dialect, unseal=self.seal.open)
+        dialect = upstream.dialect_for(route.model)
+        chat_request(self.request, self.context, model=route.model, dialect=dialect, unseal=self.seal.open)
 
     def ids_of_requests(self, new_id: NewId, label: str, name: str, arguments: str) -> NewId:
         """Gives an id to the request to approve this call: a signed one, where the request is not stored."""

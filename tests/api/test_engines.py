@@ -3,6 +3,9 @@
 import openai
 import pytest
 
+from app.outbound.catalog import UpstreamEntry
+from app.outbound.upstream import Upstream as Asked
+from app.settings import Settings
 from tests.upstream import Upstream, answer, call, calling, delta, error, finish, note, reasoning, script, status, text
 
 CITED = {"url": "https://example.org/a", "title": "A", "start_index": 0, "end_index": 5}
@@ -88,6 +91,17 @@ def test_reasoning_goes_back_in_the_form_in_which_it_came(client, upstream, said
     assert history(next_run) == expected
 
 
+def test_each_model_of_an_upstream_has_its_reasoning_back_in_its_own_form(client, upstream, said):
+    names, made = ("tags", "reasoning_content"), {}
+    for name in names:
+        asking = script([note(f"{said} {name}"), THOUGHTS[name][0], *calling("f", id="c1")], answer("Yes."))
+        made[name] = asking, client.responses.create(model=name, input=asking, tools=[TOOL])
+    output = {"type": "function_call_output", "call_id": "c1", "output": "one"}
+    for name, (asking, first) in made.items():
+        client.responses.create(model=name, previous_response_id=first.id, input=[output], tools=[TOOL])
+        assert history(upstream.asked(asking)[-1]) == THOUGHTS[name][1]
+
+
 @pytest.mark.parametrize(("context", "recalled"), [("current_turn", [None]), ("all_turns", ["Hm."])])
 def test_the_reasoning_of_earlier_turns_goes_back_as_the_request_says(client, upstream, said, context, recalled):
     first = client.responses.create(model="m", input=script([note(said), reasoning("Hm."), text("Hi"), finish()]))
@@ -109,6 +123,34 @@ class OddLister(Upstream):
             return
         whole = {"id": "a", "created": 1700000000.5, "owned_by": "mistralai"}
         await wire.whole(200, {"data": [whole, {"id": None}, "b", 7, {"name": "c", "created": None, "owned_by": 1}]})
+
+
+class Lister(Upstream):
+    """An engine that lists its models otherwise each time."""
+
+    def __init__(self, *answers):
+        super().__init__()
+        self._answers = iter(answers)
+
+    async def answer(self, record, wire):
+        """The next answer."""
+        await wire.whole(*next(self._answers))
+
+
+@pytest.mark.parametrize(
+    ("auth", "first"),
+    [("configured", (200, {"data": []})), ("caller", (403, {"error": {"message": "not with this key"}}))],
+    ids=["it has no model yet", "a caller may not list"],
+)
+async def test_what_says_nothing_of_an_engine_does_not_decide_its_dialect(monkeypatch, auth, first):
+    monkeypatch.setattr("app.outbound.upstream.LOOK_AGAIN_S", 0.0)
+    with Lister(first, (200, {"data": [{"id": "a", "owned_by": "library"}]})) as engine:
+        asked = Asked("u", UpstreamEntry(base_url=engine.base_url), Settings(upstream_auth=auth))
+        await asked.find_dialect("a-key")
+        assert asked.dialect_name is None
+        await asked.find_dialect("a-key")
+        assert asked.dialect_name == "ollama"
+        await asked.close()
 
 
 def test_an_engine_is_known_by_what_it_lists_however_odd_the_list(new_server):
