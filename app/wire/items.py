@@ -371,15 +371,15 @@ _OUTPUT_TEXT: Mapping[str, msgspec.json.Decoder[Any]] = {
 def _check_carried(item: AnyItem, at: str) -> None:
     """Raises InvalidParameter for an unknown key in what an item carries."""
     match item:
+        case Message(content=list(parts)):
+            for index, part in enumerate(parts):
+                if isinstance(part, OutputText) and (part.annotations or part.logprobs):
+                    _check_output_text(part, f"{at}.content[{index}]")
         case OpaqueItem(type="tool_search_output"):
             check_keys(item.fields, CARRIED[item.type], at)
             check_declarations(item.fields.get("tools") or (), f"{at}.tools")
         case OpaqueItem():
             check_keys(item.fields, CARRIED[item.type], at)
-        case Message(content=[*parts]):
-            for index, part in enumerate(parts):
-                if isinstance(part, OutputText):
-                    _check_output_text(part, f"{at}.content[{index}]")
         case _:
             for key, shape in _SHAPES.get(type(item), {}).items():
                 if carried := getattr(item, key):
