@@ -12,12 +12,21 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from msgspec.structs import replace
 
 from app.outbound.guard import Guard
 from app.outbound.masking import Mask
-from app.outbound.mcp import IDEMPOTENCY_KEY, Listed, ToolFailure, ToolServer, ToolSessions
+from app.outbound.mcp import (
+    IDEMPOTENCY_KEY,
+    PART_BYTES_MIN,
+    Listed,
+    ToolFailure,
+    ToolServer,
+    ToolSessions,
+    _Mended,
+)
 from app.settings import Settings
 from tests.servers import ROOT
 from tests.toolserver import Toolserver
@@ -442,6 +451,22 @@ async def test_an_endless_answer_meets_the_limit_of_bytes(at: At, toolserver: To
         assert "longer than 100000 bytes" in failure.message
         assert (await run.call(at(transport), "echo", {}, call_id="2")).text == "{}"
         assert len(toolserver.calls(name, "endless")) == 1
+
+
+async def test_parts_of_a_line_count_for_what_they_cost():
+    taken = 0
+
+    class Drops(httpx2.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            nonlocal taken
+            while True:
+                taken += 1
+                yield b"xx"
+
+    with pytest.raises(httpx2.StreamError):
+        async for _ in _Mended(Drops(), 100 * PART_BYTES_MIN):
+            pass
+    assert taken == 101
 
 
 @pytest.mark.parametrize("transport", ["sse", "stdio"])

@@ -608,7 +608,7 @@ class _Mended(httpx2.AsyncByteStream):
                 yield mend_surrogates(b"".join([*held, part[:end]]))
                 held, count = [], 0
             held.append(part[end:])
-            count += len(held[-1])
+            count += max(len(held[-1]), PART_BYTES_MIN)
             if count > self._line_bytes_max:
                 raise httpx2.StreamError("a line is too long")
         yield mend_surrogates(b"".join(held))
