@@ -205,7 +205,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 64 * 1024
     tool_calls_at_once_max: Annotated[int, _about("calls of one run at once; more wait", ge=1)] = 8
     tool_answer_bytes_max: Annotated[
-        int, _about("a tool server's answer as it travels, images included; longer: the call fails", ge=1024)
+        int,
+        _about(
+            "a tool server's answer as it travels, images included, over HTTP+SSE at most 1 MiB; longer: the call fails",
+            ge=1024,
+        ),
     ] = 8 * 1024 * 1024
     tool_arguments_bytes_max: Annotated[
         int, _about("the arguments of a call that this server makes; longer: the call fails", ge=1024)
