@@ -306,10 +306,11 @@ def _list_of_responses(order: Order, ranges: int) -> Query:
         select cast(0 as bigint) as number, cast(0 as bigint) as bytes, cast(null as text) as id, cast(null as text) as status,
                cast(null as json) as body, cast(null as json[]) as output
         union all
-        select listed.number, page.bytes + octet_length(cast(listed.body as text)) + pg_column_size(made.output),
-               listed.id, listed.status, listed.body, made.output
-        from page join listed on listed.number = page.number + 1
-        cross join lateral (select {_OUTPUT_OF.format("listed")} as output offset 0) made
+        select next.number, page.bytes + octet_length(cast(next.body as text)) + pg_column_size(made.output),
+               next.id, next.status, next.body, made.output
+        from page
+        cross join lateral (select * from listed where number = page.number + 1 limit 1) next
+        cross join lateral (select {_OUTPUT_OF.format("next")} as output offset 0) made
         where page.bytes <= :page_bytes
     ), {SHOWN}
     select whole.bytes, whole.last < (select count(*) from listed) as has_more, shown.id, status, body, output
