@@ -6,11 +6,16 @@
         UnsupportedParameter      a parameter, tool or item of the API that this server does not offer
         PreviousResponseNotFound  `previous_response_id` is unknown, deleted, another tenant's
         BodyTooLarge 413          the body is over REPRISE_BODY_BYTES_MAX
+        HeadTooLarge 431          the headers are over a limit
+        UriTooLong 414            the request's line is
+        RequestTooSlow 408        the head or the body did not come in time
       AuthenticationFailed 401    no key, an unknown one, a revoked one
+      ForeignSite 403             a web page of another site calls a server without keys
       NotFound 404                an unknown id or path; another tenant's id looks the same
       MethodNotAllowed 405        the path exists, the method does not
       TooManyRequests 429         a limit of this server is reached
       ServerError 500             our mistake
+        ServerUnavailable 503     this process has too many connections, or is about to end
         DatabaseUnavailable 503   Postgres does not answer, or not now
           OutcomeUnknown          it was lost in the middle of a commit
         TooMuchUnread 503         clients leave more unread than REPRISE_UNREAD_BYTES_MAX

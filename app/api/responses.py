@@ -86,6 +86,7 @@ class ResponsesController(Controller):
             obfuscate=bool(options and options.include_obfuscation),
             keepalive_events=parts.settings.keepalive_events,
             headers=headers,
+            made=run.response.id if run.response.store else None,
         )
 
     async def _create_in_background(
@@ -108,6 +109,7 @@ class ResponsesController(Controller):
             obfuscate=bool(options and options.include_obfuscation),
             keepalive_events=parts.settings.keepalive_events,
             headers=headers,
+            made=queued.response.id,
         )
 
     @get()

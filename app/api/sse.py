@@ -9,14 +9,18 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
+import structlog
 from litestar import Response
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.connected import until_disconnect
+from app.errors import ApiError, TooMuchUnread
 from app.storage.backlog import PAGE_BYTES, Backlog
 from app.storage.redisclient import break_off
 from app.wire.events import DONE_FRAME, Entry
 from app.wire.shown import Shown
+
+log = structlog.get_logger()
 
 KEEPALIVE = b": keep-alive\n\n"
 """A sign of life that no client sees."""
@@ -49,11 +53,12 @@ class EventStream(Response[None]):
         keepalive_events: bool,
         headers: dict[str, str],
         after: int = -1,
+        made: str | None = None,
     ) -> None:
         """`batches` are the events behind the number `after`; an empty one stands for silence. `backlog` is what the client
-        has not taken of them."""
+        has not taken of them. `made` is the id of a stored response that was made for this reply."""
         super().__init__(None)
-        self._backlog = backlog
+        self._backlog, self._made = backlog, made
         self._batches, self._gone, self._shown, self._obfuscate = batches, gone, shown, obfuscate
         self._keepalive_events, self._last_number = keepalive_events, after
         self._head = HEAD + [(name.encode(), value.encode()) for name, value in headers.items()]
@@ -63,6 +68,9 @@ class EventStream(Response[None]):
         return self._answer
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._backlog.closed:  # it was dropped before it began
+            self._gone()
+            raise TooMuchUnread(self._made)
         writing = asyncio.create_task(self._write(send))
         leaving = asyncio.create_task(until_disconnect(receive))
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -78,6 +86,8 @@ class EventStream(Response[None]):
             await ended
             if not writing.done() or writing.exception() is not None:
                 self._gone()
+            if writing.done() and (error := writing.exception()) and not isinstance(error, ApiError):
+                log.error("A stream broke off by our own mistake.", action="stream_failed", exc_info=error)
         except asyncio.CancelledError:
             self._gone()
             raise

@@ -15,6 +15,9 @@ BACKLOG = 2_048
 HANDSHAKE_S = 0.1
 """For clients that have seen the server's half of a handshake and have yet to send theirs."""
 
+ACCEPT_S = 2.0
+"""The longest wait for all to be accepted: without the filter new ones may come for ever."""
+
 SO_ATTACH_FILTER = 26
 TCP_SYN = 0x02
 _REFUSE_SYN = (
@@ -46,11 +49,13 @@ async def accept_last(listener: socket.socket) -> None:
     """
     if sys.platform != "linux":
         return
-    with contextlib.suppress(PermissionError):
+    with contextlib.suppress(OSError):
         _drop_new(listener)
-    await asyncio.sleep(HANDSHAKE_S)
-    while await _waiting(listener):
-        pass
+    with contextlib.suppress(OSError):  # TimeoutError is one
+        async with asyncio.timeout(ACCEPT_S):
+            await asyncio.sleep(HANDSHAKE_S)
+            while await _waiting(listener):
+                pass
 
 
 def _drop_new(listener: socket.socket) -> None:

@@ -69,7 +69,7 @@ class Hints:
         self._heard: Callable[[str], None] = lambda _: None
 
     def tell(self, hint: str) -> None:
-        """A hint to every process, this one included: `wake`, or the id of a response that changed hands."""
+        """A hint to every process, this one included: `wake`, `cancel ID`, or the id of a response that changed hands."""
         self._heard(hint)
         self._unsent.add(hint)
         self._added.set()

@@ -258,7 +258,7 @@ class RedisLogs:
         return f"{self._prefix}:events:{response_id}"
 
     def tell(self, hint: str) -> None:
-        """A hint to every process: `wake`, or the id of a response that changed hands."""
+        """A hint to every process: `wake`, `cancel ID`, or the id of a response that changed hands."""
         self._hints.tell(hint)
 
     def reading(

@@ -209,14 +209,18 @@ async def begin_response(tx: Tx, tenant_id: str, response_id: str, lease: int, r
 
 async def seal_response(tx: Tx, tenant_id: str, response: Response, lease: int, archive: Pages) -> bool:
     """End a background response: status, body, output, every event; the journal goes. False if the lease is lost."""
-    row = await tx.one(
-        _SEAL,
-        tenant_id=tenant_id,
-        lease=lease,
-        first_numbers=[number for number, _ in archive],
-        pages=[frames for _, frames in archive],
+    binds = {
+        "tenant_id": tenant_id,
+        "lease": lease,
+        "first_numbers": [number for number, _ in archive],
+        "pages": [frames for _, frames in archive],
         **_final(response, []),
-    )
+    }
+    row = await tx.one(_SEAL, **binds)
+    if row and not (
+        row["sealed"] or row["known"]
+    ):  # perhaps by an attempt whose commit the first look could not see yet
+        row = await tx.one(_SEAL, **binds)
     return row is not None and bool(row["sealed"] or row["known"])
 
 
