@@ -1,8 +1,5 @@
 """The catalog: which upstream a request goes to, with which key, and in which dialect."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -14,7 +11,7 @@ from app.domain.dialect import HOSTED, Dialect
 from app.outbound.catalog import UpstreamEntry
 from app.outbound.catalog_file import load_catalog
 from app.settings import Settings, SettingsError
-from tests.servers import ROOT, Served
+from tests.servers import Served, reprise
 from tests.upstream import (
     Upstream,
     answer,
@@ -705,16 +702,8 @@ def test_a_file_that_is_not_utf8_is_told(tmp_path: Path):
 
 def test_a_server_with_a_bad_catalog_does_not_start_and_says_why_in_one_line(base_env, new_database, catalog_file):
     path = catalog_file('default = "b"\n' + GOOD)
-    env = {**os.environ, **base_env, "DATABASE_URL": new_database(), "REPRISE_CATALOG": path, "REPRISE_PORT": "0"}
-    ended = subprocess.run(
-        [sys.executable, "-m", "app", "serve"],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+    env = {**base_env, "DATABASE_URL": new_database(), "REPRISE_CATALOG": path, "REPRISE_PORT": "0"}
+    ended = reprise(env, "serve")
     assert (ended.returncode, ended.stdout, ended.stderr) == (
         1,
         "",
