@@ -29,9 +29,10 @@ COMPILE = $(UV) pip compile --quiet --universal --generate-hashes --no-header \
 run: .venv/synced
 	@trap '' INT; exec .venv/bin/python -m app serve
 
-# Most tests wait for something, so three files run at a time, each group on servers of its own.
+# Most tests wait for something, so three files run at a time, each group on servers of its own. By name, and so the unit tests,
+# which are short, come last: xdist would end with the files of few tests, which are long.
 test: .venv/synced
-	.venv/bin/python -m pytest -n 3 --dist loadfile
+	.venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # The fault suite and random faults in turns, with other timing each time: make faults SECONDS=3600
 SECONDS ?= 600
