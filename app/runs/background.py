@@ -36,6 +36,7 @@ from app.runs.ended import log_ended
 from app.runs.executor import Caller
 from app.runs.loop import Loop
 from app.runs.recorder import Recorder
+from app.runs.rooms import Room
 from app.runs.task import Task, Tasks
 from app.runs.tools import Tools
 from app.settings import Settings
@@ -372,17 +373,20 @@ class Background:
             try:
                 if claim.state == "sealed":
                     await self._publish_rest(claim)
-                elif claim.request is None:
+                elif claim.request_bytes is None:
                     await self._end_abandoned(claim)
                 else:
-                    await self._make(work)
+                    with self._tasks.room() as room:
+                        if claim.state != "cancelled":  # whoever has cancelled it waits
+                            await room.take(claim.request_bytes + claim.context_bytes, wait_s=None)
+                        await self._make(work, room)
             except Fenced:
                 log.info(FENCED, action="run_fenced", lease=claim.lease)
             finally:
                 if work.tools:
                     await work.tools.close()
 
-    async def _make(self, work: Work) -> None:
+    async def _make(self, work: Work, room: Room) -> None:
         claim = work.claim
         found = await self._find(claim)
         if work.stopped:
@@ -408,7 +412,7 @@ class Background:
         except RunTooLong as error:  # so the former owner has met, and died before it could say so
             outcome = self._end(claim) or Outcome("failed", error=error)
         if outcome is None:
-            outcome = await self._outcome(work, recorder, recovered, skip=found.lost)
+            outcome = await self._outcome(work, recorder, recovered, room, skip=found.lost)
         closed = close_response(recorder.response, outcome, usage=recorder.usage, now=int(time.time()))
         await recorder.finish(closed, lambda ended, entries: self._seal_response(claim, ended, entries))
         log_ended(closed, recorder, attempts=claim.lease - claim.handed_over)
@@ -469,18 +473,17 @@ class Background:
             return Outcome("failed", error=ServerError("The response could not be made: every attempt broke off."))
         return None
 
-    async def _outcome(self, work: Work, recorder: Recorder, recovered: Recovered, *, skip: bool) -> Outcome:
+    async def _outcome(
+        self, work: Work, recorder: Recorder, recovered: Recovered, room: Room, *, skip: bool
+    ) -> Outcome:
         claim = work.claim
-        assert claim.request is not None
         made: list[AnyItem] = [decode_stored_item(bytes(raw)) for raw in recovered.output]
         if any(waits_for_client(item) for item in made):
             return Outcome("completed")  # what the former owner has handed over stands
         try:
             secrets = self._opened(claim)
-            raw = claim.request.encode()
-            asked = await aside(len(raw), decode_create, raw, self._catalog.passed_on)
-            request = with_secrets(asked, secrets.tools)
-            task = await self._tasks.restore(claim.tenant_id, claim.response_id, secrets.key, request, made)
+            request = with_secrets(await self._request(claim), secrets.tools)
+            task = await self._tasks.restore(claim.tenant_id, claim.response_id, secrets.key, request, made, room)
         except DatabaseUnavailable:
             raise
         except ApiError as error:
@@ -508,6 +511,14 @@ class Background:
         finally:
             work.loop = None
             task.room.release()
+
+    async def _request(self, claim: Claim) -> CreateResponse:
+        """What is to be made. Raises Fenced, ApiError."""
+        async with self._database.autocommit() as tx:
+            stored = await queue.load_request(tx, claim)
+        if stored is None:
+            raise Fenced
+        return await aside(len(stored), decode_create, stored.encode(), self._catalog.passed_on)
 
     # -- Storing ----------------------------------------------------------------------------------------------------------
 

@@ -38,13 +38,13 @@ class Queue:
         """Whether so many bytes are free, and nobody waits for them."""
         return not self._waiting and size <= self.free
 
-    async def take(self, size: int, *, wait_s: float, is_accepted: bool = False) -> None:
-        """Wait for so many bytes. Raises TooManyRequests if they are not free in time, or if too many wait already: what is
-        accepted waits in any case."""
+    async def take(self, size: int, *, wait_s: float | None) -> None:
+        """Wait for so many bytes. Raises TooManyRequests if they are not free in time, or if too many wait already; not if
+        `wait_s` is None: what is accepted waits in any case."""
         if self.has(size):
             self.free -= size
             return
-        if len(self._waiting) >= self._waiting_max and not is_accepted:
+        if len(self._waiting) >= self._waiting_max and wait_s is not None:
             raise _no_room()
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting[turn] = size
@@ -88,24 +88,20 @@ class Room:
         """Bytes of context that may be held."""
 
     async def read(
-        self,
-        read: Callable[[int], Awaitable[tuple[int, T | None]]],
-        *,
-        least: int = 0,
-        wait_s: float,
-        is_accepted: bool = False,
+        self, read: Callable[[int], Awaitable[tuple[int, T | None]]], *, least: int = 0, wait_s: float | None
     ) -> T:
         """What `read` finds, when there is room for it. It gives how many bytes are needed, and reads only if they are no more
         than its argument, which is `least` or more; as a rule the first look is enough. Raises TooManyRequests."""
-        await self.take(max(least, self._rooms.at_first()), wait_s=wait_s, is_accepted=is_accepted)
+        if self.size < least or not self.size:
+            await self.take(max(least, self._rooms.at_first()), wait_s=wait_s)
         while True:
             needed, found = await read(self.size)
             if found is not None:
                 self.shrink(needed)
                 return found
-            await self.take(needed, wait_s=wait_s, is_accepted=is_accepted)
+            await self.take(needed, wait_s=wait_s)
 
-    async def take(self, size: int, *, wait_s: float, is_accepted: bool = False) -> None:
+    async def take(self, size: int, *, wait_s: float | None) -> None:
         """Give up what is held, and wait for so many bytes. Raises TooManyRequests."""
         self.release()
         if size <= TINY_BYTES:
@@ -113,7 +109,7 @@ class Room:
             return
         queue = self._rooms.queue_for(size)
         taken = min(size, queue.bytes_max)  # what is larger than all there is comes alone
-        await queue.take(taken, wait_s=wait_s, is_accepted=is_accepted)
+        await queue.take(taken, wait_s=wait_s)
         self._queue, self._taken, self.size = queue, taken, size
 
     def shrink(self, size: int) -> None:

@@ -118,7 +118,7 @@ class Tasks:
         _refuse_untaken(request, [upstream for upstream, _ in routes])
         servers = self._servers(request)
         self._refuse_hosted(request)
-        room = Room(self._rooms)
+        room = self.room()
         try:
             found = await self._find(tenant_id, request, room)
             size = request.size + found.bytes
@@ -142,21 +142,29 @@ class Tasks:
             origins=_origins(servers, seal),
         )
 
+    def room(self) -> Room:
+        """Room for a context, to be taken and released."""
+        return Room(self._rooms)
+
     async def restore(
-        self, tenant_id: str, response_id: str, caller_key: str | None, request: CreateResponse, said: Sequence[AnyItem]
+        self,
+        tenant_id: str,
+        response_id: str,
+        caller_key: str | None,
+        request: CreateResponse,
+        said: Sequence[AnyItem],
+        room: Room,
     ) -> Task:
-        """The task of a response that is stored already, with what earlier owners have made of it. Raises ApiError."""
+        """The task of a response that is stored already, with what earlier owners have made of it; it takes `room`, as long as
+        that may last, unless that is done. Raises ApiError."""
 
         async def read(bytes_max: int) -> tuple[int, Chain | None]:
             async with self._database.autocommit() as tx:
                 chain = await self._chain(tx, tenant_id, response_id, bytes_max)
             return chain.bytes, None if chain.items is None else chain
 
-        room = Room(self._rooms)
         try:
-            # A run waits like one of the queue: as long as it may last.
-            wait_s = self._settings.run_duration_max_s
-            chain = await self._fitting(room, read, request.size, wait_s=wait_s, is_accepted=True)
+            chain = await self._fitting(room, read, request.size, wait_s=None)
             rows, size = chain.items or [], request.size + chain.bytes
             stored = await aside(size, _decoded, rows)
             own = [item for item, row in zip(stored, rows, strict=True) if row.turn == chain.place.turn]
@@ -216,8 +224,7 @@ class Tasks:
         size: int,
         *,
         given: int = 0,
-        wait_s: float,
-        is_accepted: bool = False,
+        wait_s: float | None,
     ) -> T:
         """What `read` finds, when there is room for it beside a request of this size, of whose context so much is given."""
 
@@ -227,7 +234,7 @@ class Tasks:
             return size + needed, found
 
         self._check(given)
-        return await room.read(look, least=size, wait_s=wait_s, is_accepted=is_accepted)
+        return await room.read(look, least=size, wait_s=wait_s)
 
     def _check(self, size: int) -> None:
         """Raises InvalidRequest for a context that is too long."""

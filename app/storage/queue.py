@@ -40,7 +40,10 @@ class Claim(Struct, frozen=True):
     handed_over: int
     """How many of its owners have given it back in peace; the others died, as far as anybody can tell."""
     state: str
-    request: str | None
+    request_bytes: int | None
+    """Of what is still to be made; None for a foreground run, which nobody can make anew."""
+    context_bytes: int
+    """Of what it continues, and of its input."""
     secrets: str | None
     streamed: bool
     number_ceiling: int
@@ -78,8 +81,10 @@ def _ours(state: str) -> str:
         worker = :worker, lease_s = :lease_s, {_DUE_AT},
         number_ceiling = runs.number_ceiling + {NUMBERS_AHEAD}
     from free where runs.tenant_id = free.tenant_id and runs.response_id = free.response_id
-    returning runs.tenant_id, runs.response_id, runs.lease, runs.handed_over, runs.state, runs.request, runs.secrets,
-              runs.streamed, free.number_ceiling, runs.redis_run, runs.usage
+    returning runs.tenant_id, runs.response_id, runs.lease, runs.handed_over, runs.state, runs.secrets, runs.streamed,
+              free.number_ceiling, runs.redis_run, runs.usage, octet_length(cast(runs.request as text)) as request_bytes,
+              coalesce((select context_bytes from responses
+                        where tenant_id = runs.tenant_id and id = runs.response_id), 0) as context_bytes
     """
 
 
@@ -137,6 +142,8 @@ _CANCEL = Query(
     ) {_ours("'cancelled'")}
     """)
 )
+
+_REQUEST = Query(text("select request from runs where tenant_id = :tenant_id and response_id = :id and lease = :lease"))
 
 _RUNS_SILENTLY = Query(
     text("""
@@ -223,6 +230,12 @@ async def cancel(tx: Tx, tenant_id: str, response_id: str, owner: Owner, *, agai
     """
     row = await tx.one(_CANCEL, tenant_id=tenant_id, id=response_id, again=again, **asdict(owner))
     return _claim(row) if row else None
+
+
+async def load_request(tx: Tx, claim: Claim) -> str | None:
+    """What is to be made, as JSON; None if the lease is lost."""
+    row = await tx.one(_REQUEST, tenant_id=claim.tenant_id, id=claim.response_id, lease=claim.lease)
+    return row["request"] if row else None
 
 
 async def runs_silently(tx: Tx, tenant_id: str, response_id: str) -> bool:

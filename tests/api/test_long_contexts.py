@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 
+from tests.faults.memory import Grown, needs_proc
 from tests.looking import fetch, until
 from tests.servers import Served
 from tests.upstream import finish, gate, note, script, text
@@ -21,6 +22,9 @@ AT_ONCE = 3
 SMALL = {"REPRISE_CONTEXTS_BYTES_MAX": str(36 * MB), "REPRISE_DATABASE_POOL_SIZE": "1"}
 PEAK_MB_MAX = 4 * 36
 """What all contexts together may take of memory: more than their bytes, since they are decoded, sent, and sent again."""
+
+WAITING = 16
+"""Background runs, of which one finds room."""
 
 READS_PEAK_MB_MAX = 4 * 2 * CHAIN_MB + 8 * CHAIN_MB
 """Several times the bytes of all reads at once, and the replies that are not taken yet."""
@@ -229,6 +233,23 @@ def test_accepted_runs_wait_for_room_however_many_they_are(new_server, upstream,
 
         until(lambda: not ended() & {"queued", "in_progress"})
         assert ended() == {"completed"}
+
+
+@needs_proc
+def test_runs_that_wait_for_room_are_not_in_memory(new_server, upstream, said):
+    queueing = new_server(REPRISE_WORKERS_IN_API="false")
+    cramped = new_server(DATABASE_URL=queueing.database_url, REPRISE_CONTEXTS_BYTES_MAX=str(8 * MB))
+    asking = script([note(said), text("ok"), gate(said), finish()])
+    grown = Grown()
+    grown.begin(cramped)
+    with queueing.client() as client:
+        for _ in range(WAITING):
+            client.responses.create(model="m", input=asking, instructions="x" * 5 * MB, background=True)
+    until(lambda: fetch(cramped.database_url, "select count(*) from runs where state = 'running'")[0][0] == WAITING)
+    until(lambda: len(upstream.asked(asking)) == 1)
+    assert grown.most_kb() < WAITING * 5 * MB / 1000
+    upstream.open(said)
+    until(lambda: fetch(cramped.database_url, "select count(*) from runs")[0][0] == 0, timeout_s=60)
 
 
 async def test_a_client_that_leaves_while_it_waits_for_room_gives_up_its_place_at_once(crowded, upstream, said):

@@ -86,7 +86,9 @@ class Servers:
     def without_postgres(self) -> Iterator[None]:
         """Nobody listens there for the duration of the block; then it recovers."""
         with frozen([self._supervisor]):
+            running = self.postgres()
             self.kill_postgres()
+            until(lambda: not any(map(_runs, running)), "also those are gone that still served a connection")
             yield
         self.wait_postgres()
 
@@ -143,6 +145,14 @@ class Servers:
             return bool(self.redis.ping())
         except redis.RedisError:
             return False
+
+
+def _runs(pid: int) -> bool:
+    """Whether there is such a process; a dead one that nobody has waited for is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def _children(pid: int) -> list[int]:

@@ -295,34 +295,41 @@ ROOM = {"REPRISE_BODY_BYTES_MAX": "4000000", "REPRISE_BODIES_BYTES_MAX": "100000
 """For the bodies of three."""
 
 
-def test_long_bodies_are_bounded_together(new_server):
-    """One is refused as long as the others are not late; short ones always come through."""
-    served = new_server(**ROOM)
+@contextlib.contextmanager
+def full(served):
+    """All room for long bodies is taken by the three that are given, and the one more was refused."""
     with contextlib.ExitStack() as stack:
         peers = {peer.socket: peer for peer in [stack.enter_context(Peer(served)) for _ in range(4)]}
         for peer in peers.values():
             with contextlib.suppress(ConnectionError):
                 peer.send(HEAD + b"content-length: 4000000\r\n\r\n" + b" " * 3_100_000)
         [answered], _, _ = select.select(peers, [], [], 15)
-        status, headers, _ = peers[answered].read_reply()
+        status, headers, _ = peers.pop(answered).read_reply()
         assert (status, headers["retry-after"]) == (429, "5")
+        yield peers
+
+
+def test_long_bodies_are_bounded_together(new_server):
+    """One is refused as long as the others are not late; short ones always come through."""
+    served = new_server(**ROOM)
+    with full(served) as arriving:
         assert create(served, b"") == (200, None)
-        assert select.select([peer for peer in peers if peer is not answered], [], [], 0)[0] == []
+        assert create(served, b" " * 3_000_000) == (429, "5")
+        assert select.select(arriving, [], [], 0)[0] == []
 
 
 def test_bodies_that_are_late_make_room_for_new_ones(new_server):
     served = new_server(**ROOM, REPRISE_BODY_TIMEOUT_S="3")
-    with contextlib.ExitStack() as stack:
-        late = [stack.enter_context(Peer(served)) for _ in range(3)]
-        for peer in late:
-            peer.send(HEAD + b"content-length: 4000000\r\n\r\n" + b" " * 3_100_000)
-        begun_s = time.monotonic()
-        while time.monotonic() - begun_s < 3.2:
-            for peer in late:
+    with full(served) as late:
+
+        def is_taken() -> bool:
+            for peer in late.values():
                 peer.send(b" " * 2_000)  # they are slow, and not silent
-            time.sleep(0.05)  # the very thing under test
-        assert create(served, b" " * 3_000_000) == (200, None)
-        assert late[0].read_reply()[0] == 429
+            return create(served, b" " * 3_000_000) == (200, None)
+
+        until(is_taken)
+        [given_up], _, _ = select.select(late, [], [], 15)
+        assert late[given_up].read_reply()[0] == 429
 
 
 def test_a_body_that_is_not_whole_when_the_server_ends_is_refused(new_server):

@@ -136,7 +136,7 @@ async def test_what_is_accepted_waits_however_many_wait(rooms, waits):
     for _ in range(10):
         waits(SMALL + 1)
     await settled()
-    accepted = asyncio.create_task(Room(rooms).take(LARGE, wait_s=60, is_accepted=True))
+    accepted = asyncio.create_task(Room(rooms).take(LARGE, wait_s=None))
     await settled()
     assert not accepted.done()
     held.release()
