@@ -8,6 +8,7 @@ of which no tenant takes more than its share.
 import asyncio
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from ipaddress import ip_address
 from weakref import WeakValueDictionary
 
 LOOKUPS_MAX = 64
@@ -27,6 +28,8 @@ class Names:
 
     async def __call__(self, host: str, port: int, tenant: str) -> list[str]:
         """The addresses of a host. Raises OSError for an unknown one. A look-up that is given up keeps its place to its end."""
+        if _is_address(host):
+            return [host]
         places = self._places.setdefault(tenant, asyncio.Semaphore(LOOKUPS_TENANT_MAX))
         await places.acquire()
         lookup = asyncio.get_running_loop().run_in_executor(_THREADS, _ask_system, host, port)
@@ -38,6 +41,14 @@ class Names:
         lookup.add_done_callback(over)
         await asyncio.wait([lookup])
         return lookup.result()
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _ask_system(host: str, port: int) -> list[str]:
