@@ -38,6 +38,13 @@ analyze;
 """A chain of so many turns: `resp_1`, `resp_2`, …"""
 
 
+BEATEN = """
+select from pg_stat_activity
+where datname = current_database() and pid <> pg_backend_pid() and state = 'idle' and query like '%(lease_s + 1)%'
+"""
+"""Whether the last statement of the first heartbeat is done; the next one comes long after the tests."""
+
+
 @pytest.fixture(scope="module")
 def database_url(new_database):
     """A database with a long chain."""
@@ -75,6 +82,7 @@ def tapped(base_env, database_url, postgres, redis) -> Iterator[Served]:
     url = database_url.replace(directory, str(postgres.directory))
     addresses = {"DATABASE_URL": url, "REDIS_URL": f"unix://{redis.path}", "REPRISE_REDIS_PREFIX": "tapped"}
     with Served({**base_env, **quiet, **addresses, "REPRISE_DATABASE_POOL_SIZE": "1"}) as running:
+        until(lambda: fetch(database_url, BEATEN))
         yield running
 
 
