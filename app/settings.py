@@ -142,7 +142,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 16 * 1024 * 1024
     reads_bytes_max: Annotated[
         int, _about("what one process reads at once of stored responses and items for replies; more wait", ge=1024)
-    ] = 64 * 1024 * 1024
+    ] = 32 * 1024 * 1024
     foreground_runs_max: Annotated[int, _about("foreground runs at once in one process; beyond: 429", ge=1)] = 1_000
     turns_max: Annotated[int, _about("upstream completions in one run", ge=1)] = 32
     run_duration_max_s: Annotated[float, _about("a run's whole duration", gt=0)] = 3_600.0

@@ -77,7 +77,7 @@ def test_a_database_url_may_say_all_that_libpq_knows(base_env, new_database):
         ("REPRISE_PORT", "eighty", "REPRISE_PORT='eighty' is not valid: "),
         ("REPRISE_OLD_SECRET_KEYS", "short", "REPRISE_OLD_SECRET_KEYS is not valid: "),
         ("REPRISE_CATALOG", "/nowhere/catalog.toml", "/nowhere/catalog.toml"),
-        ("DATABASE_URL", "nonsense", "DATABASE_URL is not valid: expected postgresql://USER:PASSWORD@HOST/NAME."),
+        ("DATABASE_URL", "nonsense", "DATABASE_URL is not valid: expected postgresql://USER:PASSWORD@HOST/NAME, "),
         ("DATABASE_URL", "postgresql://h/d?channel_binding=require", "DATABASE_URL asks for channel_binding=require"),
         ("REDIS_URL", "redis://h:port", "REDIS_URL is not valid: "),
         ("REPRISE_HOST", "256.1.2.3", "REPRISE_HOST=256.1.2.3 would let anybody in"),

@@ -24,15 +24,17 @@ def json_reply(
     """A reply with this JSON; `made` is the id of the response that was made for it, `stored` whether it can be retrieved."""
     if len(body) <= PAGE_BYTES:
         return Response(body, media_type=MediaType.JSON, headers=headers)
-    return LargeReply(body, backlogs, headers or {}, TooMuchUnread(made, stored=stored))
+    return LargeReply(body, backlogs, headers or {}, made=made, stored=stored)
 
 
 class LargeReply(Response[None]):
     """A body that the connection can't take at once."""
 
-    def __init__(self, body: bytes, backlogs: Backlogs, headers: Mapping[str, str], refusal: TooMuchUnread) -> None:
+    def __init__(
+        self, body: bytes, backlogs: Backlogs, headers: Mapping[str, str], *, made: str | None, stored: bool
+    ) -> None:
         super().__init__(None)
-        self._large, self._backlogs, self._refusal = body, backlogs, refusal
+        self._large, self._backlogs, self._made, self._stored = body, backlogs, made, stored
         given = {"content-type": MediaType.JSON, "content-length": str(len(body)), **headers}
         self._head = [(name.encode(), value.encode()) for name, value in given.items()]
 
@@ -46,7 +48,7 @@ class LargeReply(Response[None]):
         with closing(self._backlogs.open()) as backlog:
             backlog.add(len(self._large))
             if backlog.closed:
-                raise self._refusal
+                raise TooMuchUnread(self._made, stored=self._stored)  # kept here, it would keep the body in a circle
             backlog.disconnect = task.cancel
             try:
                 await self._write(send, backlog)

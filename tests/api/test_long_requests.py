@@ -35,7 +35,7 @@ def elsewhere() -> Iterator[str]:
 
 def long_body() -> bytes:
     """A legal body of many small values."""
-    annotation = {"type": "url_citation", "url": "u", "title": "t", "at": [1, 2, 3]}
+    annotation = {"type": "url_citation", "url": "u", "title": "t", "start_index": 0, "end_index": 1}
     part = {"type": "output_text", "text": "x", "annotations": [annotation] * 10}
     item = {"role": "assistant", "content": [part] * 10}
     asked = {"role": "user", "content": "hi"}
