@@ -227,7 +227,7 @@ async def _upstreams(settings: Settings) -> AsyncIterator[Finding]:
                 yield Finding(f"upstream {name}", False, f"{entry.address}: {error.message}")
             else:
                 upstream.recognize(listed)
-                said = f"{entry.address} lists {len(listed)} models; dialect: {upstream.dialect_name}"
+                said = f"{entry.address} lists {len(listed)} model{'' if len(listed) == 1 else 's'}; dialect: {upstream.dialect_name}"
                 yield Finding(f"upstream {name}", True, said)
                 for finding in _routed_models(catalog, name, [model.id for model in listed]):
                     yield finding

@@ -77,9 +77,10 @@ HOSTED = Dialect(
 )
 """The hosted API's own dialect."""
 
-Preset = Literal["openai", "vllm", "llama.cpp", "sglang", "ollama", "mistral", "openrouter", "deepseek"]
+Preset = Literal["plain", "openai", "vllm", "llama.cpp", "sglang", "ollama", "mistral", "openrouter", "deepseek"]
 
 PRESETS: dict[Preset, Dialect] = {
+    "plain": Dialect(),
     "openai": HOSTED,
     "vllm": Dialect(reasoning="reasoning"),
     "llama.cpp": Dialect(reasoning="reasoning_content", lacks=frozenset({"tool_choice_named"})),

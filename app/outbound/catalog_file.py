@@ -44,7 +44,7 @@ def load_catalog(settings: Settings, environ: Mapping[str, str], *, demo_url: st
                 raise SettingsError("OPENAI_API_KEY holds characters that no key has.")
             entry = UpstreamEntry(base_url=settings.openai_base_url, key=settings.openai_api_key)
             return Catalog(upstreams={"default": entry})
-        return Catalog(upstreams={"echo": UpstreamEntry(base_url=demo_url, dialect=Dialect())})
+        return Catalog(upstreams={"echo": UpstreamEntry(base_url=demo_url, dialect="plain")})
     catalog = _read(Path(settings.catalog))
     fault = next(_faults(catalog), None)
     if fault:

@@ -7,7 +7,8 @@ of which no tenant takes more than its share.
 
 import asyncio
 import socket
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import Future
 from ipaddress import ip_address
 from weakref import WeakValueDictionary
 
@@ -17,13 +18,12 @@ LOOKUPS_MAX = 64
 LOOKUPS_TENANT_MAX = 8
 """Of one tenant at once."""
 
-_THREADS = ThreadPoolExecutor(LOOKUPS_MAX, thread_name_prefix="names")
-
 
 class Names:
     """The system's resolver, for tenants."""
 
     def __init__(self) -> None:
+        self._all = asyncio.Semaphore(LOOKUPS_MAX)
         self._places: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
     async def __call__(self, host: str, port: int, tenant: str) -> list[str]:
@@ -32,15 +32,35 @@ class Names:
             return [host]
         places = self._places.setdefault(tenant, asyncio.Semaphore(LOOKUPS_TENANT_MAX))
         await places.acquire()
-        lookup = asyncio.get_running_loop().run_in_executor(_THREADS, _ask_system, host, port)
-
-        def over(done: asyncio.Future[list[str]]) -> None:
+        try:
+            await self._all.acquire()
+        except BaseException:
             places.release()
-            done.exception()  # perhaps nobody else looks at it
+            raise
+        lookup = asyncio.wrap_future(_begin(host, port))
+
+        def over(_: asyncio.Future[list[str]]) -> None:
+            places.release()
+            self._all.release()
+            lookup.exception()  # perhaps nobody else looks at it
 
         lookup.add_done_callback(over)
         await asyncio.wait([lookup])
         return lookup.result()
+
+
+def _begin(host: str, port: int) -> Future[list[str]]:
+    """Look up in a thread that no end of the process waits for, as it does for an executor's."""
+    found: Future[list[str]] = Future()
+
+    def look_up() -> None:
+        try:
+            found.set_result(_ask_system(host, port))
+        except (OSError, ValueError) as error:
+            found.set_exception(error)
+
+    threading.Thread(target=look_up, name="names", daemon=True).start()
+    return found
 
 
 def _is_address(host: str) -> bool:

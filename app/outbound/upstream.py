@@ -63,9 +63,6 @@ LOOK_WAIT_S, LOOK_AGAIN_S = 2.0, 10.0
 
 FORMS_MAX = 1_000
 
-PLAIN = "plain"
-"""The name of a dialect that is none."""
-
 BROKEN_OFF = "The upstream broke off its answer."
 
 CUT_OFF = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError)
@@ -247,10 +244,8 @@ class Upstream:
         """Take the dialect of the engine that lists these models, unless one is named."""
         if self.dialect_name:
             return
-        found = preset_of_owners(model.owned_by for model in models)
-        self.dialect_name = found or PLAIN
-        if found:
-            self.dialect = PRESETS[found]
+        self.dialect_name = found = preset_of_owners(model.owned_by for model in models) or "plain"
+        self.dialect = PRESETS[found]
 
     def dialect_for(self, model: str) -> Dialect:
         """The dialect of one of its models: as a rule earlier reasoning is passed back in the form of the model's own."""

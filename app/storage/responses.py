@@ -217,9 +217,8 @@ async def seal_response(tx: Tx, tenant_id: str, response: Response, lease: int, 
         **_final(response, []),
     }
     row = await tx.one(_SEAL, **binds)
-    if row and not (
-        row["sealed"] or row["known"]
-    ):  # perhaps by an attempt whose commit the first look could not see yet
+    if row and not (row["sealed"] or row["known"]):
+        # Perhaps it is, by an attempt of ours whose commit the first look could not see yet.
         row = await tx.one(_SEAL, **binds)
     return row is not None and bool(row["sealed"] or row["known"])
 

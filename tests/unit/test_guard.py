@@ -3,6 +3,8 @@
 import asyncio
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -311,6 +313,26 @@ async def test_names_that_never_resolve_hold_up_no_other_look_up(monkeypatch: py
             assert await asyncio.get_running_loop().getaddrinfo("localhost", 80)
     finally:
         answered.set()
+
+
+ENDING = """
+import asyncio, socket, threading
+from app.outbound.names import Names
+
+async def give_up():
+    try:
+        await asyncio.wait_for(Names()("name.never", 80, "tenant"), 0.1)
+    except TimeoutError:
+        print("given up")
+
+socket.getaddrinfo = lambda *given, **more: threading.Event().wait(600)
+asyncio.run(give_up())
+"""
+
+
+def test_the_end_of_a_process_waits_for_no_look_up():
+    ended = subprocess.run([sys.executable, "-c", ENDING], timeout=30, check=True, capture_output=True, text=True)
+    assert (ended.stdout, ended.stderr) == ("given up\n", "")
 
 
 def test_certificates_are_checked():
