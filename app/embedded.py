@@ -38,6 +38,7 @@ import struct
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
@@ -299,6 +300,8 @@ class _Deputy:
         if self._pid == 0:
             try:
                 self._succeed()
+            except OSError:
+                traceback.print_exc()  # into the log
             finally:
                 os._exit(1)  # never back into what the supervisor does
 

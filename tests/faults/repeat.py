@@ -14,7 +14,7 @@ CHAOS_S = 60.0
 """Of random faults before each round of the suite."""
 
 CHAOS = ["tests.faults.chaos"]
-SUITE = ["pytest", "-x", "-n", "3", "--dist", "loadfile", "tests/faults"]
+SUITE = ["pytest", "-x", "-n", "3", "--dist", "loadfile", "--no-loadscope-reorder", "tests/faults"]
 
 
 def run(arguments: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
