@@ -1,0 +1,53 @@
+"""A seal whose commit was not acknowledged is made again, perhaps while Postgres is still at it."""
+
+import asyncio
+
+import asyncpg
+import pytest
+from msgspec.structs import replace
+
+from app.domain.lifecycle import Outcome, close_response, open_response
+from app.storage.database import Tx
+from app.storage.responses import seal_response
+from tests.unit.build import request
+
+RUN = """
+with response as (
+    insert into responses (tenant_id, id, thread_id, turn, status, background, model, metadata, created_at, body)
+    values ('t', $1, $1, 1, 'in_progress', true, 'm', '{}', 0, '{}')
+)
+insert into runs (tenant_id, response_id, state, due_at, lease, streamed, number_ceiling)
+values ('t', $1, 'running', now(), 1, false, 0)
+"""
+WAITS = "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+
+
+@pytest.fixture
+def url(new_database):
+    """An empty database."""
+    return new_database()
+
+
+@pytest.fixture
+async def connections(url):
+    """Three connections to it."""
+    opened = [await asyncpg.connect(url) for _ in range(3)]
+    yield opened
+    for connection in opened:
+        await connection.close()
+
+
+async def test_a_seal_that_waits_for_its_earlier_attempt_knows_it(connections):
+    first, second, looking = connections
+    response = open_response(request(background=True), id="resp_1", created_at=0)
+    response = close_response(replace(response, status="in_progress"), Outcome("completed"), usage=None, now=1)
+    await first.execute(RUN, response.id)
+    transaction = first.transaction()
+    await transaction.start()
+    assert await seal_response(Tx(first), "t", response, 1, [])
+    again = asyncio.create_task(seal_response(Tx(second), "t", response, 1, []))
+    while not await looking.fetchval(WAITS):
+        assert not again.done()
+    await transaction.commit()
+    assert await again
+    assert not await seal_response(Tx(looking), "t", response, 2, [])
