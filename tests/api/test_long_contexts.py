@@ -252,6 +252,25 @@ def test_runs_that_wait_for_room_are_not_in_memory(new_server, upstream, said):
     until(lambda: fetch(cramped.database_url, "select count(*) from runs")[0][0] == 0, timeout_s=60)
 
 
+def test_a_run_that_waits_for_room_is_cancelled_at_once(new_server, upstream, said):
+    queueing = new_server(REPRISE_WORKERS_IN_API="false")
+    cramped = new_server(DATABASE_URL=queueing.database_url, REPRISE_CONTEXTS_BYTES_MAX=str(8 * MB))
+    asking = script([note(said), text("ok"), gate(said), finish()])
+    with queueing.client() as queue, cramped.client(timeout=10) as client:
+        runs = [
+            queue.responses.create(model="m", input=asking, instructions="x" * 5 * MB, background=True)
+            for _ in range(2)
+        ]
+        until(lambda: fetch(cramped.database_url, "select count(*) from runs where state = 'running'")[0][0] == 2)
+        upstream.wait_reached(said)
+        [waiting] = [run for run in runs if client.responses.retrieve(run.id).status == "queued"]
+        assert client.responses.cancel(waiting.id).status == "cancelled"
+        assert len(upstream.asked(asking)) == 1
+        upstream.open(said)
+        until(lambda: fetch(cramped.database_url, "select count(*) from runs")[0][0] == 0, timeout_s=60)
+        assert sorted(client.responses.retrieve(run.id).status for run in runs) == ["cancelled", "completed"]
+
+
 async def test_a_client_that_leaves_while_it_waits_for_room_gives_up_its_place_at_once(crowded, upstream, said):
     async with crowded.async_client() as client:
         chain = await client.responses.create(
