@@ -16,107 +16,19 @@ import json
 import math
 import os
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import asyncpg
 import click
-from mcp.server import MCPServer
-from mcp.server.mcpserver.exceptions import ToolError
-from mcp_types import CallToolResult, TextContent, ToolAnnotations
-from pydantic import BaseModel, Field
 
-from app.toolservers.index import BadFilter, Hit, Index, opened
-from app.toolservers.serving import http_option, serve
+from app.toolservers.address import http_option
+from app.toolservers.index import LOST, Index, opened
 from app.toolservers.texts import UnreadableFile
 
 FILE_BYTES_MAX = 32 * 1024 * 1024
-QUERIES_MAX = 16
-RESULTS_MAX = 50
-LOST = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError)
 
-
-# -- the tool ---------------------------------------------------------------------------------------------------------------
-
-
-class Result(BaseModel):
-    """A piece of a file that was found."""
-
-    file_id: str
-    filename: str
-    score: float = Field(description="Above 0 and below 1; comparable within one search.")
-    text: str = Field(description="The headings above the piece, if any, and the piece.")
-    attributes: dict[str, Any]
-
-
-class Results(BaseModel):
-    """What a search found, best first."""
-
-    results: list[Result]
-
-
-def tool_server(database_url: str) -> MCPServer[Any]:
-    """The MCP server."""
-    serving: list[Index] = []
-
-    @asynccontextmanager
-    async def connected(_: MCPServer[Any]) -> AsyncIterator[None]:
-        async with opened(database_url) as index:
-            serving.append(index)
-            yield
-
-    server: MCPServer[Any] = MCPServer("files", lifespan=connected, log_level="WARNING")
-
-    @server.tool(annotations=ToolAnnotations(read_only_hint=True, open_world_hint=False))
-    async def search_files(
-        queries: Annotated[
-            list[str],
-            Field(
-                min_length=1, max_length=QUERIES_MAX, description='Words to find; "phrases", -exclusions and OR work.'
-            ),
-        ],
-        stores: Annotated[list[str], Field(min_length=1, description="The stores to search.")],
-        tenant: Annotated[str, Field(min_length=1, description="Whose stores they are; not for the model to choose.")],
-        max_results: Annotated[int, Field(ge=1, le=RESULTS_MAX)] = 10,
-        filters: Annotated[
-            dict[str, Any] | None, Field(description='On attributes: {"type": "eq", "key": …, "value": …}, and, or.')
-        ] = None,
-    ) -> Annotated[CallToolResult, Results]:
-        """Search files for words and give the pieces that fit best."""
-        if any("\0" in name for name in (tenant, *stores)):
-            raise ToolError("names have no null characters.")
-        try:
-            hits = await serving[-1].search(tenant, stores, queries, limit=max_results, filters=filters)
-        except BadFilter as error:
-            raise ToolError(str(error)) from error
-        except LOST as error:
-            raise ToolError("The files can't be searched now; please try again.") from error
-        results = Results(results=[result(hit) for hit in hits])
-        return CallToolResult(content=[TextContent(text=said(results))], structured_content=results.model_dump())
-
-    return server
-
-
-def result(hit: Hit) -> Result:
-    """A hit as it travels."""
-    text = f"{hit.heading}\n\n{hit.text}" if hit.heading else hit.text
-    return Result(
-        file_id=hit.file_id, filename=hit.filename, score=round(hit.score, 4), text=text, attributes=hit.attributes
-    )
-
-
-def said(results: Results) -> str:
-    """Results as text for a model."""
-    parts = [
-        f"[{number}] {one.filename} ({one.file_id}, score {one.score})\n{one.text}"
-        for number, one in enumerate(results.results, 1)
-    ]
-    return "\n\n".join(parts) or "Nothing was found."
-
-
-# -- the program ------------------------------------------------------------------------------------------------------------
 
 tenant_option = click.option("--tenant", required=True, help="Whose files they are.")
 store_option = click.option("--store", required=True, help="Which store.")
@@ -130,6 +42,9 @@ def main(context: click.Context, database: str, address: str | None) -> None:
     """Serve the tool search_files over MCP, on stdio or HTTP; or put files in and out."""
     context.obj = database
     if context.invoked_subcommand is None:
+        from app.toolservers.search import tool_server  # takes a second; the other commands need none of it
+        from app.toolservers.serving import serve
+
         using(database, nothing)  # says what is wrong with the database before a client is there
         serve(tool_server(database), address)
 

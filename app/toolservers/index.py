@@ -17,6 +17,7 @@ from app.toolservers.texts import chunks, searchable
 TIMEOUT_S = 15.0
 QUERY_CHARS_MAX = 1000
 FILTER_DEPTH_MAX = 8
+LOST = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError)
 LOOSE_WORTH = 0.5  # a chunk that has only some of the words, against one that has all
 
 SCHEMA = """

@@ -45,9 +45,10 @@ from mcp.server.mcpserver.exceptions import ToolError
 from mcp_types import CallToolResult, ImageContent, TextContent, ToolAnnotations
 from pydantic import BaseModel, Field
 
+from app.toolservers.address import http_option
 from app.toolservers.jail import Order, Report
 from app.toolservers.seccomp import MACHINES, filter_for
-from app.toolservers.serving import http_option, serve
+from app.toolservers.serving import serve
 
 JAIL = Path(__file__).with_name("jail.py")
 CELL = Path(__file__).with_name("cell.py").read_text()

@@ -1,7 +1,6 @@
 """How a tool server is reached: over stdio as somebody's subprocess, or over Streamable HTTP."""
 
 import hmac
-import ipaddress
 import os
 import socket
 from typing import Any
@@ -13,12 +12,9 @@ from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-TOKEN_VARIABLE = "TOOLSERVER_TOKEN"  # noqa: S105 the name of one, no token
-BODY_BYTES_MAX = 64 * 1024 * 1024
+from app.toolservers.address import TOKEN_VARIABLE, is_loopback, parsed
 
-http_option = click.option(
-    "--http", "address", metavar="HOST:PORT", help=f"Serve Streamable HTTP; ${TOKEN_VARIABLE}, if set, is demanded."
-)
+BODY_BYTES_MAX = 64 * 1024 * 1024
 
 
 def serve(server: MCPServer[Any], address: str | None) -> None:
@@ -43,22 +39,6 @@ def serve(server: MCPServer[Any], address: str | None) -> None:
     click.echo(f"{server.name} listens on http://{shown}:{listener.getsockname()[1]}/mcp")
     config = uvicorn.Config(app, loop="asyncio", log_level="warning", ws="none", timeout_graceful_shutdown=1)
     uvicorn.Server(config).run(sockets=[listener])
-
-
-def parsed(address: str) -> tuple[str, int]:
-    """Host and port. Raises click.BadParameter."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise click.BadParameter("expected HOST:PORT, as in 127.0.0.1:8100.", param_hint="--http")
-    return host.strip("[]"), int(port)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class TokenDemanded:
