@@ -1,8 +1,9 @@
 """Looking at what a server leaves behind, and waiting for what must come about."""
 
 import asyncio
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +13,14 @@ import zstandard
 
 T = TypeVar("T")
 
-POLL_S = 0.01
+POLL_S = (0.01, 0.01, 0.01, 0.02, 0.03)
+POLL_LATER_S = 0.05
+"""A look costs a connection or a request, so what takes long is looked at less often."""
+
+
+def pauses_s() -> Iterator[float]:
+    """How long to wait before each further look."""
+    return itertools.chain(POLL_S, itertools.repeat(POLL_LATER_S))
 
 
 def processes(marker: str) -> dict[int, str]:
@@ -69,10 +77,10 @@ def remembered(redis_url: str, prefix: str) -> str:
 
 def until(condition: Callable[[], T], timeout_s: float = 15.0) -> T:
     """Ask again and again until the answer is true, and give it; AssertionError once the time is up."""
-    deadline = time.monotonic() + timeout_s
+    deadline, pauses = time.monotonic() + timeout_s, pauses_s()
     while not (found := condition()):
         assert time.monotonic() < deadline, f"waited in vain for {timeout_s} s; the last answer was {found!r}"
-        time.sleep(POLL_S)
+        time.sleep(next(pauses))
     return found
 
 

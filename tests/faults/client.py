@@ -12,16 +12,18 @@ from typing import Any
 
 import msgspec
 
+from tests.looking import pauses_s
+
 ENDED_S = 40.0
 """A run of these tests that has not ended by then never will."""
 
 
 def until(true: Callable[[], Any], what: str, timeout_s: float = 20.0) -> Any:
     """Poll until it is true; gives its value."""
-    deadline = time.monotonic() + timeout_s
+    deadline, pauses = time.monotonic() + timeout_s, pauses_s()
     while not (value := true()):
         assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
-        time.sleep(0.01)
+        time.sleep(next(pauses))
     return value
 
 
