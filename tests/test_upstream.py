@@ -257,7 +257,7 @@ def test_the_peer_who_leaves_is_noticed(client: httpx.Client, upstream: Upstream
     assert record.closed.wait(5)
     assert record.peer_left
     assert record.closed_s is not None
-    assert record.closed_s - left_s < 0.5
+    assert record.closed_s - left_s < 2.0
 
 
 async def test_coroutines_can_wait_too(upstream: Upstream) -> None:

@@ -11,7 +11,7 @@ from tests.faults.told import text_of, told
 from tests.upstream import answer, finish, gate, note, repeat, script, text
 
 FAST_S = 0.2
-GENEROUS_S = 1.0
+GENEROUS_S = 2.0
 
 
 def test_a_queued_response_is_cancelled_and_never_made(cluster, upstream, check):

@@ -21,7 +21,7 @@ from tests.looking import count, fetch, settled, until
 from tests.upstream import Upstream, finish, forever, gate, note, script, text
 
 CLOSED_WITHIN_S = (
-    1.0  # asserted with slack for a busy machine; what is promised is 0.1, and printed is what was measured
+    2.0  # asserted with slack for a busy machine; what is promised is 0.1, and printed is what was measured
 )
 
 
