@@ -234,7 +234,7 @@ def test_arguments_that_are_too_long_are_not_sent(server, rogue, said):
 
 # -- Clients that leave -----------------------------------------------------------------------------------------------------
 
-LEAVE_WITHIN_S = 1.0
+LEAVE_WITHIN_S = 2.0
 
 WAITS: dict[str, dict[str, Act]] = {
     "greeting": {"initialize": lambda _: [None]},

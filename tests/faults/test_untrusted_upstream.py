@@ -337,7 +337,7 @@ def test_a_list_of_models_that_is_none_lists_nothing(http, served, rogue, grown,
 
 # -- Clients that leave -----------------------------------------------------------------------------------------------------
 
-LEAVE_WITHIN_S = 1.0
+LEAVE_WITHIN_S = 2.0
 
 ESTABLISHED = "01"
 """In /proc/net/tcp."""
