@@ -9,6 +9,7 @@ key go where the operator said, and what is read is what was counted. Every answ
 """
 
 import asyncio
+import codecs
 import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import closing
@@ -511,6 +512,7 @@ class LineBuffer:
         self._held: list[bytes] = []
         self._held_bytes = 0
         self._line_bytes_max = line_bytes_max
+        self._begun = False
 
     def feed(self, raw: bytes) -> list[bytes]:
         """The payloads that are whole by now. Raises UpstreamGarbled for a line that is too long."""
@@ -518,6 +520,9 @@ class LineBuffer:
         if lines and self._held:
             lines[0] = b"".join((*self._held, lines[0]))
             self._held, self._held_bytes = [], 0
+        if lines and not self._begun:
+            self._begun = True
+            lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)  # SSE lets one stand at the beginning
         if rest:
             self._held.append(rest)
             self._held_bytes += len(rest)
