@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,11 +16,6 @@ T = TypeVar("T")
 POLL_S = (0.01, 0.01, 0.01, 0.02, 0.03)
 POLL_LATER_S = 0.05
 """A look costs a connection or a request, so what takes long is looked at less often."""
-
-
-def pauses_s() -> Iterator[float]:
-    """How long to wait before each further look."""
-    return itertools.chain(POLL_S, itertools.repeat(POLL_LATER_S))
 
 
 def processes(marker: str) -> dict[int, str]:
@@ -75,12 +70,15 @@ def remembered(redis_url: str, prefix: str) -> str:
         ).decode("latin-1")
 
 
-def until(condition: Callable[[], T], timeout_s: float = 15.0) -> T:
-    """Ask again and again until the answer is true, and give it; AssertionError once the time is up."""
-    deadline, pauses = time.monotonic() + timeout_s, pauses_s()
+def until(condition: Callable[[], T], what: str = "", timeout_s: float = 20.0) -> T:
+    """Ask until the answer is true, and give it; AssertionError, with `what` was waited for, once the time is up.
+
+    It is true in another process, which can't tell us: hence the pause, between looks and never in the place of one.
+    """
+    deadline, pauses_s = time.monotonic() + timeout_s, itertools.chain(POLL_S, itertools.repeat(POLL_LATER_S))
     while not (found := condition()):
-        assert time.monotonic() < deadline, f"waited in vain for {timeout_s} s; the last answer was {found!r}"
-        time.sleep(next(pauses))
+        assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}; the last answer was {found!r}"
+        time.sleep(next(pauses_s))
     return found
 
 
@@ -93,4 +91,4 @@ def settled(call: Callable[..., Any], *args: object, error: type[Exception], tim
         except error:
             return []
 
-    return until(attempt, timeout_s)[0]
+    return until(attempt, timeout_s=timeout_s)[0]

@@ -9,8 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -19,9 +18,9 @@ import pytest
 import redis
 
 from app import embedded
+from tests.looking import until
 
 ROOT = Path(embedded.__file__).parents[1]
-DEADLINE_S = 15.0
 CLIENT = """
 import sys
 from pathlib import Path
@@ -53,7 +52,7 @@ class Client:
 def data_dir(tmp_path: Path) -> Iterator[Path]:
     """A data directory whose servers have stopped by the end of the test."""
     yield tmp_path / "data"
-    wait_until(lambda: not any(running(lock) for lock in (tmp_path / "data" / "embedded").glob("*.lock")))
+    until(lambda: not any(running(lock) for lock in (tmp_path / "data" / "embedded").glob("*.lock")))
 
 
 def running(lock: Path) -> bool:
@@ -64,13 +63,6 @@ def running(lock: Path) -> bool:
         except BlockingIOError:
             return True
         return False
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 def query(database_url: str, *statements: str) -> object:
@@ -127,7 +119,7 @@ def test_data_survive_close_and_start(data_dir: Path) -> None:
             assert valkey.config_get("appendonly") == {"appendonly": "yes"}
             assert valkey.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
         before = identity(first.database_url, first.redis_url)
-    wait_until(lambda: not listening((first.database_url, first.redis_url)))
+    until(lambda: not listening((first.database_url, first.redis_url)))
     with embedded.start(data_dir) as second:
         assert query(second.database_url, "SELECT x FROM kept") == 7
         assert (
@@ -157,7 +149,7 @@ def test_servers_stop_when_their_only_client_is_killed(data_dir: Path) -> None:
     servers = client.urls()
     assert listening(servers)
     client.kill()
-    wait_until(lambda: not listening(servers))
+    until(lambda: not listening(servers))
 
 
 def test_servers_stop_when_their_directory_is_removed(tmp_path: Path) -> None:
@@ -166,7 +158,7 @@ def test_servers_stop_when_their_directory_is_removed(tmp_path: Path) -> None:
     client.urls()
     left = pids(tmp_path / "data")
     shutil.rmtree(tmp_path / "data")
-    wait_until(lambda: not any(map(alive, left.values())))
+    until(lambda: not any(map(alive, left.values())))
     client.kill()
 
 
@@ -187,7 +179,7 @@ def test_killed_servers_come_back_while_a_client_stays(data_dir: Path) -> None:
             assert identity(first.database_url, first.redis_url) == before
         os.kill(pids(data_dir)["postgres"], signal.SIGKILL)
         os.kill(pids(data_dir)["valkey"], signal.SIGKILL)
-        wait_until(lambda: not listening((first.database_url, first.redis_url)))
+        until(lambda: not listening((first.database_url, first.redis_url)))
         with embedded.start(data_dir, durable=False) as second:
             after = identity(second.database_url, second.redis_url)
     assert before[0] != after[0]
@@ -203,13 +195,13 @@ def test_a_killed_supervisor_has_a_successor_at_once(data_dir: Path) -> None:
     for _ in range(3):
         killed = pids(data_dir)["supervisor"]
         os.kill(killed, signal.SIGKILL)
-        wait_until(lambda killed=killed: (supervisor_file.read_text() or f"{killed}\n") != f"{killed}\n")
+        until(lambda killed=killed: (supervisor_file.read_text() or f"{killed}\n") != f"{killed}\n")
         assert identity(*servers) == before
     os.kill(pids(data_dir)["valkey"], signal.SIGKILL)
-    wait_until(lambda: valkey_run(servers) not in {None, before[1]})
+    until(lambda: valkey_run(servers) not in {None, before[1]})
     assert identity(*servers)[0] == before[0]
     client.kill()
-    wait_until(lambda: not listening(servers))
+    until(lambda: not listening(servers))
 
 
 def test_servers_stop_when_their_supervisor_and_their_only_client_are_killed(data_dir: Path) -> None:
@@ -218,8 +210,8 @@ def test_servers_stop_when_their_supervisor_and_their_only_client_are_killed(dat
     servers = client.urls()
     os.kill(pids(data_dir)["supervisor"], signal.SIGKILL)
     client.kill()
-    wait_until(lambda: not listening(servers))
-    wait_until(lambda: not running(data_dir / "embedded" / "supervisor"))
+    until(lambda: not listening(servers))
+    until(lambda: not running(data_dir / "embedded" / "supervisor"))
 
 
 def test_a_killed_deputy_has_a_successor(data_dir: Path) -> None:
@@ -229,10 +221,10 @@ def test_a_killed_deputy_has_a_successor(data_dir: Path) -> None:
     supervisor = pids(data_dir)["supervisor"]
     [deputy] = deputies(supervisor)
     os.kill(deputy, signal.SIGKILL)
-    wait_until(lambda: any(successor != deputy for successor in deputies(supervisor)))
+    until(lambda: any(successor != deputy for successor in deputies(supervisor)))
     os.kill(supervisor, signal.SIGKILL)
     client.kill()
-    wait_until(lambda: not listening(servers))
+    until(lambda: not listening(servers))
 
 
 def deputies(supervisor: int) -> list[int]:
@@ -294,7 +286,7 @@ def test_long_and_odd_paths_work(tmp_path: Path) -> None:
         sockets = Path(servers.redis_url.removeprefix("unix://")).parent
         assert not sockets.is_relative_to(tmp_path)
         assert sockets.stat().st_mode & 0o777 == 0o700
-    wait_until(lambda: not sockets.exists())
+    until(lambda: not sockets.exists())
 
 
 def test_refuses_a_directory_that_is_not_ours(tmp_path: Path) -> None:

@@ -18,9 +18,10 @@ from typing import Any
 import openai
 from openai.types.responses import Response
 
-from tests.faults.client import decoded, frames_of, until
+from tests.faults.client import decoded, frames_of
 from tests.faults.cluster import Cluster, Servers
 from tests.faults.told import told
+from tests.looking import until
 from tests.toolserver import Toolprocess
 from tests.upstream import Upstream, answer, call, finish, note, script
 

@@ -7,24 +7,13 @@ import random
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
-from tests.looking import pauses_s
-
 ENDED_S = 40.0
 """A run of these tests that has not ended by then never will."""
-
-
-def until(true: Callable[[], Any], what: str, timeout_s: float = 20.0) -> Any:
-    """Poll until it is true; gives its value."""
-    deadline, pauses = time.monotonic() + timeout_s, pauses_s()
-    while not (value := true()):
-        assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
-        time.sleep(next(pauses))
-    return value
 
 
 def connect(url: str, timeout_s: float = 20.0) -> tuple[http.client.HTTPConnection, str]:

@@ -17,7 +17,8 @@ import asyncpg
 import redis
 
 from app import embedded, migrate
-from tests.faults.client import get, until
+from tests.faults.client import get
+from tests.looking import until
 from tests.servers import Served
 
 LEASE_S = 1.5

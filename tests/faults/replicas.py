@@ -15,9 +15,10 @@ import httpx2  # whose errors the official client lets through in mid-stream
 import openai
 from msgspec import Struct
 
-from tests.faults.client import Follower, begin, decoded, frames_of, until
+from tests.faults.client import Follower, begin, decoded, frames_of
 from tests.faults.cluster import LEASE_S, POLL_S, Cluster, Servers
 from tests.faults.told import closed_as, rounds_of, text_of, told
+from tests.looking import until
 from tests.upstream import Upstream, finish, note, reasoning, repeat, script, text
 
 ROUNDS = 150

@@ -4,9 +4,10 @@ import time
 
 import pytest
 
-from tests.faults.client import Follower, begin, cancel, until
+from tests.faults.client import Follower, begin, cancel
 from tests.faults.cluster import frozen
 from tests.faults.told import rounds_of, text_of
+from tests.looking import until
 from tests.upstream import answer, cut, finish, forever, gate, note, repeat, script, stall, text
 
 

@@ -5,9 +5,10 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from tests.faults.client import Follower, begin, call, cancel, decoded, frames_of, get, until
+from tests.faults.client import Follower, begin, call, cancel, decoded, frames_of, get
 from tests.faults.cluster import frozen
 from tests.faults.told import text_of, told
+from tests.looking import until
 from tests.upstream import answer, finish, gate, note, repeat, script, text
 
 FAST_S = 0.2

@@ -8,8 +8,9 @@ import urllib.parse
 
 import pytest
 
-from tests.faults.client import Follower, begin, call, connect, decoded, frames_of, until
+from tests.faults.client import Follower, begin, call, connect, decoded, frames_of
 from tests.faults.told import rounds_of, text_of
+from tests.looking import until
 from tests.upstream import answer, finish, gate, repeat, script, size, text
 
 CROWD = 200

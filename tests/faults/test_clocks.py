@@ -2,9 +2,10 @@
 
 import time
 
-from tests.faults.client import Follower, begin, get, until
+from tests.faults.client import Follower, begin, get
 from tests.faults.cluster import INSIDE, LEASE_S
 from tests.faults.told import closed_as, rounds_of, text_of
+from tests.looking import until
 from tests.upstream import finish, gate, repeat, script, text
 
 HOUR_S = 3600

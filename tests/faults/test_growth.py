@@ -10,8 +10,9 @@ from msgspec import Struct
 
 from app.settings import Settings
 from app.storage.redisclient import CONNECTIONS_MAX
-from tests.faults.client import Follower, begin, cancel, until
+from tests.faults.client import Follower, begin, cancel
 from tests.faults.cluster import INSIDE
+from tests.looking import until
 from tests.upstream import finish, note, repeat, script, text
 
 RUNS = 60

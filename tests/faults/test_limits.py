@@ -5,8 +5,9 @@ import time
 import pytest
 
 from app.storage import tenants
-from tests.faults.client import begin, call, until
+from tests.faults.client import begin, call
 from tests.faults.cluster import Cluster
+from tests.looking import until
 from tests.upstream import answer, finish, gate, note, repeat, script, text
 
 

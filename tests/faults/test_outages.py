@@ -10,9 +10,10 @@ import httpx
 import pytest
 
 from tests import tap
-from tests.faults.client import Follower, begin, call, cancel, get, stream, until
+from tests.faults.client import Follower, begin, call, cancel, get, stream
 from tests.faults.cluster import LEASE_S, Cluster, frozen, locked
 from tests.faults.told import closed_as, rounds_of, text_of, told
+from tests.looking import until
 from tests.tap import Tap
 from tests.upstream import answer, calling, finish, gate, note, repeat, script, text
 

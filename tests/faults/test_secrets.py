@@ -17,10 +17,9 @@ import pytest
 from ahocorasick_rs import AhoCorasick
 from msgspec import Struct
 
-from tests.faults.client import until
 from tests.faults.cluster import Cluster
 from tests.faults.test_upstream_faults import FAILURES, LIMITS, REFUSALS, free_port
-from tests.looking import dumped, remembered
+from tests.looking import dumped, remembered, until
 from tests.upstream import Step, Upstream, answer, calling, error, note, script, status, text
 
 CONFIDENTIAL = {

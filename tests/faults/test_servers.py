@@ -4,9 +4,10 @@ import time
 
 import pytest
 
-from tests.faults.client import Follower, begin, call, decoded, frames_of, get, until
+from tests.faults.client import Follower, begin, call, decoded, frames_of, get
 from tests.faults.cluster import LEASE_S, frozen
 from tests.faults.told import closed_as, rounds_of, text_of, told
+from tests.looking import until
 from tests.upstream import finish, gate, repeat, script, text
 
 GONE_S = 10.0

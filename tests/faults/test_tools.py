@@ -6,9 +6,10 @@ from collections.abc import Iterator
 import pytest
 
 from app.domain.calls import error_text, unknown_outcome
-from tests.faults.client import Follower, begin, call, cancel, until
+from tests.faults.client import Follower, begin, call, cancel
 from tests.faults.cluster import frozen, locked
 from tests.faults.told import text_of
+from tests.looking import until
 from tests.upstream import answer, calling, cut, finish, gate, note, script, text, usage
 from tests.upstream import call as tool_call
 

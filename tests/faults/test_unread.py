@@ -12,8 +12,9 @@ import httpx
 import msgspec
 import pytest
 
-from tests.faults.client import Follower, begin, connect, frames_of, get, until
+from tests.faults.client import Follower, begin, connect, frames_of, get
 from tests.faults.cluster import query
+from tests.looking import until
 from tests.servers import Served
 from tests.upstream import finish, gate, note, repeat, script, size, text
 

@@ -219,7 +219,7 @@ def test_what_comes_beside_the_answers_is_bounded(server, rogue, said, grown: Gr
     grown.begin(server)
     made = ask(server, rogue, said, calling("go"), answer("done"))
     assert (made["status"], made["output"][-1]["content"][0]["text"]) == ("completed", "done")
-    until(lambda: all(visit.closed.is_set() for visit in rogue.asked("box")), 30)
+    until(lambda: all(visit.closed.is_set() for visit in rogue.asked("box")), timeout_s=30)
     assert grown.most_kb() < GROWTH_MAX_KB
 
 

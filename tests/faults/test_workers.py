@@ -6,9 +6,10 @@ import time
 
 import pytest
 
-from tests.faults.client import Follower, begin, get, until
+from tests.faults.client import Follower, begin, get
 from tests.faults.cluster import frozen, locked
 from tests.faults.told import closed_as, rounds_of, text_of
+from tests.looking import until
 from tests.upstream import answer, finish, gate, note, reasoning, repeat, script, text
 from tests.upstream import call as tool_call
 

@@ -1,4 +1,4 @@
-"""A seal whose commit was not acknowledged is made again, perhaps while Postgres is still at it."""
+"""Statements that meet the rows of another transaction: what they wait for, and what they know then."""
 
 import asyncio
 
@@ -7,6 +7,8 @@ import pytest
 from msgspec.structs import replace
 
 from app.domain.lifecycle import Outcome, close_response, open_response
+from app.errors import InvalidRequest
+from app.storage.approvals import answer_requests
 from app.storage.database import Tx
 from app.storage.responses import seal_response
 from tests.unit.build import request
@@ -37,6 +39,12 @@ async def connections(url):
         await connection.close()
 
 
+async def until_it_waits(task, looking):
+    """Until Postgres says that somebody waits for a lock, which can only be the task."""
+    while not await looking.fetchval(WAITS):
+        assert not task.done()
+
+
 async def test_a_seal_that_waits_for_its_earlier_attempt_knows_it(connections):
     first, second, looking = connections
     response = open_response(request(background=True), id="resp_1", created_at=0)
@@ -46,8 +54,21 @@ async def test_a_seal_that_waits_for_its_earlier_attempt_knows_it(connections):
     await transaction.start()
     assert await seal_response(Tx(first), "t", response, 1, [])
     again = asyncio.create_task(seal_response(Tx(second), "t", response, 1, []))
-    while not await looking.fetchval(WAITS):
-        assert not again.done()
+    await until_it_waits(again, looking)
     await transaction.commit()
     assert await again
     assert not await seal_response(Tx(looking), "t", response, 2, [])
+
+
+async def test_two_who_answer_the_same_requests_do_not_wait_for_each_other_crosswise(connections):
+    first, second, looking = connections
+    transaction = first.transaction()
+    await transaction.start()
+    await answer_requests(Tx(first), "t", "r1", [("a", True)])
+    waiting = asyncio.create_task(answer_requests(Tx(second), "t", "r2", [("b", True), ("a", True)]))
+    await until_it_waits(waiting, looking)
+    async with asyncio.timeout(10):  # "b" is free: whoever waits for "a" has not taken it
+        await answer_requests(Tx(looking), "t", "r1", [("b", False)])
+    await transaction.rollback()
+    with pytest.raises(InvalidRequest, match="'b' has been answered already"):
+        await waiting
