@@ -56,10 +56,13 @@ def _begin(host: str, port: int) -> Future[list[str]]:
     def look_up() -> None:
         try:
             found.set_result(_ask_system(host, port))
-        except (OSError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 whatever it is, who waits has to hear of it
             found.set_exception(error)
 
-    threading.Thread(target=look_up, name="names", daemon=True).start()
+    try:
+        threading.Thread(target=look_up, name="names", daemon=True).start()
+    except RuntimeError as error:  # the system has no more threads for this process
+        found.set_exception(OSError(str(error)))
     return found
 
 

@@ -13,7 +13,7 @@ import httpx2
 import pytest
 
 from app.outbound.guard import Guard, OutboundRefused
-from app.outbound.names import LOOKUPS_MAX
+from app.outbound.names import LOOKUPS_MAX, Names
 from app.settings import Allowed, Settings, SettingsError, load, parse_allowed
 from tests.toolserver import Toolserver
 
@@ -313,6 +313,20 @@ async def test_names_that_never_resolve_hold_up_no_other_look_up(monkeypatch: py
             assert await asyncio.get_running_loop().getaddrinfo("localhost", 80)
     finally:
         answered.set()
+
+
+async def test_a_look_up_that_can_not_begin_takes_no_place(monkeypatch: pytest.MonkeyPatch):
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    names = Names()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        for _ in range(LOOKUPS_MAX + 1):
+            with pytest.raises(OSError, match="can't start new thread"):
+                await names("localhost", 80, "tenant")
+    async with asyncio.timeout(10):
+        assert "127.0.0.1" in await names("localhost", 80, "tenant")
 
 
 ENDING = """
