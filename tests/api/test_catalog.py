@@ -559,7 +559,8 @@ def test_reasoning_that_this_server_did_not_seal_is_refused(cataloged, backgroun
         model="reasoner@x", input=script([reasoning("Hm."), text("Hi"), finish()]), store=False
     )
     thought = first.output[0].encrypted_content
-    for sealed in ("gAAAAABother", thought[:-9] + "A" + thought[-8:]):
+    changed = thought[:-9] + ("A" if thought[-9] != "A" else "B") + thought[-8:]
+    for sealed in ("gAAAAABother", changed):
         item = {"type": "reasoning", "id": "rs_x", "summary": [], "encrypted_content": sealed}
         with pytest.raises(openai.BadRequestError) as refused:
             cataloged.responses.create(
