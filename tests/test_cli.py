@@ -27,9 +27,9 @@ from app.doctor import _about_redis
 from app.settings import SettingsError, load
 from app.setup import OTHER_KEY, _kept_key, open_seal
 from app.storage.tables import metadata
-from tests.looking import fetch, until
 from tests.servers import ROOT, Served, reprise
 from tests.upstream import script
+from tests.waiting import fetch, until
 
 HEAD = migrate.revisions()[0]
 

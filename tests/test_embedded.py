@@ -18,7 +18,7 @@ import pytest
 import redis
 
 from app import embedded
-from tests.looking import until
+from tests.waiting import until
 
 ROOT = Path(embedded.__file__).parents[1]
 CLIENT = """

@@ -12,9 +12,9 @@ from mcp import Client
 from mcp_types import CallToolResult, TextContent
 
 from app.toolservers import texts
-from tests.looking import fetch
 from tests.servers import ROOT, START_TIMEOUT_S
 from tests.toolservers import OverHttp, over_stdio, program
+from tests.waiting import fetch
 
 GUIDE = """Preface.
 

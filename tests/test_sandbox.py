@@ -20,9 +20,9 @@ from mcp import Client
 from mcp.client.streamable_http import create_mcp_http_client, streamable_http_client
 from mcp_types import CallToolResult, ImageContent, TextContent
 
-from tests.looking import processes, until
 from tests.servers import ROOT, START_TIMEOUT_S
 from tests.toolservers import OverHttp, over_stdio, program
+from tests.waiting import processes, until
 
 WALL_S = 6
 LIMITS = f"--wall {WALL_S} --cpu 2 --memory 300 --disk 16 --processes 24 --runs 2".split()

@@ -20,10 +20,10 @@ from openai.types.responses import Response
 
 from tests.faults.client import decoded, frames_of
 from tests.faults.cluster import Cluster, Servers
-from tests.faults.told import told
-from tests.looking import until
+from tests.faults.stream_oracle import told
 from tests.toolserver import Toolprocess
 from tests.upstream import Upstream, answer, call, finish, note, script
+from tests.waiting import until
 
 UNKNOWN = "it may have been carried out."
 """How the model is told of a call whose result nobody knows."""

@@ -12,9 +12,9 @@ from app.api.auth import Auth
 from app.api.bodies import Bodies
 from app.api.models import ModelsController
 from app.api.operations import home, livez, readyz
-from app.api.parts import Parts, provide_caller
 from app.api.problems import HANDLERS, with_request_id
 from app.api.responses import ResponsesController
+from app.api.services import Services, provide_caller
 from app.outbound.catalog import Catalog
 from app.outbound.upstream import Upstream
 from app.runs.background import Background
@@ -43,7 +43,7 @@ def build(
     lifespan: Lifespan,
 ) -> ASGIApp:
     """The application around things that `assembly` has built."""
-    parts = Parts(
+    services = Services(
         settings=settings,
         database=database,
         catalog=catalog,
@@ -60,7 +60,7 @@ def build(
     app = Litestar(
         route_handlers=[ResponsesController, ModelsController, home, livez, readyz],
         dependencies={
-            "parts": Provide(lambda: parts, sync_to_thread=False),
+            "services": Provide(lambda: services, sync_to_thread=False),
             "caller": Provide(provide_caller),
         },
         exception_handlers=HANDLERS,

@@ -9,7 +9,7 @@ from litestar.enums import MediaType
 from msgspec.structs import replace
 
 from app.api.connected import while_connected
-from app.api.parts import Parts
+from app.api.services import Services
 from app.errors import ApiError, NotFound, UpstreamError, UpstreamStalled
 from app.outbound.upstream import Upstream
 from app.runs.executor import Caller
@@ -27,34 +27,34 @@ class ModelsController(Controller):
     path = "/v1/models"
 
     @get()
-    async def list(self, request: Request[Any, Any, Any], caller: Caller, parts: Parts) -> Response[bytes]:
+    async def list(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[bytes]:
         """Every model, those of the catalog first."""
-        models = await while_connected(request.receive, _models(caller, parts))
+        models = await while_connected(request.receive, _models(caller, services))
         return Response(encode(Models(models)), media_type=MediaType.JSON)
 
     @get("/{model_id:path}")
     async def retrieve(
-        self, request: Request[Any, Any, Any], model_id: str, caller: Caller, parts: Parts
+        self, request: Request[Any, Any, Any], model_id: str, caller: Caller, services: Services
     ) -> Response[bytes]:
         """One model, by any name that a request may give it; it may contain slashes."""
         name = str(model_id).removeprefix("/")
         if not is_model_name(name):
             raise NotFound(f"The model '{name}' does not exist.", param="model", code="model_not_found")
-        model = await while_connected(request.receive, _model(name, caller, parts))
+        model = await while_connected(request.receive, _model(name, caller, services))
         return Response(encode(model), media_type=MediaType.JSON)
 
 
-async def _model(name: str, caller: Caller, parts: Parts) -> Model:
+async def _model(name: str, caller: Caller, services: Services) -> Model:
     """As its upstream lists it. Many list less than they take: then the upstream decides when it is asked for an answer.
 
     Raises NotFound if no upstream would be asked.
     """
-    if name in parts.catalog.model_names:
+    if name in services.catalog.model_names:
         return Model(id=name)
-    route = parts.catalog.routes(name)[0]
-    upstream = parts.upstreams[route.upstream]
+    route = services.catalog.routes(name)[0]
+    upstream = services.upstreams[route.upstream]
     try:
-        entries = await _listed(upstream, caller, parts.settings.models_wait_s)
+        entries = await _listed(upstream, caller, services.settings.models_wait_s)
     except UpstreamError as error:
         _warn(upstream, error)
         entries = []
@@ -70,12 +70,12 @@ async def _listed(upstream: Upstream, caller: Caller, wait_s: float) -> list[Mod
         raise UpstreamStalled(f"Upstream '{upstream.name}' did not list its models in time.") from None
 
 
-async def _models(caller: Caller, parts: Parts) -> list[Model]:
+async def _models(caller: Caller, services: Services) -> list[Model]:
     """Upstreams that lie under a single name are listed by their own; an upstream that does not answer lists nothing."""
-    upstreams = parts.upstreams
-    named = [Model(id=name) for name in parts.catalog.model_names]
+    upstreams = services.upstreams
+    named = [Model(id=name) for name in services.catalog.model_names]
     answers: list[Any] = await asyncio.gather(
-        *(_listed(upstream, caller, parts.settings.models_wait_s) for upstream in upstreams.values()),
+        *(_listed(upstream, caller, services.settings.models_wait_s) for upstream in upstreams.values()),
         return_exceptions=True,
     )
     listed: list[Model] = []

@@ -3,7 +3,7 @@
 from litestar import Response, get
 from litestar.enums import MediaType
 
-from app.api.parts import Parts
+from app.api.services import Services
 from app.errors import ServerUnavailable
 from app.storage.readiness import demand_ready
 
@@ -37,9 +37,9 @@ async def livez() -> str:
 
 
 @get("/readyz", media_type=MediaType.TEXT)
-async def readyz(parts: Parts) -> Response[str]:
+async def readyz(services: Services) -> Response[str]:
     """Requests can be served: the process does not end, and Postgres takes writes and has the tables. Else 503."""
-    if parts.worker.draining:
+    if services.worker.draining:
         raise ServerUnavailable("The server is shutting down.")
-    await demand_ready(parts.database, parts.outdated_schemas)
+    await demand_ready(services.database, services.outdated_schemas)
     return Response("ok", media_type=MediaType.TEXT)

@@ -13,8 +13,8 @@ from litestar.enums import MediaType
 
 from app.api import queries
 from app.api.connected import ClientGone, while_connected
-from app.api.parts import Parts
 from app.api.replies import json_reply
+from app.api.services import Services
 from app.api.sse import EventStream
 from app.errors import InvalidParameter, InvalidRequest
 from app.runs.aside import aside
@@ -27,9 +27,9 @@ from app.storage.pages import Page
 from app.storage.responses import Stored
 from app.wire import resources
 from app.wire.items import OpaqueItem, decode_stored_item, encode_item
+from app.wire.redaction import Redaction
 from app.wire.requests import CreateResponse, Order, decode_create
 from app.wire.resources import Deleted, encode
-from app.wire.shown import Shown
 
 T = TypeVar("T")
 
@@ -47,15 +47,15 @@ class ResponsesController(Controller):
     path = "/v1/responses"
 
     @post(status_code=200)
-    async def create(self, request: Request[Any, Any, Any], caller: Caller, parts: Parts) -> Response[Any]:
+    async def create(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[Any]:
         """Make a response: JSON when it is done, SSE while it is made, or later, in the background."""
         started: list[tuple[Run, dict[str, str]]] = []
-        executor = parts.executor
+        executor = services.executor
         with ExitStack() as taking:
-            raw = await taking.enter_context(parts.bodies.reading(request)).read()
-            create = await aside(len(raw), decode_create, raw, parts.catalog.passed_on)
+            raw = await taking.enter_context(services.bodies.reading(request)).read()
+            create = await aside(len(raw), decode_create, raw, services.catalog.passed_on)
             if create.background:
-                return await self._create_in_background(caller, create, raw, parts)
+                return await self._create_in_background(caller, create, raw, services)
             del raw  # what is asked for may take long
 
             async def begin() -> resources.Response | None:
@@ -75,45 +75,45 @@ class ResponsesController(Controller):
                 raise
         [(run, headers)] = started
         if made:
-            return _reply(parts, made, create.include, headers, is_new=True)
+            return _reply(services, made, create.include, headers, is_new=True)
         options = create.body.stream_options
         assert run.log
         return EventStream(
-            run.follow(silence_s=parts.settings.keepalive_s),
+            run.follow(silence_s=services.settings.keepalive_s),
             run.log.backlog,
             gone=lambda: executor.reader_gone(run),
-            shown=Shown(create.include),
+            redaction=Redaction(create.include),
             obfuscate=bool(options and options.include_obfuscation),
-            keepalive_events=parts.settings.keepalive_events,
+            keepalive_events=services.settings.keepalive_events,
             headers=headers,
             made=run.response.id if run.response.store else None,
         )
 
     async def _create_in_background(
-        self, caller: Caller, create: CreateResponse, raw: bytes, parts: Parts
+        self, caller: Caller, create: CreateResponse, raw: bytes, services: Services
     ) -> Response[Any]:
-        queued = await parts.background.enqueue(caller, create, raw)
+        queued = await services.background.enqueue(caller, create, raw)
         headers = _left_out(queued.left_out)
         if not create.stream:
-            return _reply(parts, queued.response, (), headers, is_new=True)
+            return _reply(services, queued.response, (), headers, is_new=True)
         kept = Kept(status="queued", background=True, streamed=True, archived=False, entries=queued.entries)
         options = create.body.stream_options
-        backlog = parts.backlogs.open()
+        backlog = services.backlogs.open()
         return EventStream(
-            parts.background.follow(
-                caller.tenant_id, queued.response.id, -1, kept, backlog, silence_s=parts.settings.keepalive_s
+            services.background.follow(
+                caller.tenant_id, queued.response.id, -1, kept, backlog, silence_s=services.settings.keepalive_s
             ),
             backlog,
             gone=_nobody_cares,
-            shown=Shown(create.include),
+            redaction=Redaction(create.include),
             obfuscate=bool(options and options.include_obfuscation),
-            keepalive_events=parts.settings.keepalive_events,
+            keepalive_events=services.settings.keepalive_events,
             headers=headers,
             made=queued.response.id,
         )
 
     @get()
-    async def list(self, request: Request[Any, Any, Any], caller: Caller, parts: Parts) -> Response[Any]:
+    async def list(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[Any]:
         """Responses by creation; beyond the hosted API."""
         if request.headers.get("upgrade", "").lower() == "websocket":
             raise InvalidRequest("This server does not speak WebSocket; use POST.", code="websocket_not_supported")
@@ -127,7 +127,7 @@ class ResponsesController(Controller):
         )
 
         async def read(bytes_max: int) -> tuple[int, Page[tuple[str, Stored]] | None]:
-            async with parts.database.autocommit() as tx:
+            async with services.database.autocommit() as tx:
                 return await responses.list_responses(
                     tx,
                     caller.tenant_id,
@@ -135,64 +135,66 @@ class ResponsesController(Controller):
                     after=query.after,
                     limit=query.limit,
                     order=query.order,
-                    page_bytes=parts.settings.page_bytes_max,
+                    page_bytes=services.settings.page_bytes_max,
                     bytes_max=bytes_max,
                 )
 
-        return await _read(parts, read, _page_of_responses)
+        return await _read(services, read, _page_of_responses)
 
     @get("/{response_id:str}")
     async def retrieve(
-        self, request: Request[Any, Any, Any], response_id: str, caller: Caller, parts: Parts
+        self, request: Request[Any, Any, Any], response_id: str, caller: Caller, services: Services
     ) -> Response[Any]:
         """One response as it is by now, or with `stream=true` its events, from behind `starting_after` on."""
         query = queries.parse(request, queries.Retrieve)
         if query.stream:
-            return await self._replay(response_id, query, caller, parts)
+            return await self._replay(response_id, query, caller, services)
 
         async def read(bytes_max: int) -> tuple[int, Stored | None]:
-            async with parts.database.autocommit() as tx:
+            async with services.database.autocommit() as tx:
                 return await responses.find_response(tx, caller.tenant_id, response_id, bytes_max=bytes_max)
 
-        return await _read(parts, read, partial(_retrieved, include=query.include))
+        return await _read(services, read, partial(_retrieved, include=query.include))
 
-    async def _replay(self, response_id: str, query: queries.Retrieve, caller: Caller, parts: Parts) -> Response[Any]:
+    async def _replay(
+        self, response_id: str, query: queries.Retrieve, caller: Caller, services: Services
+    ) -> Response[Any]:
         after = -1 if query.starting_after is None else query.starting_after
-        kept = await parts.background.kept(caller.tenant_id, response_id, after)
+        kept = await services.background.kept(caller.tenant_id, response_id, after)
         for wanted, given in (("background", kept.background), ("stream", kept.streamed)):
             if not given:
                 raise InvalidRequest(
                     f"This response cannot be streamed because it was not created with {wanted}=true.", param="stream"
                 )
-        backlog = parts.backlogs.open()
+        backlog = services.backlogs.open()
         return EventStream(
-            parts.background.follow(
-                caller.tenant_id, response_id, after, kept, backlog, silence_s=parts.settings.keepalive_s
+            services.background.follow(
+                caller.tenant_id, response_id, after, kept, backlog, silence_s=services.settings.keepalive_s
             ),
             backlog,
             gone=_nobody_cares,
-            shown=Shown(query.include),
+            redaction=Redaction(query.include),
             obfuscate=bool(query.include_obfuscation),
-            keepalive_events=parts.settings.keepalive_events,
+            keepalive_events=services.settings.keepalive_events,
             headers={},
             after=after,
         )
 
     @delete("/{response_id:str}", status_code=200)
     async def delete(
-        self, request: Request[Any, Any, Any], response_id: str, caller: Caller, parts: Parts
+        self, request: Request[Any, Any, Any], response_id: str, caller: Caller, services: Services
     ) -> Response[bytes]:
         """Delete a response; later ones that build on it keep their context."""
         queries.parse(request, queries.Nothing)
-        async for attempt in parts.database.settling():
+        async for attempt in services.database.settling():
             with attempt:
-                async with parts.database.begin() as tx:
+                async with services.database.begin() as tx:
                     await responses.delete_response(tx, caller.tenant_id, response_id, again=attempt.num > 1)
         return Response(encode(Deleted(response_id)), media_type=MediaType.JSON)
 
     @get("/{response_id:str}/input_items")
     async def input_items(
-        self, request: Request[Any, Any, Any], response_id: str, caller: Caller, parts: Parts
+        self, request: Request[Any, Any, Any], response_id: str, caller: Caller, services: Services
     ) -> Response[Any]:
         """The context that the response was made from: earlier inputs and outputs, and its own input."""
         query = queries.parse(request, queries.ItemPage)
@@ -201,7 +203,7 @@ class ResponsesController(Controller):
         backwards = query.before is not None
 
         async def read(bytes_max: int) -> tuple[int, Page[StoredItem] | None]:
-            async with parts.database.autocommit() as tx:
+            async with services.database.autocommit() as tx:
                 return await contexts.list_input_items(
                     tx,
                     caller.tenant_id,
@@ -209,21 +211,23 @@ class ResponsesController(Controller):
                     after=query.before if backwards else query.after,
                     limit=query.limit,
                     order=OPPOSITE[query.order] if backwards else query.order,
-                    page_bytes=parts.settings.page_bytes_max,
+                    page_bytes=services.settings.page_bytes_max,
                     bytes_max=bytes_max,
                     param="before" if backwards else "after",
                 )
 
-        return await _read(parts, read, partial(_page_of_items, include=query.include, backwards=backwards))
+        return await _read(services, read, partial(_page_of_items, include=query.include, backwards=backwards))
 
     @post("/{response_id:str}/cancel", status_code=200)
-    async def cancel(self, response_id: str, caller: Caller, parts: Parts) -> Response[Any]:
+    async def cancel(self, response_id: str, caller: Caller, services: Services) -> Response[Any]:
         """Cancel a background response; one that has ended is given as it is. A foreground one ends with its connection."""
-        async with parts.database.autocommit() as tx:
+        async with services.database.autocommit() as tx:
             stored = await responses.get_response(tx, caller.tenant_id, response_id)
         if not responses.response_of(stored).background:
             raise InvalidRequest("Cannot cancel a synchronous response.", param="response_id")
-        return _reply(parts, await parts.background.cancel(caller.tenant_id, response_id, parts.worker.owner), ())
+        return _reply(
+            services, await services.background.cancel(caller.tenant_id, response_id, services.worker.owner), ()
+        )
 
 
 def _nobody_cares() -> None:
@@ -239,11 +243,11 @@ def _left_out(types: Sequence[str]) -> dict[str, str]:
 
 
 def _shown(response: resources.Response, include: Collection[str]) -> resources.Response:
-    return msgspec.structs.replace(response, output=Shown(include).output(response.output))
+    return msgspec.structs.replace(response, output=Redaction(include).output(response.output))
 
 
 def _reply(
-    parts: Parts,
+    services: Services,
     response: resources.Response,
     include: Collection[str],
     headers: dict[str, str] | None = None,
@@ -251,17 +255,17 @@ def _reply(
     is_new: bool = False,
 ) -> Response[Any]:
     body = encode(_shown(response, include))
-    return json_reply(body, parts.backlogs, headers, made=response.id if is_new else None, stored=response.store)
+    return json_reply(body, services.backlogs, headers, made=response.id if is_new else None, stored=response.store)
 
 
 async def _read(
-    parts: Parts, read: Callable[[int], Awaitable[tuple[int, T | None]]], write: Callable[[T], bytes]
+    services: Services, read: Callable[[int], Awaitable[tuple[int, T | None]]], write: Callable[[T], bytes]
 ) -> Response[Any]:
     """A reply with what is stored, once there is room for it."""
-    with Room(parts.reads) as room:
-        found = await room.read(read, wait_s=parts.settings.context_wait_s)
+    with Room(services.reads) as room:
+        found = await room.read(read, wait_s=services.settings.context_wait_s)
         body = await aside(room.size, write, found)
-    return json_reply(body, parts.backlogs)
+    return json_reply(body, services.backlogs)
 
 
 def _retrieved(stored: Stored, include: Collection[str]) -> bytes:
@@ -274,8 +278,8 @@ def _page_of_responses(page: Page[tuple[str, Stored]]) -> bytes:
 
 def _page_of_items(page: Page[StoredItem], include: Collection[str], *, backwards: bool) -> bytes:
     """They come the other way round, if they were read `backwards` from a cursor."""
-    shown = Shown(include)
-    rows = [(item.id, shown.item(_listed(item.body))) for item in page.rows]
+    redaction = Redaction(include)
+    rows = [(item.id, redaction.item(_listed(item.body))) for item in page.rows]
     return _encoded_page(rows[::-1] if backwards else rows, has_more=page.has_more)
 
 

@@ -18,7 +18,7 @@ from app.errors import ApiError, TooMuchUnread
 from app.storage.backlog import PAGE_BYTES, Backlog
 from app.storage.redisclient import break_off
 from app.wire.events import DONE_FRAME, Entry
-from app.wire.shown import Shown
+from app.wire.redaction import Redaction
 
 log = structlog.get_logger()
 
@@ -48,7 +48,7 @@ class EventStream(Response[None]):
         backlog: Backlog,
         *,
         gone: Callable[[], None],
-        shown: Shown,
+        redaction: Redaction,
         obfuscate: bool,
         keepalive_events: bool,
         headers: dict[str, str],
@@ -59,7 +59,7 @@ class EventStream(Response[None]):
         has not taken of them. `made` is the id of a stored response that was made for this reply."""
         super().__init__(None)
         self._backlog, self._made = backlog, made
-        self._batches, self._gone, self._shown, self._obfuscate = batches, gone, shown, obfuscate
+        self._batches, self._gone, self._redaction, self._obfuscate = batches, gone, redaction, obfuscate
         self._keepalive_events, self._last_number = keepalive_events, after
         self._head = HEAD + [(name.encode(), value.encode()) for name, value in headers.items()]
 
@@ -117,7 +117,7 @@ class EventStream(Response[None]):
     def _frame(self, entry: Entry) -> bytes:
         if self._obfuscate and entry.type.endswith(".delta"):
             return _padded(entry)
-        return self._shown.frame(entry)
+        return self._redaction.frame(entry)
 
 
 def _body(body: bytes, *, more: bool) -> Message:

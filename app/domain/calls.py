@@ -67,7 +67,7 @@ from app.wire.items import (
     McpCall,
     McpListTools,
     OpaqueItem,
-    ServerCall,
+    ServerCallItem,
     WebSearchCall,
     encode_item,
 )
@@ -81,7 +81,7 @@ INTERNAL_ERROR = -32603
 BROKEN_OFF = "This call was broken off before its result was known: it may have been carried out."
 
 
-OwnItem = ServerCall | OpaqueItem
+OwnItem = ServerCallItem | OpaqueItem
 """The item of a server-run call; a shell call is carried, as clients' are."""
 
 
@@ -225,13 +225,15 @@ def _shell_output_item(item: OpaqueItem, answer: Answer, route: HostedRoute | No
     ]
 
 
-def close_call(item: ServerCall, output_index: int, answer: Answer, route: HostedRoute | None = None) -> list[Event]:
+def close_call(
+    item: ServerCallItem, output_index: int, answer: Answer, route: HostedRoute | None = None
+) -> list[Event]:
     """The end of a call's item, with its answer. Without a route, only an answer that is an error."""
     at: dict[str, Any] = {"item_id": item.id, "output_index": output_index}
     failed = answer.error is not None
     status: ItemStatus = "failed" if failed else "completed"
     said: list[Event] = []
-    done: ServerCall
+    done: ServerCallItem
     match item:
         case McpCall():
             said = [McpCallFailed(**at) if failed else McpCallCompleted(**at)]
@@ -384,7 +386,7 @@ def close_list(
     return [said, _done(output_index, done)]
 
 
-SERVER_RUN = frozenset((*(str(item.__struct_config__.tag) for item in ServerCall.__args__), "shell_call"))
+SERVER_RUN = frozenset((*(str(item.__struct_config__.tag) for item in ServerCallItem.__args__), "shell_call"))
 """Types of the items of calls that the server runs."""
 
 

@@ -14,7 +14,7 @@ from app.domain.calls import given_of
 from app.domain.context import Context, Unseal
 from app.domain.dialect import WRAPPED_INPUT, Dialect
 from app.domain.fitting import fitted, short_call_id, with_reasoning
-from app.domain.retold import answer_for_model, asked_of_model
+from app.domain.tool_transcript import answer_for_model, asked_of_model
 from app.domain.toolbox import Toolbox
 from app.errors import UnsupportedParameter
 from app.ids import are_siblings, place_among_siblings
@@ -36,7 +36,7 @@ from app.wire.items import (
     OpaqueItem,
     Reasoning,
     Refusal,
-    ServerCall,
+    ServerCallItem,
     call_id_of,
 )
 
@@ -67,7 +67,7 @@ def messages(context: Context, dialect: Dialect, unseal: Unseal, recall: Recall 
                 made.append(_message(item, dialect))
             case Message() | Reasoning() | FunctionCall() | CustomToolCall() | McpApprovalRequest():
                 made += turn.take(position, item)
-            case _ if isinstance(item, ServerCall):
+            case _ if isinstance(item, ServerCallItem):
                 made += turn.take(position, item)
             case McpListTools():
                 pass
@@ -140,7 +140,7 @@ class _AssistantTurn:
         been made at once with them."""
         if not self._run_by_us or (isinstance(item, McpCall) and item.approval_request_id in self._asked):
             return False
-        return not (isinstance(item, ServerCall) and are_siblings(item.id, self._run_by_us))
+        return not (isinstance(item, ServerCallItem) and are_siblings(item.id, self._run_by_us))
 
     def _take_call(self, position: int, item: AnyItem) -> None:
         answer = self._context.answers.get(position)
@@ -153,7 +153,7 @@ class _AssistantTurn:
         if isinstance(item, McpApprovalRequest):
             self._asked.add(item.id)
             answer = answer or item
-        elif isinstance(item, ServerCall):
+        elif isinstance(item, ServerCallItem):
             answer = item
             self._run_by_us = item.id
         if answer is not None:

@@ -28,7 +28,7 @@ from app.wire.events import (
     SummaryPartDone,
     TextDone,
 )
-from app.wire.items import OpaqueItem, ServerCall, decode_stored_item, encode_item
+from app.wire.items import OpaqueItem, ServerCallItem, decode_stored_item, encode_item
 
 
 class Recovered(Struct, frozen=True):
@@ -191,7 +191,7 @@ class _OpenItem:
         item = decode_stored_item(msgspec.json.encode({**self._item, **said.get(self._item["type"], {})}))
         if isinstance(item, OpaqueItem):
             return [ItemDone(output_index=self._at["output_index"], item=Raw(encode_item(incomplete(item))))]
-        assert isinstance(item, ServerCall)
+        assert isinstance(item, ServerCallItem)
         return close_call(item, self._at["output_index"], unknown_outcome())
 
     def _close_part(self, where: tuple[str, int], part: dict[str, Any]) -> list[Event]:

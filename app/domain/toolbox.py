@@ -67,7 +67,7 @@ class Offer(Struct, frozen=True):
     by: ByClient | ByServer | ByHost
 
 
-class HandOver(Struct, frozen=True):
+class ClientCall(Struct, frozen=True):
     """The call goes to the client."""
 
     kind: Literal["function", "custom"]
@@ -75,27 +75,27 @@ class HandOver(Struct, frozen=True):
     namespace: str | None
 
 
-class Run(Struct, frozen=True):
+class ServerCall(Struct, frozen=True):
     """The call is run by us."""
 
     name: str
     by: ByServer | ByHost
 
 
-class Ask(Struct, frozen=True):
+class NeedsApproval(Struct, frozen=True):
     """The call waits for the client's approval."""
 
     name: str
     label: str
 
 
-class Refuse(Struct, frozen=True):
+class Rejected(Struct, frozen=True):
     """The call goes nowhere; the model reads why."""
 
     reason: str
 
 
-Verdict = HandOver | Run | Ask | Refuse
+Verdict = ClientCall | ServerCall | NeedsApproval | Rejected
 
 
 class Toolbox(Struct, frozen=True):
@@ -117,15 +117,15 @@ class Toolbox(Struct, frozen=True):
         """What becomes of a call."""
         offer = self.offers.get(model_name)
         if offer is None or self.mode == "none" or (self.only and self.only is not offer):
-            return Refuse(f"There is no tool named '{model_name}' that may be called now.")
+            return Rejected(f"There is no tool named '{model_name}' that may be called now.")
         match offer.by:
             case ByServer(label, ask=True):
-                return Ask(offer.tool.name, label)
+                return NeedsApproval(offer.tool.name, label)
             case ByServer() | ByHost():
-                return Run(offer.tool.name, offer.by)
+                return ServerCall(offer.tool.name, offer.by)
             case ByClient(namespace):
                 kind: Literal["function", "custom"] = "custom" if isinstance(offer.tool, CustomTool) else "function"
-                return HandOver(kind, offer.tool.name, namespace)
+                return ClientCall(kind, offer.tool.name, namespace)
 
     def model_name(self, name: str, of: str | None, *, qualified: bool = True) -> str:
         """How the model knows a tool of this namespace or server; calls in old context may name tools that are no longer

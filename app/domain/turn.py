@@ -1,8 +1,8 @@
 """One upstream completion: chunks → events. A push parser without await, clock or dice of its own.
 
-What the model says is a queue of groups: reasoning, a message, a call. Only the head of the queue speaks; it is closed when it
-is complete and something follows, and what the next one has gathered meanwhile is said at once. So groups never interleave,
-whatever order an upstream streams its parallel calls in, and a single group streams without delay.
+What the model says is a queue of builders: reasoning, a message, a call. Only the head of the queue speaks; it is closed when it
+is complete and something follows, and what the next one has gathered meanwhile is said at once. So builders never interleave,
+whatever order an upstream streams its parallel calls in, and a single builder streams without delay.
 """
 
 import sys
@@ -14,9 +14,17 @@ from msgspec import Raw, Struct
 
 from app.domain.citations import NO_SOURCES, Sources, cited_upstream
 from app.domain.dialect import ReasoningForm
-from app.domain.groups import PLAIN, CallGroup, Group, Manner, MessageGroup, ReasoningGroup, output_logprob
+from app.domain.item_builders import (
+    PLAIN,
+    CallBuilder,
+    ItemBuilder,
+    MessageBuilder,
+    OutputOptions,
+    ReasoningBuilder,
+    output_logprob,
+)
 from app.domain.think import Kind, ThinkSplitter
-from app.domain.toolbox import Ask, HandOver, Refuse, Run, Toolbox
+from app.domain.toolbox import ClientCall, NeedsApproval, Rejected, ServerCall, Toolbox
 from app.ids import NewId
 from app.wire.chat import CallDelta, ChatUsage, Choice, Chunk, CustomDelta, Delta, FunctionDelta
 from app.wire.decoding import Json
@@ -31,7 +39,7 @@ class OwnCall(Struct, frozen=True):
     name: str
     """As the model knows the tool."""
     arguments: str
-    verdict: Run | Ask | Refuse
+    verdict: ServerCall | NeedsApproval | Rejected
     place: str
     """What the ids of its items end in, which tells where it stands among the calls of its turn."""
 
@@ -49,7 +57,7 @@ class Turn:
         new_id: NewId,
         *,
         output_index: int = 0,
-        manner: Manner = PLAIN,
+        options: OutputOptions = PLAIN,
         splitter: ThinkSplitter | None = None,
         call_ids: set[str] | None = None,
         sources: Sources = NO_SOURCES,
@@ -69,12 +77,12 @@ class Turn:
         self.reasoning_form: ReasoningForm | None = None
         """In which form the upstream has reasoned; None if it has not."""
         self.has_too_many_calls = False
-        self._toolbox, self._new_id, self._manner, self._sources = toolbox, new_id, manner, sources
+        self._toolbox, self._new_id, self._options, self._sources = toolbox, new_id, options, sources
         self._splitter = splitter or ThinkSplitter()
         self._call_ids = set() if call_ids is None else call_ids
-        self._queue: deque[Group] = deque()
+        self._queue: deque[ItemBuilder] = deque()
         self._opened = False
-        self._calls: dict[int, CallGroup] = {}
+        self._calls: dict[int, CallBuilder] = {}
         self._calls_left = calls_max
         self._call_items = call_items or new_id
         self._last_index = 0
@@ -104,7 +112,7 @@ class Turn:
         while self._queue:
             head = self._queue.popleft()
             last = not self._queue
-            if isinstance(head, CallGroup):
+            if isinstance(head, CallBuilder):
                 head.settle()
                 if self._takes(head):
                     continue
@@ -115,7 +123,7 @@ class Turn:
             self._opened = False
         return events
 
-    # -- What the chunk says goes to its group --
+    # -- What the chunk says goes to its builder --
 
     def _take(self, delta: Delta, choice: Choice) -> None:
         reasoning = delta.reasoning_content or delta.reasoning or delta.thinking
@@ -137,8 +145,8 @@ class Turn:
             self._annotate(delta.annotations)
 
     def _annotate(self, given: list[Raw]) -> None:
-        group = self._queue[-1] if self._queue else None
-        annotations = group.annotations if isinstance(group, MessageGroup) else self._annotations
+        builder = self._queue[-1] if self._queue else None
+        annotations = builder.annotations if isinstance(builder, MessageBuilder) else self._annotations
         annotations += filter(None, map(cited_upstream, given))
 
     def _split(self, pieces: list[tuple[Kind, str]]) -> None:
@@ -151,45 +159,45 @@ class Turn:
                 self._logprobs = []
 
     def _reason(self, text: str) -> None:
-        group = self._queue[-1] if self._queue else None
-        if not isinstance(group, ReasoningGroup):
-            group = ReasoningGroup(self._new_id("rs"), self._manner)
-            self._queue.append(group)
-        group.pending.append(text)
+        builder = self._queue[-1] if self._queue else None
+        if not isinstance(builder, ReasoningBuilder):
+            builder = ReasoningBuilder(self._new_id("rs"), self._options)
+            self._queue.append(builder)
+        builder.pending.append(text)
 
     def _say(self, text: str, kind: str) -> None:
-        group = self._queue[-1] if self._queue else None
-        if not isinstance(group, MessageGroup):
+        builder = self._queue[-1] if self._queue else None
+        if not isinstance(builder, MessageBuilder):
             # White space alone, as some models put before their calls, is no message.
             self._blank.append(text)
             if not text or text.isspace():
                 return
             text = "".join(self._blank)
             self._blank.clear()
-            group = MessageGroup(self._new_id("msg"), self._sources)
-            group.annotations, self._annotations = self._annotations, []
-            self._queue.append(group)
+            builder = MessageBuilder(self._new_id("msg"), self._sources)
+            builder.annotations, self._annotations = self._annotations, []
+            self._queue.append(builder)
         logprobs: list[Raw] = []
         if kind == "text":
             logprobs, self._logprobs = self._logprobs, []
-        group.pending.append((kind, text, logprobs))
+        builder.pending.append((kind, text, logprobs))
 
     def _call(self, delta: CallDelta) -> None:
-        group = self._group_of(delta)
-        if group is None:
+        builder = self._builder_of(delta)
+        if builder is None:
             self.has_too_many_calls = True
             return
         said = delta.function or delta.custom
-        if delta.id and not group.call_id:
+        if delta.id and not builder.call_id:
             call_id = delta.id[:CALL_ID_CHARS_MAX]
-            group.call_id = call_id if call_id not in self._call_ids else self._new_id("call")
-            self._call_ids.add(group.call_id)
-        group.native = group.native or delta.custom is not None
+            builder.call_id = call_id if call_id not in self._call_ids else self._new_id("call")
+            self._call_ids.add(builder.call_id)
+        builder.native = builder.native or delta.custom is not None
         if said is not None:
-            group.take_name(said.name)
-            group.take_input(_input(said))
+            builder.take_name(said.name)
+            builder.take_input(_input(said))
 
-    def _group_of(self, delta: CallDelta) -> CallGroup | None:
+    def _builder_of(self, delta: CallDelta) -> CallBuilder | None:
         """By `index`; dialects without one, or with the same one for every call, begin a call with a name and either a new id or,
         where they give none, arguments behind whole ones. None for a call too many."""
         index = delta.index if delta.index is not None else self._last_index
@@ -199,7 +207,7 @@ class Turn:
             if not self._calls_left:
                 return None
             self._calls_left -= 1
-            known = self._calls[index] = CallGroup(self._toolbox, self._new_id, self._call_items)
+            known = self._calls[index] = CallBuilder(self._toolbox, self._new_id, self._call_items)
             self._queue.append(known)
         known.upstream_id = known.upstream_id or delta.id
         self._last_index = index
@@ -214,7 +222,7 @@ class Turn:
             if not self._opened:
                 if not (head.ready or (followed and head.complete)):
                     return
-                if isinstance(head, CallGroup) and not isinstance(head.verdict, HandOver):
+                if isinstance(head, CallBuilder) and not isinstance(head.verdict, ClientCall):
                     if not (followed and head.complete):
                         return
                     self._takes(head)
@@ -228,22 +236,22 @@ class Turn:
             self._queue.popleft()
             self._opened = False
 
-    def _open(self, head: Group) -> Iterator[Event]:
+    def _open(self, head: ItemBuilder) -> Iterator[Event]:
         self._opened = True
         yield from head.open(self.output_index)
         self.output_index += 1
-        self.handed_over += isinstance(head, CallGroup)
+        self.handed_over += isinstance(head, CallBuilder)
 
-    def _takes(self, call: CallGroup) -> bool:
+    def _takes(self, call: CallBuilder) -> bool:
         """Whether a call does not go to the client; if so it is remembered, whole."""
         verdict = call.verdict
-        if isinstance(verdict, HandOver):
+        if isinstance(verdict, ClientCall):
             return False
         self.own_calls.append(OwnCall(call.call_id, call.name, call.input, verdict, self._call_items("")))
         return True
 
 
-def _begins_another(delta: CallDelta, said: FunctionDelta | CustomDelta, known: CallGroup) -> bool:
+def _begins_another(delta: CallDelta, said: FunctionDelta | CustomDelta, known: CallBuilder) -> bool:
     if delta.id:
         return bool(known.upstream_id) and delta.id != known.upstream_id
     return known.whole and bool(_input(said))

@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 import uvicorn
 
-from app.echo.instances import SchemaError
-from app.echo.talk import ChatRequest, Reply, reply_to
+from app.echo.replies import ChatRequest, Reply, reply_to
+from app.echo.schema_examples import SchemaError
 
 MODEL = "echo"
 WORD_PAUSE_S = 0.02

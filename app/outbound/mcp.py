@@ -77,7 +77,7 @@ PART_BYTES_MIN = 256
 """What a part of an answer counts for at least: each costs as much as so many bytes, however few it has."""
 
 PARTS_AT_ONCE = 64
-"""Parts of an answer that are read without a pause."""
+"""Services of an answer that are read without a pause."""
 
 REQUESTS_AT_ONCE_MAX = 16
 """Of a server to us; it reads no answers, or asks without end, where more would have to wait. We refuse all of them."""

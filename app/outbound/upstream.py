@@ -38,10 +38,10 @@ from app.errors import (
     UpstreamStalled,
     UpstreamUnavailable,
 )
+from app.idle_timeout import IdleTimeout
 from app.outbound.catalog import UpstreamEntry
 from app.outbound.failures import NO_CREDIT, NO_JSON, Asked, KeyRefused, failed_in_stream, refused
 from app.outbound.masking import KEY_NAME, Mask, secrets_of
-from app.patience import Patience
 from app.settings import Settings
 from app.wire.chat import Chunk, ModelEntry
 from app.wire.odd_chunks import is_error, read_chunk, read_completion, read_models
@@ -422,7 +422,7 @@ class ChunkStream:
         if self._failed:
             raise self._failed
         idle_s = self.upstream.idle_timeout_s
-        with closing(Patience(idle_s)) as idle, closing(Patience(min(idle_s, TAIL_WAIT_S))) as tail:
+        with closing(IdleTimeout(idle_s)) as idle, closing(IdleTimeout(min(idle_s, TAIL_WAIT_S))) as tail:
             while not self._ended:
                 patience = tail if self._finished else idle
                 try:

@@ -313,7 +313,12 @@ class Executor:
                     await approvals.answer_requests(tx, run.tenant_id, run.response.id, decisions)
 
     async def _insert_response(
-        self, tx: Tx, run: Run, response: Response | None, owner: Owner | None, items: Sequence[tuple[str, bytes]]
+        self,
+        tx: Tx,
+        run: Run,
+        response: Response | None,
+        owner: Owner | None,
+        items: Sequence[tuple[str, bytes]],
     ) -> None:
         if response:
             await responses.insert_response(

@@ -18,7 +18,7 @@ from app.domain.context import Context, proceed
 from app.domain.lifecycle import Outcome, add_usage, outcome_of
 from app.domain.prompt import chat_request
 from app.domain.think import ThinkSplitter
-from app.domain.toolbox import Ask, Refuse, Run, Toolbox
+from app.domain.toolbox import NeedsApproval, Rejected, ServerCall, Toolbox
 from app.domain.turn import OwnCall, Turn
 from app.errors import (
     ApiError,
@@ -177,7 +177,7 @@ class Loop:
             outcome = outcome_of(turn.finish_reason)
             if outcome.status != "completed" or not turn.own_calls:
                 return outcome
-            ends = turn.handed_over or any(isinstance(call.verdict, Ask) for call in turn.own_calls)
+            ends = turn.handed_over or any(isinstance(call.verdict, NeedsApproval) for call in turn.own_calls)
             if not (left or ends):
                 break  # nobody would read what comes of the calls
             said = self._made(made)
@@ -244,15 +244,15 @@ class Loop:
         most = self._task.request.body.max_tool_calls
         for own in own_calls:
             match own.verdict:
-                case Refuse(reason):
+                case Rejected(reason):
                     refused.append(_refused(own, reason))
-                case Ask(name, label):
+                case NeedsApproval(name, label):
                     asked = self._task.ids_of_requests(own.ids, label, name, own.arguments)
                     events += approval_request(asked, label, name, own.arguments, self._output_index)
                     self._output_index += 1
-                case Run() as run if most is None or self._calls_made + len(calls) < most:
+                case ServerCall() as run if most is None or self._calls_made + len(calls) < most:
                     calls.append(self._tools.pending(run, own.arguments, own.ids))
-                case Run():
+                case ServerCall():
                     refused.append(_refused(own, "The limit of tool calls is reached. Answer without another call."))
         await self._answer(calls, events)
         return refused
@@ -298,7 +298,7 @@ class Loop:
             self._context.toolbox,
             new_id,
             output_index=self._output_index,
-            manner=self._task.manner,
+            options=self._task.options,
             splitter=ThinkSplitter(stream.upstream.dialect.think),
             call_ids=self._call_ids,
             sources=sources_of(self._context.items) if self._context.hosted else NO_SOURCES,

@@ -10,8 +10,8 @@ from msgspec.structs import replace
 from app.domain import limits
 from app.domain.approvals import signing
 from app.domain.context import Context, answered_requests, check_parent, references, resolve, restore
-from app.domain.groups import Manner
 from app.domain.hosted import HostedRoute, Kind, kind_of, missing_server, names_data
+from app.domain.item_builders import OutputOptions
 from app.domain.prompt import chat_request
 from app.domain.sealed import Seal, TenantSeal
 from app.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
@@ -41,7 +41,7 @@ class Task(Struct, frozen=True):
     routes: Sequence[tuple[Upstream, Route]]
     caller_key: str | None
     seal: TenantSeal
-    manner: Manner
+    options: OutputOptions
     parent: Place | None
     earlier_bytes: int
     """What the items of the parent's context take."""
@@ -345,7 +345,7 @@ class Tasks:
         reasoning, seal = request.body.reasoning, self._seal.of(tenant_id)
         # Whoever keeps the history itself has to keep reasoning, too.
         is_sealed = not request.store or "reasoning.encrypted_content" in request.include
-        manner = Manner(
+        options = OutputOptions(
             summarize=bool(reasoning and (reasoning.summary or reasoning.generate_summary)),
             seal=seal.close if is_sealed else None,
         )
@@ -356,7 +356,7 @@ class Tasks:
             routes=routes,
             caller_key=caller_key,
             seal=seal,
-            manner=manner,
+            options=options,
             parent=found.parent,
             earlier_bytes=found.earlier_bytes,
             room=room,

@@ -22,7 +22,7 @@ from app.domain.calls import (
     not_json,
 )
 from app.domain.hosted import container_named
-from app.domain.toolbox import ByHost, Run
+from app.domain.toolbox import ByHost, ServerCall
 from app.ids import NewId, new_id
 from app.outbound.guard import Guard
 from app.outbound.masking import Mask
@@ -69,7 +69,7 @@ class Tools:
             )
             return [], error.message
 
-    def pending(self, run: Run, arguments: str, ids: NewId) -> PendingCall:
+    def pending(self, run: ServerCall, arguments: str, ids: NewId) -> PendingCall:
         """A call of the model, before it is sent."""
         if isinstance(run.by, ByHost):
             container = container_named(run.by.declaration) or self._container

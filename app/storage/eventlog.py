@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import closing
 
-from app.patience import Patience
+from app.idle_timeout import IdleTimeout
 from app.storage.backlog import PAGE_BYTES, Backlog, page_end, size_of
 from app.wire.events import Entry
 
@@ -46,7 +46,7 @@ class MemoryLog:
 
         After so much silence comes an empty batch, so that the reader can show that it is alive.
         """
-        with closing(Patience(silence_s)) as patience:
+        with closing(IdleTimeout(silence_s)) as patience:
             while True:
                 if self._entries:
                     size = self.backlog.bytes

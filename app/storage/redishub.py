@@ -13,7 +13,7 @@ import redis.asyncio as redis
 from msgspec import Struct
 from redis.exceptions import RedisError
 
-from app.patience import Patience
+from app.idle_timeout import IdleTimeout
 from app.storage.backlog import ENTRY_OVERHEAD_BYTES, Backlog, size_of
 from app.storage.redisclient import BLOCK_MS, RETRY_S
 from app.wire.events import Entry, split_frames
@@ -71,7 +71,7 @@ class Hub:
     @asynccontextmanager
     async def reading(self, key: str, after: int, backlog: Backlog, silence_s: float) -> AsyncIterator["Reader"]:
         """A reader of one stream, from behind a sequence number on, for the task that opens it."""
-        patience = Patience(silence_s)
+        patience = IdleTimeout(silence_s)
         reader = Reader(self, key, after, patience, backlog)
         try:
             yield reader
@@ -167,7 +167,7 @@ class Reader:
         "given",
     )
 
-    def __init__(self, hub: Hub, key: str, after: int, patience: Patience, backlog: Backlog) -> None:
+    def __init__(self, hub: Hub, key: str, after: int, patience: IdleTimeout, backlog: Backlog) -> None:
         self._hub, self._key, self._patience, self._backlog = hub, key, patience, backlog
         self._position = f"1-{after + 1}"
         self._count = FIRST_PAGE_ENTRIES

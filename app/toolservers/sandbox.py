@@ -2,7 +2,7 @@
 
     python -m app.toolservers.sandbox [--http HOST:PORT] [--python /opt/science/bin/python]
 
-What the isolation is worth: each run gets Linux namespaces of its own (`jail.py` says what they hide), so code cannot reach the
+What the isolation is worth: each run gets Linux namespaces of its own (`isolation.py` says what they hide), so code cannot reach the
 network, see the host's files or processes, or leave a process behind; CPU and wall time, memory, processes, files and output are
 bounded. That is what a container gives, not what a virtual machine gives: the kernel is shared, though system calls that code
 does not need are refused (`seccomp.py`). For code of strangers run this server on a machine, or in a virtual machine, that holds nothing of value.
@@ -46,12 +46,12 @@ from mcp_types import CallToolResult, ImageContent, TextContent, ToolAnnotations
 from pydantic import BaseModel, Field
 
 from app.toolservers.address import http_option
-from app.toolservers.jail import Order, Report
+from app.toolservers.isolation import Order, Report
 from app.toolservers.seccomp import MACHINES, filter_for
 from app.toolservers.serving import serve
 
-JAIL = Path(__file__).with_name("jail.py")
-CELL = Path(__file__).with_name("cell.py").read_text()
+ISOLATION = Path(__file__).with_name("isolation.py")
+NOTEBOOK_CELL = Path(__file__).with_name("notebook_cell.py").read_text()
 WMEM_DEFAULT = Path("/proc/sys/net/core/wmem_default")
 HOME = "/mnt/data"  # where models expect their files
 CONTAINER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{15,127}")
@@ -113,7 +113,7 @@ class NoRoom(Exception):
     """There are too many containers, or too large ones, and all are in use."""
 
 
-class JailFailed(Exception):
+class IsolationFailed(Exception):
     """Code could not be run in a jail; the message says why."""
 
 
@@ -148,22 +148,22 @@ class Sandbox:
         """Whether runs get namespaces; without them there are resource limits and nothing else."""
 
     async def prepare(self) -> None:
-        """Find out what can be had here. Raises JailFailed."""
+        """Find out what can be had here. Raises IsolationFailed."""
         question = "import json, sys; print(json.dumps([sys.prefix, sys.base_prefix]))"
         asked = await asyncio.create_subprocess_exec(
             *(self._python, "-c", question), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
         )
         answer, _ = await asked.communicate()
         if asked.returncode:
-            raise JailFailed(f"{self._python} is no working Python.")
+            raise IsolationFailed(f"{self._python} is no working Python.")
         self._visible = json.loads(answer)
         machine = os.uname().machine
         if machine not in MACHINES:
-            raise JailFailed(f"the system calls of {machine} are not known here.")
+            raise IsolationFailed(f"the system calls of {machine} are not known here.")
         self._filter = filter_for(machine)
         try:
             await self._try_out()
-        except JailFailed:
+        except IsolationFailed:
             if not self.network or os.getuid() == 0:  # as root it would be confined by nothing
                 raise
             self.isolated = False
@@ -172,12 +172,12 @@ class Sandbox:
     async def _try_out(self) -> None:
         seen, _ = await self.run("print(*(line.split(':')[0] for line in open('/proc/net/dev').readlines()[2:]))")
         if seen.exit_code or (seen.stdout.split() != ["lo"] and not self.network):
-            raise JailFailed(f"a trial run went wrong: {seen.stderr or seen.stdout}".strip())
+            raise IsolationFailed(f"a trial run went wrong: {seen.stderr or seen.stdout}".strip())
 
     async def run(
         self, code: str, container: str = "", files: Mapping[str, bytes] | None = None
     ) -> tuple[Run, list[ImageContent]]:
-        """Run one cell, and give how it went and the images that it made. Raises JailFailed, NoRoom.
+        """Run one cell, and give how it went and the images that it made. Raises IsolationFailed, NoRoom.
 
         `container` is a valid id, or empty for a run whose files are forgotten; the names of `files` are valid.
         """
@@ -188,7 +188,7 @@ class Sandbox:
             if state and state.exists():
                 before.insert(0, stack.enter_context(state.open("rb")))
             after = stack.enter_context(fresh(self._directory) if state else scratch())
-            report, stdout, stderr = await self._jailed(code, before, after)
+            report, stdout, stderr = await self._isolated_run(code, before, after)
             made, images = await asyncio.to_thread(changes, before, after)
             said = [*notes(report, self._limits)]
             if state:
@@ -205,7 +205,7 @@ class Sandbox:
         )
         return run, images
 
-    async def _jailed(self, code: str, before: list[IO[bytes]], after: IO[bytes]) -> tuple[Report, str, str]:
+    async def _isolated_run(self, code: str, before: list[IO[bytes]], after: IO[bytes]) -> tuple[Report, str, str]:
         """Carry out one order; gives the report, stdout and stderr."""
         async with AsyncExitStack() as stack:
             told, report = stack.enter_context(pipe())
@@ -215,7 +215,7 @@ class Sandbox:
             home = HOME if self.isolated else stack.enter_context(tempfile.TemporaryDirectory(dir=self._directory))
             order = self._order(home, [file.fileno() for file in before], after.fileno(), report.fileno())
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-ISB", JAIL, json.dumps(order)),
+                *(sys.executable, "-ISB", ISOLATION, json.dumps(order)),
                 stdin=stdin,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -233,17 +233,17 @@ class Sandbox:
                     stdout, stderr = await asyncio.gather(kept(process.stdout, limit), kept(process.stderr, limit))
                     await process.wait()
             except TimeoutError:
-                raise JailFailed("it did not come to an end.") from None
+                raise IsolationFailed("it did not come to an end.") from None
             line = told.readline()
             done: Report = json.loads(line) if line else {"failure": stderr or "it died."}
             if "failure" in done:
-                raise JailFailed(done["failure"])
+                raise IsolationFailed(done["failure"])
             return done, stdout, stderr
 
     def _order(self, home: str, files_in: list[int], files_out: int, report: int) -> Order:
         limits = self._limits
         return {
-            "command": [str(self._python), "-B", "-s", "-u", "-X", "utf8", "-c", CELL],
+            "command": [str(self._python), "-B", "-s", "-u", "-X", "utf8", "-c", NOTEBOOK_CELL],
             "filter": self._filter.hex(),
             "env": {
                 "PATH": f"{self._python.parent}:/usr/local/bin:/usr/bin:/bin",
@@ -546,7 +546,7 @@ def tool_server(sandbox: Sandbox) -> MCPServer[Any]:
             run, images = await sandbox.run(code, checked_container(container), checked_files(files))
         except UnicodeEncodeError as error:
             raise ToolError(f"code is not text: {error}") from error
-        except (JailFailed, NoRoom) as error:
+        except (IsolationFailed, NoRoom) as error:
             raise ToolError(f"The code could not be run: {error}") from error
         return CallToolResult(content=[TextContent(text=said(run)), *images], structured_content=run.model_dump())
 
@@ -605,7 +605,7 @@ def main(
     )
     try:
         asyncio.run(sandbox.prepare())
-    except (JailFailed, OSError) as error:
+    except (IsolationFailed, OSError) as error:
         raise click.ClickException(
             f"code can't be isolated here: {error}\nLinux namespaces are needed: see app/toolservers/sandbox.py."
         ) from error

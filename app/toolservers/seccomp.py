@@ -4,7 +4,7 @@ Namespaces and resource limits leave gaps, which this closes:
 
 - memory that no process has in its own: `memfd_create`, System V and POSIX queues and segments, shared anonymous mappings
   (whose pages stay when they are unmapped), huge pages, pages in pipes, rings of io_uring and perf. What is left is what
-  `jail.py` counts;
+  `isolation.py` counts;
 - keys of the host's user, which no namespace hides;
 - sockets but those of the internet protocols, which the network namespace rules; `socketpair` stays, for asyncio and
   multiprocessing, where it makes streams, which can't be connected to anything else;
@@ -145,7 +145,7 @@ def _instructions(machine: Machine) -> Iterator[Instruction]:
             *_only((SOCK_STREAM, SOCK_SEQPACKET)),
         ],
     )
-    # Success is pretended: a buffer has the size that jail.py counts for it, as the kernel's own limits would have it, too.
+    # Success is pretended: a buffer has the size that isolation.py counts for it, as the kernel's own limits would have it, too.
     buffers = [one for option in SO_BUFFERS for one in _when(EQUAL, option, ERRNO)]
     yield from _for_call(machine.setsockopt, [_argument(1), *_unless(EQUAL, SOL_SOCKET, ALLOW), _argument(2), *buffers])
     yield (RETURN, 0, 0, ALLOW)

@@ -286,7 +286,7 @@ AnyItem = (
     | OpaqueItem
 )
 
-ServerCall = McpCall | WebSearchCall | FileSearchCall | CodeInterpreterCall | ImageGenerationCall
+ServerCallItem = McpCall | WebSearchCall | FileSearchCall | CodeInterpreterCall | ImageGenerationCall
 """Calls that the server runs; each carries its own result."""
 
 PHASES = ("commentary", "final_answer")

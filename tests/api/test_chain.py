@@ -7,8 +7,8 @@ from contextlib import closing
 import openai
 import pytest
 
-from tests.looking import fetch, settled
 from tests.upstream import answer, call, calling, cut, finish, gate, note, script, text
+from tests.waiting import fetch, settled
 
 TOOL = {"type": "function", "name": "look", "parameters": {"type": "object", "properties": {}}, "strict": False}
 

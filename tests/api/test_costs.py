@@ -15,10 +15,10 @@ import pytest
 
 from app.storage.tables import OUTPUT_POSITION
 from tests import tap
-from tests.looking import fetch, until
 from tests.servers import Served
-from tests.tap import Tap
 from tests.upstream import finish, note, repeat, script, status, text
+from tests.waiting import fetch, until
+from tests.wire_proxy import Tap
 
 DEEP = 1000
 

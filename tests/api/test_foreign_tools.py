@@ -10,9 +10,9 @@ import pytest
 import uvicorn
 from mcp_server_time.server import create_server
 
-from tests.looking import until
 from tests.servers import Served
 from tests.upstream import answer, call, finish, script
+from tests.waiting import until
 
 CATALOG = """
 [upstreams.scripted]

@@ -5,9 +5,9 @@ import json
 import httpx
 import pytest
 
-from tests.looking import until
 from tests.servers import Served
 from tests.upstream import answer, error, script, text, usage
+from tests.waiting import until
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import openai
 import pytest
 
 from tests.faults.memory import Grown, needs_proc
-from tests.looking import fetch, until
 from tests.servers import Served
 from tests.upstream import finish, gate, note, script, text
+from tests.waiting import fetch, until
 
 MB = 1024 * 1024
 CHAIN_MB = 8

@@ -7,9 +7,9 @@ import openai
 import pytest
 
 from tests.api.streams import told, types_of
-from tests.looking import fetch, until
 from tests.replay import replay
 from tests.upstream import answer, call, calling, finish, note, script, text
+from tests.waiting import fetch, until
 
 
 def approval(request, approve=True, **fields):

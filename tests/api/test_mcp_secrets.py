@@ -7,10 +7,10 @@ import openai
 import pytest
 
 from tests.api.streams import told
-from tests.looking import dumped, fetch, remembered, until
 from tests.replay import replay
 from tests.servers import Served
 from tests.upstream import answer, call, calling, finish, note, script
+from tests.waiting import dumped, fetch, remembered, until
 
 TOKEN, KEY, IN_QUERY = "t0ken-s3cret", "k3y-s3cret", "qu3ry-s3cret"
 SECRETS = (TOKEN, KEY, IN_QUERY)

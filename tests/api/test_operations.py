@@ -2,7 +2,7 @@
 
 import httpx
 
-from tests.looking import fetch, until
+from tests.waiting import fetch, until
 
 
 def test_the_root_says_what_this_is_and_where_to_go(http):

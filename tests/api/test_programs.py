@@ -9,9 +9,9 @@ import uuid
 
 import pytest
 
-from tests.looking import processes, until
 from tests.servers import ROOT
 from tests.upstream import answer, calling, script
+from tests.waiting import processes, until
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import pytest
 
 from app.storage import tables
 from tests.api.streams import events_of
-from tests.looking import fetch, until
 from tests.servers import Served
 from tests.upstream import answer, calling, finish, gate, note, script, text
+from tests.waiting import fetch, until
 
 TOOL = {"type": "function", "name": "look", "parameters": {"type": "object", "properties": {}}, "strict": False}
 UNKNOWN = "resp_0123456789abcdef"

@@ -7,8 +7,8 @@ import httpx
 import openai
 import pytest
 
-from tests.looking import fetch, settled, until
 from tests.upstream import finish, gate, note, script, status, text
+from tests.waiting import fetch, settled, until
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import httpx
 import pytest
 from msgspec import Struct
 
-from tests.looking import fetch, until
 from tests.servers import Served, reprise
 from tests.upstream import answer, calling, note, reasoning, script
+from tests.waiting import fetch, until
 
 KEY_CACHE_S = 0.5
 UNKNOWN = "resp_0123456789abcdef"

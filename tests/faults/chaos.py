@@ -24,7 +24,7 @@ from typing import Any
 from app.outbound.mcp import IDEMPOTENCY_KEY
 from tests.faults.client import Follower, begin, call, decoded, frames_of, get, stream
 from tests.faults.cluster import LEASE_S, Cluster, Servers, frozen
-from tests.faults.told import closed_as, rounds_of, text_of, told
+from tests.faults.stream_oracle import closed_as, rounds_of, text_of, told
 from tests.servers import Served
 from tests.toolserver import Toolprocess
 from tests.upstream import Upstream, answer, calling, finish, note, reasoning, repeat, script, text

@@ -18,8 +18,8 @@ import redis
 
 from app import embedded, migrate
 from tests.faults.client import get
-from tests.looking import until
 from tests.servers import Served
+from tests.waiting import until
 
 LEASE_S = 1.5
 POLL_S = 0.2

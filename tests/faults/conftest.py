@@ -13,7 +13,7 @@ import pytest
 from tests.faults.client import decoded, frames_of, get
 from tests.faults.cluster import Cluster, Servers
 from tests.faults.memory import Grown
-from tests.faults.told import text_of, told
+from tests.faults.stream_oracle import text_of, told
 from tests.servers import Served
 from tests.toolserver import Toolprocess
 

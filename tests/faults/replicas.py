@@ -17,9 +17,9 @@ from msgspec import Struct
 
 from tests.faults.client import Follower, begin, decoded, frames_of
 from tests.faults.cluster import LEASE_S, POLL_S, Cluster, Servers
-from tests.faults.told import closed_as, rounds_of, text_of, told
-from tests.looking import until
+from tests.faults.stream_oracle import closed_as, rounds_of, text_of, told
 from tests.upstream import Upstream, finish, note, reasoning, repeat, script, text
+from tests.waiting import until
 
 ROUNDS = 150
 LONG = script([repeat(10, reasoning("r{i} "), every_ms=10), repeat(ROUNDS, text("w{i} "), every_ms=10), finish()])

@@ -6,9 +6,9 @@ import pytest
 
 from tests.faults.client import Follower, begin, cancel
 from tests.faults.cluster import frozen
-from tests.faults.told import rounds_of, text_of
-from tests.looking import until
+from tests.faults.stream_oracle import rounds_of, text_of
 from tests.upstream import answer, cut, finish, forever, gate, note, repeat, script, stall, text
+from tests.waiting import until
 
 
 def test_an_upstream_that_breaks_off_fails_the_response_and_keeps_its_part(cluster, check):

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tests.faults.client import Follower, begin, call, cancel, decoded, frames_of, get
 from tests.faults.cluster import frozen
-from tests.faults.told import text_of, told
-from tests.looking import until
+from tests.faults.stream_oracle import text_of, told
 from tests.upstream import answer, finish, gate, note, repeat, script, text
+from tests.waiting import until
 
 FAST_S = 0.2
 GENEROUS_S = 2.0

@@ -9,9 +9,9 @@ import urllib.parse
 import pytest
 
 from tests.faults.client import Follower, begin, call, connect, decoded, frames_of
-from tests.faults.told import rounds_of, text_of
-from tests.looking import until
+from tests.faults.stream_oracle import rounds_of, text_of
 from tests.upstream import answer, finish, gate, repeat, script, size, text
+from tests.waiting import until
 
 CROWD = 200
 

@@ -4,9 +4,9 @@ import time
 
 from tests.faults.client import Follower, begin, get
 from tests.faults.cluster import INSIDE, LEASE_S
-from tests.faults.told import closed_as, rounds_of, text_of
-from tests.looking import until
+from tests.faults.stream_oracle import closed_as, rounds_of, text_of
 from tests.upstream import finish, gate, repeat, script, text
+from tests.waiting import until
 
 HOUR_S = 3600
 

@@ -8,7 +8,7 @@ from sqlalchemy import text
 from app.settings import Settings
 from app.storage.database import Database, Query
 from tests.faults.cluster import query
-from tests.looking import until
+from tests.waiting import until
 
 LOCK = Query(
     text("select pg_advisory_xact_lock(:number)"), across_tenants="a test holds a connection with it; it reads no table"

@@ -17,8 +17,8 @@ import uvicorn
 
 from app import assembly
 from app.settings import Settings, load
-from tests.looking import count, fetch, settled, until
 from tests.upstream import Upstream, finish, forever, gate, note, script, text
+from tests.waiting import count, fetch, settled, until
 
 CLOSED_WITHIN_S = (
     2.0  # asserted with slack for a busy machine; what is promised is 0.1, and printed is what was measured

@@ -15,8 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.looking import until
 from tests.servers import Served
+from tests.waiting import until
 
 GROWTH_BYTES_MAX = 24 * 1024 * 1024
 FLOOD_BYTES = 96 * 1024 * 1024

@@ -12,8 +12,8 @@ from app.settings import Settings
 from app.storage.redisclient import CONNECTIONS_MAX
 from tests.faults.client import Follower, begin, cancel
 from tests.faults.cluster import INSIDE
-from tests.looking import until
 from tests.upstream import finish, note, repeat, script, text
+from tests.waiting import until
 
 RUNS = 60
 """Of one wave. The first one fills pools and caches."""

@@ -7,8 +7,8 @@ import pytest
 from app.storage import tenants
 from tests.faults.client import begin, call
 from tests.faults.cluster import Cluster
-from tests.looking import until
 from tests.upstream import answer, finish, gate, note, repeat, script, text
+from tests.waiting import until
 
 
 def add_tenant(cluster, name):

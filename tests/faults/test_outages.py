@@ -12,10 +12,10 @@ import pytest
 from tests import tap
 from tests.faults.client import Follower, begin, call, cancel, get, stream
 from tests.faults.cluster import LEASE_S, Cluster, frozen, locked
-from tests.faults.told import closed_as, rounds_of, text_of, told
-from tests.looking import until
-from tests.tap import Tap
+from tests.faults.stream_oracle import closed_as, rounds_of, text_of, told
 from tests.upstream import answer, calling, finish, gate, note, repeat, script, text
+from tests.waiting import until
+from tests.wire_proxy import Tap
 
 ROUNDS = 10
 OUTAGE_S = 2.5 * LEASE_S

@@ -15,9 +15,9 @@ import openai
 import pytest
 
 from app import embedded, migrate
-from tests.looking import count, fetch, settled, until
 from tests.servers import Served
 from tests.upstream import answer, finish, forever, gate, note, script, status, text
+from tests.waiting import count, fetch, settled, until
 
 DIED = {"code": "server_error", "message": "The server that made this response has died."}
 SHUT_DOWN = {"code": "server_error", "message": "The server was shut down."}

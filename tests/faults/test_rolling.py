@@ -7,9 +7,9 @@ import pytest
 import uvloop
 
 from tests.faults.rolling import port_of, roll
-from tests.looking import until
 from tests.servers import Served
 from tests.upstream import script
+from tests.waiting import until
 
 
 @pytest.mark.parametrize("through_proxy", [False, True], ids=["direct", "proxy"])

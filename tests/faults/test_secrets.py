@@ -19,8 +19,8 @@ from msgspec import Struct
 
 from tests.faults.cluster import Cluster
 from tests.faults.test_upstream_faults import FAILURES, LIMITS, REFUSALS, free_port
-from tests.looking import dumped, remembered, until
 from tests.upstream import Step, Upstream, answer, calling, error, note, script, status, text
+from tests.waiting import dumped, remembered, until
 
 CONFIDENTIAL = {
     "the caller's key": "caller-k3y-5f1d",

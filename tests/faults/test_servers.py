@@ -6,9 +6,9 @@ import pytest
 
 from tests.faults.client import Follower, begin, call, decoded, frames_of, get
 from tests.faults.cluster import LEASE_S, frozen
-from tests.faults.told import closed_as, rounds_of, text_of, told
-from tests.looking import until
+from tests.faults.stream_oracle import closed_as, rounds_of, text_of, told
 from tests.upstream import finish, gate, repeat, script, text
+from tests.waiting import until
 
 GONE_S = 10.0
 ROUNDS = 60

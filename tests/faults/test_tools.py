@@ -8,10 +8,10 @@ import pytest
 from app.domain.calls import error_text, unknown_outcome
 from tests.faults.client import Follower, begin, call, cancel
 from tests.faults.cluster import frozen, locked
-from tests.faults.told import text_of
-from tests.looking import until
+from tests.faults.stream_oracle import text_of
 from tests.upstream import answer, calling, cut, finish, gate, note, script, text, usage
 from tests.upstream import call as tool_call
+from tests.waiting import until
 
 KEY = "reprise/idempotencyKey"
 UNKNOWN = error_text(unknown_outcome().error)

@@ -14,9 +14,9 @@ import pytest
 
 from tests.faults.client import Follower, begin, connect, frames_of, get
 from tests.faults.cluster import query
-from tests.looking import until
 from tests.servers import Served
 from tests.upstream import finish, gate, note, repeat, script, size, text
+from tests.waiting import until
 
 CROWD = 50
 PIECES, PIECE_BYTES = 1_000, 10_000

@@ -11,10 +11,10 @@ import httpx
 import pytest
 
 from tests.faults.memory import GROWTH_MAX_KB, Grown, needs_proc
-from tests.looking import until
 from tests.rogue import EVENTS, JSON, PIECE, ZEROS, Rogue, Visit, headed
 from tests.servers import Served
 from tests.upstream import Upstream, answer, calling, note, script
+from tests.waiting import until
 
 LIMITS = {"REPRISE_TOOL_ANSWER_BYTES_MAX": str(2 * 2**20), "REPRISE_TOOL_CALL_TIMEOUT_S": "5"}
 

@@ -17,10 +17,10 @@ from msgspec import Struct
 
 from tests.api.streams import events_of
 from tests.faults.memory import GROWTH_MAX_KB, needs_proc
-from tests.looking import until
 from tests.rogue import EVENTS, JSON, PIECE, ZEROS, Answer, Rogue, headed
 from tests.servers import Served
 from tests.upstream import Upstream
+from tests.waiting import until
 
 MARK = "quoted-by-nobody"
 """Stands in what must not be logged."""

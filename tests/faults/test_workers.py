@@ -8,10 +8,10 @@ import pytest
 
 from tests.faults.client import Follower, begin, get
 from tests.faults.cluster import frozen, locked
-from tests.faults.told import closed_as, rounds_of, text_of
-from tests.looking import until
+from tests.faults.stream_oracle import closed_as, rounds_of, text_of
 from tests.upstream import answer, finish, gate, note, reasoning, repeat, script, text
 from tests.upstream import call as tool_call
+from tests.waiting import until
 
 PHASES = {
     "before-the-first-event": [],

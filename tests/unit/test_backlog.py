@@ -11,7 +11,7 @@ from app.settings import Settings
 from app.storage.backlog import ENTRY_OVERHEAD_BYTES, PAGE_BYTES, Backlogs, pages_of, size_of
 from app.storage.eventlog import MemoryLog
 from app.wire.events import Entry
-from app.wire.shown import Shown
+from app.wire.redaction import Redaction
 
 SETTINGS = Settings(stream_backlog_bytes_max=1_000_000, unread_bytes_max=4_000_000, stream_wait_s=0.05)
 
@@ -177,7 +177,12 @@ async def test_a_stream_whose_client_was_disconnected_before_it_began_is_refused
     gone = []
     backlog = backlogs().open()
     log = MemoryLog(backlog)
-    options = {"gone": lambda: gone.append(1), "shown": Shown(()), "obfuscate": False, "keepalive_events": False}
+    options = {
+        "gone": lambda: gone.append(1),
+        "redaction": Redaction(()),
+        "obfuscate": False,
+        "keepalive_events": False,
+    }
     reply = EventStream(log.read(silence_s=60), backlog, headers={}, made="resp_1", **options)
     backlog.drop()
     with pytest.raises(TooMuchUnread, match="retrieve 'resp_1' later"):

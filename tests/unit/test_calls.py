@@ -20,7 +20,7 @@ from app.domain.calls import (
     unknown_outcome,
 )
 from app.domain.hosted import HostedRoute
-from app.domain.retold import answer_for_model, asked_of_model
+from app.domain.tool_transcript import answer_for_model, asked_of_model
 from app.domain.toolbox import ByHost
 from app.wire.items import CallError
 from app.wire.tools import ListedTool

@@ -11,9 +11,9 @@ import msgspec
 import pytest
 
 from app.echo import serve, server
-from app.echo.instances import SchemaError, instance
+from app.echo.replies import ChatRequest, Reply, reply_to
+from app.echo.schema_examples import SchemaError, instance
 from app.echo.server import deltas
-from app.echo.talk import ChatRequest, Reply, reply_to
 
 WEATHER = {
     "type": "function",

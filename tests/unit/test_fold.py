@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from app.domain.fold import Fold
-from app.domain.groups import Manner
+from app.domain.item_builders import OutputOptions
 from app.domain.lifecycle import Outcome, close_response, open_response
 from app.domain.turn import Turn
 from app.wire.events import TERMINAL, Created, TextDelta
@@ -18,7 +18,9 @@ Events = list[dict[str, Any]]
 
 def right() -> Events:
     """A stream with every kind of item and part."""
-    turn = Turn(toolbox(function("f"), {"type": "custom", "name": "run"}), counting(), manner=Manner(summarize=True))
+    turn = Turn(
+        toolbox(function("f"), {"type": "custom", "name": "run"}), counting(), options=OutputOptions(summarize=True)
+    )
     chunks = [
         chunk(reasoning_content="hm"),
         chunk(content="a"),

@@ -26,8 +26,8 @@ from app.domain.hosted import HostedRoute, queries_of, results_of
 from app.domain.lifecycle import open_response
 from app.domain.prompt import chat_request
 from app.domain.recovery import recover
-from app.domain.retold import answer_for_model
 from app.domain.think import ThinkSplitter, Where
+from app.domain.tool_transcript import answer_for_model
 from app.domain.toolbox import ByHost, open_toolbox
 from app.domain.turn import Turn
 from app.errors import ApiError
@@ -48,8 +48,8 @@ from app.wire.events import (
     split_frames,
 )
 from app.wire.items import CallError, FileSearchCall, McpApprovalRequest, McpCall, WebSearchCall
+from app.wire.redaction import Redaction
 from app.wire.requests import decode_create, without_secrets
-from app.wire.shown import Shown
 from app.wire.tools import decode_tool_choice, decode_tools
 from tests.unit.build import (
     SEAL,
@@ -409,7 +409,7 @@ RECORDED: dict[str, tuple[int, Make]] = {
     "pages": (4000, paged),
     "items shown": (
         500,
-        lambda n: partial(Shown(()).output, [Raw(msgspec.json.encode(item(one))) for one in searched(3) * n]),
+        lambda n: partial(Redaction(()).output, [Raw(msgspec.json.encode(item(one))) for one in searched(3) * n]),
     ),
 }
 
@@ -508,7 +508,6 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_work_grows_no_faster_than_its_input(name: str):
     size, make = CASES[name]
-    gc.collect()
     gc.disable()
     try:
         while (large := best_of(make, size * GROWTH, 1)) < LEAST_S:

@@ -6,7 +6,16 @@ from typing import Any
 import msgspec
 import pytest
 
-from app.domain.toolbox import MODEL_NAME_CHARS_MAX, Ask, ByServer, HandOver, Refuse, Run, Toolbox, open_toolbox
+from app.domain.toolbox import (
+    MODEL_NAME_CHARS_MAX,
+    ByServer,
+    ClientCall,
+    NeedsApproval,
+    Rejected,
+    ServerCall,
+    Toolbox,
+    open_toolbox,
+)
 from app.errors import InvalidRequest
 from app.wire.tools import CustomTool, FunctionTool, ListedTool, NamespaceTool, decode_tool_choice, decode_tools
 from tests.unit.build import function, toolbox
@@ -26,9 +35,9 @@ def allowed(*names: str, mode: str = "auto") -> dict[str, Any]:
 
 def test_calls_of_offered_tools_are_handed_over():
     tools = toolbox(function("f"), CUSTOM, namespace("crm", function("find")))
-    assert tools.verdict("f") == HandOver("function", "f", None)
-    assert tools.verdict("run") == HandOver("custom", "run", None)
-    assert tools.verdict("crm__find") == HandOver("function", "find", "crm")
+    assert tools.verdict("f") == ClientCall("function", "f", None)
+    assert tools.verdict("run") == ClientCall("custom", "run", None)
+    assert tools.verdict("crm__find") == ClientCall("function", "find", "crm")
 
 
 @pytest.mark.parametrize(
@@ -44,12 +53,12 @@ def test_calls_of_offered_tools_are_handed_over():
 )
 def test_calls_that_may_not_be_are_refused_with_a_reason(choice: Any, name: str):
     verdict = toolbox(function("f"), function("g"), choice=choice).verdict(name)
-    assert isinstance(verdict, Refuse) and f"'{name}'" in verdict.reason
+    assert isinstance(verdict, Rejected) and f"'{name}'" in verdict.reason
 
 
 @pytest.mark.parametrize("choice", ["auto", "required", allowed("f"), {"type": "function", "name": "f"}])
 def test_the_allowed_call_is_handed_over(choice: Any):
-    assert toolbox(function("f"), function("g"), choice=choice).verdict("f") == HandOver("function", "f", None)
+    assert toolbox(function("f"), function("g"), choice=choice).verdict("f") == ClientCall("function", "f", None)
 
 
 def test_a_single_choice_must_be_called():
@@ -97,7 +106,7 @@ def test_the_later_of_two_tools_of_one_name_counts_when_the_context_adds_it():
 def test_names_that_collide_are_numbered():
     tools = toolbox(namespace("a", function("b__c")), namespace("a__b", function("c")), function("a__b__c"))
     assert list(tools.offers) == ["a__b__c", "a__b__c_2", "a__b__c_3"]
-    assert tools.verdict("a__b__c_2") == HandOver("function", "c", "a__b")
+    assert tools.verdict("a__b__c_2") == ClientCall("function", "c", "a__b")
     assert tools.model_name("c", "a__b") == "a__b__c_2"
     assert tools.model_name("a__b__c", None) == "a__b__c_3"
 
@@ -108,7 +117,7 @@ def test_long_names_are_shortened_and_stay_apart():
     assert len(tools.offers) == 2
     assert all(len(name) <= MODEL_NAME_CHARS_MAX for name in tools.offers)
     for name, offer in tools.offers.items():
-        assert tools.verdict(name) == HandOver("function", offer.tool.name, "n" * 60)
+        assert tools.verdict(name) == ClientCall("function", offer.tool.name, "n" * 60)
 
 
 def test_a_tool_that_is_no_longer_offered_keeps_its_name_in_old_context():
@@ -120,7 +129,7 @@ def test_a_tool_that_is_no_longer_offered_keeps_its_name_in_old_context():
 
 def test_custom_tools_of_a_namespace_are_offered():
     tools = open_toolbox([NamespaceTool("n", [CustomTool("run")])], [], "auto")
-    assert tools.verdict("n__run") == HandOver("custom", "run", "n")
+    assert tools.verdict("n__run") == ClientCall("custom", "run", "n")
 
 
 # -- MCP servers ------------------------------------------------------------------------------------------------------------
@@ -143,9 +152,9 @@ def served(*tools: dict[str, Any], choice: Any = "auto", **listed: list[ListedTo
 def test_a_server_s_tools_have_their_plain_names_unless_they_clash():
     tools = served(mcp("a"), function("add"), mcp("b"), a=[ECHO, ADD], b=[ADD])
     assert list(tools.offers) == ["echo", "a__add", "add", "b__add"]
-    assert tools.verdict("add") == HandOver("function", "add", None)
-    assert tools.verdict("b__add") == Run("add", ByServer("b", ask=False))
-    assert isinstance(tools.verdict("a__echo"), Refuse)
+    assert tools.verdict("add") == ClientCall("function", "add", None)
+    assert tools.verdict("b__add") == ServerCall("add", ByServer("b", ask=False))
+    assert isinstance(tools.verdict("a__echo"), Rejected)
     assert (tools.model_name("add", "a"), tools.model_name("gone", "a", qualified=False)) == ("a__add", "gone")
 
 
@@ -155,14 +164,14 @@ def test_odd_and_long_names_are_made_fit_and_mapped_back(name: str):
     assert len(tools.offers) == 3
     for model_name, offer in tools.offers.items():
         assert re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", model_name)
-        assert tools.verdict(model_name) == Run(offer.tool.name, offer.by)
+        assert tools.verdict(model_name) == ServerCall(offer.tool.name, offer.by)
     assert sorted(offer.tool.name for offer in tools.offers.values()) == sorted([name, name, f"{name}!"])
 
 
 def test_a_name_that_another_server_s_prefix_makes_is_numbered():
     tools = served(mcp("a"), mcp("b"), function("a__add"), a=[ADD], b=[ADD])
     assert list(tools.offers) == ["a__add", "b__add", "a__add_2"]
-    assert tools.verdict("a__add_2") == HandOver("function", "a__add", None)
+    assert tools.verdict("a__add_2") == ClientCall("function", "a__add", None)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +189,7 @@ def test_a_name_that_another_server_s_prefix_makes_is_numbered():
 )
 def test_which_calls_wait_for_approval(wanted: Any, asks: set[str]):
     tools = served(mcp(require_approval=wanted), box=[ECHO, ADD])
-    assert {name for name in tools.offers if isinstance(tools.verdict(name), Ask)} == asks
+    assert {name for name in tools.offers if isinstance(tools.verdict(name), NeedsApproval)} == asks
 
 
 def test_a_server_without_a_list_in_the_context_is_to_be_listed():
@@ -205,7 +214,7 @@ def test_choices_of_servers(choice: Any, offers: list[str], only: str | None):
     tools = served(mcp("a"), mcp("b"), mcp("c"), function("f"), choice=choice, a=[ECHO, ADD], b=[ADD])
     assert (list(tools.offers), tools.only and tools.only.model_name) == (offers, only)
     assert tools.mode == ("auto" if choice["type"] == "allowed_tools" else "required")
-    assert {name for name in ("echo", "a__add", "b__add", "f") if not isinstance(tools.verdict(name), Refuse)} == set(
+    assert {name for name in ("echo", "a__add", "b__add", "f") if not isinstance(tools.verdict(name), Rejected)} == set(
         [only] if only else offers
     )
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.domain.groups import Manner
+from app.domain.item_builders import OutputOptions
 from app.domain.think import ThinkSplitter
-from app.domain.toolbox import Refuse, Toolbox
+from app.domain.toolbox import Rejected, Toolbox
 from app.domain.turn import OwnCall, Turn
 from app.wire.chat import Chunk, decode_chunk
 from tests.unit.build import chunk, counting, deltas, function, heard, made, piece, plain, said, toolbox
@@ -146,16 +146,16 @@ def test_plain_text_comes_in_the_order_of_the_reference():
 
 def test_a_summary_mirrors_the_reasoning_where_one_is_asked_for():
     chunks = [chunk(reasoning_content="hm"), chunk(content="yes")]
-    events = said(turn(manner=Manner(summarize=True)), chunks)
+    events = said(turn(options=OutputOptions(summarize=True)), chunks)
     assert deltas(events, "reasoning_text") == deltas(events, "reasoning_summary_text") == ["hm"]
-    reasoning, _ = made(turn(manner=Manner(summarize=True)), chunks)
+    reasoning, _ = made(turn(options=OutputOptions(summarize=True)), chunks)
     assert reasoning["summary"] == [{"type": "summary_text", "text": "hm"}]
     assert made(turn(), chunks)[0]["summary"] == []
 
 
 def test_reasoning_is_sealed_where_that_is_included():
-    manner = Manner(seal=lambda text: f"sealed {text}")
-    (reasoning,) = made(turn(manner=manner), [chunk(reasoning="a"), chunk(reasoning="b")])
+    options = OutputOptions(seal=lambda text: f"sealed {text}")
+    (reasoning,) = made(turn(options=options), [chunk(reasoning="a"), chunk(reasoning="b")])
     assert reasoning["encrypted_content"] == "sealed ab"
     assert "encrypted_content" not in made(turn(), [chunk(reasoning="a")])[0]
 
@@ -406,7 +406,7 @@ def test_a_call_of_a_tool_that_is_not_offered_is_no_item_and_is_remembered_once(
     assert made(speaking, [*chunks, chunk("tool_calls")]) == []
     (refused,) = speaking.own_calls
     assert (
-        refused == OwnCall("c1", "h", '{"a":1}', Refuse(refused.verdict.reason), refused.place)
+        refused == OwnCall("c1", "h", '{"a":1}', Rejected(refused.verdict.reason), refused.place)
         and "'h'" in refused.verdict.reason
     )
     assert speaking.handed_over == 0

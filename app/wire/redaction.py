@@ -31,7 +31,7 @@ _FIELDS = msgspec.json.Decoder(dict[str, Raw])
 _ITEMS = msgspec.json.Decoder(list[Raw])
 
 
-class Shown:
+class Redaction:
     """What one reader is shown."""
 
     def __init__(self, include: Collection[str]) -> None:

@@ -17,7 +17,7 @@ from app.wire.items import (
     McpApprovalRequest,
     McpApprovalResponse,
     McpCall,
-    ServerCall,
+    ServerCallItem,
     WebSearchCall,
 )
 
@@ -52,7 +52,7 @@ def _said(kind: Kind, given: Json) -> Said:
 
 def answer_for_model(item: AnyItem) -> str:
     """What came of a server-run call, or of a request for approval, as the model reads it."""
-    if isinstance(item, ServerCall) and item.status in {"incomplete", "in_progress"}:
+    if isinstance(item, ServerCallItem) and item.status in {"incomplete", "in_progress"}:
         return f"Error: {BROKEN_OFF}"
     match item:
         case McpCall():

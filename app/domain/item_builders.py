@@ -8,7 +8,7 @@ from msgspec import UNSET, Raw, Struct
 
 from app.domain.citations import NO_SOURCES, Sources
 from app.domain.dialect import WRAPPED_INPUT
-from app.domain.toolbox import MODEL_NAME_CHARS_MAX, HandOver, Toolbox, Verdict
+from app.domain.toolbox import MODEL_NAME_CHARS_MAX, ClientCall, Toolbox, Verdict
 from app.domain.wholeness import WholeObject
 from app.ids import NewId
 from app.wire.chat import Logprob
@@ -49,7 +49,7 @@ from app.wire.items import (
 )
 
 
-class Manner(Struct, frozen=True):
+class OutputOptions(Struct, frozen=True):
     """How a run wants its events: what the request asked for beyond the plain order."""
 
     summarize: bool = False
@@ -58,11 +58,11 @@ class Manner(Struct, frozen=True):
     """Makes `encrypted_content`, where it is included."""
 
 
-PLAIN = Manner()
+PLAIN = OutputOptions()
 """Nothing beyond the plain order."""
 
 
-class Group(Protocol):
+class ItemBuilder(Protocol):
     """One output item in the making."""
 
     @property
@@ -72,7 +72,7 @@ class Group(Protocol):
 
     @property
     def complete(self) -> bool:
-        """Whether it may be closed once another group has begun."""
+        """Whether it may be closed once another builder has begun."""
         ...
 
     def open(self, output_index: int) -> Iterator[Event]:
@@ -88,7 +88,7 @@ class Group(Protocol):
         ...
 
 
-class MessageGroup:
+class MessageBuilder:
     """Text and refusals: one content part each time the kind changes."""
 
     ready = complete = True
@@ -159,29 +159,29 @@ class MessageGroup:
         yield _done(self._output_index, item)
 
 
-class ReasoningGroup:
+class ReasoningBuilder:
     """Raw reasoning text, mirrored into the summary where one was asked for."""
 
     ready = complete = True
 
-    def __init__(self, id: str, manner: Manner) -> None:
+    def __init__(self, id: str, options: OutputOptions) -> None:
         self.id = id
         self.pending: list[str] = []
-        self._manner = manner
+        self._options = options
         self._said: list[str] = []
 
     def open(self, output_index: int) -> Iterator[Event]:
         self._at: dict[str, Any] = {"item_id": self.id, "output_index": output_index}
         yield ItemAdded(output_index=output_index, item=Reasoning(id=self.id, status="in_progress"))
         yield PartAdded(**self._at, part=ReasoningText(text=""))
-        if self._manner.summarize:
+        if self._options.summarize:
             yield SummaryPartAdded(**self._at, part=SummaryText(text=""))
 
     def drain(self) -> Iterator[Event]:
         for text in self.pending:
             self._said.append(text)
             yield ReasoningDelta(**self._at, delta=text)
-            if self._manner.summarize:
+            if self._options.summarize:
                 yield SummaryDelta(**self._at, delta=text)
         self.pending.clear()
 
@@ -189,20 +189,20 @@ class ReasoningGroup:
         said = "".join(self._said)
         yield ReasoningDone(**self._at, text=said)
         yield PartDone(**self._at, part=ReasoningText(text=said))
-        if self._manner.summarize:
+        if self._options.summarize:
             yield SummaryDone(**self._at, text=said)
             yield SummaryPartDone(**self._at, part=SummaryText(text=said))
         item = Reasoning(
             id=self.id,
-            summary=[SummaryText(text=said)] if self._manner.summarize else [],
+            summary=[SummaryText(text=said)] if self._options.summarize else [],
             content=[ReasoningText(text=said)],
-            encrypted_content=self._manner.seal(said) if self._manner.seal else UNSET,
+            encrypted_content=self._options.seal(said) if self._options.seal else UNSET,
             status=status,
         )
         yield _done(self._at["output_index"], item)
 
 
-class CallGroup:
+class CallBuilder:
     """A call of a function or custom tool. Its name may come in pieces and its id late: it opens with its first argument."""
 
     def __init__(self, toolbox: Toolbox, new_id: NewId, item_id: NewId) -> None:
@@ -257,7 +257,7 @@ class CallGroup:
 
     def open(self, output_index: int) -> Iterator[Event]:
         verdict = self.verdict
-        assert isinstance(verdict, HandOver)
+        assert isinstance(verdict, ClientCall)
         namespace = verdict.namespace or UNSET
         if verdict.kind == "custom":
             self._item = CustomToolCall(

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from app.echo.instances import JsonSchema, instance
+from app.echo.schema_examples import JsonSchema, instance
 
 EARLIER_MESSAGES_MAX = 20
 EARLIER_CHARS_MAX = 60

@@ -1,6 +1,6 @@
 """Runs a program where it can do little: Linux namespaces and resource limits, from the standard library alone.
 
-A program of its own, started by `sandbox.py` for each run: `python -ISB jail.py ORDER`, where ORDER is the JSON of an
+A program of its own, started by `sandbox.py` for each run: `python -ISB isolation.py ORDER`, where ORDER is the JSON of an
 `Order`. What the jailed program prints goes to this program's stdout and stderr, and it reads this program's stdin.
 
 With namespaces, which Linux gives to unprivileged users too unless it is told not to, the program has

@@ -20,7 +20,7 @@ from app.storage.backlog import Backlogs
 from app.storage.database import Database
 
 
-class Parts(Struct, frozen=True):
+class Services(Struct, frozen=True):
     """One dependency for all of them: Litestar starts a task for each that can be provided beside another."""
 
     settings: Settings
@@ -37,9 +37,9 @@ class Parts(Struct, frozen=True):
     auth: Auth
 
 
-async def provide_caller(request: Request[Any, Any, Any], parts: Parts) -> Caller:
+async def provide_caller(request: Request[Any, Any, Any], services: Services) -> Caller:
     """The dependency of every handler below /v1."""
     # Litestar keeps the headers that it has parsed as long as the reply takes, which may be long.
-    caller = await parts.auth.caller(request.scope["headers"], http_version=request.scope["http_version"])
+    caller = await services.auth.caller(request.scope["headers"], http_version=request.scope["http_version"])
     structlog.contextvars.bind_contextvars(tenant_id=caller.tenant_id)
     return caller

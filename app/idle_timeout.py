@@ -4,7 +4,7 @@ import asyncio
 from types import TracebackType
 
 
-class Patience:
+class IdleTimeout:
     """Entered around each wait of one task; raises TimeoutError out of one that takes too long, and is closed after the last.
 
     A timer for every wait would cost more than most of what is waited for. So the timer of one wait stays for those behind
