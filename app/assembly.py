@@ -1,4 +1,4 @@
-"""The one place that builds things: settings → database, upstreams, executor, application."""
+"""The composition root: settings → database, upstreams, runs, application."""
 
 import asyncio
 import os
@@ -34,24 +34,24 @@ LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
 WORKER_CONNECTION = "reprise worker"
-"""What Postgres calls the heartbeat's connection of a process that claims background runs."""
+"""The `application_name` of the heartbeat connection of a process that claims background runs."""
 
 
 class Assembly(Struct, frozen=True):
-    """A server that is built and not yet listening."""
+    """A server that is built and does not listen yet."""
 
     settings: Settings
     catalog: Catalog
     app: ASGIApp
     keys_in_use: bool
     drain: Callable[[], None]
-    """Take on nothing more: the end is near."""
+    """Claim no more runs: the process is about to shut down."""
     break_off: Callable[[], Awaitable[None]]
-    """Responses that are still made here end, and readers of others go elsewhere."""
+    """End the responses that are made here, and disconnect the readers of others."""
 
 
 class Core(Struct, frozen=True):
-    """What makes responses, with or without an API around it."""
+    """Everything that makes responses, with or without the API."""
 
     database: Database
     tasks: Tasks
@@ -66,7 +66,7 @@ class Core(Struct, frozen=True):
 async def core(
     settings: Settings, catalog: Catalog, *, claims: bool
 ) -> AsyncIterator[tuple[Core, dict[str, Upstream]]]:
-    """Everything below the API, and its orderly end. Raises SettingsError."""
+    """Everything below the API, closed at the end. Raises SettingsError."""
     seal = open_seal(settings)
     database = Database(settings)
     heartbeats = Database(
@@ -109,7 +109,7 @@ async def working(settings: Settings) -> AsyncIterator[Worker]:
 
 @asynccontextmanager
 async def _catalog(settings: Settings) -> AsyncIterator[Catalog]:
-    """The catalog; with nothing configured, the demo is served as long as it is used."""
+    """The catalog; without a configured upstream it names the demo, which is served meanwhile."""
     demo = None if settings.catalog or settings.openai_base_url else await echo.serve()
     try:
         yield load_catalog(settings, os.environ, demo_url=demo.base_url if demo else "")
@@ -120,7 +120,7 @@ async def _catalog(settings: Settings) -> AsyncIterator[Catalog]:
 
 @asynccontextmanager
 async def assembled(settings: Settings) -> AsyncIterator[Assembly]:
-    """Everything a serving process needs, and its orderly end. Raises SettingsError."""
+    """Everything that a serving process needs, closed at the end. Raises SettingsError."""
     claims = settings.workers_in_api
     async with _catalog(settings) as catalog, core(settings, catalog, claims=claims) as (made, upstreams):
         worker = made.worker
@@ -161,7 +161,7 @@ async def assembled(settings: Settings) -> AsyncIterator[Assembly]:
 
 
 async def _check_openness(settings: Settings, database: Database) -> bool:
-    """Whether there are keys. Without keys anybody may call; then only this machine may reach us."""
+    """Whether there are keys. Without keys every client may call, so only this machine may reach the server."""
     async with database.autocommit() as tx:
         in_use = await tenants.keys_in_use(tx)
     if in_use and settings.upstream_auth == "caller":
@@ -170,7 +170,7 @@ async def _check_openness(settings: Settings, database: Database) -> bool:
         )
     if not in_use and settings.host not in LOOPBACK:
         raise SettingsError(
-            f"REPRISE_HOST={settings.host} would let anybody in, because there are no keys: "
+            f"REPRISE_HOST={settings.host} would let every client in, because there are no keys: "
             "make one with `reprise keys create`, or listen on 127.0.0.1."
         )
     return in_use

@@ -1,6 +1,6 @@
 """`reprise serve | worker | migrate | keys | rekey | doctor`.
 
-A command imports what it needs itself: all of it takes seconds.
+Each command imports what it needs: importing everything takes seconds.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ def reprise() -> None:
 
 
 def main() -> None:
-    """Run the command line; what is wrong with the set-up is told in one line."""
+    """Run the command line; an error of the configuration is one line."""
     try:
         reprise.main(standalone_mode=True, prog_name="reprise")
     except (SettingsError, EmbeddedError, ApiError) as error:
@@ -64,7 +64,7 @@ def _run(main: Awaitable[T]) -> T:
 
 @reprise.command()
 def serve() -> None:
-    """Serve the API; without DATABASE_URL or REDIS_URL on embedded servers of its own."""
+    """Serve the API; embed Postgres or Valkey where DATABASE_URL or REDIS_URL is not set."""
     settings = _settings()
     embedded = setup.missing_servers(settings)
     settings = setup.with_servers(settings, create_database=True)
@@ -80,7 +80,7 @@ def serve() -> None:
 
 @reprise.command()
 def worker() -> None:
-    """Make background responses, and end what dead processes have left behind, without serving the API."""
+    """Make background responses, and end those of dead processes, without serving the API."""
     settings = setup.with_servers(_settings())
     from app import serving
 
@@ -89,7 +89,7 @@ def worker() -> None:
 
 @reprise.command("migrate")
 def migrate_command() -> None:
-    """Bring the database's schema to this version."""
+    """Migrate the database to the schema of this version."""
     settings = setup.with_servers(_settings(), JUST_POSTGRES, create_database=True)
     from app import migrate
 
@@ -106,7 +106,7 @@ def keys() -> None:
 
 
 def _existing() -> Settings:
-    """The settings with a database that is there and has the tables."""
+    """The settings with a database that exists and has this version's schema."""
     settings = setup.with_servers(_settings(), JUST_POSTGRES)
     from app import migrate
 
@@ -115,10 +115,10 @@ def _existing() -> Settings:
 
 
 @keys.command("create")
-@click.option("--tenant", default=DEFAULT_TENANT, show_default=True, help="Whose data the key opens.")
+@click.option("--tenant", default=DEFAULT_TENANT, show_default=True, help="The tenant whose data the key opens.")
 @click.option("--name", default="", help="A note for yourself.")
 def create_key(tenant: str, name: str) -> None:
-    """Make a key and print it; it is shown this once."""
+    """Make a key and print it, this once."""
     settings = _existing()
     from app.storage import tenants
     from app.storage.database import opened
@@ -168,7 +168,7 @@ def revoke_key(key_id: str) -> None:
 
 @reprise.command()
 def rekey() -> None:
-    """Accept this set-up's secret key although the database knows another, which is lost with all that it has sealed."""
+    """Accept the configured secret key although the database knows another. What the other has sealed is lost."""
     settings = _existing()
     fingerprints = setup.open_seal(settings).fingerprints
     from app.storage import sealing
@@ -179,7 +179,7 @@ def rekey() -> None:
             await sealing.accept_key(database, fingerprints, anyway=True)
 
     _run(accept())
-    click.echo("The database knows this secret key now.")
+    click.echo("The database accepts this secret key now.")
 
 
 # -- doctor -----------------------------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def rekey() -> None:
 
 @reprise.command()
 def doctor() -> None:
-    """Say what is wrong with this set-up; the exit status is 1 if anything is."""
+    """Check the configuration and its servers; the exit status is 1 if anything is wrong."""
     start_logging("error")
     sys.exit(0 if _run(_examine()) else 1)
 
@@ -197,6 +197,6 @@ async def _examine() -> bool:
 
     healthy = True
     async for finding in examine(os.environ):
-        click.echo(f"{'ok  ' if finding.ok else 'BAD '} {finding.what}: {finding.said}")
+        click.echo(f"{'ok  ' if finding.ok else 'BAD '} {finding.part}: {finding.text}")
         healthy = healthy and finding.ok
     return healthy

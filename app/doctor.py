@@ -1,4 +1,4 @@
-"""What is wrong with a set-up: each part is tried, and says one line. Nothing is created, migrated or changed."""
+"""`reprise doctor`: tries each part of a configuration, one line for each. Creates, migrates and changes nothing."""
 
 import asyncio
 import os
@@ -29,28 +29,28 @@ from app.storage.database import Database
 
 NAMES = {POSTGRES: "Postgres", VALKEY: "Redis"}
 
-PATIENCE_S = 5.0
+WAIT_MAX_S = 5.0
 """The longest wait for one answer."""
 
 POSTGRES_MIN = 14
 REDIS_MIN = (6, 2)
-"""The oldest versions that have what is used of them; every Valkey has."""
+"""The oldest versions with the features in use; every Valkey has them."""
 
 MODELS_NAMED_MAX = 5
 
 
 class Finding(Struct, frozen=True):
-    """One part of the set-up, and how it is."""
+    """One part of the configuration, and its state."""
 
-    what: str
+    part: str
     ok: bool
-    said: str
+    text: str
 
 
 async def examine(environ: Mapping[str, str]) -> AsyncIterator[Finding]:
-    """Try every part, one after the other; what needs a part that is bad is left out."""
+    """Try the parts one after the other; a part that depends on a bad one is skipped."""
     try:
-        settings = _impatient(load(environ))
+        settings = _with_short_waits(load(environ))
     except SettingsError as error:
         yield Finding("settings", False, str(error))
         return
@@ -69,9 +69,9 @@ async def examine(environ: Mapping[str, str]) -> AsyncIterator[Finding]:
             yield finding
 
 
-def _impatient(settings: Settings) -> Settings:
+def _with_short_waits(settings: Settings) -> Settings:
     names = ("database_timeout_s", "redis_timeout_s", "tool_connect_timeout_s", "tool_list_timeout_s", "models_wait_s")
-    return replace(settings, **{name: min(getattr(settings, name), PATIENCE_S) for name in names})
+    return replace(settings, **{name: min(getattr(settings, name), WAIT_MAX_S) for name in names})
 
 
 # -- Postgres ---------------------------------------------------------------------------------------------------------------
@@ -113,8 +113,10 @@ def _version(name: str, version: str, number: tuple[int, ...], minimum: tuple[in
 
 def _keys(settings: Settings, *, in_use: bool) -> Finding:
     open_to_all = not in_use and settings.host not in assembly.LOOPBACK
-    said = "every request needs one" if in_use else f"there are none: anybody who reaches {settings.host} may call"
-    return Finding("keys", not open_to_all, said)
+    state = (
+        "every request needs one" if in_use else f"there are none: every client that reaches {settings.host} may call"
+    )
+    return Finding("keys", not open_to_all, state)
 
 
 def _workers(settings: Settings, *, connected: bool) -> Finding:
@@ -123,7 +125,7 @@ def _workers(settings: Settings, *, connected: bool) -> Finding:
     if connected:
         return Finding("workers", True, "at least one is connected to the database")
     if "application_name=" in settings.database_url:
-        return Finding("workers", True, "can't be told from others, since DATABASE_URL sets application_name")
+        return Finding("workers", True, "can't be recognized, since DATABASE_URL sets application_name")
     return Finding(
         "workers", False, "REPRISE_WORKERS_IN_API is off, and no `reprise worker` is connected to the database"
     )
@@ -184,24 +186,24 @@ def _about_redis(about: Mapping[str, Any]) -> list[Finding]:
     if about.get("role", "master") != "master":
         found.append(Finding("Redis role", False, "it is a replica, which takes no writes"))
     if int(about.get("cluster_enabled", 0)):
-        found.append(Finding("Redis cluster", False, "it is part of a cluster, of which one node only would be asked"))
+        found.append(Finding("Redis cluster", False, "it is a node of a cluster, and Reprise would use this node only"))
     policy = str(about.get("maxmemory_policy", "noeviction"))
     if policy != "noeviction" and int(about.get("maxmemory", 0)):
         found.append(
             Finding(
                 "Redis eviction",
                 False,
-                f"maxmemory-policy is {policy}: events of running responses may go; set noeviction",
+                f"maxmemory-policy is {policy}: Redis may evict events of running responses; set noeviction",
             )
         )
     return found
 
 
 async def _try_writing(client: redis.asyncio.Redis, prefix: str) -> None:
-    """What a run does with its stream. Raises RedisError."""
+    """The commands of a run's stream. Raises RedisError."""
     key = f"{prefix}:doctor"
     await client.xadd(key, {"m": "doctor"})
-    await client.pexpire(key, int(PATIENCE_S * 1000))
+    await client.pexpire(key, int(WAIT_MAX_S * 1000))
     await client.xrange(key, count=1)
     await client.delete(key)
     await client.publish(key, "doctor")
@@ -227,8 +229,8 @@ async def _upstreams(settings: Settings) -> AsyncIterator[Finding]:
                 yield Finding(f"upstream {name}", False, f"{entry.address}: {error.message}")
             else:
                 upstream.recognize(listed)
-                said = f"{entry.address} lists {len(listed)} model{'' if len(listed) == 1 else 's'}; dialect: {upstream.dialect_name}"
-                yield Finding(f"upstream {name}", True, said)
+                state = f"{entry.address} lists {len(listed)} model{'' if len(listed) == 1 else 's'}; dialect: {upstream.dialect_name}"
+                yield Finding(f"upstream {name}", True, state)
                 for finding in _routed_models(catalog, name, [model.id for model in listed]):
                     yield finding
             finally:

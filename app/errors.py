@@ -7,43 +7,43 @@
         PreviousResponseNotFound  `previous_response_id` is unknown, deleted, another tenant's
         BodyTooLarge 413          the body is over REPRISE_BODY_BYTES_MAX
         HeadTooLarge 431          the headers are over a limit
-        UriTooLong 414            the request's line is
-        RequestTooSlow 408        the head or the body did not come in time
-      AuthenticationFailed 401    no key, an unknown one, a revoked one
-      ForeignSite 403             a web page of another site calls a server without keys
+        UriTooLong 414            the request line is
+        RequestTooSlow 408        the headers or the body did not arrive in time
+      AuthenticationFailed 401    the key is missing, unknown or revoked
+      ForeignSite 403             a web page of another site calls a server that has no keys
       NotFound 404                an unknown id or path; another tenant's id looks the same
       MethodNotAllowed 405        the path exists, the method does not
       TooManyRequests 429         a limit of this server is reached
-      ServerError 500             our mistake
-        ServerUnavailable 503     this process has too many connections, or is about to end
-        DatabaseUnavailable 503   Postgres does not answer, or not now
-          OutcomeUnknown          it was lost in the middle of a commit
+      ServerError 500             a bug in this server
+        ServerUnavailable 503     this process has too many connections, or is shutting down
+        DatabaseUnavailable 503   Postgres does not answer, or can't serve this now
+          OutcomeUnknown          the connection was lost during a commit
         TooMuchUnread 503         clients leave more unread than REPRISE_UNREAD_BYTES_MAX
       UpstreamError 502           the upstream failed
-        UpstreamRefused           its 4xx, passed on with its status
+        UpstreamRefused           its own 4xx, passed on with its status
         UpstreamBusy 429          its 429, passed on with Retry-After
         UpstreamUnavailable       it can't be reached, answers 5xx, or breaks off
-        UpstreamStalled 504       it was silent for longer than the idle limit
-        UpstreamGarbled           it sent what is no answer
+        UpstreamStalled 504       it sent nothing for longer than a timeout
+        UpstreamGarbled           it sent something that is not a completion
       ToolsUnavailable 424        `tool_choice` asks for tools of an MCP server that can't be listed
       RunTooLong                  a run met REPRISE_RUN_DURATION_MAX_S or REPRISE_RUN_OUTPUT_BYTES_MAX
-    Fenced                        internal: somebody else owns this response; stop quietly
+    Fenced                        internal: another worker owns this response; stop quietly
 
-`api/problems.py` alone makes HTTP of these, `runs/recorder.py` alone makes `response.failed` of them. Before the
+Only `api/problems.py` turns these into HTTP replies, only `runs/recorder.py` into `response.failed`. Before the
 first event an error is an HTTP status, after it an event; never both.
 """
 
 from collections.abc import Mapping, Sequence
 
 RESPONSE_ID_HEADER = "x-reprise-response-id"
-"""On the error of a create that has made output: where that can be retrieved."""
+"""A header of errors: the response whose output exists although the create failed."""
 
 TEXT_CHARS_MAX = 2_000
-"""Of a message or a path: both quote what clients send, which may be as long as a body."""
+"""Of a message and of `param`: both quote input, which may be as long as a body."""
 
 
 def shortened(text: str) -> str:
-    """A text without its middle if it is too long: the beginning says what is wrong, the end says where, or what would be right."""
+    """The text, without its middle if it is too long: it begins with what is wrong, and ends with where, or with what is right."""
     half = TEXT_CHARS_MAX // 2
     return text if len(text) <= TEXT_CHARS_MAX else f"{text[: half - 1]}…{text[-half:]}"
 
@@ -55,7 +55,7 @@ class ApiError(Exception):
     type = "server_error"
     code: str | None = None
     is_final = False
-    """Whether the same request can't succeed, or would repeat what was done: SDKs are asked not to send it again."""
+    """Whether a retry can't succeed, or would repeat work: then `x-should-retry: false` asks SDKs not to retry."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class InvalidRequest(ApiError):
 
     @property
     def event_code(self) -> str:
-        """`invalid_prompt` is what clients do not try again."""
+        """`invalid_prompt` is a code that clients do not retry."""
         return self.code or "invalid_prompt"
 
 
@@ -126,21 +126,21 @@ class HeadTooLarge(InvalidRequest):
 
 
 class UriTooLong(InvalidRequest):
-    """The request's line alone is over the limit of a head."""
+    """The request line alone is over the limit of a head."""
 
     status = 414
     code = "uri_too_long"
 
 
 class RequestTooSlow(InvalidRequest):
-    """The head or the body did not come in time."""
+    """The headers or the body did not arrive in time."""
 
     status = 408
     code = "request_timeout"
 
 
 class AuthenticationFailed(ApiError):
-    """No key, an unknown one, a revoked one."""
+    """The key is missing, unknown or revoked."""
 
     status = 401
     type = "invalid_request_error"
@@ -148,7 +148,7 @@ class AuthenticationFailed(ApiError):
 
 
 class ForeignSite(ApiError):
-    """A web page or a name that is not this machine's calls a server that asks for no key."""
+    """`Host` or `Origin` is not this machine, and the server has no keys."""
 
     status = 403
     type = "invalid_request_error"
@@ -186,11 +186,11 @@ class TooManyRequests(ApiError):
 
 
 class ServerError(ApiError):
-    """Our mistake. The message never carries internals."""
+    """A bug in this server. The message shows no internals."""
 
 
 class ServerUnavailable(ServerError):
-    """This process takes no more: it has too many connections, or is about to end. Another try may meet another one."""
+    """This process has too many connections, or is shutting down. A retry may reach another process."""
 
     status = 503
 
@@ -199,18 +199,18 @@ class ServerUnavailable(ServerError):
 
 
 class DatabaseUnavailable(ServerError):
-    """Postgres does not answer, or not now."""
+    """Postgres does not answer, or can't serve this now."""
 
     status = 503
 
 
 class OutcomeUnknown(DatabaseUnavailable):
-    """Postgres was lost before it could say whether it has stored what was asked."""
+    """The connection to Postgres was lost before the outcome of a commit was known."""
 
 
 class TooMuchUnread(ServerError):
-    """Clients leave more unread than they may together, and this reply is too large to be added. A response that was `made` for
-    it must not be made again."""
+    """Clients together leave so much unread that this large reply can't be added. A retry would repeat the work of a response
+    that was `made` for it."""
 
     status = 503
 
@@ -221,8 +221,8 @@ class TooMuchUnread(ServerError):
         elif stored:
             message, headers = f"retrieve '{made}' later", {RESPONSE_ID_HEADER: made}
         else:
-            message, headers = "the response was made, and is lost, since 'store' is false", {}
-        super().__init__(f"Too much of this server's replies is not read yet; {message}.", headers=headers)
+            message, headers = "the response was made and is lost because 'store' is false", {}
+        super().__init__(f"Clients leave too much of this server's replies unread; {message}.", headers=headers)
         self.is_final = made is not None
 
 
@@ -232,7 +232,7 @@ class UpstreamError(ApiError):
     status = 502
     code: str | None = "server_error"
     upstream: str | None = None
-    """Its name, where that is known: the message may quote what it said, and is not for the log."""
+    """The upstream's name, if known. It is logged; the message may quote the upstream, and is not."""
 
 
 class UpstreamRefused(UpstreamError):
@@ -254,7 +254,7 @@ class UpstreamRefused(UpstreamError):
 
     @property
     def event_code(self) -> str:
-        """`invalid_prompt` is what clients do not try again."""
+        """`invalid_prompt` is a code that clients do not retry."""
         return self.code or "invalid_prompt"
 
 
@@ -271,17 +271,17 @@ class UpstreamUnavailable(UpstreamError):
 
 
 class UpstreamStalled(UpstreamError):
-    """The upstream was silent for longer than the limit."""
+    """The upstream sent nothing for longer than a timeout."""
 
     status = 504
 
 
 class UpstreamGarbled(UpstreamError):
-    """The upstream sent what is no answer."""
+    """The upstream sent something that is not a completion."""
 
 
 class ToolsUnavailable(ApiError):
-    """`tool_choice` asks for a call, and there is no tool: the MCP servers can't be listed, or offer none."""
+    """`tool_choice` requires a call, but there is no tool: the MCP servers can't be listed, or offer none."""
 
     status = 424
     type = "external_connector_error"
@@ -298,4 +298,4 @@ class RunTooLong(ServerError):
 
 
 class Fenced(Exception):
-    """Somebody else owns this response; stop quietly. Never leaves `runs`."""
+    """Another worker owns this response; stop quietly. Never leaves `runs`."""

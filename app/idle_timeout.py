@@ -1,14 +1,14 @@
-"""Waiting, but not for ever: `asyncio.timeout` for a task that waits again and again."""
+"""A timeout for each wait of a task that waits often, cheaper than `asyncio.timeout` around each."""
 
 import asyncio
 from types import TracebackType
 
 
 class IdleTimeout:
-    """Entered around each wait of one task; raises TimeoutError out of one that takes too long, and is closed after the last.
+    """A context manager around each wait of one task: raises TimeoutError from a wait that takes too long. Close it after the last.
 
-    A timer for every wait would cost more than most of what is waited for. So the timer of one wait stays for those behind
-    it, and when it rings it looks how long the present one has taken.
+    A timer for every wait would cost more than most waits. So the timer of one wait stays for the next ones, and when it
+    fires it checks how long the current one has taken.
     """
 
     __slots__ = ("_begun", "_cancelling", "_expired", "_loop", "_task", "_timer", "_waits", "continues", "seconds")
@@ -17,7 +17,7 @@ class IdleTimeout:
         """`seconds` is the limit of one wait."""
         self.seconds = seconds
         self.continues = False
-        """Whether the next wait is a part of the one before: then the limit is that of both together."""
+        """Whether the next wait belongs to the previous one: then the limit is for both together."""
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         task = asyncio.current_task()
@@ -40,14 +40,14 @@ class IdleTimeout:
         self._waits = False
         if self._expired:
             self._expired = False
-            # If somebody else cancels the task as well, that is what counts.
+            # A cancellation from elsewhere takes precedence.
             if self._task.uncancel() <= self._cancelling and isinstance(error, asyncio.CancelledError):
                 raise TimeoutError from error
 
     def _ring(self) -> None:
         self._timer = None
         if not self._waits:
-            return  # the next wait sets it again
+            return  # the next wait sets a new timer
         left_s = self._begun + self.seconds - self._loop.time()
         if left_s > 0:
             self._timer = self._loop.call_later(left_s, self._ring)
@@ -56,6 +56,6 @@ class IdleTimeout:
             self._task.cancel()
 
     def close(self) -> None:
-        """Nobody waits any more."""
+        """Cancel the timer; no wait follows."""
         if self._timer:
             self._timer.cancel()

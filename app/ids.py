@@ -1,7 +1,7 @@
-"""Ids: a prefix that tells the kind, 48 bits of time, 96 random bits.
+"""Ids: a prefix that names the kind, 48 bits of time, 96 random bits.
 
 The time comes first, so new rows land at the right edge of every index and ids sort by creation. The random bits make an
-id unguessable; even so it is no capability: every lookup also takes the tenant.
+id unguessable, but not a capability: every lookup also takes the tenant.
 """
 
 import itertools
@@ -22,7 +22,7 @@ TIME_DIGITS = 12
 
 
 def seconds_of(id: str) -> int | None:
-    """The unix seconds when an id was made; None for what is no id of ours."""
+    """When an id was made, in unix seconds; None if it is not an id of ours."""
     digits = id.partition("_")[2][:TIME_DIGITS]
     if len(digits) < TIME_DIGITS or not set(digits) <= set("0123456789abcdef"):
         return None
@@ -34,24 +34,24 @@ NUMBER_DIGITS = 4
 
 
 def siblings() -> NewId:
-    """Gives ids to things that are made at once, in their order: but for their prefixes and last digits they are the same."""
+    """Ids for things that are made together, in their order: they differ in prefixes and last digits only."""
     stem = new_id("")[:-NUMBER_DIGITS]
     numbers = itertools.count()
     return lambda prefix: f"{prefix}{stem}{next(numbers):0{NUMBER_DIGITS}x}"
 
 
 def are_siblings(one: str, other: str) -> bool:
-    """Whether two things were made at once, as far as their ids tell."""
+    """Whether two ids are of things that were made together."""
     return bool(_stem(one)) and _stem(one) == _stem(other)
 
 
 def place_among_siblings(id: str) -> str:
-    """Sorts ids of things that are made at once in their order."""
+    """A sort key for ids of things that were made together."""
     return id.partition("_")[2][:ID_DIGITS]
 
 
 def rest_of(id: str) -> str:
-    """What an id has behind its digits, such as a signature."""
+    """What follows the digits of an id, such as a signature."""
     return id.partition("_")[2][ID_DIGITS:]
 
 

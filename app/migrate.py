@@ -1,4 +1,4 @@
-"""Bringing the schema to this version, and telling whether it is."""
+"""Migrates the database to the schema of this version, and checks that it has it."""
 
 import asyncio
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ def config(database_url: str) -> Config:
 
 
 def upgrade(database_url: str, revision: str = "head") -> None:
-    """Bring the schema to a revision; several processes may try at once. Must be called outside a running loop.
+    """Migrate to a revision; several processes may do it at once. Must be called outside a running loop.
 
     Raises SettingsError if the database can't be reached, or its schema is newer.
     """
@@ -46,8 +46,10 @@ def revisions() -> list[str]:
 
 
 async def fault(database_url: str) -> str | None:
-    """What is wrong with the schema, in one line; None if it is that of this version. Raises SettingsError if the database can't
-    be reached."""
+    """What is wrong with the schema, in one line; None if it is that of this version.
+
+    Raises SettingsError if the database can't be reached.
+    """
     own, *older = revisions()
     engine = unpooled_engine(database_url)
     try:

@@ -1,4 +1,4 @@
-"""Processes that serve the API or make background responses: their start, what they say, and their orderly end."""
+"""Processes that serve the API or make background responses: their start, their output, and their shutdown."""
 
 import asyncio
 import contextlib
@@ -20,14 +20,14 @@ from app.http.listener import accept_last, listen
 from app.settings import Settings
 
 COLLECTED_OBJECTS = 10_000
-"""New objects between two looks for garbage: as many as a few requests make. Little of it is in cycles."""
+"""New objects between two garbage collections: as many as a few requests make. Few of them are in cycles."""
 
-LAST_WORDS_S = 5
-"""How long readers may take to hear the end of responses that were broken off by a shutdown."""
+LAST_EVENTS_S = 5
+"""How long clients may take to read the last events of responses that a shutdown ends."""
 
 
 async def serve(settings: Settings, embedded: frozenset[str]) -> None:
-    """Serve the API until a signal; `embedded` are the servers that have no address of their own. Raises SettingsError."""
+    """Serve the API until a signal; `embedded` names the servers that run embedded. Raises SettingsError."""
     await migrate.demand(settings.database_url)
     async with assembly.assembled(settings) as built:
         door = Door(settings)
@@ -56,14 +56,14 @@ async def work(settings: Settings) -> None:
 
 
 def _settle() -> None:
-    """What is there by now stays: the garbage collector need not look at it again, nor come so often."""
+    """Exempt the objects of the start from garbage collection, and collect less often."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(COLLECTED_OBJECTS, *gc.get_threshold()[1:])
 
 
 class _Server(uvicorn.Server):
-    """Says when it listens, and ends in order: exit status 0, and every response has its end or another worker."""
+    """Reports when it listens, and shuts down cleanly: exit status 0, and each response has ended or goes to another worker."""
 
     def __init__(
         self,
@@ -88,18 +88,18 @@ class _Server(uvicorn.Server):
         ends_at = time.monotonic() + self._grace_s
         self._stopping()
         self._door.close(self.server_state.connections)
-        # Responses that are not done in time end as failed, and their readers are still there to hear it.
+        # Responses that are not done in time end as failed, while their clients are still connected.
         ending = asyncio.create_task(self._end_responses())
         await self._listen_on()
         for listener in sockets or []:
             await accept_last(listener)
-        self.config.timeout_graceful_shutdown = math.ceil(max(0.0, ends_at - time.monotonic()) + LAST_WORDS_S)
+        self.config.timeout_graceful_shutdown = math.ceil(max(0.0, ends_at - time.monotonic()) + LAST_EVENTS_S)
         await super().shutdown(sockets)
         ending.cancel()
         await asyncio.gather(ending, return_exceptions=True)
 
     async def _listen_on(self) -> None:
-        """Give who balances the load time to see that this process is not ready; not after Ctrl-C, for that is a person."""
+        """Give a load balancer time to notice `/readyz`; not after Ctrl-C, which a person presses."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min(self._delay_s, self._grace_s)):
                 await self._interrupted.wait()
@@ -109,13 +109,13 @@ class _Server(uvicorn.Server):
         await self._break_off()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.should_exit and sig == signal.SIGINT:  # Ctrl-C again: at once, as by kill -9, which nothing fears
+        if self.should_exit and sig == signal.SIGINT:  # a second Ctrl-C: exit at once; like kill -9, that loses nothing
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)
         super().handle_exit(sig, frame)
         if sig == signal.SIGINT:
             self._loop.call_soon_threadsafe(self._interrupted.set)
-        self._captured_signals.clear()  # else uvicorn would die of them after its orderly end
+        self._captured_signals.clear()  # else uvicorn would raise them again after its shutdown
 
 
 def _welcome(built: assembly.Assembly, port: int, embedded: frozenset[str]) -> str:
@@ -131,7 +131,11 @@ def _welcome(built: assembly.Assembly, port: int, embedded: frozenset[str]) -> s
     if built.keys_in_use:
         keys, header, api_key = "every request needs one", " -H 'authorization: Bearer YOUR_KEY'", "YOUR_KEY"
     else:
-        keys, header, api_key = "none: anybody on this machine may call (`reprise keys create` ends that)", "", "none"
+        keys, header, api_key = (
+            "none: every process on this machine may call (`reprise keys create` ends that)",
+            "",
+            "none",
+        )
     return f"""
 Reprise listens on {url}
   data      {_data(settings, embedded)}
@@ -149,7 +153,7 @@ Try it:
 
 
 def _data(settings: Settings, embedded: frozenset[str]) -> str:
-    """Where the data are, and which servers are embedded."""
+    """The place of the data, and which servers are embedded."""
     if not embedded:
         return "the Postgres of DATABASE_URL"
     if POSTGRES not in embedded:

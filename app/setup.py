@@ -1,4 +1,4 @@
-"""What a set-up brings: the servers' addresses, with embedded ones where none is given, and the secret key."""
+"""Completes the settings: embedded servers where no address is set, and the secret key."""
 
 import contextlib
 import os
@@ -14,12 +14,12 @@ from app.settings import Settings, SettingsError
 
 OTHER_KEY = (
     "the secret key is not the one that this database knows: give every process the same REPRISE_SECRET_KEY, and former ones in "
-    "REPRISE_OLD_SECRET_KEYS; if the key is lost, `reprise rekey` goes on without what it has sealed."
+    "REPRISE_OLD_SECRET_KEYS; if the key is lost, `reprise rekey` gives up what it has sealed."
 )
 
 
 def missing_servers(settings: Settings) -> frozenset[str]:
-    """The servers that no address is given for: POSTGRES, VALKEY."""
+    """The servers without an address in the settings: POSTGRES, VALKEY."""
     addresses = {embedded.POSTGRES: settings.database_url, embedded.VALKEY: settings.redis_url}
     return frozenset(server for server, address in addresses.items() if not address)
 
@@ -27,8 +27,10 @@ def missing_servers(settings: Settings) -> frozenset[str]:
 def with_servers(
     settings: Settings, servers: frozenset[str] = embedded.BOTH, *, create_database: bool = False
 ) -> Settings:
-    """The settings with the addresses of `servers`: where none is given, an embedded one is started, and lives as long as this
-    process. Raises EmbeddedError, and SettingsError if there is no database that may not be created."""
+    """The settings with an address for each of `servers`. Those that are missing are embedded, and run as long as this process.
+
+    Raises EmbeddedError, and SettingsError if there is no database and it may not be created.
+    """
     missing = missing_servers(settings) & servers
     if not missing:
         return settings
@@ -50,8 +52,8 @@ def has_embedded(settings: Settings, server: str) -> bool:
 
 
 def open_seal(settings: Settings) -> Seal:
-    """The server's key: REPRISE_SECRET_KEY, or one that is made once in the data directory; and the old ones that it still opens
-    with. Raises SettingsError."""
+    """REPRISE_SECRET_KEY, or a key that is made once in the data directory; and REPRISE_OLD_SECRET_KEYS to open with. Raises
+    SettingsError."""
     old = [
         _parsed("REPRISE_OLD_SECRET_KEYS", part) for part in map(str.strip, settings.old_secret_keys.split(",")) if part
     ]
@@ -67,12 +69,12 @@ def open_seal(settings: Settings) -> Seal:
 
 
 def has_secret_key(settings: Settings) -> bool:
-    """Whether a key is set, or one was made."""
+    """Whether a key is set or was made."""
     return bool(settings.secret_key) or os.path.lexists(secret_key_path(settings))
 
 
 def secret_key_path(settings: Settings) -> Path:
-    """Where the key is kept that is made."""
+    """The file of a key that is made."""
     return settings.data_path / "secret.key"
 
 
@@ -84,7 +86,7 @@ def _parsed(variable: str, key: str) -> bytes:
 
 
 def _kept_key(path: Path) -> bytes:
-    """The key in a file. It is made whole or not at all: of processes that make one at once, all take the first."""
+    """The key in a file, which is made atomically: of processes that make one at the same time, all get the first."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix="secret.key.") as made:  # mode 0600

@@ -1,8 +1,7 @@
-"""Logging, wired from structlog: a sentence for people, `action` for programs, ids from context variables.
+"""Logging by structlog: a sentence for people, `action` for programs, ids from context variables.
 
-On a terminal lines are for reading, elsewhere they are JSON. Prompts, outputs and keys are never logged. What an exception's
-message quotes, or a library's record, is not in our hands: of exceptions the log says classes, codes and places, of records
-of libraries where they come from.
+Lines are plain text on a terminal, JSON elsewhere. Prompts, outputs and keys are never logged. What an exception or a
+library's record quotes is unknown: the log has the classes, codes and places of exceptions, and the places of records.
 """
 
 import asyncio
@@ -20,13 +19,13 @@ from stamina.instrumentation import RetryDetails
 log = structlog.get_logger()
 
 NOISY = ("mcp", "client", "httpx2", "httpcore2")
-"""Loggers of libraries that call tool servers, whose faults we log ourselves ("client" is the MCP session's)."""
+"""Loggers of the libraries that call tool servers; Reprise logs their faults itself ("client" is the MCP session's)."""
 
 PLAIN_SPOKEN = frozenset({"uvicorn"})
-"""Libraries whose messages are fixed sentences."""
+"""Libraries whose messages quote nothing."""
 
 RETRIED = {"app.outbound.upstream.Upstream._open": "an upstream's answer", "<context block>": "a write to the database"}
-"""What the retry library's names of what is tried again mean."""
+"""The retry library's name of an operation → what it is."""
 
 CAUSES_MAX = 10
 
@@ -68,16 +67,14 @@ def start_logging(level: str) -> None:
 
 
 def describe(error: BaseException | None) -> str:
-    """An exception and its causes, without their messages."""
+    """An exception with its causes, without their messages."""
     return " < ".join(_name(one) for one in _causes(error))
 
 
 def log_loop_fault(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """The event loop's exception handler: its own prints callbacks with their arguments, and tasks with their results."""
+    """The event loop's exception handler: the default one prints arguments of callbacks and results of tasks."""
     error = context.get("exception")
-    log.error(
-        "A task failed by our own mistake." if error else context["message"], action="task_failed", exc_info=error
-    )
+    log.error("A task failed because of a bug." if error else context["message"], action="task_failed", exc_info=error)
 
 
 def _log_unraisable(fault: "sys.UnraisableHookArgs") -> None:
@@ -85,9 +82,9 @@ def _log_unraisable(fault: "sys.UnraisableHookArgs") -> None:
 
 
 def _log_retry(details: RetryDetails) -> None:
-    """The retry library's own hook prints arguments: whole conversations, callers' keys."""
+    """Instead of the retry library's hook, which prints arguments: whole conversations, callers' keys."""
     log.warning(
-        "An attempt failed; there will be another.",
+        "An attempt failed; it will be retried.",
         action="retry",
         what=RETRIED.get(details.name, details.name),
         attempt=details.retry_num,
@@ -102,7 +99,7 @@ def _place_only(
     record: logging.LogRecord = event["_record"]
     event["logger"] = record.name
     if record.name.partition(".")[0] not in PLAIN_SPOKEN:
-        event["event"] = f"A library has something to say in {record.module}.py, line {record.lineno}."
+        event["event"] = f"A library logged a message in {record.module}.py, line {record.lineno}."
     return event
 
 
@@ -114,7 +111,7 @@ def _traced(exc_info: structlog.typing.ExcInfo) -> str:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The exception, what it was raised from, and so on; of a group the first member."""
+    """The exception, its cause, the cause of that, and so on; of a group the first member."""
     for _ in range(CAUSES_MAX):
         if error is None:
             return
@@ -126,7 +123,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _name(error: BaseException) -> str:
-    """Its class, and the code that tells faults of one class apart: the system's, Postgres', the upstream's name."""
+    """Its class, and a code that distinguishes faults of one class: errno, SQLSTATE, or the upstream's name."""
     code = (errno.errorcode.get(error.errno or 0) if isinstance(error, OSError) else None) or next(
         (found for name in ("sqlstate", "upstream") if (found := getattr(error, name, None))), None
     )

@@ -73,14 +73,14 @@ def test_a_database_url_may_say_all_that_libpq_knows(base_env, new_database):
 @pytest.mark.parametrize(
     ("name", "value", "line"),
     [
-        ("REPRISE_PROT", "8000", "REPRISE_PROT is no setting of Reprise; did you mean REPRISE_PORT?"),
+        ("REPRISE_PROT", "8000", "REPRISE_PROT is not a setting of Reprise; did you mean REPRISE_PORT?"),
         ("REPRISE_PORT", "eighty", "REPRISE_PORT='eighty' is not valid: "),
         ("REPRISE_OLD_SECRET_KEYS", "short", "REPRISE_OLD_SECRET_KEYS is not valid: "),
         ("REPRISE_CATALOG", "/nowhere/catalog.toml", "/nowhere/catalog.toml"),
         ("DATABASE_URL", "nonsense", "DATABASE_URL is not valid: expected postgresql://USER:PASSWORD@HOST/NAME, "),
         ("DATABASE_URL", "postgresql://h/d?channel_binding=require", "DATABASE_URL asks for channel_binding=require"),
         ("REDIS_URL", "redis://h:port", "REDIS_URL is not valid: "),
-        ("REPRISE_HOST", "256.1.2.3", "REPRISE_HOST=256.1.2.3 would let anybody in"),
+        ("REPRISE_HOST", "256.1.2.3", "REPRISE_HOST=256.1.2.3 would let every client in"),
     ],
 )
 def test_a_setting_that_is_wrong_refuses_to_start_with_one_line(base_env, new_database, name, value, line):
@@ -304,13 +304,13 @@ def test_doctor_finds_a_good_set_up_good(base_env, new_database, upstream):
 @pytest.mark.parametrize(
     ("env", "bad"),
     [
-        ({"REPRISE_PROT": "1"}, {"settings": "REPRISE_PROT is no setting of Reprise; did you mean REPRISE_PORT?"}),
+        ({"REPRISE_PROT": "1"}, {"settings": "REPRISE_PROT is not a setting of Reprise; did you mean REPRISE_PORT?"}),
         ({"DATABASE_URL": "postgresql://reprise@127.0.0.1:1/none"}, {"Postgres": "unavailable"}),
         ({"REDIS_URL": "redis://127.0.0.1:1"}, {"Redis": "does not answer"}),
         ({"OPENAI_BASE_URL": "http://127.0.0.1:1/v1"}, {"upstream default": "can't be reached"}),
         ({"REPRISE_SECRET_KEY": "short"}, {"secret key": "REPRISE_SECRET_KEY is not valid"}),
         ({"REPRISE_CATALOG": "/nowhere.toml"}, {"catalog": "/nowhere.toml"}),
-        ({"REPRISE_HOST": "0.0.0.0"}, {"keys": "anybody who reaches 0.0.0.0 may call"}),
+        ({"REPRISE_HOST": "0.0.0.0"}, {"keys": "every client that reaches 0.0.0.0 may call"}),
     ],
     ids=lambda value: next(iter(value)),
 )
@@ -359,7 +359,7 @@ def test_doctor_says_what_a_redis_does_not_do(base_env, new_database, tmp_path):
 
 def test_doctor_knows_old_versions_and_clusters():
     found = _about_redis({"redis_version": "5.0.14", "cluster_enabled": 1, "maxmemory_policy": "noeviction"})
-    assert [finding.what for finding in found if not finding.ok] == ["Redis", "Redis cluster"]
+    assert [finding.part for finding in found if not finding.ok] == ["Redis", "Redis cluster"]
     assert _about_redis({"redis_version": "7.2.4", "valkey_version": "9.1.0", "role": "master"})[0].ok
 
 
@@ -515,7 +515,7 @@ def test_the_two_snippets_of_the_banner_work(data_dir):
 
 def test_the_banner_names_a_real_upstream_and_database(new_server, upstream):
     said = banner(new_server())
-    assert "keys      none: anybody on this machine may call" in said
+    assert "keys      none: every process on this machine may call" in said
     assert f"upstream  default at {upstream.base_url}" in said
     assert '"model": "MODEL"' in said
     assert "data      the Postgres of DATABASE_URL\n" in said

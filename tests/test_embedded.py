@@ -293,7 +293,7 @@ def test_refuses_a_directory_that_is_not_ours(tmp_path: Path) -> None:
     """A link, which another user could have put where the private directory belongs, is not followed."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "embedded").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(embedded.EmbeddedError, match="not a directory of ours"):
+    with pytest.raises(embedded.EmbeddedError, match="not a directory of this user"):
         embedded.start(tmp_path)
 
 

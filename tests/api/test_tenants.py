@@ -167,7 +167,7 @@ def test_without_keys_only_loopback_is_served(base_env, new_database):
     assert refused.returncode == 1
     assert refused.stdout == ""
     assert refused.stderr == (
-        "reprise: REPRISE_HOST=0.0.0.0 would let anybody in, because there are no keys: "
+        "reprise: REPRISE_HOST=0.0.0.0 would let every client in, because there are no keys: "
         "make one with `reprise keys create`, or listen on 127.0.0.1.\n"
     )
     id, key = made(env, "a")

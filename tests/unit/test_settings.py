@@ -148,12 +148,12 @@ def test_a_list_of_hosts_is_read_in_linear_time():
 
 def test_an_unknown_name_is_refused_with_the_nearest_one():
     with pytest.raises(
-        SettingsError, match=r"^REPRISE_TURN_MAX is no setting of Reprise; did you mean REPRISE_TURNS_MAX\?$"
+        SettingsError, match=r"^REPRISE_TURN_MAX is not a setting of Reprise; did you mean REPRISE_TURNS_MAX\?$"
     ):
         load({"REPRISE_TURN_MAX": "3"})
     with pytest.raises(SettingsError, match=r"did you mean DATABASE_URL\?$"):
         load({"REPRISE_DATABASE_URL": "x"})
-    with pytest.raises(SettingsError, match=r"^REPRISE_XYZZY is no setting of Reprise\.$"):
+    with pytest.raises(SettingsError, match=r"^REPRISE_XYZZY is not a setting of Reprise\.$"):
         load({"REPRISE_XYZZY": "3"})
 
 
