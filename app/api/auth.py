@@ -15,7 +15,7 @@ CACHED_KEYS_MAX = 10_000
 
 
 class Auth:
-    """Knows keys for REPRISE_KEY_CACHE_S, so that a request does not cost a query more."""
+    """Caches keys for REPRISE_KEY_CACHE_S, so that a request costs no query."""
 
     def __init__(self, settings: Settings, database: Database) -> None:
         self._database = database
@@ -25,7 +25,7 @@ class Auth:
         self._in_use: tuple[float, bool] = (0.0, False)
 
     async def caller(self, headers: Headers, *, http_version: str) -> Caller:
-        """Who asks. Raises AuthenticationFailed, and ForeignSite where there are no keys."""
+        """The caller of a request. Raises AuthenticationFailed, and ForeignSite where there are no keys."""
         sent = next((value for name, value in headers if name == b"authorization"), b"")
         scheme, _, key = sent.decode("latin-1").partition(" ")
         key = key.strip() if scheme.lower() == "bearer" else ""
@@ -37,7 +37,7 @@ class Auth:
         tenant_id = await self._tenant(key)
         if tenant_id is None:
             raise _incorrect(key)
-        return Caller(tenant_id, None)  # a key of ours is nobody else's business
+        return Caller(tenant_id, None)  # a key of this server goes to no upstream
 
     async def _keys_in_use(self) -> bool:
         until, in_use = self._in_use
@@ -49,11 +49,11 @@ class Auth:
         return in_use
 
     async def _open_caller(self, key: str | None) -> Caller:
-        """Where callers bring the upstream's keys, each key sees its own data only. Raises AuthenticationFailed."""
+        """With REPRISE_UPSTREAM_AUTH=caller each key is a tenant. Raises AuthenticationFailed."""
         if self._per_caller:
             if not key:
                 raise _missing()
-            if not KEY.fullmatch(key):  # no header could pass it on
+            if not KEY.fullmatch(key):  # it can't be sent in a header
                 raise _incorrect(key)
             return Caller(f"caller_{hashlib.sha256(key.encode()).hexdigest()[:32]}", key)
         return Caller(DEFAULT_TENANT, key)

@@ -1,7 +1,7 @@
-"""The bodies of requests: bounded for all clients of a process together, from their first bytes until their requests are taken.
+"""Request bodies, bounded for all clients of a process together, from the first byte until the request is admitted.
 
-A long body is held until there is room for its context. Without a bound the slow clients of a few dozen long ones take all
-memory. Short ones do not count.
+A long body stays in memory until there is room for its context. Without a bound a few dozen slow clients with long bodies
+take all memory. Short bodies do not count.
 """
 
 import asyncio
@@ -10,57 +10,57 @@ from typing import Any, Self
 from litestar import Request
 from litestar.exceptions import InternalServerException
 
-from app.api.connected import ClientGone
+from app.api.connected import ClientDisconnected
 from app.errors import ApiError, ServerUnavailable, TooManyRequests
 from app.settings import Settings
 
 UNCOUNTED_BYTES = 64 * 1024
-"""Of each body."""
+"""Bytes of each body that do not count."""
 
 RETRY_AFTER_S = 5
 
 
 class Bodies:
-    """Those of one process."""
+    """The bodies of one process."""
 
     def __init__(self, settings: Settings) -> None:
         self._left = max(settings.bodies_bytes_max, settings.body_bytes_max)
-        self._patience_s = settings.body_timeout_s
+        self._timeout_s = settings.body_timeout_s
         self._arriving: dict[Body, None] = {}
 
     def reading(self, request: Request[Any, Any, Any]) -> "Body":
-        """The body of a request; to be held, as a context manager, until the request is taken."""
+        """The body of a request, counted by a context manager until the request is admitted."""
         return Body(self, request)
 
     def begin(self, body: "Body") -> None:
-        """It begins to arrive."""
+        """The body begins to arrive."""
         self._arriving[body] = None
 
     def end(self, body: "Body") -> None:
-        """It is whole, or given up."""
+        """The body is complete, or given up."""
         self._arriving.pop(body, None)
 
     def take(self, size: int, body: "Body") -> None:
-        """Hold so much more of a body. Others that have been arriving for long are given up for it. Raises TooManyRequests."""
+        """Count `size` bytes more. Older bodies that take too long to arrive are given up for them. Raises TooManyRequests."""
         while self._left < size:
             eldest = next(iter(self._arriving))
-            if eldest is body or eldest.age_s() < self._patience_s:
+            if eldest is body or eldest.age_s() < self._timeout_s:
                 raise _too_many()
             eldest.give_up(_too_many())
         self._left -= size
 
     def give(self, size: int) -> None:
-        """Hold so much less."""
+        """Count `size` bytes less."""
         self._left += size
 
     def close(self) -> None:
-        """The server ends: what has not arrived by now is given up."""
+        """The server shuts down: give up bodies that are still arriving."""
         for body in list(self._arriving):
             body.give_up(ServerUnavailable("The server is shutting down."))
 
 
 class Body:
-    """One of them."""
+    """One request's body."""
 
     def __init__(self, bodies: Bodies, request: Request[Any, Any, Any]) -> None:
         self._bodies, self._request = bodies, request
@@ -75,13 +75,13 @@ class Body:
         return self._loop.time() - self._begun
 
     async def read(self) -> bytes:
-        """The whole of it. Raises TooManyRequests, ClientGone, ServerUnavailable."""
+        """The whole body. Raises TooManyRequests, ClientDisconnected, ServerUnavailable."""
         self._task = asyncio.current_task()
         self._bodies.begin(self)
         try:
             return await self._parts()
-        except InternalServerException:  # so Litestar calls it if the client leaves
-            raise ClientGone("The client has gone.") from None
+        except InternalServerException:  # what Litestar raises if the client disconnects
+            raise ClientDisconnected("The client disconnected.") from None
         except asyncio.CancelledError:
             if not self._refusal or not self._task:
                 raise
@@ -92,7 +92,7 @@ class Body:
 
     async def _parts(self) -> bytes:
         parts, size = [], 0
-        async for part in self._request.stream():  # `body()` would keep it as long as the reply takes
+        async for part in self._request.stream():  # `body()` would keep it until the reply is done
             parts.append(part)
             size += len(part)
             if size > UNCOUNTED_BYTES + self._held:
@@ -102,7 +102,7 @@ class Body:
         return b"".join(parts)
 
     def give_up(self, refusal: ApiError) -> None:
-        """Do not wait for the rest; the client hears why."""
+        """Stop reading, and refuse the request."""
         self._release()
         self._refusal = refusal
         self._bodies.end(self)

@@ -1,4 +1,4 @@
-"""Work on behalf of a client, for as long as the client is there."""
+"""Work that is cancelled when its client disconnects."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -11,27 +11,27 @@ from app.errors import ApiError
 T = TypeVar("T")
 
 
-class ClientGone(ApiError):
-    """Nobody reads this reply."""
+class ClientDisconnected(ApiError):
+    """The client disconnected before the reply."""
 
     status = 499
 
 
 async def until_disconnect(receive: Receive) -> None:
-    """Returns when the client has gone."""
+    """Return when the client disconnects."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
-    """What the work gives; it is cancelled when the client leaves. Raises ClientGone."""
+    """The result of the work, which is cancelled when the client disconnects. Raises ClientDisconnected."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.create_task(until_disconnect(receive))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise ClientGone("The client has gone.")
+        raise ClientDisconnected("The client disconnected.")
     finally:
         working.cancel()
         leaving.cancel()

@@ -45,7 +45,7 @@ class ModelsController(Controller):
 
 
 async def _model(name: str, caller: Caller, services: Services) -> Model:
-    """As its upstream lists it. Many list less than they take: then the upstream decides when it is asked for an answer.
+    """As its upstream lists it. An upstream may serve models that it does not list, so those are found too.
 
     Raises NotFound if no upstream would be asked.
     """
@@ -71,7 +71,8 @@ async def _listed(upstream: Upstream, caller: Caller, wait_s: float) -> list[Mod
 
 
 async def _models(caller: Caller, services: Services) -> list[Model]:
-    """Upstreams that lie under a single name are listed by their own; an upstream that does not answer lists nothing."""
+    """Those of the catalog, then those of the upstreams, by UPSTREAM@NAME if there are several. An upstream that does not
+    answer lists nothing."""
     upstreams = services.upstreams
     named = [Model(id=name) for name in services.catalog.model_names]
     answers: list[Any] = await asyncio.gather(

@@ -1,4 +1,4 @@
-"""For operators and newcomers: what this is, is the process alive, is it ready."""
+"""For operators and newcomers: a home page, liveness and readiness."""
 
 from litestar import Response, get
 from litestar.enums import MediaType
@@ -17,8 +17,8 @@ HOME = """<!doctype html>
 <li><a href="/v1/models">/v1/models</a>: what may be asked for as <code>model</code></li>
 <li><code>POST /v1/responses</code>: <a href="https://platform.openai.com/docs/api-reference/responses">the API's reference</a></li>
 <li><a href="/livez">/livez</a>, <a href="/readyz">/readyz</a>: whether the process runs, and whether it is ready</li>
-<li><code>README.md</code> and <code>docs/</code> of the project: settings, tools, catalog, deployment; <code>reprise doctor</code> says
-what is wrong with a set-up</li>
+<li><code>README.md</code> and <code>docs/</code> of the project: settings, tools, catalog, deployment; <code>reprise doctor</code> checks
+a configuration</li>
 </ul>
 </html>
 """
@@ -26,7 +26,7 @@ what is wrong with a set-up</li>
 
 @get("/", media_type=MediaType.HTML)
 async def home() -> str:
-    """What this is and where to go, for who has opened the address in a browser."""
+    """A page for a browser: what this server is, and its paths."""
     return HOME
 
 
@@ -38,7 +38,7 @@ async def livez() -> str:
 
 @get("/readyz", media_type=MediaType.TEXT)
 async def readyz(services: Services) -> Response[str]:
-    """Requests can be served: the process does not end, and Postgres takes writes and has the tables. Else 503."""
+    """Requests can be served: the process is not shutting down, Postgres takes writes and has the schema. Else 503."""
     if services.worker.draining:
         raise ServerUnavailable("The server is shutting down.")
     await demand_ready(services.database, services.outdated_schemas)

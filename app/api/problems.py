@@ -20,7 +20,7 @@ from app.wire.resources import ErrorBody, ErrorReply, encode
 log = structlog.get_logger()
 
 API_VERSION = b"2020-10-01"
-"""What the hosted API says in `openai-version`."""
+"""The hosted API's `openai-version`."""
 
 REQUEST_ID = b"x-request-id"
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
@@ -28,7 +28,7 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 METHOD_CHARS_MAX = 16
 
 PROBES = frozenset({"/livez", "/readyz"})
-"""Asked every few seconds: logged at the level debug only."""
+"""Polled every few seconds: logged at the level debug only."""
 
 
 def error_body(error: ApiError) -> bytes:
@@ -37,7 +37,7 @@ def error_body(error: ApiError) -> bytes:
 
 
 def answer_api_error(request: Request[Any, Any, Any], error: ApiError) -> Response[bytes]:
-    """Our own errors."""
+    """Errors of this server."""
     if error.status >= 500:
         log.warning("A request failed.", action="request_failed", status=error.status, error=describe(error))
     headers = {**error.headers, "x-should-retry": "false"} if error.is_final else error.headers
@@ -49,9 +49,9 @@ def answer_http_error(request: Request[Any, Any, Any], error: HTTPException) -> 
     return answer_api_error(request, _translate(request, error))
 
 
-def answer_mistake(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
-    """Everything that should not happen; the client learns nothing of our insides."""
-    log.error("A request failed by our own mistake.", action="request_failed", status=500, exc_info=error)
+def answer_bug(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+    """Every other exception; the client sees no internals."""
+    log.error("A request failed because of a bug.", action="request_failed", status=500, exc_info=error)
     return answer_api_error(request, ServerError("The server had an error while processing your request."))
 
 
@@ -71,8 +71,8 @@ def _translate(request: Request[Any, Any, Any], error: HTTPException) -> ApiErro
 
 
 def with_request_id(app: ASGIApp) -> ASGIApp:
-    """Every reply has its `x-request-id` and says how long it took; the id is on every log line of the request, too, of which
-    the last says how it was answered. Paths hold ids, so it names the route."""
+    """Add `x-request-id` and the processing time to each reply, the id to each log line of the request, and a last line with
+    the status. That names the route, since paths hold ids."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != ScopeType.HTTP:
@@ -116,7 +116,7 @@ def with_request_id(app: ASGIApp) -> ASGIApp:
 
 
 def _request_id(scope: Scope) -> str:
-    """The client's own `x-request-id` if it is one, else a new one."""
+    """The client's `x-request-id` if it is valid, else a new one."""
     given = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"")
     return given.decode() if _REQUEST_ID.fullmatch(given) else new_id("req")
 
@@ -124,6 +124,6 @@ def _request_id(scope: Scope) -> str:
 HANDLERS: dict[Any, Any] = {
     ApiError: answer_api_error,
     HTTPException: answer_http_error,
-    msgspec.MsgspecError: answer_mistake,
-    Exception: answer_mistake,
+    msgspec.MsgspecError: answer_bug,
+    Exception: answer_bug,
 }

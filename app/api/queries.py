@@ -29,7 +29,7 @@ class Retrieve(Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class ItemPage(Struct, forbid_unknown_fields=True, frozen=True):
-    """`GET /v1/responses/{id}/input_items`: the page behind `after`, or the one that ends before `before`."""
+    """`GET /v1/responses/{id}/input_items`: the page after `after`, or the one that ends before `before`."""
 
     after: str | None = None
     before: str | None = None
@@ -60,7 +60,7 @@ IGNORED = frozenset({"beta"})
 
 
 def parse(request: Request[Any, Any, Any], type_: type[Q]) -> Q:
-    """The query of a request. Raises InvalidParameter, also for names that this path does not know."""
+    """The query of a request. Raises InvalidParameter, also for unknown names."""
     values: dict[str, Any] = {}
     maps: dict[str, dict[str, str]] = {}
     for name, value in request.query_params.multi_items():

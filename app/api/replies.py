@@ -28,7 +28,7 @@ def json_reply(
 
 
 class LargeReply(Response[None]):
-    """A body that the connection can't take at once."""
+    """A body that is sent in pieces."""
 
     def __init__(
         self, body: bytes, backlogs: Backlogs, headers: Mapping[str, str], *, made: str | None, stored: bool
@@ -39,7 +39,7 @@ class LargeReply(Response[None]):
         self._head = [(name.encode(), value.encode()) for name, value in given.items()]
 
     def to_asgi_response(self, *args: Any, **kwargs: Any) -> ASGIApp:  # type: ignore[override]
-        """The ASGI side of it."""
+        """The ASGI application that sends the reply."""
         return self._answer
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,14 +48,16 @@ class LargeReply(Response[None]):
         with closing(self._backlogs.open()) as backlog:
             backlog.add(len(self._large))
             if backlog.closed:
-                raise TooMuchUnread(self._made, stored=self._stored)  # kept here, it would keep the body in a circle
+                raise TooMuchUnread(
+                    self._made, stored=self._stored
+                )  # in a variable it would be in a cycle with the body
             backlog.disconnect = task.cancel
             try:
                 await self._write(send, backlog)
             except asyncio.CancelledError:
                 if not backlog.closed:
                     raise
-                task.uncancel()  # the connection is closed without the rest
+                task.uncancel()  # close the connection without the rest
 
     async def _write(self, send: Send, backlog: Backlog) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self._head})

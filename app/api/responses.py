@@ -12,7 +12,7 @@ from litestar import Controller, Request, Response, delete, get, post
 from litestar.enums import MediaType
 
 from app.api import queries
-from app.api.connected import ClientGone, while_connected
+from app.api.connected import ClientDisconnected, while_connected
 from app.api.replies import json_reply
 from app.api.services import Services
 from app.api.sse import EventStream
@@ -69,7 +69,7 @@ class ResponsesController(Controller):
 
             try:
                 made = await while_connected(request.receive, begin())
-            except (ClientGone, asyncio.CancelledError):
+            except (ClientDisconnected, asyncio.CancelledError):
                 for run, _ in started:
                     executor.reader_gone(run)
                 raise

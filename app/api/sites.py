@@ -1,7 +1,7 @@
-"""Which web pages and names a server without keys answers: those of this machine.
+"""A server without keys answers only requests to names of this machine, and from its pages.
 
-Any page that a browser on this machine shows can send requests to loopback, under a name of its own (DNS rebinding) or across
-origins. A browser says whence they come, in `Host` and `Origin`. Where keys are in use this is not asked: a page has none.
+Any page in a browser on this machine can send requests to loopback, under a name of its own (DNS rebinding) or across
+origins. Browsers name both in `Host` and `Origin`. With keys in use neither is checked: a page has no key.
 """
 
 import ipaddress

@@ -1,4 +1,4 @@
-"""What the demo model answers: pure, from one chat request to one reply."""
+"""The demo model, pure: one chat request → one reply."""
 
 import re
 from collections.abc import Sequence
@@ -7,11 +7,11 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from app.echo.schema_examples import JsonSchema, instance
+from app.echo.schema_examples import JsonSchema, example
 
 EARLIER_MESSAGES_MAX = 20
 EARLIER_CHARS_MAX = 60
-SAID_CHARS_MAX = 500
+PROMPT_CHARS_MAX = 500
 RESULT_CHARS_MAX = 2_000
 INTRODUCTION = "This is Reprise's built-in demo model; it only repeats what it hears."
 
@@ -20,7 +20,7 @@ STATEMENT = re.compile(
     r"\bmy ([\w -]{1,40}?) (is|are) ([^,;!?\n]{1,200}?)(?=\.(?:\s|$)|[,;!?\n]| and my |$)", re.IGNORECASE
 )
 QUESTION = re.compile(r"\bwhat(?: is| are|'s) my ([\w -]{1,40}?) ?(?:[?.!,;\n]|$)", re.IGNORECASE)
-# What stands around the words meant for a tool.
+# Around the words that are meant for a tool.
 MARKS = " \t\n\"'`.,:;!?"
 LEADING = re.compile(
     rf"\A(?:[{MARKS}]|\b(?:a|and|call|for|of|please|run|the|then|to|tool|use|using|with)\b)+", re.IGNORECASE
@@ -28,7 +28,7 @@ LEADING = re.compile(
 
 
 class Part(Struct):
-    """One content part; only text is heard."""
+    """One content part; only text is used."""
 
     text: str | None = None
 
@@ -41,7 +41,7 @@ class Message(Struct):
 
     @property
     def text(self) -> str:
-        """What it says."""
+        """Its text parts, one a line."""
         if isinstance(self.content, str):
             return self.content
         return "\n".join(part.text for part in self.content or () if part.text)
@@ -61,7 +61,7 @@ class Tool(Struct):
 
 
 class ChatRequest(Struct):
-    """As much of a Chat Completions request as the demo reacts to."""
+    """The fields of a Chat Completions request that the demo uses."""
 
     messages: list[Message]
     stream: bool | None = None
@@ -72,40 +72,40 @@ class ChatRequest(Struct):
     response_format: dict[str, Any] | None = None
 
     @property
-    def said(self) -> str:
+    def prompt(self) -> str:
         """The last user message."""
         return next((message.text for message in reversed(self.messages) if message.role == "user"), "")
 
 
 class Reply(Struct):
-    """What the demo answers: a text, or calls as (name, arguments)."""
+    """The demo's reply: a text, or calls as (name, arguments)."""
 
     text: str = ""
     calls: list[tuple[str, str]] = []
 
 
 def reply_to(request: ChatRequest) -> Reply:
-    """Calls, an instance of the asked schema, or talk. Raises SchemaError."""
+    """Calls, an example of the requested schema, or a text. Raises SchemaError."""
     if functions := wanted_functions(request):
         names = [function.name for function in functions]
-        return Reply(calls=[(one.name, arguments_for(one, names, request.said)) for one in functions])
+        return Reply(calls=[(one.name, arguments_for(one, names, request.prompt)) for one in functions])
     match request.response_format:
         case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
-            return Reply(as_json(instance(schema, quoted(request.said, EARLIER_CHARS_MAX))))
+            return Reply(as_json(example(schema, quoted(request.prompt, EARLIER_CHARS_MAX))))
         case {"type": "json_object"}:
-            return Reply(as_json({"demo": INTRODUCTION, "you_said": quoted(request.said, SAID_CHARS_MAX)}))
-    return Reply(talk(request.messages, request.said))
+            return Reply(as_json({"demo": INTRODUCTION, "you_said": quoted(request.prompt, PROMPT_CHARS_MAX)}))
+    return Reply(reply_text(request.messages, request.prompt))
 
 
-def talk(messages: Sequence[Message], said: str) -> str:
-    """What the tools returned, what is remembered, or what was said now and earlier."""
+def reply_text(messages: Sequence[Message], prompt: str) -> str:
+    """The results of tools, a remembered value, or the user's messages."""
     if results := tool_results(messages):
         return f"The tools answered: {'; '.join(results)}. {INTRODUCTION}"
     users = [message.text for message in messages if message.role == "user"]
-    if question := QUESTION.search(said):
+    if question := QUESTION.search(prompt):
         return f"{recall(question[1], users)} {INTRODUCTION}"
     count = sum(message.role in ("user", "assistant") for message in messages)
-    here = f'You said: "{quoted(said, SAID_CHARS_MAX)}". Messages in this conversation: {count}.'
+    here = f'You said: "{quoted(prompt, PROMPT_CHARS_MAX)}". Messages in this conversation: {count}.'
     earlier = ", ".join(f'"{quoted(text, EARLIER_CHARS_MAX)}"' for text in users[:-1][-EARLIER_MESSAGES_MAX:])
     return f"{INTRODUCTION} {here}" + (f" Earlier you said: {earlier}." if earlier else "")
 
@@ -122,8 +122,8 @@ def tool_results(messages: Sequence[Message]) -> list[str]:
 
 def recall(thing: str, users: Sequence[str]) -> str:
     """The latest value that a user message gave to "my <thing>"."""
-    told = {match[1].lower(): f"{match[2]} {match[3]}" for text in users for match in STATEMENT.finditer(text)}
-    known = told.get(thing.lower())
+    stated = {match[1].lower(): f"{match[2]} {match[3]}" for text in users for match in STATEMENT.finditer(text)}
+    known = stated.get(thing.lower())
     return f"Your {thing} {known}." if known else f"You have not told me your {thing}."
 
 
@@ -132,7 +132,7 @@ def wanted_functions(request: ChatRequest) -> list[Function]:
     if not request.messages or request.messages[-1].role == "tool" or request.tool_choice == "none":
         return []
     functions, required = allowed_functions(request)
-    wanted = [function for function in functions if mention(function.name).search(request.said)]
+    wanted = [function for function in functions if mention(function.name).search(request.prompt)]
     if required and not wanted:
         wanted = functions[:1]
     return wanted[:1] if request.parallel_tool_calls is False else wanted
@@ -150,24 +150,24 @@ def allowed_functions(request: ChatRequest) -> tuple[list[Function], bool]:
     return functions, request.tool_choice == "required"
 
 
-def arguments_for(function: Function, names: Sequence[str], said: str) -> str:
-    """Arguments made of the words that follow the function's name, or else of all that are no name."""
-    after = mention(function.name).split(said, maxsplit=1)[-1]
-    around = said
+def arguments_for(function: Function, names: Sequence[str], prompt: str) -> str:
+    """Arguments made of the words that follow the function's name, or else of all words but names of functions."""
+    after = mention(function.name).split(prompt, maxsplit=1)[-1]
+    around = prompt
     for name in names:
         after = mention(name).split(after, maxsplit=1)[0]
         around = mention(name).sub(" ", around)
-    words = trimmed(after) or trimmed(around) or said
-    return as_json(instance(function.parameters or {"type": "object"}, quoted(words, SAID_CHARS_MAX)))
+    words = trimmed(after) or trimmed(around) or prompt
+    return as_json(example(function.parameters or {"type": "object"}, quoted(words, PROMPT_CHARS_MAX)))
 
 
 def trimmed(text: str) -> str:
-    """The text without the words and marks around it that are no argument."""
+    """The text without the words and marks at its ends that are not part of an argument."""
     return LEADING.sub("", text).rstrip(MARKS).removesuffix(" and").rstrip(MARKS)
 
 
 def mention(name: str) -> re.Pattern[str]:
-    """What mentions a tool: its name, also without a server's prefix, also with spaces for its underscores."""
+    """A pattern for a tool's name, also without a server's prefix, also with spaces for underscores."""
     words = re.split(r"[_-]+", name.rpartition("__")[2])
     return re.compile(rf"(?<!\w)(?:{re.escape(name)}|{'[ _-]'.join(map(re.escape, words))})(?!\w)", re.IGNORECASE)
 

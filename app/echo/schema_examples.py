@@ -1,4 +1,4 @@
-"""Instances of JSON schemas: pure, and bounded. `pattern`, `uniqueItems` and conditions are not looked at."""
+"""Example values of JSON schemas: pure, and bounded. `pattern`, `uniqueItems` and conditions are ignored."""
 
 import contextlib
 import math
@@ -28,14 +28,14 @@ FORMATS = {
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
 WORK_MAX = 20_000
-"""What an instance may take: keywords, choices and values that are looked at, and characters that are made. All of it takes a
-tenth of a second."""
+"""The cost of an example: keywords, choices and values that are read, and characters that are made. The maximum takes a tenth
+of a second."""
 
 Count = Annotated[int, Meta(ge=0)]
 
 
 class Keywords(Struct, rename="camel"):
-    """What a schema must be as far as it is looked at."""
+    """The keywords that are read, with their types."""
 
     ref: str = field(default="", name="$ref")
     all_of: list[Any] = []
@@ -58,14 +58,14 @@ class Keywords(Struct, rename="camel"):
 
 
 class SchemaError(Exception):
-    """This is no JSON schema, or none that this demo fills."""
+    """This is not a JSON schema, or not one that the demo can fill."""
 
 
 class EndlessError(Exception):
     """This part of a recursive schema has no end; another must be taken."""
 
 
-def instance(schema: JsonSchema, text: str) -> Any:
+def example(schema: JsonSchema, text: str) -> Any:
     """A value that satisfies the schema, made from the text where it fits; None where no value ends. Raises SchemaError."""
     try:
         return Filler(schema, text).value(schema, frozenset({"#"}))
@@ -87,18 +87,18 @@ class Filler:
         self.work = WORK_MAX
 
     def spend(self, work: int) -> None:
-        """Count work before it is done. Raises SchemaError when it is too much."""
+        """Count work before it is done. Raises SchemaError beyond WORK_MAX."""
         self.work -= work
         if self.work < 0:
             raise SchemaError("What the schema describes is too large for the demo model.")
 
     def check(self, schema: JsonSchema) -> None:
-        """Look at a schema's own keywords. Raises SchemaError, msgspec.ValidationError."""
+        """Check a schema's own keywords. Raises SchemaError, msgspec.ValidationError."""
         self.spend(1 + sum(len(value) for value in schema.values() if isinstance(value, str | list | dict)))
         msgspec.convert(schema, Keywords)
 
     def given(self, value: Any) -> Any:
-        """A value that stands in the schema."""
+        """A value that the schema contains."""
         self.spend(len(msgspec.json.encode(value)))
         return value
 
@@ -191,7 +191,7 @@ class Filler:
         return whole | ({"properties": properties} if properties else {}) | ({"required": required} if required else {})
 
     def target(self, reference: str) -> JsonSchema:
-        """What a reference points to; only those into the same schema are followed."""
+        """The target of a reference; only those within the same schema are followed."""
         found: Any = self.root
         for step in reference.removeprefix("#").split("/")[1:]:
             key = step.replace("~1", "/").replace("~0", "~")

@@ -28,20 +28,20 @@ class EchoServer:
     """The demo model, serving."""
 
     def __init__(self, server: uvicorn.Server, listener: socket.socket) -> None:
-        """Serve on a socket that listens already: nobody can come too early."""
+        """Serve on a socket that listens already, so that no connection is refused."""
         host, port = listener.getsockname()[:2]
         self.base_url = f"http://{host}:{port}/v1"
         self._server = server
         self._task = asyncio.create_task(server.serve(sockets=[listener]), name="echo")
 
     async def close(self) -> None:
-        """Stop listening, and end replies that are still on their way."""
+        """Stop listening, and end the replies in progress."""
         self._server.should_exit = True
         await self._task
 
 
 class GuestServer(uvicorn.Server):
-    """A server inside somebody else's loop: signals are its host's business."""
+    """A server in the event loop of another program, which handles signals itself."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -66,7 +66,7 @@ async def app(scope: Asgi, receive: Receive, send: Send) -> None:
             model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "reprise"}
             await send_json(send, 200, {"object": "list", "data": [model]})
         case _:
-            await send_json(send, 404, problem("There is nothing at this path."))
+            await send_json(send, 404, problem("This path does not exist."))
 
 
 async def answer(receive: Receive, send: Send) -> None:
@@ -86,19 +86,19 @@ async def answer(receive: Receive, send: Send) -> None:
 
 
 async def send_stream(receive: Receive, send: Send, found: Iterator[Json], base: Json) -> None:
-    """Send chunks at a reader's pace, until the peer leaves."""
+    """Send chunks at reading speed, until the client disconnects."""
     head = [(b"content-type", b"text/event-stream")]
     await send({"type": "http.response.start", "status": 200, "headers": head})
     for chunk in found:
         data = b"data: " + msgspec.json.encode(base | chunk) + b"\n\n"
         await send({"type": "http.response.body", "body": data, "more_body": True})
-        if await has_left(receive, within_s=WORD_PAUSE_S):
+        if await has_disconnected(receive, within_s=WORD_PAUSE_S):
             return
     await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
 
-async def has_left(receive: Receive, within_s: float) -> bool:
-    """Pause; true as soon as the peer is gone: after the request nothing else can be received."""
+async def has_disconnected(receive: Receive, within_s: float) -> bool:
+    """Pause; returns True at once if the client disconnects, which is all that can be received after the request."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(within_s):
             await receive()
@@ -155,7 +155,7 @@ def chunk_of(*choices: Json) -> Json:
 
 
 def deltas(reply: Reply, call_ids: Sequence[str]) -> Iterator[Json]:
-    """The reply word by word."""
+    """The reply, word by word."""
     yield {"role": "assistant", "content": "" if reply.text else None}
     for word in words_of(reply.text):
         yield {"content": word}
@@ -172,7 +172,7 @@ def finish_reason(reply: Reply) -> str:
 
 
 def usage_of(request: ChatRequest, reply: Reply) -> dict[str, int]:
-    """Words, called tokens."""
+    """Usage, with words counted as tokens."""
     prompt = sum(len(message.text.split()) for message in request.messages)
     completion = sum(len(words_of(text)) for text in (reply.text, *(arguments for _, arguments in reply.calls)))
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

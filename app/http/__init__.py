@@ -1,5 +1,4 @@
-"""How HTTP is served: by uvicorn, behind a door that bounds what clients may send. The bench serves its comparison the same
-way."""
+"""HTTP by uvicorn, with bounds on what clients may send. The bench serves its comparison the same way."""
 
 from functools import partial
 from typing import Any
@@ -14,12 +13,12 @@ OPTIONS: dict[str, Any] = {
     "log_config": None,
     "access_log": False,
     "server_header": False,
-    "proxy_headers": False,  # nothing here asks who the client is
+    "proxy_headers": False,  # the client's address is not used
     "backlog": BACKLOG,
 }
-"""Of `uvicorn.Config`, whatever the application."""
+"""Arguments of `uvicorn.Config` for any application."""
 
 
 def options(door: Door) -> dict[str, Any]:
-    """Of `uvicorn.Config`, for a server behind this door."""
+    """Arguments of `uvicorn.Config` for a server with this door."""
     return {**OPTIONS, "http": partial(Connection, door)}

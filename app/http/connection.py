@@ -1,8 +1,8 @@
-"""One connection of a client: uvicorn's protocol, which gets one whole head at a time and is not fed beyond a request's end.
+"""One client connection: uvicorn's protocol, which is fed whole heads, and nothing beyond the end of a request.
 
-What a client may send is bounded here, before a key is looked at: a head in bytes, headers and time, a body in time (its size
-is the application's business), requests that come before the reply to the one before. Whatever is over a limit is refused with
-a status in OpenAI's shape. Only here is uvicorn's inside used; `tests/unit/test_connection.py` names what.
+It bounds what a client may send, before a key is checked: a head's bytes, headers and time, a body's time (the application
+bounds its size), and pipelined requests. A request over a limit gets a status in OpenAI's shape. Only this module uses
+uvicorn's internals; `tests/unit/test_connection.py` lists them.
 """
 
 import asyncio
@@ -21,51 +21,51 @@ from app.ids import new_id
 HEAD_ENDS = b"\r\n\r\n"
 
 UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*(?:\r\n[ \t][^\r\n]*)*", re.IGNORECASE)
-"""A header that the parser believes, and then takes the body for another protocol."""
+"""With this header the parser takes the body for another protocol."""
 
-FAREWELL_S = 2.0
-"""How long a client may take to read a reply that came before its request was whole. What it still sends is thrown away."""
+LINGER_S = 2.0
+"""How long a client may take to read a reply that was sent before its request was complete. Its input is discarded."""
 
 UNSENT_BYTES_MAX = 16 * 1024
-"""What a connection holds beside the system's own buffers before a sender waits."""
+"""The high-water mark of a connection's write buffer: above it a sender waits."""
 
 LAST_REQUEST_S = 1.0
-"""How long a connection without a request waits for one while the server ends."""
+"""How long an idle connection stays open while the server shuts down."""
 
 
 class Stage(Enum):
     """Where a connection is in the exchange of a request and its reply."""
 
     HEAD = auto()
-    """It waits for a head, or has a part of one."""
+    """It is idle, or has a part of a head."""
     BODY = auto()
     REPLY = auto()
-    """The request is whole; what comes belongs to the next one, and waits."""
-    FAREWELL = auto()
-    """The reply is sent, and the connection ends."""
+    """The request is complete; further input belongs to the next one, and waits."""
+    LINGERING = auto()
+    """The reply is sent, and the connection closes."""
 
 
 class Connection(HttpToolsProtocol):
-    """See above. All times are those of the loop's clock."""
+    """All times are those of the loop's clock."""
 
     def __init__(self, door: Door, **given: Any) -> None:
         super().__init__(**given)
         self._door, self._limits = door, door.settings
         self._stage = Stage.HEAD
         self._received = b""
-        """What the parser has not seen yet."""
+        """Input that the parser has not been given yet."""
         self._searched = 0
-        """So much of it holds no end of a head."""
+        """How many bytes of it hold no end of a head."""
         self._body_left: int | None = 0
-        """Of the body's bytes; None: it comes in chunks."""
+        """Bytes of the body to come; None: it is chunked."""
         self._body_bytes = 0
         self._bare_bytes = 0
-        """What has come of a body in chunks since its last byte: sizes, extensions, trailers."""
+        """Bytes of a chunked body's framing since its last data: sizes, extensions, trailers."""
         self._body_begun = 0.0
-        self._body_heard = 0
-        """Of the body's bytes when its deadline was last looked at."""
+        self._body_checked = 0
+        """`_body_bytes` when the deadline was last checked."""
         self._reusable = False
-        """Whether the client may send another request after this one, if it is whole by the reply."""
+        """Whether the client may send another request, if this one is complete before its reply."""
         self._refused = False
         self._deadline: float | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -84,16 +84,16 @@ class Connection(HttpToolsProtocol):
             self._expect_request(self._limits.head_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """It is gone."""
-        self._stage, self._received = Stage.FAREWELL, b""
+        """The connection is closed."""
+        self._stage, self._received = Stage.LINGERING, b""
         self._door.refused -= self._refused
         if self._timer:
             self._timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """A part of something."""
-        if self._stage is Stage.FAREWELL:
+        """Input."""
+        if self._stage is Stage.LINGERING:
             return
         self._received = self._received + data if self._received else data
         self._parse()
@@ -110,14 +110,14 @@ class Connection(HttpToolsProtocol):
             self._wire.pause_reading()
 
     def _take_head(self) -> bool:
-        """Hand a whole head to the parser; whether there was one."""
+        """Feed a whole head to the parser. Returns whether there was one."""
         if self._searched == 0:
-            self._received = self._received.lstrip(b"\r\n")  # RFC 9112, 2.2: empty lines before a request say nothing
+            self._received = self._received.lstrip(b"\r\n")  # RFC 9112, 2.2: ignore empty lines before a request
             if not self._received:
                 return False
         ends = self._received.find(HEAD_ENDS, max(0, self._searched - len(HEAD_ENDS) + 1))
         size = ends + len(HEAD_ENDS) if ends >= 0 else len(self._received)
-        if self._received.count(b"\n", 0, size) > self._limits.headers_max + 2:  # the request's line and the empty one
+        if self._received.count(b"\n", 0, size) > self._limits.headers_max + 2:  # the request line and the empty one
             self._refuse(HeadTooLarge("The request has more headers than this server takes (REPRISE_HEADERS_MAX)."))
             return False
         if size > self._limits.head_bytes_max:
@@ -134,7 +134,7 @@ class Connection(HttpToolsProtocol):
             self._searched = size
             return False
         head, self._received, self._searched = self._received[:size], self._received[size:], 0
-        if not head.startswith(b"GET "):  # no request for another protocol has a body, and this server speaks none
+        if not head.startswith(b"GET "):  # an upgrade request has no body, and this server supports no upgrade
             head = UPGRADE.sub(b"", head)
         super().data_received(head)
         return True
@@ -153,33 +153,33 @@ class Connection(HttpToolsProtocol):
             )
 
     def send_400_response(self, msg: str) -> None:
-        """What the parser does not understand. Behind a body in chunks that may be the next request, which came too early: then
-        the client reads that the connection closes, and sends it again."""
+        """The parser can't read the input. After a chunked body that may be a pipelined request: then the reply announces that the
+        connection closes, and the client sends the request again."""
         if self._stage is Stage.REPLY:
             self._received = b""
             self._close_after_reply()
-        elif self._stage is not Stage.FAREWELL:
+        elif self._stage is not Stage.LINGERING:
             self._refuse(InvalidRequest(msg))
 
     # -- The parser's side ------------------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
-        """Raises ValueError where a request would begin in the middle of another."""
+        """Raises ValueError if a request begins within another."""
         if self._stage is not Stage.HEAD:
             raise ValueError
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header, or a trailer, which nothing here reads."""
+        """A header; trailers are ignored."""
         if self._stage is Stage.HEAD:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """The request begins to be answered."""
+        """Start the application."""
         super().on_headers_complete()
         self._stage, self._deadline = Stage.BODY, None
         self._body_left = _body_length(self.headers)
-        self._body_bytes = self._body_heard = self._bare_bytes = 0
+        self._body_bytes = self._body_checked = self._bare_bytes = 0
         self._reusable = self.cycle.keep_alive and not self._door.closing
         self.cycle.keep_alive = False
         if self._body_left != 0:
@@ -193,9 +193,9 @@ class Connection(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The request is whole."""
+        """The request is complete."""
         self._stage, self._deadline = Stage.REPLY, None
-        if self.parser.should_upgrade():  # what comes is no request
+        if self.parser.should_upgrade():  # further input is not a request
             self._received = b""
             self._reusable = False
         if not self.cycle.response_started:
@@ -205,7 +205,7 @@ class Connection(HttpToolsProtocol):
     # -- The reply's side -------------------------------------------------------------------------------------------------
 
     def on_response_complete(self) -> None:
-        """The reply is written. What comes next on this connection is read now."""
+        """The reply is written; read the next request."""
         self.server_state.total_requests += 1
         if self._stage is Stage.REPLY:
             self._wire.resume_reading()
@@ -218,13 +218,13 @@ class Connection(HttpToolsProtocol):
         return LAST_REQUEST_S if self._door.closing else self._limits.idle_timeout_s
 
     def pause_writing(self) -> None:
-        """The client has much to read yet."""
+        """The write buffer is above its high-water mark."""
         super().pause_writing()
         if self._stage is Stage.REPLY or (self._stage is Stage.HEAD and not self._received):
             self._end_by(self._limits.send_timeout_s)
 
     def resume_writing(self) -> None:
-        """It has read most of it."""
+        """The write buffer is below its low-water mark."""
         super().resume_writing()
         if self._stage is Stage.REPLY:
             self._deadline = None
@@ -232,7 +232,7 @@ class Connection(HttpToolsProtocol):
             self._end_by(self._idle_s)
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer what can't be answered by the application, and end."""
+        """Send an error instead of the application's reply, and close."""
         self._door.refused += not self._refused
         self._refused = True
         cycle = self.cycle
@@ -260,9 +260,9 @@ class Connection(HttpToolsProtocol):
         self._leave(unread=True)
 
     def _leave(self, *, unread: bool = False) -> None:
-        """End the connection when its client has the reply: to close while there is something unread would take it away."""
+        """Close when the client has the reply: closing a socket with unread input resets it, and the reply is lost."""
         unread = unread or self._stage is Stage.BODY or self._received != b""
-        self._stage, self._received = Stage.FAREWELL, b""
+        self._stage, self._received = Stage.LINGERING, b""
         if self._wire.is_closing():
             return
         if not unread:
@@ -271,12 +271,12 @@ class Connection(HttpToolsProtocol):
             return
         self._wire.resume_reading()
         self._wire.write_eof()
-        self._end_by(FAREWELL_S)
+        self._end_by(LINGER_S)
 
-    # -- The end of the server --------------------------------------------------------------------------------------------
+    # -- Shutdown --------------------------------------------------------------------------------------------------------
 
     def wind_down(self) -> None:
-        """The server is about to end: the next reply closes the connection, as long as its head does not say otherwise yet."""
+        """The server shuts down: close with the next reply, unless its head is already sent."""
         if self._stage is Stage.HEAD and not self._received:
             self._end_by(max(LAST_REQUEST_S, self._limits.shutdown_delay_s))
         else:
@@ -288,7 +288,7 @@ class Connection(HttpToolsProtocol):
             self.cycle.keep_alive = False
 
     def shutdown(self) -> None:
-        """Idle connections have their time, see `wind_down`; uvicorn would cut them off."""
+        """Leave idle connections to `wind_down`; uvicorn would close them at once."""
 
     # -- Time -------------------------------------------------------------------------------------------------------------
 
@@ -297,7 +297,7 @@ class Connection(HttpToolsProtocol):
         self._end_by(timeout_s)
 
     def _end_by(self, seconds: float) -> None:
-        """Be patient for so long. A timer that rings too early looks again, which costs less than a timer for each request."""
+        """Set the deadline. A timer that fires too early is set again, which costs less than a timer for each request."""
         self._unsent = self._wire.get_write_buffer_size()
         self._deadline = self.loop.time() + seconds
         if self._timer and self._timer.when() > self._deadline:
@@ -317,7 +317,7 @@ class Connection(HttpToolsProtocol):
             self._expire()
 
     def _is_slow(self) -> bool:
-        """Whether the client makes no progress either; if it does, it gets more time."""
+        """Whether the client makes no progress; if it does, extend the deadline."""
         if self._stage is Stage.BODY and (left_s := self._body_left_s()) > 0:
             self._end_by(left_s)
             return False
@@ -327,27 +327,27 @@ class Connection(HttpToolsProtocol):
         return True
 
     def _body_left_s(self) -> float:
-        """How long the body may still take, or be silent; nothing if it has been silent for too long."""
-        if self.flow.read_paused:  # it waits for us
+        """How long the body may still take, or pause; 0 after too long a pause."""
+        if self.flow.read_paused:  # the application does not read it
             return self._limits.body_timeout_s
-        is_silent, self._body_heard = self._body_bytes == self._body_heard, self._body_bytes
+        is_silent, self._body_checked = self._body_bytes == self._body_checked, self._body_bytes
         allowed_s = self._limits.body_timeout_s + self._body_bytes / self._limits.body_bytes_per_s_min
         left_s = self._body_begun + allowed_s - self.loop.time()
         return 0.0 if is_silent else min(left_s, self._limits.body_timeout_s)
 
     def _expire(self) -> None:
-        if self._stage is Stage.FAREWELL or self._wire.get_write_buffer_size():
+        if self._stage is Stage.LINGERING or self._wire.get_write_buffer_size():
             self._wire.abort()
         elif self._stage is Stage.BODY:
-            self._refuse(RequestTooSlow("The request's body did not come in time."))
+            self._refuse(RequestTooSlow("The request's body did not arrive in time."))
         elif self._received:
-            self._refuse(RequestTooSlow("The request's headers did not come in time."))
+            self._refuse(RequestTooSlow("The request's headers did not arrive in time."))
         else:
             self._wire.close()
 
 
 class _Wire:
-    """The transport as uvicorn sees it: its close is a leave."""
+    """The transport for uvicorn: its `close` is `Connection._leave`."""
 
     __slots__ = ("close", "get_extra_info", "is_closing", "pause_reading", "resume_reading", "write")
 
@@ -362,7 +362,7 @@ class _Wire:
 
 
 def _body_length(headers: list[tuple[bytes, bytes]]) -> int | None:
-    """In bytes; None for one in chunks. The parser has checked both headers."""
+    """The length in bytes; None for a chunked body. The parser has checked both headers."""
     length = 0
     for name, value in headers:
         if name == b"transfer-encoding":

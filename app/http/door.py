@@ -1,4 +1,4 @@
-"""What all connections of a server share: their limits, how many there may be, and whether it is about to end."""
+"""What the connections of a server share: their limits, how many there may be, and whether it is shutting down."""
 
 import contextlib
 import resource
@@ -12,10 +12,10 @@ from app.settings import Settings
 log = structlog.get_logger()
 
 OWN_FILES = 128
-"""Open files of a process beside its connections and pools: Redis, tool servers' pipes, the loop's own."""
+"""Open files of a process besides connections and pools: Redis, pipes of tool servers, those of the event loop."""
 
 REFUSED_MAX = 64
-"""Refused connections that wait until their clients have read why; any more are cut off at once."""
+"""Refused connections that stay open until their clients have read why; more are aborted at once."""
 
 
 class Door:
@@ -25,21 +25,21 @@ class Door:
         self.settings = settings
         self.connections_max = settings.connections_max
         self.refused = 0
-        """Connections that are open only until their refusal is read."""
+        """Connections that stay open only until their refusal is read."""
         self.closing = False
-        """Whether the server is about to end: then each connection closes with its next reply."""
+        """Whether the server is shutting down: then each connection closes with its next reply."""
 
     def close(self, connections: Iterable[Any]) -> None:
-        """The server is about to end."""
+        """The server shuts down."""
         self.closing = True
         for connection in connections:
             connection.wind_down()
 
     def fit_open_files(self) -> None:
-        """Raise this process's limit of open files as far as it may, and stay below: a connection may need one to the upstream
-        too, and running out of files would stop the accepting of all."""
+        """Raise this process's limit of open files as far as possible, and fit `connections_max` to it: a connection may need
+        another one to the upstream, and without free files the server accepts none."""
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with contextlib.suppress(ValueError, OSError):  # macOS has a lower limit than it says
+        with contextlib.suppress(ValueError, OSError):  # macOS' real limit is lower than the one it reports
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if files == resource.RLIM_INFINITY:

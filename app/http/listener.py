@@ -1,4 +1,4 @@
-"""The listening socket, and how it stops: what waits to be accepted is accepted first."""
+"""The listening socket. Connections in its backlog are accepted before it closes."""
 
 import asyncio
 import contextlib
@@ -13,10 +13,10 @@ BACKLOG = 2_048
 """Connections that may wait to be accepted."""
 
 HANDSHAKE_S = 0.1
-"""For clients that have seen the server's half of a handshake and have yet to send theirs."""
+"""For clients in the middle of a TCP handshake."""
 
 ACCEPT_S = 2.0
-"""The longest wait for all to be accepted: without the filter new ones may come for ever."""
+"""The longest wait for an empty backlog: without the filter new connections may keep coming."""
 
 SO_ATTACH_FILTER = 26
 TCP_SYN = 0x02
@@ -26,7 +26,7 @@ _REFUSE_SYN = (
     (0x06, 0, 0, 0),  # then drop it
     (0x06, 0, 0, 0xFFFFFFFF),  # else take all of it
 )
-"""A packet filter, as (code, jump if true, jump if false, operand)."""
+"""A packet filter in classic BPF: (code, jump if true, jump if false, operand)."""
 
 
 def listen(settings: Settings) -> socket.socket:
@@ -42,10 +42,10 @@ def listen(settings: Settings) -> socket.socket:
 
 
 async def accept_last(listener: socket.socket) -> None:
-    """Return when all that have connected are accepted, and no more will: to close a socket resets those that wait at it.
+    """Drop new SYNs, and return when the backlog is empty: closing a socket resets the connections in its backlog.
 
-    Only Linux can do that, and where it lets nobody but root, those who come at the last moment may be reset. A client that comes
-    meanwhile asks again within a second, and then meets another process or none.
+    Only Linux can do that; where it needs root, connections of the last moment may be reset. A client whose SYN is dropped
+    sends it again within a second, and reaches another process or none.
     """
     if sys.platform != "linux":
         return
@@ -65,7 +65,7 @@ def _drop_new(listener: socket.socket) -> None:
 
 
 async def _waiting(listener: socket.socket) -> int:
-    """How many connections wait to be accepted: that is what `tcpi_unacked` of a listening socket means."""
+    """The length of the backlog, which is `tcpi_unacked` of a listening socket."""
     await asyncio.sleep(0)  # the loop accepts meanwhile
     (count,) = struct.unpack_from("I", listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28), 24)
     return int(count)

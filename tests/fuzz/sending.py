@@ -1,6 +1,7 @@
 """Sends broken requests, and says what is wrong with the replies."""
 
 import json
+import re
 import socket
 import threading
 from collections import Counter
@@ -177,7 +178,7 @@ class Fuzzer:
 
     def afterwards(self) -> list[str]:
         """What went wrong where no reply tells of it: in the log, and in responses that failed later."""
-        mistakes = [line for line in self._served.printed if "our own mistake" in line or "Traceback" in line]
+        mistakes = [line for line in self._served.printed if re.search("own mistake|because of a bug|Traceback", line)]
         with self._served.client() as client:
             failed = client.get("/responses?status=failed&limit=100", cast_to=dict)  # type: ignore[type-var]
         wrong = [one["error"] for one in failed["data"] if one["error"]["message"] in OURS]

@@ -12,7 +12,7 @@ import pytest
 
 from app.echo import serve, server
 from app.echo.replies import ChatRequest, Reply, reply_to
-from app.echo.schema_examples import SchemaError, instance
+from app.echo.schema_examples import SchemaError, example
 from app.echo.server import deltas
 
 WEATHER = {
@@ -196,12 +196,12 @@ NODE = {
 def test_an_instance_satisfies_its_schema(schema: dict[str, Any]) -> None:
     """Whatever the text, the instance is valid."""
     for text in ("", "three words 42 here", "-0.5"):
-        jsonschema.validate(instance(schema, text), schema)
+        jsonschema.validate(example(schema, text), schema)
 
 
 def test_a_schema_without_any_finite_instance() -> None:
     """Endless recursion is noticed."""
-    assert instance({"type": "object", "properties": {"x": {"$ref": "#"}}, "required": ["x"]}, "") is None
+    assert example({"type": "object", "properties": {"x": {"$ref": "#"}}, "required": ["x"]}, "") is None
 
 
 TWICE = {"type": "object", "required": ["a", "b"]}
@@ -239,7 +239,7 @@ def test_a_schema_that_is_none_or_too_large_is_refused(schema: dict[str, Any], w
     """Nothing of what it takes is done before."""
     begun = time.process_time()
     with pytest.raises(SchemaError, match=why):
-        instance(schema, "three words 42 here")
+        example(schema, "three words 42 here")
     assert time.process_time() - begun < 5
 
 
