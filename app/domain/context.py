@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from app.domain.approvals import was_asked
 from app.domain.hosted import Kind
+from app.domain.lifecycle import IN_FLIGHT
 from app.domain.sealed import SIGNATURE_DIGITS, TenantSeal
 from app.domain.toolbox import Toolbox, open_toolbox
 from app.errors import InvalidRequest
@@ -103,7 +104,7 @@ def waits_for_client(item: AnyItem) -> bool:
 
 def check_parent(response_id: str, status: Status | str) -> None:
     """A response that is still being made can't be continued. Raises InvalidRequest."""
-    if status in {"queued", "in_progress"}:
+    if status in IN_FLIGHT:
         raise InvalidRequest(
             f"Previous response with id '{response_id}' is still in progress.", param="previous_response_id"
         )

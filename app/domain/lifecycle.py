@@ -2,7 +2,7 @@
 
     queued → in_progress → completed | incomplete | failed | cancelled
 
-`completed_at` is set only on completed ones. Storage's conditional updates allow exactly these moves.
+`completed_at` is set only on completed ones.
 """
 
 from collections.abc import Collection
@@ -43,9 +43,10 @@ NEXT: dict[Status, frozenset[Status]] = {
     "failed": frozenset(),
     "cancelled": frozenset(),
 }
-"""Status → what may follow it."""
+"""Status → what may follow it. Which statuses are in flight and which are terminal follows from this, in SQL too."""
 
 TERMINAL: frozenset[Status] = frozenset(status for status, following in NEXT.items() if not following)
+IN_FLIGHT: frozenset[Status] = frozenset(NEXT) - TERMINAL
 
 
 class Outcome(Struct, frozen=True):

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from redis.exceptions import RedisError
 
 from app.domain.context import waits_for_client
-from app.domain.lifecycle import Outcome, close_response, open_response
+from app.domain.lifecycle import IN_FLIGHT, Outcome, close_response, open_response
 from app.domain.recovery import Recovered, recover
 from app.domain.sealed import Seal
 from app.errors import (
@@ -335,7 +335,7 @@ class Background:
         while True:
             async with self._database.autocommit() as tx:
                 response = responses.response_of(await responses.get_response(tx, tenant_id, response_id))
-            if response.status not in {"queued", "in_progress"} or time.monotonic() > deadline:
+            if response.status not in IN_FLIGHT or time.monotonic() > deadline:
                 return response
             await asyncio.sleep(0.02)
 

@@ -11,7 +11,7 @@ from sqlalchemy import text
 from app.errors import InvalidParameter, InvalidRequest, PreviousResponseNotFound, ResponseNotFound
 from app.storage.database import Query, Row, Tx, storable
 from app.storage.pages import SHOWN, Page
-from app.storage.tables import OUTPUT_POSITION
+from app.storage.tables import IN_FLIGHT, OUTPUT_POSITION
 from app.wire.requests import Order
 
 
@@ -128,13 +128,13 @@ def _page_of_context(order: Order) -> Query:
             ) one
             order by one.turn {direction}, one.position {direction} limit cast(:limit as bigint) + 1
         ) item
-        where target.background or target.status not in ('queued', 'in_progress')
+        where target.background or target.status not in {IN_FLIGHT}
         window walk as (order by item.turn {direction}, item.position {direction})
     ), {SHOWN}
     select (:after = '' or exists (select from cursor)) as found, whole.bytes,
            whole.last < (select count(*) from page) as has_more, shown.turn, shown.position, shown.id, shown.body
     from target cross join whole left join shown on whole.bytes <= :bytes_max
-    where target.background or target.status not in ('queued', 'in_progress')
+    where target.background or target.status not in {IN_FLIGHT}
     order by shown.number
     """
         ).bindparams(output_position=OUTPUT_POSITION)

@@ -12,11 +12,10 @@ have no index over their status, so that ending one stays a cheap update in plac
 import hashlib
 from collections.abc import Mapping
 from itertools import islice
-from typing import get_args
 
-from app.wire.resources import Status
+from app.domain.lifecycle import NEXT
 
-STATUSES: tuple[str, ...] = get_args(Status)
+STATUSES: tuple[str, ...] = tuple(NEXT)
 
 _ENTRY = "\x02"
 _MODEL = "\x01"

@@ -9,6 +9,7 @@ from sqlalchemy import text
 
 from app.storage.backlog import pages_of, size_of
 from app.storage.database import Query, Tx, storable
+from app.storage.tables import IN_FLIGHT
 from app.wire.events import Entry, split_frames
 from app.wire.resources import Usage
 
@@ -61,7 +62,7 @@ _READ = Query(
     left join lateral ({_page("event_journal")}) journal on archive.frames is null
     left join runs run on run.tenant_id = response.tenant_id and run.response_id = response.id
     where response.tenant_id = :tenant_id and response.id = :id and response.deleted_at is null
-      and (response.background or response.status not in ('queued', 'in_progress'))
+      and (response.background or response.status not in {IN_FLIGHT})
     """)
 )
 

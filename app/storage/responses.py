@@ -19,7 +19,7 @@ from app.storage.facets import STATUSES, facets, terms_of
 from app.storage.journal import Pages
 from app.storage.pages import BYTES_MAX, SHOWN, Page
 from app.storage.queue import Owner, Queued
-from app.storage.tables import OUTPUT_POSITION
+from app.storage.tables import IN_FLIGHT, OUTPUT_POSITION
 from app.wire.decoding import decode_stored
 from app.wire.requests import Order
 from app.wire.resources import Response, encode
@@ -90,7 +90,7 @@ _FINISH = Query(
     with response as (
         update responses set status = :status, body = cast(:body as json),
                              context_bytes = context_bytes + cast(:own_bytes as bigint)
-        where tenant_id = :tenant_id and id = :id and status in ('queued', 'in_progress')
+        where tenant_id = :tenant_id and id = :id and status in {IN_FLIGHT}
         returning thread_id, turn
     ), {_OUTPUT}, run as (
         delete from runs where tenant_id = :tenant_id and response_id = :id
@@ -172,7 +172,7 @@ _SEAL = Query(
     ), response as (
         update responses set status = :status, body = cast(:body as json),
                              context_bytes = context_bytes + cast(:own_bytes as bigint)
-        where tenant_id = :tenant_id and id = :id and status in ('queued', 'in_progress') and exists (select from run)
+        where tenant_id = :tenant_id and id = :id and status in {IN_FLIGHT} and exists (select from run)
         returning thread_id, turn
     ), {_OUTPUT}, archive as (
         insert into event_archive (tenant_id, response_id, first_number, frames)
@@ -276,7 +276,7 @@ _GET = Query(
         select cast(octet_length(cast(response.body as text)) + pg_column_size(made.output) as bigint) as bytes offset 0
     ) measured
     where tenant_id = :tenant_id and id = :id and deleted_at is null
-      and (background or status not in ('queued', 'in_progress'))
+      and (background or status not in {IN_FLIGHT})
     """).bindparams(output_position=OUTPUT_POSITION)
 )
 
@@ -417,11 +417,11 @@ async def load_body(tx: Tx, tenant_id: str, response_id: str) -> Response | None
 # -- Deleting ---------------------------------------------------------------------------------------------------------------
 
 _LOCK = Query(
-    text("""
+    text(f"""
     select thread_id, turn, previous_response_id, deleted_at is not null as deleted,
-           status in ('queued', 'in_progress') as in_flight
+           status in {IN_FLIGHT} as in_flight
     from responses
-    where tenant_id = :tenant_id and id = :id and (background or status not in ('queued', 'in_progress'))
+    where tenant_id = :tenant_id and id = :id and (background or status not in {IN_FLIGHT})
     for update
     """)
 )

@@ -25,6 +25,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSON, JSONB
 
+from app.domain import lifecycle
+
 metadata = MetaData(
     naming_convention={
         "pk": "%(table_name)s_pkey",
@@ -185,3 +187,6 @@ sealing = Table(
 
 OUTPUT_POSITION = 1_000_000
 """The `position` of a turn's first output item; a request holds far fewer input items."""
+
+IN_FLIGHT = "(" + ", ".join(f"'{status}'" for status in sorted(lifecycle.IN_FLIGHT)) + ")"
+"""The statuses of responses that have not ended, as SQL's list: `status in (…)`."""
