@@ -13,6 +13,7 @@ from app.domain.hosted import Kind
 from app.domain.lifecycle import IN_FLIGHT
 from app.domain.sealed import SIGNATURE_DIGITS, TenantSeal
 from app.domain.toolbox import Toolbox, open_toolbox
+from app.domain.tools.table import SERVER_TOOLS
 from app.errors import InvalidRequest
 from app.ids import NewId, rest_of
 from app.wire.decoding import json_object
@@ -52,11 +53,7 @@ PREFIXES = {
     "mcp_list_tools": "mcpl",
     "mcp_approval_request": "mcpr",
     "mcp_approval_response": "mcpa",
-    "mcp_call": "mcp",
-    "web_search_call": "ws",
-    "file_search_call": "fs",
-    "code_interpreter_call": "ci",
-    "image_generation_call": "ig",
+    **{type_: tool.id_prefix for type_, tool in SERVER_TOOLS.items() if tool.id_prefix},
 }
 """Item type → id prefix; other items get `item_…`."""
 

@@ -10,12 +10,12 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-from app.domain.calls import given_of
 from app.domain.context import Context, Unseal
 from app.domain.dialect import WRAPPED_INPUT, Dialect
 from app.domain.fitting import fitted, short_call_id, with_reasoning
 from app.domain.tool_transcript import answer_for_model, asked_of_model
 from app.domain.toolbox import Toolbox
+from app.domain.tools.server_tool import parse_arguments
 from app.errors import UnsupportedParameter
 from app.ids import are_siblings, place_among_siblings
 from app.wire.chat import ChatMessage
@@ -272,7 +272,7 @@ def _call(item: AnyItem, toolbox: Toolbox, dialect: Dialect) -> dict[str, Any] |
     asked = asked_of_model(item)
     if asked is None:
         return None
-    return _function_call(item.id, toolbox.model_name(asked.name, asked.of, qualified=False), asked.arguments)
+    return _function_call(item.id, toolbox.model_name(asked.name, asked.owner, qualified=False), asked.arguments)
 
 
 _NO_ARGUMENTS = frozenset({"id", "type", "call_id", "status", "environment", "created_by"})
@@ -290,7 +290,7 @@ def _foreign_call(item: OpaqueItem) -> dict[str, Any]:
 
 
 def _function_call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
-    if given_of(arguments) is None:
+    if parse_arguments(arguments) is None:
         arguments = msgspec.json.encode({NO_JSON: arguments}).decode()
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments or "{}"}}
 

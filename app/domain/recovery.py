@@ -13,22 +13,22 @@ from typing import Any
 import msgspec
 from msgspec import Raw, Struct
 
-from app.domain.calls import SERVER_RUN, close_call, incomplete, unknown_outcome
+from app.domain.tools.table import SERVER_TOOLS
 from app.wire.events import (
     ArgumentsDone,
     CustomInputDone,
     Entry,
     Event,
     ItemDone,
-    McpListFailed,
     PartDone,
     ReasoningDone,
     RefusalDone,
     SummaryDone,
     SummaryPartDone,
     TextDone,
+    progress,
 )
-from app.wire.items import OpaqueItem, ServerCallItem, decode_stored_item, encode_item
+from app.wire.items import decode_stored_item
 
 
 class Recovered(Struct, frozen=True):
@@ -139,7 +139,7 @@ class _OpenItem:
     @property
     def is_call(self) -> bool:
         """Whether it is a call of ours."""
-        return self._item["type"] in SERVER_RUN
+        return self._item["type"] in SERVER_TOOLS
 
     def take(self, said: _Said) -> None:
         where = (
@@ -183,16 +183,14 @@ class _OpenItem:
                 events.append(CustomInputDone(**self._at, input=self._text))
             case "mcp_list_tools":
                 item["error"] = "The run broke off before the server had answered."
-                events.append(McpListFailed(**self._at))
+                events += progress("mcp_list_tools", "failed", **self._at)
         return [*events, ItemDone(output_index=self._at["output_index"], item=Raw(msgspec.json.encode(item)))]
 
     def _close_call(self) -> list[Event]:
-        said = {"mcp_call": {"arguments": self._text}, "code_interpreter_call": {"code": self._text}}
-        item = decode_stored_item(msgspec.json.encode({**self._item, **said.get(self._item["type"], {})}))
-        if isinstance(item, OpaqueItem):
-            return [ItemDone(output_index=self._at["output_index"], item=Raw(encode_item(incomplete(item))))]
-        assert isinstance(item, ServerCallItem)
-        return close_call(item, self._at["output_index"], unknown_outcome())
+        tool = SERVER_TOOLS[self._item["type"]]
+        streamed = {tool.streamed: self._text} if tool.streamed else {}
+        item = decode_stored_item(msgspec.json.encode({**self._item, **streamed}))
+        return tool.close_unknown(item, self._at["output_index"])
 
     def _close_part(self, where: tuple[str, int], part: dict[str, Any]) -> list[Event]:
         kind, index = where

@@ -13,7 +13,8 @@ from typing import Literal
 from msgspec import UNSET, Struct
 from msgspec.structs import replace
 
-from app.domain.hosted import KINDS, SEEN, Kind, kind_of, missing_server, owner_of
+from app.domain.hosted import Kind, owner_of
+from app.domain.tools.table import HOSTED, KINDS, kind_of, missing_server
 from app.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
 from app.wire.decoding import Json
 from app.wire.tools import (
@@ -209,7 +210,7 @@ def _offers(
             case HostedTool():
                 kind = kind_of(tool)
                 if kind in hosted:
-                    found.append((SEEN[kind], ByHost(kind, tool.fields)))
+                    found.append((HOSTED[kind].function, ByHost(kind, tool.fields)))
                 elif kind or tool.type == "tool_search":
                     left_out.append(tool.type)
                 else:

@@ -12,7 +12,8 @@ import msgspec
 from msgspec.structs import replace
 
 from app.domain.dialect import PRESETS, Dialect
-from app.domain.hosted import KINDS, HostedRoute, Kind, placeholders, result_keys
+from app.domain.hosted import HostedRoute, Kind
+from app.domain.tools.table import HOSTED, KINDS
 from app.outbound.catalog import KEY, Catalog, ModelEntry, ToolServerEntry, UpstreamEntry
 from app.settings import SWITCHES, Settings, SettingsError
 from app.wire.keys import choices, nearest, suggestion
@@ -106,7 +107,7 @@ def _fill_in_presets(path: Path, raw: Mapping[str, Any]) -> None:
 
 
 def _refuse_unknown_kinds(path: Path, raw: Mapping[str, Any]) -> None:
-    hosted, known = raw.get("hosted"), get_args(Kind)
+    hosted, known = raw.get("hosted"), HOSTED.keys()
     for kind in hosted if isinstance(hosted, dict) else ():
         if kind not in known:
             near = KINDS.get(kind) or nearest(kind, known)
@@ -242,13 +243,13 @@ def _faults_of_tools(catalog: Catalog) -> Iterator[str]:
             yield f"hosted '{kind}' names an unknown tool server '{route.server}'; there are {known}"
         yield from _faults_of_arguments(kind, route)
         for name in route.fields:
-            if name not in result_keys(kind):
-                known = ", ".join(result_keys(kind)) or "none"
+            if name not in HOSTED[kind].result_keys:
+                known = ", ".join(HOSTED[kind].result_keys) or "none"
                 yield f"hosted '{kind}': there is no field '{name}'; there are {known}"
 
 
 def _faults_of_arguments(kind: Kind, route: HostedRoute) -> Iterator[str]:
-    known = placeholders(kind)
+    known = HOSTED[kind].placeholders
     for name, value in route.arguments.items():
         if isinstance(value, str) and value.startswith("$"):
             if value[1:] not in known:

@@ -12,13 +12,14 @@ from typing import Any
 import structlog
 from msgspec.structs import replace
 
-from app.domain.calls import SERVER_RUN, Answer, PendingCall, approval_request, close_list, mcp_call, open_list
+from app.domain.calls import SERVER_RUN, PendingCall, approval_request, close_list, mcp_call, open_list
 from app.domain.citations import NO_SOURCES, sources_of
 from app.domain.context import Context, proceed
 from app.domain.lifecycle import Outcome, add_usage, outcome_of
 from app.domain.prompt import chat_request
 from app.domain.think import ThinkSplitter
 from app.domain.toolbox import NeedsApproval, Rejected, ServerCall, Toolbox
+from app.domain.tools.answers import Answer
 from app.domain.turn import OwnCall, Turn
 from app.errors import (
     ApiError,

@@ -10,10 +10,11 @@ from msgspec.structs import replace
 from app.domain import limits
 from app.domain.approvals import signing
 from app.domain.context import Context, answered_requests, check_parent, references, resolve, restore
-from app.domain.hosted import HostedRoute, Kind, kind_of, missing_server, names_data
+from app.domain.hosted import HostedRoute, Kind, names_data
 from app.domain.item_builders import OutputOptions
 from app.domain.prompt import chat_request
 from app.domain.sealed import Seal, TenantSeal
+from app.domain.tools.table import kind_of, missing_server
 from app.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
 from app.ids import NewId, new_id
 from app.outbound.catalog import Catalog, Route

@@ -10,19 +10,10 @@ import hashlib
 import structlog
 from msgspec import UNSET
 
-from app.domain.calls import (
-    INVALID_PARAMS,
-    Answer,
-    PendingCall,
-    arguments_for,
-    container_of,
-    failure,
-    hosted_call,
-    mcp_call,
-    not_json,
-)
+from app.domain.calls import PendingCall, arguments_for, container_of, hosted_call, mcp_call
 from app.domain.hosted import container_named
 from app.domain.toolbox import ByHost, ServerCall
+from app.domain.tools.answers import INVALID_PARAMS, Answer, failure, not_json
 from app.ids import NewId, new_id
 from app.outbound.guard import Guard
 from app.outbound.masking import Mask

@@ -4,7 +4,7 @@
 the number, the type, the JSON bytes. After that only bytes move.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import msgspec
 from msgspec import Raw, Struct
@@ -151,22 +151,6 @@ class AnnotationAdded(OfContent, tag="response.output_text.annotation.added"):
     annotation: Any
 
 
-class McpListInProgress(OfItem, tag="response.mcp_list_tools.in_progress"):
-    pass
-
-
-class McpListCompleted(OfItem, tag="response.mcp_list_tools.completed"):
-    pass
-
-
-class McpListFailed(OfItem, tag="response.mcp_list_tools.failed"):
-    pass
-
-
-class McpCallInProgress(OfItem, tag="response.mcp_call.in_progress"):
-    pass
-
-
 class McpArgumentsDelta(OfItem, tag="response.mcp_call_arguments.delta"):
     delta: str
 
@@ -175,68 +159,12 @@ class McpArgumentsDone(OfItem, tag="response.mcp_call_arguments.done"):
     arguments: str
 
 
-class McpCallCompleted(OfItem, tag="response.mcp_call.completed"):
-    pass
-
-
-class McpCallFailed(OfItem, tag="response.mcp_call.failed"):
-    pass
-
-
-class WebSearchInProgress(OfItem, tag="response.web_search_call.in_progress"):
-    pass
-
-
-class WebSearchSearching(OfItem, tag="response.web_search_call.searching"):
-    pass
-
-
-class WebSearchCompleted(OfItem, tag="response.web_search_call.completed"):
-    pass
-
-
-class FileSearchInProgress(OfItem, tag="response.file_search_call.in_progress"):
-    pass
-
-
-class FileSearchSearching(OfItem, tag="response.file_search_call.searching"):
-    pass
-
-
-class FileSearchCompleted(OfItem, tag="response.file_search_call.completed"):
-    pass
-
-
-class CodeInProgress(OfItem, tag="response.code_interpreter_call.in_progress"):
-    pass
-
-
 class CodeDelta(OfItem, tag="response.code_interpreter_call_code.delta"):
     delta: str
 
 
 class CodeDone(OfItem, tag="response.code_interpreter_call_code.done"):
     code: str
-
-
-class CodeInterpreting(OfItem, tag="response.code_interpreter_call.interpreting"):
-    pass
-
-
-class CodeCompleted(OfItem, tag="response.code_interpreter_call.completed"):
-    pass
-
-
-class ImageInProgress(OfItem, tag="response.image_generation_call.in_progress"):
-    pass
-
-
-class ImageGenerating(OfItem, tag="response.image_generation_call.generating"):
-    pass
-
-
-class ImageCompleted(OfItem, tag="response.image_generation_call.completed"):
-    pass
 
 
 class OfCommand(ItemEvent, kw_only=True):
@@ -268,6 +196,28 @@ class CustomInputDelta(OfItem, tag="response.custom_tool_call_input.delta"):
 
 class CustomInputDone(OfItem, tag="response.custom_tool_call_input.done"):
     input: str
+
+
+STAGES: dict[str, tuple[str, ...]] = {
+    "mcp_list_tools": ("in_progress", "completed", "failed"),
+    "mcp_call": ("in_progress", "completed", "failed"),
+    "web_search_call": ("in_progress", "searching", "completed"),
+    "file_search_call": ("in_progress", "searching", "completed"),
+    "code_interpreter_call": ("in_progress", "interpreting", "completed"),
+    "image_generation_call": ("in_progress", "generating", "completed"),
+}
+"""Item type → the stages of its progress, each of which has an event."""
+
+_PROGRESS = {
+    tag: cast("type[OfItem]", msgspec.defstruct(tag, (), bases=(OfItem,), tag=tag))
+    for tag in (f"response.{type_}.{stage}" for type_, stages in STAGES.items() for stage in stages)
+}
+
+
+def progress(item_type: str, *stages: str, item_id: str, output_index: int) -> list[Event]:
+    """The events of an item's progress; a stage of which the API has no event has none."""
+    tags = (f"response.{item_type}.{stage}" for stage in stages)
+    return [_PROGRESS[tag](item_id=item_id, output_index=output_index) for tag in tags if tag in _PROGRESS]
 
 
 class Entry(Struct, frozen=True):

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from app.domain.calls import error_text, unknown_outcome
+from app.domain.tools.answers import error_text, unknown_outcome
 from tests.faults.client import Follower, begin, call, cancel
 from tests.faults.cluster import frozen, locked
 from tests.faults.stream_oracle import text_of

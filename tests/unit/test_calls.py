@@ -5,23 +5,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from app.domain.calls import (
-    Answer,
-    approval_request,
-    arguments_for,
-    close_list,
-    error_text,
-    failure,
-    given_of,
-    hosted_call,
-    mcp_call,
-    not_json,
-    open_list,
-    unknown_outcome,
-)
+from app.domain.calls import approval_request, arguments_for, close_list, hosted_call, mcp_call, open_list
 from app.domain.hosted import HostedRoute
 from app.domain.tool_transcript import answer_for_model, asked_of_model
 from app.domain.toolbox import ByHost
+from app.domain.tools.answers import Answer, error_text, failure, not_json, unknown_outcome
+from app.domain.tools.server_tool import parse_arguments
 from app.wire.items import CallError
 from app.wire.tools import ListedTool
 from tests.replay import replay
@@ -94,7 +83,7 @@ def test_a_call_that_is_cut_off_is_incomplete():
     [("", {}), ("{}", {}), ('{"a": 1}', {"a": 1}), ("[1]", None), ("1", None), ("{", None), ("null", None)],
 )
 def test_arguments_are_a_json_object(arguments: str, given: dict[str, Any] | None):
-    assert given_of(arguments) == given
+    assert parse_arguments(arguments) == given
 
 
 def test_an_error_of_another_server_s_history_is_readable():

@@ -17,18 +17,23 @@ import pytest
 from msgspec import Raw
 
 from app.domain.approvals import was_asked
-from app.domain.calls import Answer, close_call, error_text, given_of, hosted_call
+from app.domain.calls import hosted_call
 from app.domain.citations import Sources, sources_of
 from app.domain.context import pair, proceed, resolve
 from app.domain.dialect import Dialect
 from app.domain.fold import Fold
-from app.domain.hosted import HostedRoute, queries_of, results_of
+from app.domain.hosted import HostedRoute
 from app.domain.lifecycle import open_response
 from app.domain.prompt import chat_request
 from app.domain.recovery import recover
 from app.domain.think import ThinkSplitter, Where
 from app.domain.tool_transcript import answer_for_model
 from app.domain.toolbox import ByHost, open_toolbox
+from app.domain.tools.answers import Answer, error_text
+from app.domain.tools.file_search import queries_of
+from app.domain.tools.mcp import Mcp
+from app.domain.tools.server_tool import parse_arguments
+from app.domain.tools.web_search import WebSearch
 from app.domain.turn import Turn
 from app.errors import ApiError
 from app.outbound.upstream import LineBuffer
@@ -464,17 +469,17 @@ READ: dict[str, tuple[int, Make]] = {
     "secrets taken out": (500, without),
     "a long wrong value": (40_000, lambda n: body(truncation=" - at `$" * n)),
     "a long message": (40_000, lambda n: lambda: invalid(" - at `$.a" * n, "input")),
-    "arguments": (8000, lambda n: partial(given_of, json.dumps({"a": ["{["] * n}))),
-    "brackets as arguments": (8000, lambda n: lambda: given_of("[{" * n)),
+    "arguments": (8000, lambda n: partial(parse_arguments, json.dumps({"a": ["{["] * n}))),
+    "brackets as arguments": (8000, lambda n: lambda: parse_arguments("[{" * n)),
     "queries": (4000, lambda n: lambda: queries_of({"queries": ["x"] * n})),
-    "results": (1000, lambda n: lambda: results_of("web_search", ROUTE, {"web": [{"link": "x"}] * n}, "")),
+    "results": (1000, lambda n: partial(WebSearch().results, Answer(structured={"web": [{"link": "x"}] * n}), ROUTE)),
     "results read": (
         2000,
         lambda n: partial(answer_for_model, FileSearchCall(results=[{"filename": "x", "text": "y"}] * n)),
     ),
     "results of a search": (
         2000,
-        lambda n: partial(close_call, WebSearchCall(), 0, Answer(structured=[{"link": "x"}] * n), ROUTE),
+        lambda n: partial(WebSearch().close, WebSearchCall(), 0, Answer(structured=[{"link": "x"}] * n), ROUTE),
     ),
     "an error's parts": (
         2000,
@@ -482,7 +487,7 @@ READ: dict[str, tuple[int, Make]] = {
     ),
     "an answer": (
         400_000,
-        lambda n: partial(close_call, McpCall(server_label="a", name="f", arguments="{}"), 0, Answer("x" * n)),
+        lambda n: partial(Mcp().close, McpCall(server_label="a", name="f", arguments="{}"), 0, Answer("x" * n), None),
     ),
     "commands": (1000, ran),
     "sealed": (100_000, lambda n: lambda: SEAL.open(SEAL.close("x" * n))),

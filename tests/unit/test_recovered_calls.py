@@ -4,8 +4,9 @@ from typing import Any
 
 import msgspec
 
-from app.domain.calls import Answer, approval_request, mcp_call, open_list
+from app.domain.calls import approval_request, mcp_call, open_list
 from app.domain.recovery import Recovered, recover
+from app.domain.tools.answers import Answer
 from app.wire.events import AnnotationAdded, Event, ItemAdded, PartAdded, TextDelta, split_frames
 from app.wire.items import Message, OutputText
 from tests.replay import replay
