@@ -456,7 +456,7 @@ def unknown_model(setup: Setup) -> None:
         raise Differs("any name is answered")
 
 
-@feature("a parameter that nobody knows is a 400 with its name")
+@feature("an unknown parameter is a 400 with its name")
 def unknown_parameter(setup: Setup) -> None:
     assert _refusal(lambda: setup.create(extra_body={"no_such_thing": 1})).param == "no_such_thing"
 

@@ -10,7 +10,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 NOT_YET = {
-    "README.md",
     "app/api/responses.py",
     "app/api/services.py",
     "app/api/sse.py",
@@ -20,7 +19,6 @@ NOT_YET = {
     "app/storage",
     "app/toolservers",
     "app/wire",
-    "docs",
 }
 """Files and folders that are not rewritten yet. Each goes as soon as it is."""
 
@@ -68,11 +66,13 @@ IN_SPACE = ("behind a proxy", "behind a load balancer", "behind a lock", "fell b
 """Where "behind" is not "after"."""
 
 RIGHT = {
+    ("README.md", "Tell me more"): "a user's prompt",
     ("app/echo/replies.py", "Earlier you said"): "the demo's own voice",
     ("app/echo/replies.py", "You have not told me"): "the demo's own voice",
     ("app/echo/replies.py", "You said"): "the demo's own voice",
     ("app/echo/replies.py", "you_said"): "the demo's own voice",
     ("app/embedded.py", "nobody"): "the Unix user",
+    ("docs/engines.md", "nobody-has-this"): "the name of a model, in an engine's error",
 }
 """(file, phrase) → why a word on the list is right there."""
 
