@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from app.storage.tables import OUTPUT_POSITION
-from tests import tap
+from tests import wire_proxy
 from tests.servers import Served
 from tests.upstream import finish, note, repeat, script, status, text
 from tests.waiting import fetch, until
@@ -63,14 +63,14 @@ def database_url(new_database):
 def postgres(database_url) -> Iterator[Tap]:
     """The tap before Postgres."""
     directory = parse_qs(urlsplit(database_url).query)["host"][0]
-    with Tap(Path(directory) / ".s.PGSQL.5432", ".s.PGSQL.5432", tap.postgres) as running:
+    with Tap(Path(directory) / ".s.PGSQL.5432", ".s.PGSQL.5432", wire_proxy.postgres) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def redis(servers) -> Iterator[Tap]:
     """The tap before Redis."""
-    with Tap(Path(urlsplit(servers.redis_url).path), "redis.sock", tap.redis) as running:
+    with Tap(Path(urlsplit(servers.redis_url).path), "redis.sock", wire_proxy.redis) as running:
         yield running
 
 

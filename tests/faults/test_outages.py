@@ -9,7 +9,7 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 import pytest
 
-from tests import tap
+from tests import wire_proxy
 from tests.faults.client import Follower, begin, call, cancel, get, stream
 from tests.faults.cluster import LEASE_S, Cluster, frozen, locked
 from tests.faults.stream_oracle import closed_as, rounds_of, text_of, told
@@ -285,7 +285,7 @@ def test_a_foreground_row_whose_client_left_while_it_was_inserted_does_not_stay(
 def tapped(cluster):
     """A replica behind a tap on its way to Postgres, and the tap."""
     directory = parse_qs(urlsplit(cluster.database_url).query)["host"][0]
-    with Tap(Path(directory) / ".s.PGSQL.5432", ".s.PGSQL.5432", tap.postgres) as wire:
+    with Tap(Path(directory) / ".s.PGSQL.5432", ".s.PGSQL.5432", wire_proxy.postgres) as wire:
         url = cluster.database_url.replace(directory, str(wire.directory))
         replica = cluster.start_replica(DATABASE_URL=url)
         yield replica, wire
