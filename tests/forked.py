@@ -5,6 +5,7 @@ python -m tests.forked FD    forks on request; a request and three files come on
 
 import atexit
 import gc
+import importlib
 import json
 import os
 import resource
@@ -20,6 +21,8 @@ from typing import Any, TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUEST_BYTES_MAX = 128 * 1024
+IMPORT_FIRST = "FORKED_IMPORT_FIRST"
+"""The variable that names a module which a fork imports before it becomes the server."""
 
 
 class ForkServer:
@@ -173,6 +176,8 @@ def _become(request: dict[str, Any], output: int, errors: int) -> None:
     os.environ.update(request["env"])
     if request["files_max"]:
         resource.setrlimit(resource.RLIMIT_NOFILE, tuple(request["files_max"]))
+    if first := os.environ.get(IMPORT_FIRST):
+        importlib.import_module(first)
     sys.argv = ["reprise", *request["arguments"]]
     cli.main()
     sys.exit()

@@ -18,13 +18,14 @@ import redis
 
 from app import embedded, migrate
 from tests.faults.client import get
+from tests.forked import IMPORT_FIRST
 from tests.servers import Served
 from tests.waiting import until
 
 LEASE_S = 1.5
 POLL_S = 0.2
 
-INSIDE = {"PYTHONPATH": str(Path(__file__).parent / "inside")}
+INSIDE = {IMPORT_FIRST: "tests.faults.inside"}
 """Settings of a process that is to be looked into, or lied to."""
 
 

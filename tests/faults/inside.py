@@ -1,6 +1,7 @@
-"""Python runs this in every process that a test starts with this directory on its PYTHONPATH.
+"""A server with the settings INSIDE (cluster.py) imports this when it is forked.
 
-WALL_CLOCK_SHIFT_S shifts the process's wall clock, and no monotonic one. At SIGUSR1 it prints how many asyncio tasks it has.
+WALL_CLOCK_SHIFT_S shifts the process's wall clock, and no monotonic one; the server asks both through their modules.
+At SIGUSR1 it prints how many asyncio tasks it has.
 """
 
 import asyncio
