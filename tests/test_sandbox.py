@@ -787,7 +787,7 @@ async def test_limits_alone_only_on_request(tmp_path: Path, new_home: Callable[[
     command = [*UNPRIVILEGED, *program("sandbox", *LIMITS, *python, "--directory", str(home))]
     assert "code can't be isolated here" in refusal(*command)
     with OverHttp([*command, "--allow-network"]) as sandbox:
-        assert "nothing but resource limits holds the code" in "".join(sandbox.printed)
+        assert "code is confined by resource limits only" in "".join(sandbox.printed)
         marker = uuid.uuid4().hex
         container = new_container()
         code = f"import os, subprocess; subprocess.Popen(['sh', '-c', 'setsid sleep 1000; : {marker}'], start_new_session=True)"

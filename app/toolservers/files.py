@@ -23,7 +23,7 @@ from typing import Any
 import asyncpg
 import click
 
-from app.toolservers.address import http_option
+from app.toolservers.address import Address, http_option
 from app.toolservers.index import LOST, Index, opened
 from app.toolservers.texts import UnreadableFile
 
@@ -38,7 +38,7 @@ store_option = click.option("--store", required=True, help="Which store.")
 @click.option("--database", envvar="DATABASE_URL", required=True, help="Postgres; or DATABASE_URL.")
 @http_option
 @click.pass_context
-def main(context: click.Context, database: str, address: str | None) -> None:
+def main(context: click.Context, database: str, address: Address | None) -> None:
     """Serve the tool search_files over MCP, on stdio or HTTP; or put files in and out."""
     context.obj = database
     if context.invoked_subcommand is None:
