@@ -1,8 +1,8 @@
-"""The composition root: settings → database, upstreams, runs, application."""
+"""The composition root: settings → database, upstreams, pipeline, application."""
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -12,22 +12,32 @@ from msgspec import Struct
 
 from app import echo, migrate
 from app.api import asgi
+from app.api.auth import Auth
 from app.api.bodies import Bodies
+from app.api.services import Services
+from app.domain.sealed import Seal
 from app.outbound.catalog import Catalog
 from app.outbound.catalog_file import load_catalog
 from app.outbound.guard import Guard
 from app.outbound.mcp import ToolPrograms
 from app.outbound.programs import Programs
 from app.outbound.upstream import Upstream
-from app.runs.background import Background
-from app.runs.executor import Executor
-from app.runs.task import Tasks
-from app.runs.worker import Worker
+from app.runs.admission import Admission
+from app.runs.cancellation import Cancellation
+from app.runs.claims import Claims
+from app.runs.following import Following
+from app.runs.leased import LeasedRuns
+from app.runs.leases import Leases
+from app.runs.pipeline import Pipeline
+from app.runs.plan import Planner
+from app.runs.rooms import Rooms
+from app.runs.volatile import VolatileRuns
 from app.settings import Settings, SettingsError
 from app.setup import OTHER_KEY, open_seal
 from app.storage import sealing, tenants
 from app.storage.backlog import Backlogs
 from app.storage.database import Database
+from app.storage.queue import Heartbeat, Owner
 from app.storage.redislog import RedisLogs
 
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
@@ -54,18 +64,32 @@ class Core(Struct, frozen=True):
     """Everything that makes responses, with or without the API."""
 
     database: Database
-    tasks: Tasks
-    background: Background
-    guard: Guard
-    programs: ToolPrograms
-    worker: Worker
-    backlogs: Backlogs
+    upstreams: Mapping[str, Upstream]
+    planner: Planner
+    seal: Seal
+    pipeline: Pipeline
+    logs: RedisLogs
+    leased: LeasedRuns
+    leases: Leases
+    claims: Claims
+
+    async def start(self, volatile: Callable[[], Sequence[Heartbeat]], *, claims: bool) -> None:
+        """Begin to work: Redis, heartbeats, also for `volatile` runs, and claims."""
+        await asyncio.gather(*(upstream.find_dialect(None) for upstream in self.upstreams.values()))
+        self.logs.start(self.claims.notified, lambda: self.leases.watch.lease_is_valid)
+        self.leases.start(self.claims.runs, volatile, self.claims.wake)
+        if claims:
+            self.claims.start()
+
+    async def stop(self) -> None:
+        """Finish what can be finished, hand back the rest; then stop, the last things first."""
+        await self.claims.close()
+        await self.leases.close()
+        await self.logs.close()
 
 
 @asynccontextmanager
-async def core(
-    settings: Settings, catalog: Catalog, *, claims: bool
-) -> AsyncIterator[tuple[Core, dict[str, Upstream]]]:
+async def core(settings: Settings, catalog: Catalog, *, claims: bool) -> AsyncIterator[Core]:
     """Everything below the API, closed at the end. Raises SettingsError."""
     seal = open_seal(settings)
     database = Database(settings)
@@ -75,15 +99,25 @@ async def core(
     )
     upstreams = {name: Upstream(name, entry, settings) for name, entry in catalog.upstreams.items()}
     logs = RedisLogs(settings)
-    tasks = Tasks(settings, database, catalog, upstreams, seal)
-    guard = Guard.from_settings(settings)
+    planner = Planner(settings, database, catalog, upstreams, seal)
     programs: ToolPrograms = Programs(settings)
-    background = Background(settings, database, tasks, catalog, seal, guard, programs, logs)
-    worker = Worker(settings, database, heartbeats, background, logs)
+    pipeline = Pipeline(settings, Guard.from_settings(settings), programs)
+    leases = Leases(settings, heartbeats, logs)
+    leased = LeasedRuns(database, planner, catalog, seal, pipeline, logs)
     try:
         if not await sealing.accept_key(database, seal.fingerprints):
             raise SettingsError(OTHER_KEY)
-        yield Core(database, tasks, background, guard, programs, worker, Backlogs(settings)), upstreams
+        yield Core(
+            database=database,
+            upstreams=upstreams,
+            planner=planner,
+            seal=seal,
+            pipeline=pipeline,
+            logs=logs,
+            leased=leased,
+            leases=leases,
+            claims=Claims(settings, database, leases, leased, logs),
+        )
     finally:
         await programs.close()
         for upstream in upstreams.values():
@@ -91,20 +125,15 @@ async def core(
         await asyncio.gather(database.close(), heartbeats.close())
 
 
-async def _find_dialects(upstreams: Mapping[str, Upstream]) -> None:
-    await asyncio.gather(*(upstream.find_dialect(None) for upstream in upstreams.values()))
-
-
 @asynccontextmanager
-async def working(settings: Settings) -> AsyncIterator[Worker]:
-    """A worker process without an API. Raises SettingsError."""
-    async with _catalog(settings) as catalog, core(settings, catalog, claims=True) as (made, upstreams):
-        await _find_dialects(upstreams)
-        made.worker.start(list, claims=True)
+async def working(settings: Settings) -> AsyncIterator[Owner]:
+    """A worker process without an API, and its name. Raises SettingsError."""
+    async with _catalog(settings) as catalog, core(settings, catalog, claims=True) as made:
+        await made.start(list, claims=True)
         try:
-            yield made.worker
+            yield made.leases.owner
         finally:
-            await made.worker.close()
+            await made.stop()
 
 
 @asynccontextmanager
@@ -122,42 +151,45 @@ async def _catalog(settings: Settings) -> AsyncIterator[Catalog]:
 async def assembled(settings: Settings) -> AsyncIterator[Assembly]:
     """Everything that a serving process needs, closed at the end. Raises SettingsError."""
     claims = settings.workers_in_api
-    async with _catalog(settings) as catalog, core(settings, catalog, claims=claims) as (made, upstreams):
-        worker = made.worker
-        executor = Executor(settings, made.database, made.tasks, made.guard, made.programs, worker.owner, made.backlogs)
+    async with _catalog(settings) as catalog, core(settings, catalog, claims=claims) as made:
+        volatile = VolatileRuns(settings, made.database, made.pipeline, made.leases.owner)
+        services = _services(settings, catalog, made, volatile)
 
         @asynccontextmanager
         async def lifespan(_: Any) -> AsyncIterator[None]:
-            await _find_dialects(upstreams)
-            worker.start(lambda: executor.holds, claims=claims)
+            await made.start(volatile.heartbeats, claims=claims)
             try:
                 yield
             finally:
-                await executor.close()
-                await worker.close()
-
-        keys_in_use = await _check_openness(settings, made.database)
-        bodies = Bodies(settings)
-        app = asgi.build(
-            settings=settings,
-            database=made.database,
-            catalog=catalog,
-            upstreams=upstreams,
-            executor=executor,
-            background=made.background,
-            worker=worker,
-            backlogs=made.backlogs,
-            bodies=bodies,
-            outdated_schemas=frozenset(migrate.revisions()[1:]),
-            lifespan=lifespan,
-        )
+                await volatile.close()
+                await made.stop()
 
         async def break_off() -> None:
-            made.background.release()
-            bodies.close()
-            await executor.close()
+            services.following.release()
+            services.bodies.close()
+            await volatile.close()
 
-        yield Assembly(settings, catalog, app, keys_in_use, worker.drain, break_off)
+        keys_in_use = await _check_openness(settings, made.database)
+        yield Assembly(settings, catalog, asgi.build(services, lifespan), keys_in_use, made.claims.drain, break_off)
+
+
+def _services(settings: Settings, catalog: Catalog, made: Core, volatile: VolatileRuns) -> Services:
+    backlogs = Backlogs(settings)
+    return Services(
+        settings=settings,
+        database=made.database,
+        catalog=catalog,
+        upstreams=made.upstreams,
+        admission=Admission(settings, made.database, made.planner, made.seal, volatile, made.logs, backlogs),
+        following=Following(settings, made.database, made.logs, backlogs),
+        cancellation=Cancellation(settings, made.database, made.logs, made.leased, made.leases.owner),
+        claims=made.claims,
+        backlogs=backlogs,
+        bodies=Bodies(settings),
+        reads=Rooms(settings.reads_bytes_max, waiting_max=settings.connections_max),
+        outdated_schemas=frozenset(migrate.revisions()[1:]),
+        auth=Auth(settings, made.database),
+    )
 
 
 async def _check_openness(settings: Settings, database: Database) -> bool:

@@ -49,9 +49,9 @@ async def work(settings: Settings) -> None:
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    async with assembly.working(settings) as working:
+    async with assembly.working(settings) as owner:
         _settle()
-        click.echo(f"Reprise works as {working.owner.worker}")
+        click.echo(f"Reprise works as {owner.worker}")
         await stopped.wait()
 
 

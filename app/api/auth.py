@@ -6,7 +6,7 @@ import time
 from app.api.sites import Headers, refuse_foreign
 from app.errors import AuthenticationFailed
 from app.outbound.catalog import KEY
-from app.runs.executor import Caller
+from app.runs.admission import Caller
 from app.settings import DEFAULT_TENANT, Settings
 from app.storage import tenants
 from app.storage.database import Database

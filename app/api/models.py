@@ -12,7 +12,7 @@ from app.api.connected import while_connected
 from app.api.services import Services
 from app.errors import ApiError, NotFound, UpstreamError, UpstreamStalled
 from app.outbound.upstream import Upstream
-from app.runs.executor import Caller
+from app.runs.admission import Caller
 from app.telemetry import describe
 from app.wire.chat import ModelEntry
 from app.wire.requests import is_model_name

@@ -39,7 +39,7 @@ async def livez() -> str:
 @get("/readyz", media_type=MediaType.TEXT)
 async def readyz(services: Services) -> Response[str]:
     """Requests can be served: the process is not shutting down, Postgres takes writes and has the schema. Else 503."""
-    if services.worker.draining:
+    if services.claims.is_draining:
         raise ServerUnavailable("The server is shutting down.")
     await demand_ready(services.database, services.outdated_schemas)
     return Response("ok", media_type=MediaType.TEXT)

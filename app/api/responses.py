@@ -17,12 +17,13 @@ from app.api.replies import json_reply
 from app.api.services import Services
 from app.api.sse import EventStream
 from app.errors import InvalidParameter, InvalidRequest
-from app.runs.aside import aside
-from app.runs.executor import Caller, Run
+from app.offload import offload
+from app.runs.admission import Caller
+from app.runs.following import Followed
 from app.runs.rooms import Room
+from app.runs.volatile import VolatileRun
 from app.storage import contexts, responses
 from app.storage.contexts import StoredItem
-from app.storage.journal import Kept
 from app.storage.pages import Page
 from app.storage.responses import Stored
 from app.wire import resources
@@ -38,7 +39,7 @@ log = structlog.get_logger()
 OPPOSITE: dict[Order, Order] = {"asc": "desc", "desc": "asc"}
 
 LEFT_OUT_HEADER = "x-reprise-left-out-tools"
-"""Names the declared tools that the model does not see, because nobody here runs them."""
+"""Names the declared tools that the model does not see, because no server here runs them."""
 
 
 class ResponsesController(Controller):
@@ -49,68 +50,44 @@ class ResponsesController(Controller):
     @post(status_code=200)
     async def create(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[Any]:
         """Make a response: JSON when it is done, SSE while it is made, or later, in the background."""
-        started: list[tuple[Run, dict[str, str]]] = []
-        executor = services.executor
+        started: list[VolatileRun] = []
         with ExitStack() as taking:
             raw = await taking.enter_context(services.bodies.reading(request)).read()
-            create = await aside(len(raw), decode_create, raw, services.catalog.passed_on)
+            create = await offload(len(raw), decode_create, raw, services.catalog.passed_on)
             if create.background:
                 return await self._create_in_background(caller, create, raw, services)
-            del raw  # what is asked for may take long
+            del raw  # the response may take long
 
             async def begin() -> resources.Response | None:
-                run = await executor.start(caller, create)
+                run = await services.admission.start(caller, create)
                 taking.close()
-                started.append((run, _left_out(run.work.context.toolbox.left_out)))
+                started.append(run)
                 if not create.stream:
-                    return await executor.finished(run)
-                await executor.opened(run)
+                    return await run.finished()
+                await run.opened()
                 return None
 
             try:
                 made = await while_connected(request.receive, begin())
             except (ClientDisconnected, asyncio.CancelledError):
-                for run, _ in started:
-                    executor.reader_gone(run)
+                for run in started:
+                    run.reader_disconnected()
                 raise
-        [(run, headers)] = started
+        [run] = started
+        headers = _left_out(run.left_out)
         if made:
             return _reply(services, made, create.include, headers, is_new=True)
-        options = create.body.stream_options
-        assert run.log
-        return EventStream(
-            run.follow(silence_s=services.settings.keepalive_s),
-            run.log.backlog,
-            gone=lambda: executor.reader_gone(run),
-            redaction=Redaction(create.include),
-            obfuscate=bool(options and options.include_obfuscation),
-            keepalive_events=services.settings.keepalive_events,
-            headers=headers,
-            made=run.response.id if run.response.store else None,
-        )
+        return _stream(services, services.following.follow(run), create, headers)
 
     async def _create_in_background(
         self, caller: Caller, create: CreateResponse, raw: bytes, services: Services
     ) -> Response[Any]:
-        queued = await services.background.enqueue(caller, create, raw)
+        queued = await services.admission.enqueue(caller, create, raw)
         headers = _left_out(queued.left_out)
         if not create.stream:
             return _reply(services, queued.response, (), headers, is_new=True)
-        kept = Kept(status="queued", background=True, streamed=True, archived=False, entries=queued.entries)
-        options = create.body.stream_options
-        backlog = services.backlogs.open()
-        return EventStream(
-            services.background.follow(
-                caller.tenant_id, queued.response.id, -1, kept, backlog, silence_s=services.settings.keepalive_s
-            ),
-            backlog,
-            gone=_nobody_cares,
-            redaction=Redaction(create.include),
-            obfuscate=bool(options and options.include_obfuscation),
-            keepalive_events=services.settings.keepalive_events,
-            headers=headers,
-            made=queued.response.id,
-        )
+        followed = services.following.follow_stored(caller.tenant_id, queued.response.id, queued.events, is_new=True)
+        return _stream(services, followed, create, headers)
 
     @get()
     async def list(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[Any]:
@@ -160,25 +137,14 @@ class ResponsesController(Controller):
         self, response_id: str, query: queries.Retrieve, caller: Caller, services: Services
     ) -> Response[Any]:
         after = -1 if query.starting_after is None else query.starting_after
-        kept = await services.background.kept(caller.tenant_id, response_id, after)
-        for wanted, given in (("background", kept.background), ("stream", kept.streamed)):
+        events = await services.following.stored(caller.tenant_id, response_id, after)
+        for wanted, given in (("background", events.background), ("stream", events.streamed)):
             if not given:
                 raise InvalidRequest(
                     f"This response cannot be streamed because it was not created with {wanted}=true.", param="stream"
                 )
-        backlog = services.backlogs.open()
-        return EventStream(
-            services.background.follow(
-                caller.tenant_id, response_id, after, kept, backlog, silence_s=services.settings.keepalive_s
-            ),
-            backlog,
-            gone=_nobody_cares,
-            redaction=Redaction(query.include),
-            obfuscate=bool(query.include_obfuscation),
-            keepalive_events=services.settings.keepalive_events,
-            headers={},
-            after=after,
-        )
+        followed = services.following.follow_stored(caller.tenant_id, response_id, events, after=after)
+        return _event_stream(services, followed, query.include, obfuscate=bool(query.include_obfuscation), headers={})
 
     @delete("/{response_id:str}", status_code=200)
     async def delete(
@@ -225,20 +191,32 @@ class ResponsesController(Controller):
             stored = await responses.get_response(tx, caller.tenant_id, response_id)
         if not responses.response_of(stored).background:
             raise InvalidRequest("Cannot cancel a synchronous response.", param="response_id")
-        return _reply(
-            services, await services.background.cancel(caller.tenant_id, response_id, services.worker.owner), ()
-        )
+        return _reply(services, await services.cancellation.cancel(caller.tenant_id, response_id), ())
 
 
-def _nobody_cares() -> None:
-    """A background run goes on without its readers."""
+def _stream(services: Services, followed: Followed, create: CreateResponse, headers: dict[str, str]) -> EventStream:
+    options = create.body.stream_options
+    obfuscate = bool(options and options.include_obfuscation)
+    return _event_stream(services, followed, create.include, obfuscate=obfuscate, headers=headers)
+
+
+def _event_stream(
+    services: Services, followed: Followed, include: Collection[str], *, obfuscate: bool, headers: dict[str, str]
+) -> EventStream:
+    return EventStream(
+        followed,
+        redaction=Redaction(include),
+        obfuscate=obfuscate,
+        keepalive_events=services.settings.keepalive_events,
+        headers=headers,
+    )
 
 
 def _left_out(types: Sequence[str]) -> dict[str, str]:
     """The warning about declared tools that the model does not see, in the log and as a header."""
     if not types:
         return {}
-    log.warning("Tools that nobody here runs were left out.", action="tools_left_out", tools=types)
+    log.warning("Tools that no server here runs were left out.", action="tools_left_out", tools=types)
     return {LEFT_OUT_HEADER: ", ".join(types)}
 
 
@@ -264,7 +242,7 @@ async def _read(
     """A reply with what is stored, once there is room for it."""
     with Room(services.reads) as room:
         found = await room.read(read, wait_s=services.settings.context_wait_s)
-        body = await aside(room.size, write, found)
+        body = await offload(room.size, write, found)
     return json_reply(body, services.backlogs)
 
 

@@ -1,4 +1,4 @@
-"""What the handlers turn to."""
+"""Services that handlers depend on."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,10 +11,11 @@ from app.api.auth import Auth
 from app.api.bodies import Bodies
 from app.outbound.catalog import Catalog
 from app.outbound.upstream import Upstream
-from app.runs.background import Background
-from app.runs.executor import Caller, Executor
+from app.runs.admission import Admission, Caller
+from app.runs.cancellation import Cancellation
+from app.runs.claims import Claims
+from app.runs.following import Following
 from app.runs.rooms import Rooms
-from app.runs.worker import Worker
 from app.settings import Settings
 from app.storage.backlog import Backlogs
 from app.storage.database import Database
@@ -27,9 +28,10 @@ class Services(Struct, frozen=True):
     database: Database
     catalog: Catalog
     upstreams: Mapping[str, Upstream]
-    executor: Executor
-    background: Background
-    worker: Worker
+    admission: Admission
+    following: Following
+    cancellation: Cancellation
+    claims: Claims
     backlogs: Backlogs
     bodies: Bodies
     reads: Rooms
@@ -38,8 +40,8 @@ class Services(Struct, frozen=True):
 
 
 async def provide_caller(request: Request[Any, Any, Any], services: Services) -> Caller:
-    """The dependency of every handler below /v1."""
-    # Litestar keeps the headers that it has parsed as long as the reply takes, which may be long.
+    """The caller, which every handler below /v1 depends on."""
+    # Not `request.headers`: Litestar keeps what it has parsed as long as the reply takes, which may be long.
     caller = await services.auth.caller(request.scope["headers"], http_version=request.scope["http_version"])
     structlog.contextvars.bind_contextvars(tenant_id=caller.tenant_id)
     return caller

@@ -6,7 +6,7 @@ which make a well-known client fail at the next comment. The connection is close
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import structlog
@@ -15,7 +15,8 @@ from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.connected import until_disconnect
 from app.errors import ApiError, TooMuchUnread
-from app.storage.backlog import PAGE_BYTES, Backlog
+from app.runs.following import Followed
+from app.storage.backlog import PAGE_BYTES
 from app.storage.redisclient import break_off
 from app.wire.events import DONE_FRAME, Entry
 from app.wire.redaction import Redaction
@@ -40,27 +41,21 @@ HEAD: list[tuple[bytes, bytes]] = [
 
 
 class EventStream(Response[None]):
-    """The reply of a stream. `gone` is called if the client leaves before the last event."""
+    """The reply of a stream."""
 
     def __init__(
         self,
-        batches: AsyncIterator[Sequence[Entry]],
-        backlog: Backlog,
+        followed: Followed,
         *,
-        gone: Callable[[], None],
         redaction: Redaction,
         obfuscate: bool,
         keepalive_events: bool,
         headers: dict[str, str],
-        after: int = -1,
-        made: str | None = None,
     ) -> None:
-        """`batches` are the events behind the number `after`; an empty one stands for silence. `backlog` is what the client
-        has not taken of them. `made` is the id of a stored response that was made for this reply."""
         super().__init__(None)
-        self._backlog, self._made = backlog, made
-        self._batches, self._gone, self._redaction, self._obfuscate = batches, gone, redaction, obfuscate
-        self._keepalive_events, self._last_number = keepalive_events, after
+        self._followed, self._backlog = followed, followed.backlog
+        self._redaction, self._obfuscate = redaction, obfuscate
+        self._keepalive_events, self._last_number = keepalive_events, followed.after
         self._head = HEAD + [(name.encode(), value.encode()) for name, value in headers.items()]
 
     def to_asgi_response(self, *args: Any, **kwargs: Any) -> ASGIApp:  # type: ignore[override]
@@ -69,8 +64,8 @@ class EventStream(Response[None]):
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._backlog.closed:  # it was dropped before it began
-            self._gone()
-            raise TooMuchUnread(self._made)
+            self._followed.disconnected()
+            raise TooMuchUnread(self._followed.response_id)
         writing = asyncio.create_task(self._write(send))
         leaving = asyncio.create_task(until_disconnect(receive))
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -85,11 +80,11 @@ class EventStream(Response[None]):
         try:
             await ended
             if not writing.done() or writing.exception() is not None:
-                self._gone()
+                self._followed.disconnected()
             if writing.done() and (error := writing.exception()) and not isinstance(error, ApiError):
                 log.error("A stream broke off by our own mistake.", action="stream_failed", exc_info=error)
         except asyncio.CancelledError:
-            self._gone()
+            self._followed.disconnected()
             raise
         finally:
             self._backlog.close()
@@ -97,7 +92,7 @@ class EventStream(Response[None]):
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self._head})
-        async for batch in self._batches:
+        async for batch in self._followed.batches:
             frames = self._frames(batch)
             del batch  # the next one may be far away
             for at in range(0, len(frames), PAGE_BYTES):  # each waits until the connection has taken those before

@@ -1,20 +1,35 @@
-"""What a process knows of leases from its own heartbeats: whether its own are valid, and whether it may judge those of others.
+"""The leases of a process: heartbeats prolong them, and a process that can't prolong them fences itself.
 
 An expired lease in Postgres proves nothing while no process could prolong one: during an outage, behind a lock, while all
 processes stood still, after the database's clock has jumped. A process that has kept its own heartbeats on time for a whole
 lease knows that the owner could have done the same.
 """
 
+import asyncio
 import math
 import time
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 
+import structlog
 from msgspec import Struct
+
+from app.errors import DatabaseUnavailable
+from app.ids import new_id
+from app.runs.leased import LeasedRun
+from app.settings import Settings
+from app.storage import queue
+from app.storage.database import Database
+from app.storage.queue import Heartbeat, Owner
+from app.storage.redisclient import break_off
+from app.storage.redislog import RedisLogs
+
+log = structlog.get_logger()
 
 BEATS_PER_LEASE = 4
 
 RETRIES_PER_LEASE = 12
-"""As often is a heartbeat tried that has failed. Together with LATE this gives an owner time before anyone claims its runs."""
+"""A heartbeat that failed is repeated this often. With LATE this gives an owner time before another worker claims its runs."""
 
 LATE = 0.5
 """The part of a lease after which the next heartbeat is late. A clock that differs by more has jumped."""
@@ -24,7 +39,7 @@ SELF_FENCE = 0.8
 
 
 class Sight(Struct, frozen=True):
-    """What a process has seen at some moment."""
+    """By what a process may judge the leases of others at some moment."""
 
     horizon: datetime
     """The database's time by our clock, which no jump and no delay of a statement moves forward."""
@@ -52,8 +67,8 @@ class Watch:
         return LATE * self._lease_s
 
     @property
-    def is_sure(self) -> bool:
-        """Whether our own leases are surely valid: the last heartbeat is not too old. If not, no event may be sent."""
+    def lease_is_valid(self) -> bool:
+        """Whether the leases of this process are valid for certain: its last heartbeat is young. If not, no event may be sent."""
         return time.monotonic() - self._begun_at < SELF_FENCE * self._lease_s
 
     @property
@@ -69,3 +84,66 @@ class Watch:
         if self._clock is None or since_s >= self._late_s:
             return None
         return Sight(self._clock + timedelta(seconds=since_s), now - self._steady_since)
+
+
+class Leases:
+    """Prolongs the leases of this process, and stops the runs whose lease is lost."""
+
+    def __init__(self, settings: Settings, database: Database, logs: RedisLogs) -> None:
+        """`database` has a connection that no request can keep busy."""
+        self._database, self._logs = database, logs
+        self.owner = Owner(new_id("worker"), settings.lease_s)
+        self.watch = Watch(settings.lease_s)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(
+        self,
+        leased: Callable[[], Sequence[LeasedRun]],
+        volatile: Callable[[], Sequence[Heartbeat]],
+        recovered: Callable[[], None],
+    ) -> None:
+        """Start to prolong those of `leased` and `volatile` runs; `recovered` is called after an outage."""
+        self._leased, self._volatile, self._recovered = leased, volatile, recovered
+        self._tasks = [asyncio.create_task(self._beat_forever()), asyncio.create_task(self._refresh_forever())]
+
+    async def close(self) -> None:
+        """Stop."""
+        await break_off(self._tasks)
+
+    async def _beat_forever(self) -> None:
+        fails = False
+        while True:
+            try:
+                await self._beat()
+                fails = False
+            except DatabaseUnavailable:
+                # The runs go on, silently as soon as their leases may be invalid; the next heartbeat shows which are lost.
+                if not fails:
+                    log.warning("The database is unavailable; leases are not prolonged.", action="beat_failed")
+                fails = True
+            except Exception:
+                log.exception("A heartbeat failed by our own mistake.", action="beat_failed")
+                fails = True
+            await asyncio.sleep(self.owner.lease_s / (RETRIES_PER_LEASE if fails else BEATS_PER_LEASE))
+
+    async def _beat(self) -> None:
+        """One heartbeat, also without runs: it shows what other processes could have done."""
+        leased = self._leased()
+        heartbeats = [*(run.heartbeat for run in leased), *self._volatile()]
+        begun_at = time.monotonic()  # leases count from no earlier than this
+        async with self._database.autocommit() as tx:
+            standing, clock = await queue.beat(tx, heartbeats, self.owner.lease_s)
+            was_on_time = self.watch.is_on_time
+            self.watch.beaten(begun_at, time.monotonic(), clock)
+            for run in leased:
+                if (run.claim.tenant_id, run.claim.response_id) not in standing:
+                    run.stop()
+            if not was_on_time:
+                self._recovered()
+            await queue.shorten(tx)
+
+    async def _refresh_forever(self) -> None:
+        """Apart from the heartbeat, which must not wait for a Redis that does not answer."""
+        while True:
+            await asyncio.sleep(self.owner.lease_s / BEATS_PER_LEASE)
+            await self._logs.refresh([run.log for run in self._leased() if run.log and not run.log.fenced])

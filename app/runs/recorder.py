@@ -1,8 +1,10 @@
-"""The single writer of one response: stamp, fold, encode once, append. The row is committed before the terminal entry, and the
-items of a background run before their readers hear that they are done."""
+"""The single writer of one response: number, fold, encode once, append.
+
+The row commits before the terminal event is sent, and the items of a leased run before readers see that they are done.
+"""
 
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from app.domain.fold import Fold
@@ -12,22 +14,27 @@ from app.wire.resources import Response, Usage
 
 
 class Log(Protocol):
-    """Where entries go: memory for a foreground run, Redis for a background one."""
+    """Where readers find events: memory or Redis."""
 
     def append(self, entries: Sequence[Entry]) -> None:
-        """Entries for the readers."""
+        """Send events to the readers. Raises Fenced."""
+        ...
+
+
+class Journal(Protocol):
+    """Where the events of a leased run survive their process and Redis."""
+
+    async def checkpoint(self, entries: Sequence[Entry], usage: Usage | None) -> None:
+        """Commit events, and the usage of the turns before. Raises Fenced."""
         ...
 
 
 FIRST_EVENTS = 2
-"""Events that say only that a foreground run has begun."""
+"""Events that only say that a volatile run has begun."""
 
 ITEM_DONE = str(ItemDone.__struct_config__.tag)
 
 TOO_MUCH = "The run made more output than REPRISE_RUN_OUTPUT_BYTES_MAX allows."
-
-Keep = Callable[[Sequence[Entry]], Awaitable[None]]
-"""Commits entries to the journal."""
 
 
 class Recorder:
@@ -41,36 +48,41 @@ class Recorder:
         bytes_max: int,
         events_max: int,
         next_number: int = 0,
+        next_output_index: int = 0,
         usage: Usage | None = None,
-        said: Sequence[Entry] = (),
-        unkept: Sequence[Entry] = (),
-        keep: Keep | None = None,
+        recorded: Sequence[Entry] = (),
+        pending: Sequence[Entry] = (),
+        journal: Journal | None = None,
     ) -> None:
-        """Without a log nobody follows. With `keep` every item is journalled before it is done for readers; `said` is then
-        what earlier owners have recorded, and `unkept` the end of it that is in no journal."""
+        """Without a `log` there are no readers. With a `journal`, `recorded` are the events of earlier owners, and `pending`
+        those of them that are not checkpointed yet."""
         self._fold = Fold(response)
         self.upstream: str | None = None
-        """The name of the upstream that has answered last."""
+        """The name of the upstream that answered last."""
         self._begun = time.monotonic()
         self.usage = usage
-        """What the finished turns took, those of earlier owners included; None as long as no upstream has said so."""
+        """Of the finished turns, those of earlier owners included; None while no upstream has reported any."""
         self.next_number = next_number
-        self._entries: list[Entry] = list(said)
-        self._log, self._keep = log, keep
-        self._unkept: list[Entry] = list(unkept)
-        self._held: list[Entry] = []
+        self.next_output_index = next_output_index
+        """The index of the next output item that this run makes."""
+        self._entries: list[Entry] = list(recorded)
+        self._log, self._journal = log, journal
+        self._pending: list[Entry] = list(pending)
+        self._deferred: list[Entry] = []
         self._stopped: Exception | None = None
         self.is_committing = False
-        """Whether it waits for the journal: then nobody knows yet what is kept."""
+        """Whether a checkpoint is under way: its outcome is unknown."""
+        self.has_output = False
+        """Whether a volatile run that is closed has recorded more than its first two events."""
         self._bytes_left, self._events_left = bytes_max, events_max
-        self._unheard_bytes = bytes_max
-        """How much more the upstream may send, whatever comes of it."""
-        for entry in said:
+        self._upstream_bytes_left = bytes_max
+        """What the upstream may still send, whatever comes of it."""
+        for entry in recorded:
             self._count(entry)
 
     @property
     def response(self) -> Response:
-        """What the events so far say."""
+        """The response as of the last event."""
         return self._fold.response
 
     @property
@@ -78,60 +90,54 @@ class Recorder:
         """How long this process has worked on the response."""
         return time.monotonic() - self._begun
 
-    @property
-    def has_output(self) -> bool:
-        """Whether a foreground run has made more than its first two events."""
-        return self.next_number > FIRST_EVENTS
-
     async def begin(self) -> None:
-        """The first events of a foreground run: created, in_progress."""
+        """Record the first events of a volatile run: created, in_progress."""
         await self.record([Created(response=self.response), InProgress(response=self.response)])
 
-    async def record(self, events: Iterable[Event], *, keep: bool = False, ending: bool = False) -> None:
-        """Record a batch. With `keep` the whole batch is journalled at once before any of it is sent, with all that was held;
-        the end of an item always is.
+    async def record(self, events: Iterable[Event], *, checkpoint: bool = False, ends_turn: bool = False) -> None:
+        """Record a batch. With `checkpoint` the whole batch commits before any of it is sent; the end of an item always does.
 
-        A turn is `ending` with these: the ends of its open items then wait for what comes next, as a rule the end of the run.
-        So whoever goes on after a crash finds the turn either unfinished, and makes it anew, or followed by something.
-        Raises RunTooLong once the run has made more events, or more bytes of them, than it may make, Fenced if somebody else owns the response.
+        A batch that `ends_turn` closes the items of a turn. Their ends wait for what comes next, usually the end of the run: so
+        another worker, after a crash, finds the turn either unfinished, and repeats it, or followed by something.
+        Raises RunTooLong for more events, or more bytes of them, than a run may make; Fenced if another worker owns the run.
         """
         if self._stopped:
             raise self._stopped
-        batch, self._held = self._held, []
-        if batch and not keep:
-            await self._commit(batch)
+        batch, self._deferred = self._deferred, []
+        if batch and not checkpoint:
+            await self._checkpoint(batch)
             batch = []
         for event in events:
             self._fold.apply(event)
-            batch.append(self.stamp(event))
-            if self._keep and not ending and not keep and isinstance(event, ItemDone):
+            batch.append(self._stamp(event))
+            if self._journal and not ends_turn and not checkpoint and isinstance(event, ItemDone):
                 self._send(batch[:-1])
-                await self._commit(batch[-1:])
+                await self._checkpoint(batch[-1:])
                 batch = []
-        if self._keep and keep and batch:
-            await self._commit(batch)
+        if self._journal and checkpoint and batch:
+            await self._checkpoint(batch)
             batch = []
-        if self._keep and ending:
+        if self._journal and ends_turn:
             end = next((at for at, entry in enumerate(batch) if entry.type == ITEM_DONE), len(batch))
-            batch, self._held = batch[:end], batch[end:]
+            batch, self._deferred = batch[:end], batch[end:]
         self._send(batch)
         if self._bytes_left < 0:
             raise RunTooLong(TOO_MUCH)
         if self._events_left < 0:
             raise RunTooLong("The run made more events than REPRISE_RUN_EVENTS_MAX allows.")
 
-    def hear(self, count: int) -> None:
-        """Count bytes that the upstream has sent: it may send as much as a run may say. Raises RunTooLong."""
-        self._unheard_bytes -= count
-        if self._unheard_bytes < 0:
+    def count_upstream(self, count: int) -> None:
+        """Count bytes that the upstream has sent; they have the limit of a run's output. Raises RunTooLong."""
+        self._upstream_bytes_left -= count
+        if self._upstream_bytes_left < 0:
             raise RunTooLong(TOO_MUCH)
 
     def stop(self, why: Exception | None = None) -> None:
-        """Record nothing any more: somebody else goes on. Whoever tries all the same meets `why`, as a rule Fenced."""
+        """Record nothing more, because another worker continues. Every later attempt raises `why`, by default Fenced."""
         self._stopped = self._stopped or why or Fenced()
 
-    def stamp(self, event: Event) -> Entry:
-        """Give the event its number, and encode it."""
+    def _stamp(self, event: Event) -> Entry:
+        """Number an event, and encode it."""
         event.sequence_number = self.next_number
         self.next_number += 1
         entry = encode_event(event)
@@ -139,7 +145,7 @@ class Recorder:
         return entry
 
     def _count(self, entry: Entry) -> None:
-        """Only what the run makes is limited: a request may be as long as it likes."""
+        """Only what the run makes is limited, not the request that snapshots repeat."""
         if entry.type not in SNAPSHOTS:
             self._bytes_left -= len(entry.frame)
             self._events_left -= 1
@@ -147,43 +153,41 @@ class Recorder:
     def _send(self, batch: list[Entry]) -> None:
         if not batch:
             return
-        if self._keep:
-            self._unkept += batch
+        if self._journal:
+            self._pending += batch
             self._entries += batch
         if self._log:
             self._log.append(batch)
 
-    async def _commit(self, entries: list[Entry]) -> None:
-        """These, and all before them, are journalled before a reader hears of them."""
-        assert self._keep
+    async def _checkpoint(self, entries: list[Entry]) -> None:
+        """Commit these events and all before them, then send them."""
+        assert self._journal
         self.is_committing = True
         try:
-            await self._keep([*self._unkept, *entries])
+            await self._journal.checkpoint([*self._pending, *entries], self.usage)
         except BaseException as error:
-            # Their numbers are given, and they may be committed: nothing else may follow from here.
+            # Their numbers are taken, and they may be committed: nothing else may follow here.
             self.stop(error if isinstance(error, Exception) else None)
             raise
         finally:
             self.is_committing = False
         self._send(entries)
-        self._unkept = []
+        self._pending = []
 
-    async def finish(
-        self, closed: Response, commit: Callable[[Response, Sequence[Entry]], Awaitable[Response]]
-    ) -> Response:
-        """End the response. `commit` stores it with all entries, the last one included, and gives what is stored in truth;
-        only then the last event is sent. Raises Fenced if somebody else goes on."""
+    def close(self, closed: Response) -> list[Entry]:
+        """Number and encode the terminal event, without sending it. Returns every event of the response, to be committed with
+        it. Raises Fenced."""
         if self._stopped:
             raise self._stopped
-        number = self.next_number
-        entry = self._last(closed, number)
-        stored = await commit(closed, [*self._entries, *self._held, entry])
-        if stored is not closed:
-            entry = self._last(stored, number)
-        self._fold = Fold(stored)
-        self._send([*self._held, entry])
-        return stored
+        self.has_output = self.next_number > FIRST_EVENTS
+        self._deferred.append(self._stamp(TERMINAL[closed.status](response=closed)))
+        return [*self._entries, *self._deferred]
 
-    def _last(self, response: Response, number: int) -> Entry:
-        self.next_number = number
-        return self.stamp(TERMINAL[response.status](response=response))
+    def finish(self, stored: Response, closed: Response) -> None:
+        """Send the terminal event, which is committed by now: with `closed`, or with what another process has `stored`."""
+        if stored is not closed:
+            self._deferred.pop()
+            self.next_number -= 1
+            self._deferred.append(self._stamp(TERMINAL[stored.status](response=stored)))
+        self._fold = Fold(stored)
+        self._send(self._deferred)

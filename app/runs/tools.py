@@ -18,7 +18,7 @@ from app.ids import NewId, new_id
 from app.outbound.guard import Guard
 from app.outbound.masking import Mask
 from app.outbound.mcp import Listed, ToolFailure, ToolPrograms, ToolServer, ToolSessions
-from app.runs.task import Task
+from app.runs.plan import RunPlan
 from app.settings import Settings
 from app.wire.items import CallError, McpCall
 from app.wire.tools import ListedTool
@@ -32,26 +32,26 @@ UNAVAILABLE = -32601
 class Tools:
     """The tools that this server runs for one response; `close` it."""
 
-    def __init__(self, task: Task, guard: Guard, programs: ToolPrograms, settings: Settings) -> None:
-        hosting = {route.server for route in task.hosted.values()}
-        servers = (*task.servers.values(), *(task.tool_servers[name] for name in sorted(hosting)))
+    def __init__(self, plan: RunPlan, guard: Guard, programs: ToolPrograms, settings: Settings) -> None:
+        hosting = {route.server for route in plan.hosted.values()}
+        servers = (*plan.servers.values(), *(plan.tool_servers[name] for name in sorted(hosting)))
         mask = Mask(secret for server in servers for secret in server.secrets)
-        self._task, self._sessions = task, ToolSessions(guard, settings, mask, programs, tenant=task.tenant_id)
+        self._plan, self._sessions = plan, ToolSessions(guard, settings, mask, programs, tenant=plan.tenant_id)
         self._arguments_bytes_max = settings.tool_arguments_bytes_max
-        self._sees_images = any(upstream.dialect.tool_images for upstream, _ in task.routes)
+        self._sees_images = any(upstream.dialect.tool_images for upstream, _ in plan.routes)
         self._places = asyncio.Semaphore(settings.tool_calls_at_once_max)
-        used = [container for item in task.context.items if (container := container_of(item))]
+        used = [container for item in plan.context.items if (container := container_of(item))]
         self._container = used[-1] if used else new_id("cntr")
         """Where code runs, unless its tool's declaration names another: where it ran last, or somewhere new."""
 
     async def close(self) -> None:
-        """Close every session. Servers may take their time, so this is for the end, when everything is said. Whoever cancels
-        meanwhile, as a heartbeat does that finds the lease lost, does not break it off."""
+        """Close every session, after the run has ended: servers may be slow. A cancellation, as by a lost lease, does not break
+        this off."""
         await asyncio.shield(self._sessions.close())
 
     async def list(self, label: str) -> tuple[list[ListedTool], str | None]:
         """The tools of a declared server; or none, and why."""
-        server = self._task.servers[label]
+        server = self._plan.servers[label]
         try:
             return [_listed(tool) for tool in await self._sessions.list_tools(server)], None
         except ToolFailure as error:
@@ -60,12 +60,12 @@ class Tools:
             )
             return [], error.message
 
-    def pending(self, run: ServerCall, arguments: str, ids: NewId) -> PendingCall:
+    def pending(self, call: ServerCall, arguments: str, ids: NewId) -> PendingCall:
         """A call of the model, before it is sent."""
-        if isinstance(run.by, ByHost):
-            container = container_named(run.by.declaration) or self._container
-            return hosted_call(ids, run.by, self._task.hosted[run.by.kind], arguments, container)
-        return mcp_call(ids, run.by.label, run.name, arguments)
+        if isinstance(call.by, ByHost):
+            container = container_named(call.by.declaration) or self._container
+            return hosted_call(ids, call.by, self._plan.hosted[call.by.kind], arguments, container)
+        return mcp_call(ids, call.by.label, call.name, arguments)
 
     async def answer(self, call: PendingCall) -> Answer:
         """Make a call, once."""
@@ -99,11 +99,11 @@ class Tools:
 
     def _addressed(self, call: PendingCall) -> tuple[ToolServer, str, dict[str, object] | None]:
         if isinstance(call.item, McpCall):
-            return self._task.servers[call.item.server_label], call.item.name, call.given
+            return self._plan.servers[call.item.server_label], call.item.name, call.given
         route = call.route
         assert route is not None
-        arguments = arguments_for(call, tenant=self._task.tenant_id, container=_private(self._task, call.container))
-        return self._task.tool_servers[route.server], route.tool, arguments
+        arguments = arguments_for(call, tenant=self._plan.tenant_id, container=_private(self._plan, call.container))
+        return self._plan.tool_servers[route.server], route.tool, arguments
 
 
 def unavailable(name: str) -> Answer:
@@ -120,6 +120,6 @@ def _listed(tool: Listed) -> ListedTool:
     )
 
 
-def _private(task: Task, container: str) -> str:
+def _private(plan: RunPlan, container: str) -> str:
     """A container's name for its tool server: no tenant can name another's. Empty for a call that needs none."""
-    return container and hashlib.sha256(f"{task.tenant_id}\0{container}".encode()).hexdigest()[:32]
+    return container and hashlib.sha256(f"{plan.tenant_id}\0{container}".encode()).hexdigest()[:32]

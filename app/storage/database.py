@@ -168,9 +168,9 @@ class Database:
                 raise
             raise DatabaseUnavailable(error.message) from error.__cause__
 
-    def retrying(self, *, for_ever: bool = False) -> AsyncIterator[stamina.Attempt]:
-        """Attempts at an idempotent write while Postgres is away, for at most REPRISE_DATABASE_RETRY_S, or for ever."""
-        return self._attempts(DatabaseUnavailable, timeout_s=None if for_ever else self._retry_s)
+    def retrying(self, *, forever: bool = False) -> AsyncIterator[stamina.Attempt]:
+        """Attempts at an idempotent write while Postgres is away, for at most REPRISE_DATABASE_RETRY_S, or forever."""
+        return self._attempts(DatabaseUnavailable, timeout_s=None if forever else self._retry_s)
 
     def settling(self) -> AsyncIterator[stamina.Attempt]:
         """Attempts at an idempotent write that go on, as long, only from when on nobody knows whether it is stored."""

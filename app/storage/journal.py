@@ -1,4 +1,4 @@
-"""Events that outlive Redis: the journal of a run at work, item by item, and the archive of an ended one."""
+"""Events in Postgres: the journal of a running response, checkpointed item by item, and the archive of an ended one."""
 
 from collections.abc import Sequence
 
@@ -7,8 +7,10 @@ import zstandard
 from msgspec import Struct
 from sqlalchemy import text
 
+from app.errors import Fenced
+from app.offload import offload
 from app.storage.backlog import pages_of, size_of
-from app.storage.database import Query, Tx, storable
+from app.storage.database import Database, Query, Tx, storable
 from app.storage.tables import IN_FLIGHT
 from app.wire.events import Entry, split_frames
 from app.wire.resources import Usage
@@ -16,14 +18,14 @@ from app.wire.resources import Usage
 ARCHIVE_LEVEL = 3
 """zstd's own default: 239 kB of events become 9 kB."""
 
-KEPT_PAGE_BYTES = 256 * 1024
+STORED_PAGE_BYTES = 256 * 1024
 """Of a page of events, unless a single one is larger."""
 
 _APPEND = Query(
     text("""
     with run as (
-        select 1 from runs where tenant_id = :tenant_id and response_id = :id and lease = :lease and state in ('running', 'cancelled')
-        for no key update  -- whoever takes the run over waits for this, and then reads it
+        select 1 from runs where tenant_id = :tenant_id and response_id = :id and lease = :epoch and state in ('running', 'cancelled')
+        for no key update  -- who takes the run over waits for this, and then reads it
     ), spent as (
         update runs set usage = cast(:usage as json)
         where tenant_id = :tenant_id and response_id = :id and cast(usage as text) is distinct from :usage
@@ -41,7 +43,7 @@ _APPEND = Query(
 
 
 def _page(table: str) -> str:
-    """The page that holds an event, or the first behind it where its number was given up; and where the next one begins."""
+    """The page that holds an event, or the first after it where its number was given up; and where the next one begins."""
     own = f"from {table} page where page.tenant_id = response.tenant_id and page.response_id = response.id"
     return f"""
         select frames, (select min(first_number) {own} and page.first_number > found.first_number) as next_number
@@ -67,8 +69,8 @@ _READ = Query(
 )
 
 
-class Kept(Struct, frozen=True):
-    """What Postgres knows of a response's events, a page of them: of all once they are archived, else of those of whole items."""
+class StoredEvents(Struct, frozen=True):
+    """A page of a response's events: of the archive once it has ended, before that of the journal."""
 
     status: str
     background: bool
@@ -82,10 +84,10 @@ Pages = Sequence[tuple[int, bytes]]
 
 
 def paged(entries: list[Entry]) -> Pages:
-    """Events as they are kept: in pages, so that nobody who reads them need hold all."""
+    """Events as they are stored: in pages, so that a reader need not hold all."""
     return [
         (page[0].sequence_number, b"".join(entry.frame for entry in page))
-        for page in pages_of(entries, size_of(entries), KEPT_PAGE_BYTES)
+        for page in pages_of(entries, size_of(entries), STORED_PAGE_BYTES)
     ]
 
 
@@ -94,13 +96,13 @@ def archive(entries: list[Entry]) -> Pages:
     return [(number, zstandard.compress(frames, ARCHIVE_LEVEL)) for number, frames in paged(entries)]
 
 
-async def append(tx: Tx, tenant_id: str, response_id: str, lease: int, pages: Pages, usage: Usage | None) -> bool:
-    """Keep the events up to the end of an item, and what the turns before took. False if the lease is lost."""
+async def append(tx: Tx, tenant_id: str, response_id: str, epoch: int, pages: Pages, usage: Usage | None) -> bool:
+    """Checkpoint events, and the usage so far. False if the lease is lost."""
     row = await tx.one(
         _APPEND,
         tenant_id=tenant_id,
         id=response_id,
-        lease=lease,
+        epoch=epoch,
         first_numbers=[number for number, _ in pages],
         pages=[frames for _, frames in pages],
         usage=msgspec.json.encode(usage).decode(),
@@ -108,8 +110,26 @@ async def append(tx: Tx, tenant_id: str, response_id: str, lease: int, pages: Pa
     return row is not None and bool(row["ours"])
 
 
-async def read(tx: Tx, tenant_id: str, response_id: str, after: int) -> Kept | None:
-    """What is kept of a response's events behind a number, a page of it; None for an unknown response."""
+class RunJournal:
+    """The journal of one run, as its owner writes it."""
+
+    def __init__(self, database: Database, tenant_id: str, response_id: str, epoch: int) -> None:
+        self._database = database
+        self._place = (tenant_id, response_id, epoch)
+
+    async def checkpoint(self, entries: Sequence[Entry], usage: Usage | None) -> None:
+        """Commit events, however long Postgres is unavailable: meanwhile no other worker can continue either, and what only
+        this one knows would be lost. Raises Fenced."""
+        pages = await offload(size_of(entries), paged, list(entries))
+        async for attempt in self._database.retrying(forever=True):
+            with attempt:
+                async with self._database.begin() as tx:
+                    if not await append(tx, *self._place, pages, usage):
+                        raise Fenced
+
+
+async def read(tx: Tx, tenant_id: str, response_id: str, after: int) -> StoredEvents | None:
+    """A page of a response's stored events after a number; None for an unknown response."""
     number = after + 1
     while True:
         row = await tx.one(_READ, tenant_id=tenant_id, id=response_id, number=number) if storable(response_id) else None
@@ -120,7 +140,7 @@ async def read(tx: Tx, tenant_id: str, response_id: str, after: int) -> Kept | N
         entries = [entry for entry in split_frames(frames) if entry.sequence_number > after]
         next_number = row["archive_next"] if archived else row["journal_next"]
         if entries or next_number is None:
-            return Kept(
+            return StoredEvents(
                 status=row["status"],
                 background=row["background"],
                 streamed=bool(row["streamed"]) or archived,
@@ -131,10 +151,10 @@ async def read(tx: Tx, tenant_id: str, response_id: str, after: int) -> Kept | N
 
 
 async def read_all(tx: Tx, tenant_id: str, response_id: str) -> list[Entry]:
-    """Every event that is kept, for the run that goes on with them."""
+    """Every stored event of a response."""
     entries: list[Entry] = []
     while True:
-        kept = await read(tx, tenant_id, response_id, entries[-1].sequence_number if entries else -1)
-        if kept is None or not kept.entries:
+        page = await read(tx, tenant_id, response_id, entries[-1].sequence_number if entries else -1)
+        if page is None or not page.entries:
             return entries
-        entries += kept.entries
+        entries += page.entries

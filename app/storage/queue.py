@@ -1,7 +1,7 @@
 """The queue of runs, which is also their lease and their fence: one row per run that is waiting or being made.
 
 `due_at` orders queued runs, and says when a running one's lease ends; so recovery after a crash is the same claim as the first.
-Each owner gets the next `lease` number, and every later write of a run demands that its number still stands.
+Each owner gets the next epoch (the column `lease`), a fencing token: every later write of a run demands that its epoch is the newest.
 """
 
 from collections.abc import Sequence
@@ -32,11 +32,11 @@ class Queued(Struct, frozen=True):
 
 
 class Claim(Struct, frozen=True):
-    """A run that is ours, as long as its lease number stands."""
+    """A run that this process owns, as long as its epoch is the newest."""
 
     tenant_id: str
     response_id: str
-    lease: int
+    epoch: int
     handed_over: int
     """How many of its owners have given it back in peace; the others died, as far as anybody can tell."""
     state: str
@@ -48,21 +48,21 @@ class Claim(Struct, frozen=True):
     streamed: bool
     number_ceiling: int
     """No earlier owner has sent an event with a number this high."""
-    redis_run: str | None
-    """Which life of its stream holds all that was sent; None if none is known to."""
+    stream_token: str | None
+    """That of the stream which held every event that was sent; None if none is known to."""
     usage: str | None
     """Of the turns that earlier owners have finished, as JSON; None if there was none."""
 
 
-class Hold(Struct, frozen=True):
-    """What a heartbeat says of one run that we hold."""
+class Heartbeat(Struct, frozen=True):
+    """Prolongs the lease of one run that this process owns."""
 
     tenant_id: str
     response_id: str
-    lease: int
+    epoch: int
     number_ceiling: int
-    redis_run: str | None = None
-    """Which life of its stream holds all that was sent; None says nothing new."""
+    stream_token: str | None = None
+    """That of the stream that holds every event sent so far; None changes nothing."""
 
 
 NUMBERS_AHEAD = 1_000_000
@@ -81,8 +81,8 @@ def _ours(state: str) -> str:
         worker = :worker, lease_s = :lease_s, {_DUE_AT},
         number_ceiling = runs.number_ceiling + {NUMBERS_AHEAD}
     from free where runs.tenant_id = free.tenant_id and runs.response_id = free.response_id
-    returning runs.tenant_id, runs.response_id, runs.lease, runs.handed_over, runs.state, runs.secrets, runs.streamed,
-              free.number_ceiling, runs.redis_run, runs.usage, octet_length(cast(runs.request as text)) as request_bytes,
+    returning runs.tenant_id, runs.response_id, runs.lease as epoch, runs.handed_over, runs.state, runs.secrets, runs.streamed,
+              free.number_ceiling, runs.redis_run as stream_token, runs.usage, octet_length(cast(runs.request as text)) as request_bytes,
               coalesce((select context_bytes from responses
                         where tenant_id = runs.tenant_id and id = runs.response_id), 0) as context_bytes
     """
@@ -143,7 +143,7 @@ _CANCEL = Query(
     """)
 )
 
-_REQUEST = Query(text("select request from runs where tenant_id = :tenant_id and response_id = :id and lease = :lease"))
+_REQUEST = Query(text("select request from runs where tenant_id = :tenant_id and response_id = :id and lease = :epoch"))
 
 _RUNS_SILENTLY = Query(
     text("""
@@ -156,11 +156,12 @@ _BEAT = Query(
     text(f"""
     with standing as (
         update runs set lease_s = :lease_s, {_DUE_AT},
-                        redis_run = coalesce(held.redis_run, runs.redis_run),
-                        number_ceiling = greatest(runs.number_ceiling, held.number_ceiling)
-        from unnest(cast(:tenants as text[]), cast(:ids as text[]), cast(:leases as int[]), cast(:ceilings as bigint[]),
-                    cast(:redis_runs as text[])) as held (tenant_id, response_id, lease, number_ceiling, redis_run)
-        where runs.tenant_id = held.tenant_id and runs.response_id = held.response_id and runs.lease = held.lease
+                        redis_run = coalesce(heartbeat.redis_run, runs.redis_run),
+                        number_ceiling = greatest(runs.number_ceiling, heartbeat.number_ceiling)
+        from unnest(cast(:tenants as text[]), cast(:ids as text[]), cast(:epochs as int[]), cast(:ceilings as bigint[]),
+                    cast(:stream_tokens as text[])) as heartbeat (tenant_id, response_id, epoch, number_ceiling, redis_run)
+        where runs.tenant_id = heartbeat.tenant_id and runs.response_id = heartbeat.response_id
+          and runs.lease = heartbeat.epoch
         returning runs.tenant_id, runs.response_id
     )
     select present.clock, standing.tenant_id, standing.response_id
@@ -183,21 +184,21 @@ _HAND_BACK = Query(
     text("""
     update runs set due_at = now() + cast(:after_s as float8) * interval '1 second', worker = null,
                     handed_over = handed_over + case when :failed then 0 else 1 end
-    where tenant_id = :tenant_id and response_id = :id and lease = :lease returning 1
+    where tenant_id = :tenant_id and response_id = :id and lease = :epoch returning 1
     """)
 )
 
 _DISOWN = Query(
     text("""
     update runs set due_at = now(), worker = null, handed_over = handed_over + 1
-    where worker = :worker and state = 'running' and request is not null and response_id <> all (cast(:holding as text[]))
+    where worker = :worker and state = 'running' and request is not null and response_id <> all (cast(:except_for as text[]))
     """),
     across_tenants="a worker makes responses of every tenant",
 )
 
-_FORGET = Query(
+_REMOVE = Query(
     text("""
-    delete from runs where tenant_id = :tenant_id and response_id = :id and lease = :lease and state = 'sealed' returning 1
+    delete from runs where tenant_id = :tenant_id and response_id = :id and lease = :epoch and state = 'sealed' returning 1
     """)
 )
 
@@ -234,7 +235,7 @@ async def cancel(tx: Tx, tenant_id: str, response_id: str, owner: Owner, *, agai
 
 async def load_request(tx: Tx, claim: Claim) -> str | None:
     """What is to be made, as JSON; None if the lease is lost."""
-    row = await tx.one(_REQUEST, tenant_id=claim.tenant_id, id=claim.response_id, lease=claim.lease)
+    row = await tx.one(_REQUEST, tenant_id=claim.tenant_id, id=claim.response_id, epoch=claim.epoch)
     return row["request"] if row else None
 
 
@@ -243,15 +244,15 @@ async def runs_silently(tx: Tx, tenant_id: str, response_id: str) -> bool:
     return bool(await tx.one(_RUNS_SILENTLY, tenant_id=tenant_id, id=response_id))
 
 
-async def beat(tx: Tx, holds: Sequence[Hold], lease_s: float) -> tuple[set[tuple[str, str]], datetime]:
-    """Prolong every lease that we hold, in one statement; gives those that still stand, and the database's time."""
+async def beat(tx: Tx, heartbeats: Sequence[Heartbeat], lease_s: float) -> tuple[set[tuple[str, str]], datetime]:
+    """Prolong leases, in one statement. Returns (tenant, response id) of those that are still ours, and the database's time."""
     rows = await tx.all(
         _BEAT,
-        tenants=[hold.tenant_id for hold in holds],
-        ids=[hold.response_id for hold in holds],
-        leases=[hold.lease for hold in holds],
-        ceilings=[hold.number_ceiling for hold in holds],
-        redis_runs=[hold.redis_run for hold in holds],
+        tenants=[one.tenant_id for one in heartbeats],
+        ids=[one.response_id for one in heartbeats],
+        epochs=[one.epoch for one in heartbeats],
+        ceilings=[one.number_ceiling for one in heartbeats],
+        stream_tokens=[one.stream_token for one in heartbeats],
         lease_s=lease_s,
     )
     standing = {(row["tenant_id"], row["response_id"]) for row in rows if row["response_id"] is not None}
@@ -269,20 +270,20 @@ async def hand_back(tx: Tx, claim: Claim, *, after_s: float = 0.0, failed: bool 
         _HAND_BACK,
         tenant_id=claim.tenant_id,
         id=claim.response_id,
-        lease=claim.lease,
+        epoch=claim.epoch,
         after_s=after_s,
         failed=failed,
     )
 
 
-async def disown(tx: Tx, worker: str, *, holding: Sequence[str]) -> None:
-    """Any worker shall make the background runs that this one owns, but for those that it holds."""
-    await tx.all(_DISOWN, worker=worker, holding=list(holding))
+async def disown(tx: Tx, worker: str, *, except_for: Sequence[str]) -> None:
+    """Hand back every background run that this worker owns, except for those given by response id."""
+    await tx.all(_DISOWN, worker=worker, except_for=list(except_for))
 
 
-async def forget(tx: Tx, tenant_id: str, response_id: str, lease: int) -> None:
-    """The last event of an ended run is out: nothing is left to do."""
-    await tx.one(_FORGET, tenant_id=tenant_id, id=response_id, lease=lease)
+async def remove(tx: Tx, tenant_id: str, response_id: str, epoch: int) -> None:
+    """Delete the row of an ended run, after its terminal event was sent."""
+    await tx.one(_REMOVE, tenant_id=tenant_id, id=response_id, epoch=epoch)
 
 
 async def is_full(tx: Tx, tenant_id: str, *, tenant_max: int, all_max: int) -> bool:

@@ -91,7 +91,7 @@ class Hub:
             self._unblock.set()
             self._filled.set()
 
-    async def interrupt_for_ever(self) -> None:
+    async def interrupt_forever(self) -> None:
         """New streams: the blocked read shall look at its streams again."""
         while True:
             await self._unblock.wait()
@@ -101,7 +101,7 @@ class Hub:
                     await self.client.client_unblock(self._blocking_id)
                 await asyncio.sleep(UNBLOCK_PAUSE_S)
 
-    async def read_for_ever(self) -> None:
+    async def read_forever(self) -> None:
         """Hear every stream that has a reader."""
         while True:
             try:

@@ -63,7 +63,7 @@ _INSERT = Query(
         insert into runs (tenant_id, response_id, state, due_at, lease_s, lease, worker, request, secrets, streamed,
                           number_ceiling)
         select :tenant_id, :id, :run_state, clock_timestamp() + cast(:lease_s as float8) * interval '1 second', :lease_s,
-               :lease, :worker, cast(:request as json), :secrets, :streamed, 0
+               :epoch, :worker, cast(:request as json), :secrets, :streamed, 0
         where cast(:run_state as text) is not null and exists (select from response)
     ), journal as (
         insert into event_journal (tenant_id, response_id, first_number, frames)
@@ -141,7 +141,7 @@ def _run(run: Owner | Queued | None) -> dict[str, Any]:
     owner = run if isinstance(run, Owner) else None
     return {
         "run_state": "queued" if queued else "running" if owner else None,
-        "lease": 1 if owner else 0,
+        "epoch": 1 if owner else 0,
         "lease_s": owner.lease_s if owner else 0.0,
         "worker": owner.worker if owner else None,
         "request": queued.request.decode() if queued else None,
@@ -167,7 +167,7 @@ _SEAL = Query(
     text(f"""
     with run as (
         update runs set state = 'sealed', request = null, secrets = null
-        where tenant_id = :tenant_id and response_id = :id and lease = :lease and state in ('running', 'cancelled')
+        where tenant_id = :tenant_id and response_id = :id and lease = :epoch and state in ('running', 'cancelled')
         returning 1
     ), response as (
         update responses set status = :status, body = cast(:body as json),
@@ -182,7 +182,7 @@ _SEAL = Query(
         delete from event_journal where tenant_id = :tenant_id and response_id = :id and exists (select from run)
     )
     select exists (select from run) as sealed,
-           exists (select from runs where tenant_id = :tenant_id and response_id = :id and lease = :lease
+           exists (select from runs where tenant_id = :tenant_id and response_id = :id and lease = :epoch
                                           and state = 'sealed') as known  -- by an earlier attempt
     """)
 )
@@ -190,8 +190,8 @@ _SEAL = Query(
 _BEGIN = Query(
     text("""
     with run as (
-        update runs set redis_run = :redis_run
-        where tenant_id = :tenant_id and response_id = :id and lease = :lease and state = 'running' returning 1
+        update runs set redis_run = :stream_token
+        where tenant_id = :tenant_id and response_id = :id and lease = :epoch and state = 'running' returning 1
     ), response as (
         update responses set status = 'in_progress'
         where tenant_id = :tenant_id and id = :id and status = 'queued' and exists (select from run)
@@ -201,17 +201,17 @@ _BEGIN = Query(
 )
 
 
-async def begin_response(tx: Tx, tenant_id: str, response_id: str, lease: int, redis_run: str | None) -> bool:
-    """A queued response is being made from now on, with its events in this life of its stream. False if the lease is lost."""
-    row = await tx.one(_BEGIN, tenant_id=tenant_id, id=response_id, lease=lease, redis_run=redis_run)
+async def begin_response(tx: Tx, tenant_id: str, response_id: str, epoch: int, stream_token: str | None) -> bool:
+    """Set a queued response in progress; its events go to the stream with this token. False if the lease is lost."""
+    row = await tx.one(_BEGIN, tenant_id=tenant_id, id=response_id, epoch=epoch, stream_token=stream_token)
     return row is not None and bool(row["ours"])
 
 
-async def seal_response(tx: Tx, tenant_id: str, response: Response, lease: int, archive: Pages) -> bool:
+async def seal_response(tx: Tx, tenant_id: str, response: Response, epoch: int, archive: Pages) -> bool:
     """End a background response: status, body, output, every event; the journal goes. False if the lease is lost."""
     binds = {
         "tenant_id": tenant_id,
-        "lease": lease,
+        "epoch": epoch,
         "first_numbers": [number for number, _ in archive],
         "pages": [frames for _, frames in archive],
         **_final(response, []),
@@ -464,7 +464,7 @@ _PURGE = Query(
 _WITHDRAW = Query(
     text("""
     with run as (
-        delete from runs where tenant_id = :tenant_id and response_id = :id and lease = :lease and state = 'running'
+        delete from runs where tenant_id = :tenant_id and response_id = :id and lease = :epoch and state = 'running'
         returning 1
     )
     select thread_id, turn, previous_response_id from responses
@@ -473,10 +473,10 @@ _WITHDRAW = Query(
 )
 
 
-async def withdraw_response(tx: Tx, tenant_id: str, response_id: str, lease: int) -> None:
+async def withdraw_response(tx: Tx, tenant_id: str, response_id: str, epoch: int) -> None:
     """Take back a response that nobody has heard of, as if it had never been inserted; not if the lease is lost: then another
     process has ended it. Needs a transaction."""
-    row = await tx.one(_WITHDRAW, tenant_id=tenant_id, id=response_id, lease=lease)
+    row = await tx.one(_WITHDRAW, tenant_id=tenant_id, id=response_id, epoch=epoch)
     if row is not None:
         await _purge(tx, tenant_id, response_id, row, await _lock_parent(tx, tenant_id, row))
 

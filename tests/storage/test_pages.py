@@ -6,7 +6,7 @@ import zstandard
 
 from app.storage import journal
 from app.storage.database import Tx
-from app.storage.journal import KEPT_PAGE_BYTES
+from app.storage.journal import STORED_PAGE_BYTES
 from app.wire.events import split_frames
 
 ROWS = """
@@ -64,7 +64,7 @@ async def store(connection, id, table, pages):
 @pytest.mark.parametrize("table", ["event_archive", "event_journal"])
 async def test_a_long_run_is_read_in_pages_from_any_number_on(connection, table):
     pages_of = journal.archive if table == "event_archive" else journal.paged
-    await store(connection, "r", table, pages_of(entries(range(100), KEPT_PAGE_BYTES // 10)))
+    await store(connection, "r", table, pages_of(entries(range(100), STORED_PAGE_BYTES // 10)))
     found = await all_of(connection, "r")
     assert [number for page in found for number in page] == list(range(100))
     assert 10 <= len(found) <= 15
@@ -94,6 +94,6 @@ async def test_an_archive_of_before_is_one_page(connection):
 
 
 def test_a_large_event_is_a_page_of_its_own():
-    many = [*entries([0, 1]), *entries([2], 3 * KEPT_PAGE_BYTES), *entries([3])]
+    many = [*entries([0, 1]), *entries([2], 3 * STORED_PAGE_BYTES), *entries([3])]
     assert [number for number, _ in journal.paged(many)] == [0, 2, 3]
     assert b"".join(frames for _, frames in journal.paged(many)) == b"".join(one.frame for one in many)

@@ -7,6 +7,7 @@ import pytest
 
 from app.api.sse import EventStream
 from app.errors import TooMuchUnread
+from app.runs.following import Followed
 from app.settings import Settings
 from app.storage.backlog import ENTRY_OVERHEAD_BYTES, PAGE_BYTES, Backlogs, pages_of, size_of
 from app.storage.eventlog import MemoryLog
@@ -177,13 +178,8 @@ async def test_a_stream_whose_client_was_disconnected_before_it_began_is_refused
     gone = []
     backlog = backlogs().open()
     log = MemoryLog(backlog)
-    options = {
-        "gone": lambda: gone.append(1),
-        "redaction": Redaction(()),
-        "obfuscate": False,
-        "keepalive_events": False,
-    }
-    reply = EventStream(log.read(silence_s=60), backlog, headers={}, made="resp_1", **options)
+    followed = Followed(log.read(silence_s=60), backlog, lambda: gone.append(1), response_id="resp_1")
+    reply = EventStream(followed, redaction=Redaction(()), obfuscate=False, keepalive_events=False, headers={})
     backlog.drop()
     with pytest.raises(TooMuchUnread, match="retrieve 'resp_1' later"):
         await reply.to_asgi_response()({}, None, None)

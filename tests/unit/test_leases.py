@@ -30,9 +30,9 @@ def beaten(watch, now, *times, ahead_s=0.0):
         watch.beaten(time.monotonic() - 0.1, time.monotonic(), CLOCK + timedelta(seconds=at + ahead_s))
 
 
-def test_without_a_heartbeat_nothing_is_sure(now):
+def test_without_a_heartbeat_nothing_lease_is_valid(now):
     watch = Watch(LEASE_S)
-    assert not watch.is_sure
+    assert not watch.lease_is_valid
     assert not watch.is_on_time
     assert watch.look() is None
 
@@ -47,9 +47,9 @@ def test_heartbeats_on_time_are_watched_time(now):
     now(18.1)
     assert not watch.is_on_time
     assert watch.look() is None
-    assert watch.is_sure
+    assert watch.lease_is_valid
     now(12 + 0.8 * LEASE_S)
-    assert not watch.is_sure
+    assert not watch.lease_is_valid
 
 
 def test_after_a_late_heartbeat_the_watch_begins_anew(now):

@@ -1,4 +1,4 @@
-"""Request → task: everything that making one response takes, looked up and resolved."""
+"""Request → plan: everything that making one response takes, looked up and resolved."""
 
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import TypeVar
@@ -17,10 +17,10 @@ from app.domain.sealed import Seal, TenantSeal
 from app.domain.tools.table import kind_of, missing_server
 from app.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
 from app.ids import NewId, new_id
+from app.offload import offload
 from app.outbound.catalog import Catalog, Route
 from app.outbound.mcp import ToolServer
 from app.outbound.upstream import Upstream
-from app.runs.aside import aside
 from app.runs.rooms import Room, Rooms
 from app.settings import Settings
 from app.storage import approvals, contexts
@@ -33,7 +33,7 @@ from app.wire.tools import AnyTool, HostedTool, McpTool
 T = TypeVar("T")
 
 
-class Task(Struct, frozen=True):
+class RunPlan(Struct, frozen=True):
     """Everything that making one response takes."""
 
     tenant_id: str
@@ -47,7 +47,7 @@ class Task(Struct, frozen=True):
     earlier_bytes: int
     """What the items of the parent's context take."""
     room: Room
-    """To be released by whoever has asked for the task, as soon as its context is not needed any more."""
+    """To be released as soon as the context is not needed any more."""
     servers: Mapping[str, ToolServer]
     """The MCP servers that the request declares, by label."""
     hosted: Mapping[Kind, HostedRoute]
@@ -89,8 +89,8 @@ class _Found(Struct):
     requests: dict[str, McpApprovalRequest] = {}
 
 
-class Tasks:
-    """Makes tasks of requests."""
+class Planner:
+    """Plans runs."""
 
     def __init__(
         self,
@@ -105,8 +105,8 @@ class Tasks:
         self._rooms = Rooms(settings.contexts_bytes_max, waiting_max=settings.foreground_runs_max)
         self._tool_servers = {name: server for name in catalog.tool_servers if (server := catalog.tool_server(name))}
 
-    async def prepare(self, tenant_id: str, caller_key: str | None, request: CreateResponse) -> Task:
-        """The task of a new request. Raises ApiError for everything that can be seen to be wrong by now."""
+    async def plan(self, tenant_id: str, caller_key: str | None, request: CreateResponse) -> RunPlan:
+        """The plan of a new request. Raises ApiError for everything that can be known before the upstream is asked."""
         if len(request.input) > self._settings.input_items_max:
             raise InvalidParameter(f"'input' has more than {self._settings.input_items_max} items.", param="input")
         limits.check(
@@ -123,11 +123,11 @@ class Tasks:
         try:
             found = await self._find(tenant_id, request, room)
             size = request.size + found.bytes
-            context = await aside(size, self._resolve, self._seal.of(tenant_id), servers, request, found)
+            context = await offload(size, self._resolve, self._seal.of(tenant_id), servers, request, found)
         except BaseException:
             room.release()
             raise
-        return self._task(tenant_id, request, context, routes, caller_key, servers, size, room, found)
+        return self._plan(tenant_id, request, context, routes, caller_key, servers, size, room, found)
 
     def _resolve(
         self, seal: TenantSeal, servers: Mapping[str, ToolServer], request: CreateResponse, found: "_Found"
@@ -153,11 +153,11 @@ class Tasks:
         response_id: str,
         caller_key: str | None,
         request: CreateResponse,
-        said: Sequence[AnyItem],
+        made: Sequence[AnyItem],
         room: Room,
-    ) -> Task:
-        """The task of a response that is stored already, with what earlier owners have made of it; it takes `room`, as long as
-        that may last, unless that is done. Raises ApiError."""
+    ) -> RunPlan:
+        """The plan of a stored response, with the items that earlier owners have made. It waits for `room` as long as that takes.
+        Raises ApiError."""
 
         async def read(bytes_max: int) -> tuple[int, Chain | None]:
             async with self._database.autocommit() as tx:
@@ -167,7 +167,7 @@ class Tasks:
         try:
             chain = await self._fitting(room, read, request.size, wait_s=None)
             rows, size = chain.items or [], request.size + chain.bytes
-            stored = await aside(size, _decoded, rows)
+            stored = await offload(size, _decoded, rows)
             own = [item for item, row in zip(stored, rows, strict=True) if row.turn == chain.place.turn]
             requests: dict[str, McpApprovalRequest] = {}
             if answered := answered_requests(own):
@@ -177,13 +177,13 @@ class Tasks:
             routes, servers = await self._routes(request, caller_key), self._servers(request)
             seal = self._seal.of(tenant_id)
             origins = _origins(servers, seal)
-            context = await aside(
-                size, restore, request, stored, own, said, seal=seal, requests=requests, hosted=hosted, origins=origins
+            context = await offload(
+                size, restore, request, stored, own, made, seal=seal, requests=requests, hosted=hosted, origins=origins
             )
         except BaseException:
             room.release()
             raise
-        return self._task(tenant_id, request, context, routes, caller_key, servers, size, room, _Found())
+        return self._plan(tenant_id, request, context, routes, caller_key, servers, size, room, _Found())
 
     async def _find(self, tenant_id: str, request: CreateResponse, room: Room) -> "_Found":
         """What is stored of a new request's context, once there is room for all of it."""
@@ -268,7 +268,7 @@ class Tasks:
         server = ToolServer(label=tool.server_label, url=tool.server_url or "")
         if not tool.server_url:
             known = self._tool_servers.get(tool.server_label)
-            # What stands behind a hosted tool believes what it is told of the tenant, and is called by us alone.
+            # The server of a hosted tool trusts the tenant's name that it receives, and is called by us alone.
             if known is None or any(route.server == tool.server_label for route in self._catalog.hosted.values()):
                 raise InvalidParameter(
                     f"'{at}.server_url' is missing, and this server has no tool server '{tool.server_label}'.",
@@ -287,19 +287,19 @@ class Tasks:
         )
 
     def _refuse_long_headers(self, tools: Sequence[AnyTool]) -> None:
-        """What a client's MCP servers are to hear with every request, and what is masked in all that they answer."""
-        most, told = self._settings.tool_headers_bytes_max, 0
+        """What a client's MCP servers receive with every request, and what is masked in all that they answer."""
+        most, sent = self._settings.tool_headers_bytes_max, 0
         for index, tool in enumerate(tools):
             if not isinstance(tool, McpTool):
                 continue
             at, headers = f"tools[{index}].headers", tool.headers or {}
             if len(headers) > self._settings.tool_headers_max:
                 raise InvalidParameter(f"'{at}' has more than {self._settings.tool_headers_max} headers.", param=at)
-            told += sum(len(name.encode()) + len(value.encode()) for name, value in headers.items())
-            if told <= most:
-                told += len((tool.authorization or "").encode())
+            sent += sum(len(name.encode()) + len(value.encode()) for name, value in headers.items())
+            if sent <= most:
+                sent += len((tool.authorization or "").encode())
                 at = f"tools[{index}].authorization"
-            if told > most:
+            if sent > most:
                 raise InvalidParameter(f"With '{at}' MCP servers are told more than {most} bytes.", param=at)
 
     def _refuse_hosted(self, request: CreateResponse) -> None:
@@ -331,7 +331,7 @@ class Tasks:
             await upstream.find_dialect(caller_key)
         return routes
 
-    def _task(
+    def _plan(
         self,
         tenant_id: str,
         request: CreateResponse,
@@ -342,7 +342,7 @@ class Tasks:
         size: int,
         room: Room,
         found: "_Found",
-    ) -> Task:
+    ) -> RunPlan:
         reasoning, seal = request.body.reasoning, self._seal.of(tenant_id)
         # Whoever keeps the history itself has to keep reasoning, too.
         is_sealed = not request.store or "reasoning.encrypted_content" in request.include
@@ -350,7 +350,7 @@ class Tasks:
             summarize=bool(reasoning and (reasoning.summary or reasoning.generate_summary)),
             seal=seal.close if is_sealed else None,
         )
-        return Task(
+        return RunPlan(
             tenant_id=tenant_id,
             request=request,
             context=context,

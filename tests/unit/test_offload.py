@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from app.runs.aside import ASIDE_BYTES, aside
+from app.offload import OFFLOAD_BYTES, offload
 
 WORK_S = 0.2
 TURNS_MIN = 5
@@ -21,7 +21,7 @@ def work() -> int:
     return threading.get_ident()
 
 
-@pytest.mark.parametrize(("size", "elsewhere"), [(ASIDE_BYTES - 1, False), (ASIDE_BYTES, True)])
+@pytest.mark.parametrize(("size", "elsewhere"), [(OFFLOAD_BYTES - 1, False), (OFFLOAD_BYTES, True)])
 async def test_others_go_on_while_long_work_is_done(size: int, elsewhere: bool):
     turns = 0
 
@@ -34,7 +34,7 @@ async def test_others_go_on_while_long_work_is_done(size: int, elsewhere: bool):
     waiting = asyncio.create_task(others())
     await asyncio.sleep(0)
     before = turns
-    worked_in = await aside(size, work)
+    worked_in = await offload(size, work)
     waiting.cancel()
     assert (worked_in != threading.get_ident()) == elsewhere
     assert turns - before >= TURNS_MIN if elsewhere else turns == before
@@ -44,6 +44,6 @@ async def test_an_error_comes_back_from_where_it_happened():
     def fail() -> None:
         raise ValueError("no")
 
-    for size in (0, ASIDE_BYTES):
+    for size in (0, OFFLOAD_BYTES):
         with pytest.raises(ValueError, match="no"):
-            await aside(size, fail)
+            await offload(size, fail)

@@ -1,0 +1,123 @@
+"""The one door for new responses: limits, the plan, the approvals that are used up, the insert."""
+
+import time
+
+from msgspec import Struct
+
+from app.domain.lifecycle import open_response
+from app.domain.sealed import Seal
+from app.errors import ServerUnavailable, TooManyRequests
+from app.ids import new_id
+from app.offload import offload
+from app.runs.insert import insert
+from app.runs.plan import Planner, RunPlan
+from app.runs.secrets import Secrets, seal_secrets
+from app.runs.volatile import VolatileRun, VolatileRuns
+from app.settings import Settings
+from app.storage import queue
+from app.storage.backlog import Backlogs
+from app.storage.database import Database, Tx
+from app.storage.journal import StoredEvents
+from app.storage.notifications import RunQueued
+from app.storage.queue import Queued
+from app.storage.redislog import RedisLogs
+from app.wire.events import Created, encode_event
+from app.wire.events import Queued as QueuedEvent
+from app.wire.requests import CreateResponse, without_secrets
+from app.wire.resources import Response
+
+
+class Caller(Struct, frozen=True):
+    """Who asks: the tenant, and the key that was sent, unless it is one of ours."""
+
+    tenant_id: str
+    key: str | None
+
+
+class Enqueued(Struct, frozen=True):
+    """A background response that is stored with its place in the queue, and its first events."""
+
+    response: Response
+    events: StoredEvents
+    left_out: tuple[str, ...]
+    """Declared tools that the model does not see."""
+
+
+class Admission:
+    """Admits responses of this process."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        planner: Planner,
+        seal: Seal,
+        volatile: VolatileRuns,
+        logs: RedisLogs,
+        backlogs: Backlogs,
+    ) -> None:
+        self._settings, self._database, self._planner, self._seal = settings, database, planner, seal
+        self._volatile, self._logs, self._backlogs = volatile, logs, backlogs
+        self._planning = 0
+
+    async def start(self, caller: Caller, request: CreateResponse) -> VolatileRun:
+        """Start a foreground run. Raises ApiError for everything that can be known before the upstream is asked."""
+        self._refuse_when_closing()
+        if len(self._volatile) + self._planning >= self._settings.foreground_runs_max:
+            raise TooManyRequests("Too many responses are being made; please try again.", headers={"Retry-After": "1"})
+        self._planning += 1
+        try:
+            plan = await self._planner.plan(caller.tenant_id, caller.key, request)
+        finally:
+            self._planning -= 1
+        try:
+            self._refuse_when_closing()
+        except ServerUnavailable:
+            plan.room.release()
+            raise
+        return self._volatile.start(plan, _open(plan), self._backlogs.open() if request.stream else None)
+
+    def _refuse_when_closing(self) -> None:
+        if self._volatile.is_closing:
+            raise ServerUnavailable("The server is shutting down.")
+
+    async def enqueue(self, caller: Caller, request: CreateResponse, raw: bytes) -> Enqueued:
+        """Store a background response with its place in the queue, in one commit. Raises ApiError."""
+        plan = await self._planner.plan(caller.tenant_id, caller.key, request)
+        try:
+            await offload(plan.size, plan.refuse_unanswerable)
+            return await self._enqueue(caller, plan, raw)
+        finally:
+            plan.room.release()
+
+    async def _enqueue(self, caller: Caller, plan: RunPlan, raw: bytes) -> Enqueued:
+        response = _open(plan)
+        entries = [
+            encode_event(Created(response=response)),
+            encode_event(QueuedEvent(response=response, sequence_number=1)),
+        ]
+        stored, tool_secrets = without_secrets(raw, plan.request)
+        queued = Queued(
+            request=stored,
+            secrets=seal_secrets(self._seal, Secrets(caller.key, tool_secrets)),
+            streamed=plan.request.stream,
+            frames=b"".join(entry.frame for entry in entries),
+        )
+
+        async def refuse(tx: Tx) -> None:
+            settings = self._settings
+            if await queue.is_full(
+                tx, caller.tenant_id, tenant_max=settings.queued_runs_tenant_max, all_max=settings.queued_runs_max
+            ):
+                raise TooManyRequests("The queue of background responses is full.", headers={"Retry-After": "5"})
+
+        await insert(self._database, plan, response.id, response, queued, refuse=refuse)
+        self._logs.notify(RunQueued())
+        events = StoredEvents(status="queued", background=True, streamed=True, archived=False, entries=entries)
+        return Enqueued(response, events, plan.context.toolbox.left_out)
+
+
+def _open(plan: RunPlan) -> Response:
+    return open_response(
+        plan.request, id=new_id("resp"), created_at=int(time.time()), left_out=plan.context.toolbox.left_out
+    )
