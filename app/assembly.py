@@ -22,6 +22,7 @@ from app.outbound.guard import Guard
 from app.outbound.mcp import ToolPrograms
 from app.outbound.programs import Programs
 from app.outbound.upstream import Upstream
+from app.rooms import Rooms
 from app.runs.admission import Admission
 from app.runs.cancellation import Cancellation
 from app.runs.claims import Claims
@@ -30,7 +31,6 @@ from app.runs.leased import LeasedRuns
 from app.runs.leases import Leases
 from app.runs.pipeline import Pipeline
 from app.runs.plan import Planner
-from app.runs.rooms import Rooms
 from app.runs.volatile import VolatileRuns
 from app.settings import Settings, SettingsError
 from app.setup import OTHER_KEY, open_seal

@@ -1,4 +1,4 @@
-"""A tap on the wire between a server and its Postgres or Redis: what it asks is counted from outside, and an answer can be lost."""
+"""A proxy on the wire between a server and its Postgres or Redis: what it asks is counted from outside, and an answer can be lost."""
 
 import asyncio
 import struct
@@ -76,7 +76,7 @@ class Statements:
         return texts
 
 
-class Tap:
+class WireProxy:
     """Listens on a unix socket, passes everything on to another, and counts. A context manager."""
 
     def __init__(self, target: Path, name: str, parse: Parse) -> None:

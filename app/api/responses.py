@@ -18,9 +18,9 @@ from app.api.services import Services
 from app.api.sse import EventStream
 from app.errors import InvalidParameter, InvalidRequest
 from app.offload import offload
+from app.rooms import Room
 from app.runs.admission import Caller
 from app.runs.following import Followed
-from app.runs.rooms import Room
 from app.runs.volatile import VolatileRun
 from app.storage import contexts, responses
 from app.storage.contexts import StoredItem

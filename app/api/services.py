@@ -11,11 +11,11 @@ from app.api.auth import Auth
 from app.api.bodies import Bodies
 from app.outbound.catalog import Catalog
 from app.outbound.upstream import Upstream
+from app.rooms import Rooms
 from app.runs.admission import Admission, Caller
 from app.runs.cancellation import Cancellation
 from app.runs.claims import Claims
 from app.runs.following import Following
-from app.runs.rooms import Rooms
 from app.settings import Settings
 from app.storage.backlog import Backlogs
 from app.storage.database import Database

@@ -21,10 +21,10 @@ from app.domain.sealed import Seal
 from app.errors import ApiError, DatabaseUnavailable, Fenced, RunTooLong, ServerError
 from app.offload import offload
 from app.outbound.catalog import Catalog
+from app.rooms import Room
 from app.runs.pipeline import Pipeline, Turns
 from app.runs.plan import Planner
 from app.runs.recorder import Recorder
-from app.runs.rooms import Room
 from app.runs.secrets import open_secrets
 from app.runs.tools import Tools
 from app.storage import journal, queue, responses

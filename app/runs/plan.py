@@ -2,33 +2,30 @@
 
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import TypeVar
-from urllib.parse import urlsplit
 
 from msgspec import Struct
-from msgspec.structs import replace
 
 from app.domain import limits
 from app.domain.approvals import signing
 from app.domain.context import Context, answered_requests, check_parent, references, resolve, restore
-from app.domain.hosted import HostedRoute, Kind, names_data
+from app.domain.hosted import HostedRoute, Kind
 from app.domain.item_builders import OutputOptions
 from app.domain.prompt import chat_request
 from app.domain.sealed import Seal, TenantSeal
-from app.domain.tools.table import kind_of, missing_server
-from app.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
+from app.errors import InvalidParameter, InvalidRequest
 from app.ids import NewId, new_id
 from app.offload import offload
 from app.outbound.catalog import Catalog, Route
+from app.outbound.declared import DeclaredTools
 from app.outbound.mcp import ToolServer
 from app.outbound.upstream import Upstream
-from app.runs.rooms import Room, Rooms
+from app.rooms import Room, Rooms
 from app.settings import Settings
 from app.storage import approvals, contexts
 from app.storage.contexts import Chain, Place, StoredItem
 from app.storage.database import Database, Tx
 from app.wire.items import AnyItem, McpApprovalRequest, decode_stored_item
 from app.wire.requests import CreateResponse
-from app.wire.tools import AnyTool, HostedTool, McpTool
 
 T = TypeVar("T")
 
@@ -103,7 +100,7 @@ class Planner:
         self._settings, self._database, self._catalog = settings, database, catalog
         self._upstreams, self._seal = upstreams, seal
         self._rooms = Rooms(settings.contexts_bytes_max, waiting_max=settings.foreground_runs_max)
-        self._tool_servers = {name: server for name in catalog.tool_servers if (server := catalog.tool_server(name))}
+        self._declared = DeclaredTools(settings, catalog)
 
     async def plan(self, tenant_id: str, caller_key: str | None, request: CreateResponse) -> RunPlan:
         """The plan of a new request. Raises ApiError for everything that can be known before the upstream is asked."""
@@ -117,8 +114,8 @@ class Planner:
         )
         routes = await self._routes(request, caller_key)
         _refuse_untaken(request, [upstream for upstream, _ in routes])
-        servers = self._servers(request)
-        self._refuse_hosted(request)
+        servers = self._declared.servers(request)
+        self._declared.refuse_hosted(request)
         room = self.room()
         try:
             found = await self._find(tenant_id, request, room)
@@ -174,7 +171,7 @@ class Planner:
                 async with self._database.autocommit() as tx:
                     requests = await _requests(tx, tenant_id, answered, {row.id for row in rows})
             hosted = frozenset(self._catalog.hosted)
-            routes, servers = await self._routes(request, caller_key), self._servers(request)
+            routes, servers = await self._routes(request, caller_key), self._declared.servers(request)
             seal = self._seal.of(tenant_id)
             origins = _origins(servers, seal)
             context = await offload(
@@ -251,79 +248,6 @@ class Planner:
         items_max = self._settings.context_items_max
         return await contexts.load_chain(tx, tenant_id, response_id, items_max=items_max, bytes_max=bytes_max)
 
-    def _servers(self, request: CreateResponse) -> dict[str, ToolServer]:
-        """Where the declared MCP servers are. Raises InvalidParameter for one that has no URL and no name that we know."""
-        self._refuse_long_headers(request.tools)
-        servers: dict[str, ToolServer] = {}
-        for index, tool in enumerate(request.tools):
-            if isinstance(tool, McpTool):
-                servers[tool.server_label] = self._server(tool, f"tools[{index}]")
-        if len(servers) > self._settings.tool_servers_max:
-            raise InvalidParameter(
-                f"'tools' declares more than {self._settings.tool_servers_max} MCP servers.", param="tools"
-            )
-        return servers
-
-    def _server(self, tool: McpTool, at: str) -> ToolServer:
-        server = ToolServer(label=tool.server_label, url=tool.server_url or "")
-        if not tool.server_url:
-            known = self._tool_servers.get(tool.server_label)
-            # The server of a hosted tool trusts the tenant's name that it receives, and is called by us alone.
-            if known is None or any(route.server == tool.server_label for route in self._catalog.hosted.values()):
-                raise InvalidParameter(
-                    f"'{at}.server_url' is missing, and this server has no tool server '{tool.server_label}'.",
-                    param=f"{at}.server_url",
-                    code="missing_required_parameter",
-                )
-            server = known
-        elif not _is_http(tool.server_url):
-            raise InvalidParameter(f"'{at}.server_url' must be an http or https URL.", param=f"{at}.server_url")
-        fixed = {name.lower() for name in server.headers}
-        others = {name: value for name, value in (tool.headers or {}).items() if name.lower() not in fixed}
-        return replace(
-            server,
-            headers={**others, **server.headers},
-            authorization=server.authorization or ("" if "authorization" in fixed else tool.authorization or ""),
-        )
-
-    def _refuse_long_headers(self, tools: Sequence[AnyTool]) -> None:
-        """What a client's MCP servers receive with every request, and what is masked in all that they answer."""
-        most, sent = self._settings.tool_headers_bytes_max, 0
-        for index, tool in enumerate(tools):
-            if not isinstance(tool, McpTool):
-                continue
-            at, headers = f"tools[{index}].headers", tool.headers or {}
-            if len(headers) > self._settings.tool_headers_max:
-                raise InvalidParameter(f"'{at}' has more than {self._settings.tool_headers_max} headers.", param=at)
-            sent += sum(len(name.encode()) + len(value.encode()) for name, value in headers.items())
-            if sent <= most:
-                sent += len((tool.authorization or "").encode())
-                at = f"tools[{index}].authorization"
-            if sent > most:
-                raise InvalidParameter(f"With '{at}' MCP servers are told more than {most} bytes.", param=at)
-
-    def _refuse_hosted(self, request: CreateResponse) -> None:
-        """A hosted tool must hear of what restricts it; and one that the answer depends on needs a tool server."""
-        for index, tool in enumerate(request.tools):
-            if not isinstance(tool, HostedTool):
-                continue
-            kind = kind_of(tool)
-            route = self._catalog.hosted.get(kind) if kind else None
-            if kind and route is None and self._depends_on(tool, request):
-                raise missing_server(tool.type, f"tools[{index}].type")
-            if route and (key := route.drops(tool.fields)):
-                raise UnsupportedParameter(
-                    f"'{key}' of tools of type '{tool.type}' is not supported by this server.",
-                    param=f"tools[{index}].{key}",
-                )
-
-    def _depends_on(self, tool: HostedTool, request: CreateResponse) -> bool:
-        """Whether a hosted tool that has no tool server is a refusal, and not an offer to be left out."""
-        if self._catalog.refuse_missing_tools is not None:
-            return self._catalog.refuse_missing_tools
-        is_last = all(isinstance(one, HostedTool) and kind_of(one) not in self._catalog.hosted for one in request.tools)
-        return is_last or names_data(tool.fields)
-
     async def _routes(self, request: CreateResponse, caller_key: str | None) -> list[tuple[Upstream, Route]]:
         """The ways to the model, each to an upstream whose dialect is known as far as it can be."""
         routes = [(self._upstreams[route.upstream], route) for route in self._catalog.routes(request.model)]
@@ -344,7 +268,7 @@ class Planner:
         found: "_Found",
     ) -> RunPlan:
         reasoning, seal = request.body.reasoning, self._seal.of(tenant_id)
-        # Whoever keeps the history itself has to keep reasoning, too.
+        # A client that keeps the history itself has to keep the reasoning, too.
         is_sealed = not request.store or "reasoning.encrypted_content" in request.include
         options = OutputOptions(
             summarize=bool(reasoning and (reasoning.summary or reasoning.generate_summary)),
@@ -363,7 +287,7 @@ class Planner:
             room=room,
             servers=servers,
             hosted=self._catalog.hosted,
-            tool_servers=self._tool_servers,
+            tool_servers=self._declared.operators,
             size=size,
         )
 
@@ -384,14 +308,6 @@ def _origins(servers: Mapping[str, ToolServer], seal: TenantSeal) -> dict[str, s
 
 def _decoded(items: Sequence[StoredItem]) -> list[AnyItem]:
     return [decode_stored_item(item.body.encode()) for item in items]
-
-
-def _is_http(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        return url.isprintable() and parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        return False
 
 
 def _refuse_untaken(request: CreateResponse, upstreams: Sequence[Upstream]) -> None:

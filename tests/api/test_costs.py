@@ -18,7 +18,7 @@ from tests import wire_proxy
 from tests.servers import Served
 from tests.upstream import finish, note, repeat, script, status, text
 from tests.waiting import fetch, until
-from tests.wire_proxy import Tap
+from tests.wire_proxy import WireProxy
 
 DEEP = 1000
 
@@ -60,17 +60,17 @@ def database_url(new_database):
 
 
 @pytest.fixture(scope="module")
-def postgres(database_url) -> Iterator[Tap]:
-    """The tap before Postgres."""
+def postgres(database_url) -> Iterator[WireProxy]:
+    """The proxy before Postgres."""
     directory = parse_qs(urlsplit(database_url).query)["host"][0]
-    with Tap(Path(directory) / ".s.PGSQL.5432", ".s.PGSQL.5432", wire_proxy.postgres) as running:
+    with WireProxy(Path(directory) / ".s.PGSQL.5432", ".s.PGSQL.5432", wire_proxy.postgres) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def redis(servers) -> Iterator[Tap]:
-    """The tap before Redis."""
-    with Tap(Path(urlsplit(servers.redis_url).path), "redis.sock", wire_proxy.redis) as running:
+def redis(servers) -> Iterator[WireProxy]:
+    """The proxy before Redis."""
+    with WireProxy(Path(urlsplit(servers.redis_url).path), "redis.sock", wire_proxy.redis) as running:
         yield running
 
 
@@ -93,14 +93,14 @@ def client(tapped) -> Iterator[openai.OpenAI]:
         yield made
 
 
-Cost = Callable[[Callable[[], object]], Tap]
+Cost = Callable[[Callable[[], object]], WireProxy]
 
 
 @pytest.fixture
 def cost(postgres) -> Cost:
     """Gives what Postgres is asked by a call, once the connection has prepared its statements."""
 
-    def count(call: Callable[[], object]) -> Tap:
+    def count(call: Callable[[], object]) -> WireProxy:
         call()
         with postgres.counting() as counted:
             call()
@@ -109,7 +109,7 @@ def cost(postgres) -> Cost:
     return count
 
 
-def statements(counted: Tap) -> int:
+def statements(counted: WireProxy) -> int:
     """How many statements were executed; `begin` and `commit` are statements, too."""
     return sum(request in {"E", "Q"} for request in counted.requests)
 

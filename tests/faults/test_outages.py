@@ -15,7 +15,7 @@ from tests.faults.cluster import LEASE_S, Cluster, frozen, locked
 from tests.faults.stream_oracle import closed_as, rounds_of, text_of, told
 from tests.upstream import answer, calling, finish, gate, note, repeat, script, text
 from tests.waiting import until
-from tests.wire_proxy import Tap
+from tests.wire_proxy import WireProxy
 
 ROUNDS = 10
 OUTAGE_S = 2.5 * LEASE_S
@@ -283,9 +283,9 @@ def test_a_foreground_row_whose_client_left_while_it_was_inserted_does_not_stay(
 
 @pytest.fixture
 def tapped(cluster):
-    """A replica behind a tap on its way to Postgres, and the tap."""
+    """A replica that reaches Postgres through a proxy, and the proxy."""
     directory = parse_qs(urlsplit(cluster.database_url).query)["host"][0]
-    with Tap(Path(directory) / ".s.PGSQL.5432", ".s.PGSQL.5432", wire_proxy.postgres) as wire:
+    with WireProxy(Path(directory) / ".s.PGSQL.5432", ".s.PGSQL.5432", wire_proxy.postgres) as wire:
         url = cluster.database_url.replace(directory, str(wire.directory))
         replica = cluster.start_replica(DATABASE_URL=url)
         yield replica, wire

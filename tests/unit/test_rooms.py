@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from app.errors import TooManyRequests
-from app.runs.rooms import TINY_BYTES, Room, Rooms
+from app.rooms import TINY_BYTES, Room, Rooms
 
 WHOLE = 64 * 1024 * 1024
 SMALL = WHOLE // 256
