@@ -1,4 +1,4 @@
-"""Long computations run in a thread, so that the event loop goes on.
+"""Long computations run in a thread, so that the event loop continues.
 
 The work on a request of tens of megabytes is linear but long. Python runs one thread at a time and switches between them every few
 milliseconds, so other streams continue meanwhile; only a single call of a decoder is not interrupted.

@@ -1,7 +1,7 @@
 """Room for contexts: how many bytes of them a process holds at once. What does not fit waits for its turn.
 
 A context is in memory as long as its run, several times over while it is read and sent. Without a bound a few long chains
-together end the process, and every other run with it. Small contexts have room of their own, so that they never wait behind
+together end the process, and every other run with it. Small contexts have room of their own, so that they never wait for
 long ones, nor keep those from ever finding enough; among themselves they take turns. The tiniest never wait: of those there are
 no more than runs. What is read for replies has room of its own in the same way, for as long as it takes to write the reply.
 """
@@ -35,7 +35,7 @@ class Queue:
         self._waiting: dict[asyncio.Future[None], int] = {}
 
     def has(self, size: int) -> bool:
-        """Whether so many bytes are free, and nobody waits for them."""
+        """Whether so many bytes are free, and none wait for them."""
         return not self._waiting and size <= self.free
 
     async def take(self, size: int, *, wait_s: float | None) -> None:
@@ -56,7 +56,7 @@ class Queue:
                 self.give(size)  # its turn came at the moment when it was given up
             else:
                 self._waiting.pop(turn, None)
-                self._serve()  # those behind it may fit
+                self._serve()  # those after it may fit
             if isinstance(error, TimeoutError):
                 raise _no_room() from None
             raise

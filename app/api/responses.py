@@ -122,7 +122,7 @@ class ResponsesController(Controller):
     async def retrieve(
         self, request: Request[Any, Any, Any], response_id: str, caller: Caller, services: Services
     ) -> Response[Any]:
-        """One response as it is by now, or with `stream=true` its events, from behind `starting_after` on."""
+        """One response as it is now, or with `stream=true` its events after `starting_after`."""
         query = queries.parse(request, queries.Retrieve)
         if query.stream:
             return await self._replay(response_id, query, caller, services)

@@ -120,7 +120,7 @@ def _body(body: bytes, *, more: bool) -> Message:
 
 
 def _padded(entry: Entry) -> bytes:
-    """A delta with `obfuscation`, so that the sizes of packets tell less about the text."""
+    """A delta with `obfuscation`, so that the sizes of packets reveal less about the text."""
     length = OBFUSCATION_CHARS - len(entry.body) % OBFUSCATION_CHARS
     padding = secrets.token_urlsafe(OBFUSCATION_CHARS)[:length].encode()
     return b'%b,"obfuscation":"%b"}\n\n' % (entry.frame[:-3], padding)

@@ -1,4 +1,4 @@
-"""Following a run: its events for one reader, from memory, Redis or Postgres. The reader can't tell which."""
+"""Following a run: its events for one reader, from memory, Redis or Postgres. The reader does not see which."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -56,7 +56,7 @@ class Following:
         self, tenant_id: str, response_id: str, events: StoredEvents, *, after: int = -1, is_new: bool = False
     ) -> Followed:
         """The events of a background response after a number, beginning with these from Postgres; then what Redis holds, and what
-        comes. The run goes on without its readers."""
+        comes. The run continues without its readers."""
         backlog = self._backlogs.open()
         batches = self._batches(tenant_id, response_id, after, events, backlog)
         return Followed(batches, backlog, _ignore_disconnect, after, response_id if is_new else None)
@@ -141,7 +141,7 @@ class Following:
 
 
 def _ignore_disconnect() -> None:
-    """A background run goes on without its readers."""
+    """A background run continues without its readers."""
 
 
 def _last(entries: Sequence[Entry], otherwise: int) -> int:

@@ -117,7 +117,7 @@ class Leases:
                 await self._beat()
                 fails = False
             except DatabaseUnavailable:
-                # The runs go on, silently as soon as their leases may be invalid; the next heartbeat shows which are lost.
+                # The runs continue, silently as soon as their leases may be invalid; the next heartbeat shows which are lost.
                 if not fails:
                     log.warning("The database is unavailable; leases are not prolonged.", action="beat_failed")
                 fails = True

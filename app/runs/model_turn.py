@@ -51,14 +51,14 @@ class ModelTurns:
         that can't read later."""
         self._plan, self._recorder, self._reader = plan, recorder, reader
         self._calls_max = calls_max
-        # Clients tell calls apart by their ids, along the whole chain.
+        # Clients distinguish calls by their ids, along the whole chain.
         self._call_ids = {*call_ids, *filter(None, map(call_id_of, plan.context.items))}
         self.opening: asyncio.Task[ChunkStream] | None = None
         """The upstream's answer to the next turn, if it is requested already."""
 
     @property
     def tokens_left(self) -> int | None:
-        """What `max_output_tokens` leaves for the turns to come; None for no limit."""
+        """What `max_output_tokens` leaves for further turns; None for no limit."""
         most, usage = self._plan.request.body.max_output_tokens, self._recorder.usage
         return most - usage.output_tokens if most and usage else most
 

@@ -302,7 +302,7 @@ async def _requests(
 
 
 def _origins(servers: Mapping[str, ToolServer], seal: TenantSeal) -> dict[str, str]:
-    """For each label what tells its server from another under the same label; URLs may hold secrets, so it is a signature."""
+    """For each label a signature of its server's address, which may hold secrets: another server under the label has another."""
     return {label: seal.sign("list", server.url, *server.command) for label, server in servers.items()}
 
 

@@ -184,7 +184,7 @@ class Recorder:
         return [*self._entries, *self._deferred]
 
     def finish(self, stored: Response, closed: Response) -> None:
-        """Send the terminal event, which is committed by now: with `closed`, or with what another process has `stored`."""
+        """Send the terminal event, which is committed: with `closed`, or with what another process has `stored`."""
         if stored is not closed:
             self._deferred.pop()
             self.next_number -= 1

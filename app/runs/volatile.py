@@ -74,8 +74,8 @@ class VolatileRuns:
         return [Heartbeat(run.tenant_id, run.response.id, FIRST_EPOCH, 0) for run in self._runs if run.is_leased]
 
     async def close(self) -> None:
-        """Break off every run, and wait until it is stored, or for CLOSE_STORE_S: then Postgres is unavailable, and clients are
-        told so."""
+        """Break off every run, and wait until it is stored, or for CLOSE_STORE_S: then Postgres is unavailable, as clients
+        learn."""
         self.is_closing = True
         runs = list(self._runs)
         for run in runs:
@@ -351,7 +351,7 @@ def _failed(response: Response, error: ApiError, *, output: Sequence[msgspec.Raw
 
 
 def _settle(waited: "asyncio.Future[None]", error: BaseException | None) -> None:
-    """Let a reader go on, unless it does already."""
+    """Wake a reader, unless it is awake already."""
     if waited.done():
         return
     if error is None:

@@ -42,7 +42,7 @@ async def find_requests(tx: Tx, tenant_id: str, ids: Sequence[str]) -> list[str]
 async def answer_requests(tx: Tx, tenant_id: str, response_id: str, answers: Sequence[tuple[str, bool]]) -> None:
     """Store that this response's input answers these requests (id, approved). Needs a transaction.
 
-    Raises InvalidRequest for one that was answered before; a denial may be said again.
+    Raises InvalidRequest for one that was answered before; a denial may be repeated.
     """
     if not answers:
         return

@@ -57,11 +57,11 @@ def _cut(entries: list[Entry], page_bytes: int) -> Iterator[list[Entry]]:
 
 
 def nothing() -> None:
-    """Nothing to let go, and nobody to disconnect."""
+    """Nothing to let go, and no client to disconnect."""
 
 
 class Backlog:
-    """What one client has not taken yet. Closed when the client has gone.
+    """What one client has not taken yet. Closed when the client disconnects.
 
     Only what is more than a page counts towards the bound of all: most clients take what comes at once.
     """
@@ -88,9 +88,9 @@ class Backlog:
         """What counts towards the bound of all."""
         self.closed = False
         self.taken_at = 0.0
-        """When a client that is behind has taken something, or fell behind."""
+        """When a client that lags has taken something, or began to lag."""
         self.disconnect: Callable[[], object] = nothing
-        """Ends the reply, as if the client had gone."""
+        """Ends the reply, as if the client had disconnected."""
         self.let_go: Callable[[], None] = nothing
         """Gives up what waits in memory."""
         self.rereads = False
@@ -133,7 +133,7 @@ class Backlog:
 
     @property
     def is_full(self) -> bool:
-        """Whether the client is so far behind that nothing more should be made for it."""
+        """Whether the client lags so much that nothing more should be made for it."""
         return self.bytes > self._backlogs.each_bytes_max
 
     async def room(self) -> None:
@@ -156,7 +156,7 @@ class Backlog:
         self.disconnect()
 
     def close(self) -> None:
-        """The client has gone."""
+        """The client disconnected."""
         if not self.closed:
             self._count(0)
             self.closed = True
@@ -194,15 +194,15 @@ class Backlogs:
         self._open.discard(backlog)
 
     def _make_room(self) -> None:
-        """What never fits goes first. What can be read again is let go before anybody else is disconnected; in both, clients that
+        """What never fits goes first. What can be read again is let go before another client is disconnected; in both, clients that
         take nothing come first."""
         enough = int(self._all_bytes_max * SPARE)
         stale_since = self.now() - STALE_S
-        behind = sorted((one for one in self._open if one.counted), key=lambda one: one.taken_at)
-        self._relieve([one.drop for one in behind if one.counted > self._all_bytes_max and not one.rereads], 0)
-        stale = [one for one in behind if one.taken_at < stale_since]
+        lagging = sorted((one for one in self._open if one.counted), key=lambda one: one.taken_at)
+        self._relieve([one.drop for one in lagging if one.counted > self._all_bytes_max and not one.rereads], 0)
+        stale = [one for one in lagging if one.taken_at < stale_since]
         self._relieve([one.let_go for one in stale if one.rereads], enough)
-        self._relieve([one.let_go for one in behind if one.rereads], 0)
+        self._relieve([one.let_go for one in lagging if one.rereads], 0)
         if self._left < 0:
             self._relieve([one.drop for one in stale], enough)
         while self._left < 0:

@@ -145,7 +145,7 @@ _PAGES = {"asc": _page_of_context("asc"), "desc": _page_of_context("desc")}
 
 
 async def load_chain(tx: Tx, tenant_id: str, response_id: str, *, items_max: int, bytes_max: int) -> Chain:
-    """The context that a response leaves behind, in one indexed read; without its items, if they take more bytes than
+    """The context for what continues a response, in one indexed read; without its items, if they take more bytes than
     `bytes_max`. Raises PreviousResponseNotFound, or InvalidRequest if it has more items than `items_max`."""
     if not storable(response_id):
         raise PreviousResponseNotFound(response_id)
@@ -186,7 +186,7 @@ async def list_input_items(
     bytes_max: int,
     param: str = "after",
 ) -> tuple[int, Page[StoredItem] | None]:
-    """Up to `limit` items of a response's context (earlier inputs and outputs, and its own input) behind the cursor, fewer if
+    """Up to `limit` items of a response's context (earlier inputs and outputs, and its own input) after the cursor, fewer if
     they take more than `page_bytes`. First come their bytes; where they are more than `bytes_max`, the page does not come.
 
     Raises NotFound for the response, InvalidParameter for the cursor, which the client has given as `param`.

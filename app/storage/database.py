@@ -43,7 +43,7 @@ _NOT_NOW = (
     "25P04",  # a transaction for too long
     "40",  # deadlocks, serialization
     "53",  # disk full, memory, connections
-    "55P03",  # a lock was not to be had in time
+    "55P03",  # a lock was not available in time
     "57",  # an operator, a shutdown, a timeout of the server's own
     "58",  # input and output
     "XX000",  # what poolers and proxies say of a server that they have lost
@@ -55,7 +55,7 @@ _CONNECTION_LOST = ("08", "40003", "57P", "XX000")
 
 
 def _is_outage(error: BaseException) -> bool:
-    """The one place that tells an outage from a mistake of ours."""
+    """The one place that decides what is an outage, and what a mistake of ours."""
     if isinstance(error, asyncpg.PostgresError):
         return str(error.sqlstate).startswith(_NOT_NOW)
     is_mistake = isinstance(error, ValueError)  # arguments that asyncpg can't encode
@@ -173,7 +173,7 @@ class Database:
         return self._attempts(DatabaseUnavailable, timeout_s=None if forever else self._retry_s)
 
     def settling(self) -> AsyncIterator[stamina.Attempt]:
-        """Attempts at an idempotent write that go on, as long, only from when on nobody knows whether it is stored."""
+        """Attempts at an idempotent write; it is repeated, for as long, only once its outcome is unknown."""
         unknown = False
 
         def goes_on(error: Exception) -> bool:

@@ -10,8 +10,8 @@ from app.wire.events import Entry
 
 
 class MemoryLog:
-    """Entries wait for their reader, and are forgotten as they are read. Whoever appends looks at the backlog, and waits for
-    room in it; when it is closed, nobody reads any more, and nothing is kept."""
+    """Entries wait for their reader, and are dropped as they are read. The writer looks at the backlog, and waits for room in
+    it; once it is closed, the log keeps nothing."""
 
     def __init__(self, backlog: Backlog) -> None:
         self.backlog = backlog

@@ -38,10 +38,10 @@ class Claim(Struct, frozen=True):
     response_id: str
     epoch: int
     handed_over: int
-    """How many of its owners have given it back in peace; the others died, as far as anybody can tell."""
+    """How many of its owners have handed it back; the others are presumed dead."""
     state: str
     request_bytes: int | None
-    """Of what is still to be made; None for a foreground run, which nobody can make anew."""
+    """Of the request; None for a foreground run, which no other worker can make."""
     context_bytes: int
     """Of what it continues, and of its input."""
     secrets: str | None
@@ -103,7 +103,7 @@ _CLAIM_DUE = Query(
     across_tenants="dead processes leave runs of any tenant",
 )
 
-# The tenants with the fewest runs at work come first, so that a tenant's first run never waits behind another's thousandth.
+# The tenants with the fewest running runs come first, so that a tenant's first run never waits for another's thousandth.
 _CLAIM_QUEUED = Query(
     text(f"""
     with recursive waiting as (
@@ -240,7 +240,7 @@ async def load_request(tx: Tx, claim: Claim) -> str | None:
 
 
 async def runs_silently(tx: Tx, tenant_id: str, response_id: str) -> bool:
-    """Whether a background run is being made, and nobody can follow it."""
+    """Whether a background run is being made without a stream."""
     return bool(await tx.one(_RUNS_SILENTLY, tenant_id=tenant_id, id=response_id))
 
 
@@ -265,7 +265,7 @@ async def shorten(tx: Tx) -> None:
 
 
 async def hand_back(tx: Tx, claim: Claim, *, after_s: float = 0.0, failed: bool = False) -> None:
-    """Another worker shall go on with this run, in so many seconds. If it has `failed` here, that was an attempt."""
+    """Hand a run back: another worker may claim it in so many seconds. If it has `failed` here, that was an attempt."""
     await tx.one(
         _HAND_BACK,
         tenant_id=claim.tenant_id,

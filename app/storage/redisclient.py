@@ -52,4 +52,4 @@ async def break_off(tasks: Iterable[asyncio.Task[None]]) -> None:
         for task in left:
             task.cancel()
         await asyncio.wait(left, timeout=RETRY_S)
-    await asyncio.gather(*every, return_exceptions=True)  # so that nobody misses what they ended with
+    await asyncio.gather(*every, return_exceptions=True)  # so that their errors count as retrieved

@@ -70,7 +70,7 @@ class Hub:
 
     @asynccontextmanager
     async def reading(self, key: str, after: int, backlog: Backlog, silence_s: float) -> AsyncIterator["Reader"]:
-        """A reader of one stream, from behind a sequence number on, for the task that opens it."""
+        """A reader of one stream's events after a sequence number, for the task that opens it."""
         patience = IdleTimeout(silence_s)
         reader = Reader(self, key, after, patience, backlog)
         try:
@@ -149,7 +149,7 @@ class Hub:
 
 
 class Reader:
-    """One follower of one stream; slow ones wait for nobody, and nobody for them. What does not fit into the client's backlog
+    """One follower of one stream; slow ones don't hold up the others. What does not fit into the client's backlog
     is read again when the client is ready."""
 
     __slots__ = (
@@ -212,7 +212,7 @@ class Reader:
             self._woken.set_result(None)
 
     def rewind(self, after: int) -> None:
-        """Fetch again from behind a sequence number."""
+        """Fetch again what follows a sequence number."""
         self._position = f"1-{after + 1}"
         self.lag()
 
@@ -220,7 +220,7 @@ class Reader:
         """The batches that have come, a page of them if it lags; none if patience ends first. Raises RedisError."""
         self._backlog.take(self.given)
         self.given = 0
-        if not self._hears:  # whoever replays what has ended never asks
+        if not self._hears:  # a replay of a run that has ended never asks
             self._hears = True
             self._hub.hear(self, self._key)
         begun = asyncio.get_running_loop().time()

@@ -2,7 +2,7 @@
 
 A run's log is one stream. An entry holds all events of one flush as ready SSE frames; its id is `{epoch}-{last number + 1}`. Each
 new owner adds the marker `{epoch}-0`; from then on Redis itself refuses what an older owner adds, since ids only grow. A stream
-begins with a marker, whose token tells it from one that was recreated after a loss.
+begins with a marker, whose token differs from that of one that was recreated after a loss.
 Redis is transport only. What it loses is read from Postgres (storage/journal.py).
 """
 
@@ -297,7 +297,9 @@ class RedisLogs:
             self._down = False
         except (RedisError, OSError) as error:
             if not self._down:
-                log.warning("Redis is unavailable; runs go on without it.", action="redis_down", error=describe(error))
+                log.warning(
+                    "Redis is unavailable; runs continue without it.", action="redis_down", error=describe(error)
+                )
             self._down = True
             for one in logs:
                 one.invalidate()

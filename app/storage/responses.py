@@ -114,7 +114,7 @@ async def insert_response(
     of its parent's context take.
 
     It takes the next turn of its parent's thread, or a new thread when another response has that turn. `run` is given for
-    a response that is still to be made: by us, or by whoever claims it. Raises PreviousResponseNotFound if the parent is gone.
+    a response that is still to be made: by us, or by a worker that claims it. Raises PreviousResponseNotFound for a deleted parent.
     """
     place = Place(parent.thread_id, parent.turn + 1) if parent else Place(new_id("thread"), 1)
     binds = {
@@ -224,7 +224,7 @@ async def seal_response(tx: Tx, tenant_id: str, response: Response, epoch: int, 
 
 
 async def finish_response(tx: Tx, tenant_id: str, response: Response) -> bool:
-    """End a response: status, body, output items, lease. False if somebody else has ended it, or it is deleted."""
+    """End a response: status, body, output items, lease. False if another process has ended it, or it is deleted."""
     row = await tx.one(_FINISH, tenant_id=tenant_id, **_final(response, []))
     return row is not None and bool(row["finished"])
 
@@ -338,7 +338,7 @@ async def get_response(tx: Tx, tenant_id: str, response_id: str) -> Stored:
 
 
 async def find_response(tx: Tx, tenant_id: str, response_id: str, *, bytes_max: int) -> tuple[int, Stored | None]:
-    """The same response, behind its bytes; where they are more than `bytes_max`, it does not come. Raises NotFound."""
+    """The size of the same response in bytes, and the response, unless that is more than `bytes_max`. Raises NotFound."""
     row = (
         await tx.one(_GET, tenant_id=tenant_id, id=response_id, bytes_max=bytes_max) if storable(response_id) else None
     )
@@ -372,9 +372,9 @@ async def list_responses(
     page_bytes: int,
     bytes_max: int,
 ) -> tuple[int, Page[tuple[str, Stored]] | None]:
-    """Up to `limit` responses with their ids behind the cursor, by creation, fewer if they take more than `page_bytes`. First
+    """Up to `limit` responses with their ids after the cursor, by creation, fewer if they take more than `page_bytes`. First
     come their bytes; where they are more than `bytes_max`, the page does not come. Raises InvalidParameter for the cursor."""
-    begin, end = (filter.created_after, ""), (filter.created_before + 1, "")  # every id lies behind the empty one
+    begin, end = (filter.created_after, ""), (filter.created_before + 1, "")  # every id is greater than the empty one
     if after is not None:
         cursor = (await _created_at(tx, tenant_id, after), after)
         begin, end = (begin, min(end, cursor)) if order == "desc" else (max(begin, cursor), end)
@@ -397,7 +397,7 @@ async def list_responses(
 
 
 async def _created_at(tx: Tx, tenant_id: str, id: str) -> int:
-    """When a response was made that may be deleted by now. Raises InvalidParameter if its id is none of ours."""
+    """When a response was made, which may be deleted. Raises InvalidParameter if its id is none of ours."""
     row = await tx.one(_CREATED_AT, tenant_id=tenant_id, id=id) if storable(id) else None
     seconds = row["created_at"] if row else seconds_of(id)
     if seconds is None:
@@ -474,7 +474,7 @@ _WITHDRAW = Query(
 
 
 async def withdraw_response(tx: Tx, tenant_id: str, response_id: str, epoch: int) -> None:
-    """Take back a response that nobody has heard of, as if it had never been inserted; not if the lease is lost: then another
+    """Take back a response that no client knows, as if it had never been inserted; not if the lease is lost: then another
     process has ended it. Needs a transaction."""
     row = await tx.one(_WITHDRAW, tenant_id=tenant_id, id=response_id, epoch=epoch)
     if row is not None:
@@ -499,8 +499,8 @@ async def delete_response(tx: Tx, tenant_id: str, response_id: str, *, again: bo
 
 
 async def _lock_parent(tx: Tx, tenant_id: str, row: Row) -> Row | None:
-    """Always before the row itself is changed: whoever continues the parent has locked it, and waits for what becomes of the
-    turn behind it."""
+    """Always before the row itself is changed: a create that continues the parent has locked it, and waits for what becomes
+    of the turn after it."""
     id = row["previous_response_id"]
     return await tx.one(_LOCK, tenant_id=tenant_id, id=id) if id else None
 
@@ -523,6 +523,6 @@ _RESPONSE = msgspec.json.Decoder(Response)
 
 
 def response_of(stored: Stored) -> Response:
-    """A stored response with its output: what its terminal event said."""
+    """A stored response with its output: as in its terminal event."""
     output = [msgspec.Raw(body.encode()) for body in stored.output]
     return msgspec.structs.replace(decode_stored(_RESPONSE, stored.body), output=output, status=stored.status)

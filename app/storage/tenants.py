@@ -17,7 +17,9 @@ _FIND = Query(
     text("select tenant_id from keys where hash = :hash and revoked_at is null"),
     across_tenants=_BY_KEY,
 )
-_ANY = Query(text("select exists (select from keys) as any_key"), across_tenants="tells whether keys are in use at all")
+_ANY = Query(
+    text("select exists (select from keys) as any_key"), across_tenants="finds out whether keys are in use at all"
+)
 _INSERT = Query(
     text("""
     with tenant as (insert into tenants (id) values (:tenant_id) on conflict do nothing)

@@ -10,13 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 NOT_YET = {
-    "app/api/responses.py",
-    "app/api/services.py",
-    "app/api/sse.py",
     "app/domain",
     "app/outbound",
-    "app/runs",
-    "app/storage",
     "app/toolservers",
     "app/wire",
 }
@@ -73,6 +68,8 @@ RIGHT = {
     ("app/echo/replies.py", "you_said"): "the demo's own voice",
     ("app/embedded.py", "nobody"): "the Unix user",
     ("docs/engines.md", "nobody-has-this"): "the name of a model, in an engine's error",
+    ("app/storage/tables.py", "nobody can take over"): "the comment of a column, as migrated",
+    ("app/storage/tables.py", "readers hear of it"): "the comment of a column, as migrated",
 }
 """(file, phrase) → why a word on the list is right there."""
 
