@@ -1,7 +1,7 @@
-"""Approval requests of responses that are not stored: their ids are signatures of what was asked.
+"""Approval requests of responses that are not stored: their ids hold a signature of the request.
 
-The client sends the request again together with its answer. What it sends counts if it is what this server has asked for, by
-the id; arguments are compared as JSON, since clients decode and encode them.
+The client sends the request back with its answer; it is accepted if the signature matches. Arguments are signed as canonical
+JSON, since clients decode and encode them.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from app.wire.decoding import json_object
 from app.wire.items import McpApprovalRequest
 
 EXACT = 2**53
-"""A float below this and without a fraction is an integer to clients that know only one kind of number."""
+"""A float below this and without a fraction is an integer to clients with a single type of number."""
 
 
 def signing(new_id: NewId, seal: TenantSeal, label: str, name: str, arguments: str) -> NewId:

@@ -109,7 +109,7 @@ def approval_request(new_id: NewId, label: str, name: str, arguments: str, outpu
 
 
 def open_list(new_id: NewId, label: str, output_index: int) -> tuple[McpListTools, list[Event]]:
-    """The listing of a server's tools begins."""
+    """The item of a listing of a server's tools, and the events that open it."""
     item = McpListTools(id=new_id("mcpl"), server_label=label, tools=[])
     return item, [ItemAdded(output_index=output_index, item=item), *progress_of(item, output_index, "in_progress")]
 
@@ -117,7 +117,7 @@ def open_list(new_id: NewId, label: str, output_index: int) -> tuple[McpListTool
 def close_list(
     item: McpListTools, output_index: int, tools: Sequence[ListedTool], error: str | None = None
 ) -> list[Event]:
-    """The listing has come back, or failed."""
+    """The events that end a listing."""
     done = replace(item, tools=list(tools), error=error if error is not None else UNSET)
     stage = "completed" if error is None else "failed"
     return [*progress_of(item, output_index, stage), item_done(output_index, done)]

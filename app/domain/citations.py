@@ -1,6 +1,6 @@
-"""Citations: where a message names what was found for it.
+"""Citations: where a message names a search result.
 
-A model is shown search results with their addresses and names, and cites by writing them. A result's address in a text, alone
+A model reads search results with their addresses and names, and cites by writing them. A result's address in a text, alone
 or as a Markdown link, becomes a `url_citation` of that span; a file's name becomes a `file_citation`.
 """
 
@@ -15,8 +15,8 @@ from app.wire.decoding import Json, json_object
 from app.wire.items import AnyItem, FileSearchCall, WebSearchCall
 
 NAMES_CHARS_MAX = 262_144
-"""Addresses and file names that are looked for in a text, counted in characters: some thousands; to prepare for them takes a
-twentieth of a second."""
+"""Addresses and file names that are searched for in a text, in characters: some thousands of names, for which building the
+automaton takes 50 ms."""
 
 _LINK = re.compile(r"\[[^\[\]\n]*\]\(")
 """A link up to its address; without a bracket inside, or this would be quadratic."""
@@ -34,7 +34,7 @@ class Sources(Struct, frozen=True, dict=True):
         return [self._annotation(named, start, end) for start, end, named in self._spans(text)]
 
     def _spans(self, text: str) -> list[tuple[int, int, str]]:
-        """A link is cited as a whole; behind a bare address may follow what is not part of a longer one."""
+        """A link is cited as a whole; a bare address must not be the beginning of a longer one."""
         names = self._names
         if not names:
             return []
@@ -57,7 +57,7 @@ class Sources(Struct, frozen=True, dict=True):
 
     @cached_property
     def _names(self) -> list[str]:
-        """What was found last, as far as it is not too much to look for."""
+        """The latest results, up to NAMES_CHARS_MAX."""
         left = NAMES_CHARS_MAX
         names: list[str] = []
         for name in reversed((*self.urls, *self.files)):
@@ -75,11 +75,11 @@ class Sources(Struct, frozen=True, dict=True):
 
 
 NO_SOURCES = Sources()
-"""Nothing was searched."""
+"""No search was made."""
 
 
 def sources_of(items: Iterable[AnyItem]) -> Sources:
-    """What the searches of a context have found."""
+    """The results of the searches in a context."""
     urls: dict[str, str] = {}
     files: dict[str, str] = {}
     for item in items:
@@ -92,7 +92,7 @@ def sources_of(items: Iterable[AnyItem]) -> Sources:
 
 
 def cited_upstream(given: Raw) -> Json | None:
-    """An annotation of a model that searches by itself, as the API has it; None for one of another kind."""
+    """An annotation by a model with a search of its own, in the API's form; None for another kind."""
     annotation = json_object(bytes(given).decode()) or {}
     cited = annotation.get("url_citation", annotation)
     if annotation.get("type") != "url_citation" or not isinstance(cited, dict) or not isinstance(cited.get("url"), str):

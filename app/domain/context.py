@@ -79,9 +79,9 @@ class Context(Struct, frozen=True):
     instructions: str | None
     toolbox: Toolbox
     hosted: frozenset[Kind]
-    """Hosted tools that a tool server stands behind."""
+    """Hosted tools that have a tool server."""
     origins: Mapping[str, str]
-    """A declared MCP server's label → what the ids of its own lists end in."""
+    """A declared MCP server's label → the suffix of the ids of its own lists."""
 
 
 def references(request: CreateResponse) -> list[str]:
@@ -95,7 +95,7 @@ def answered_requests(items: Sequence[AnyItem]) -> list[str]:
 
 
 def waits_for_client(item: AnyItem) -> bool:
-    """Whether an output item is the client's to answer: then its response has said its last."""
+    """Whether the client has to answer an output item: then its response ends."""
     return isinstance(item, Call | McpApprovalRequest) and not _cut_off(item)
 
 
@@ -118,11 +118,11 @@ def resolve(
     hosted: frozenset[Kind] = frozenset(),
     origins: Mapping[str, str] = NO_ORIGINS,
 ) -> Context:
-    """The context of a run. `chain` holds the items of all earlier responses, oldest first; `requests` are the approval
-    requests among those that the input answers which this server has made for this tenant, and stored; `seal` is the tenant's.
+    """The context of a run. `chain` holds the items of all earlier responses, oldest first; `requests` are the
+    stored approval requests of this tenant that the input answers; `seal` is the tenant's.
 
     Raises InvalidRequest for an unknown reference, a duplicate item, an unanswered call, an output without its call, an
-    approval of what was not asked, reasoning that this server did not seal.
+    approval that was not requested, reasoning that this server did not seal.
     """
     _refuse_unsealed(request.input, seal)
     given = [_dereference(item, referenced) for item in request.input]
@@ -138,21 +138,21 @@ def restore(
     request: CreateResponse,
     stored: Sequence[AnyItem],
     own: Sequence[AnyItem],
-    said: Sequence[AnyItem],
+    earlier: Sequence[AnyItem],
     *,
     seal: TenantSeal,
     requests: Mapping[str, McpApprovalRequest],
     hosted: frozenset[Kind],
     origins: Mapping[str, str] = NO_ORIGINS,
 ) -> Context:
-    """The context of a run that goes on elsewhere: `stored` are all its items, `own` its own input among them, `said` what
-    earlier owners have made."""
-    every = (*stored, *said)
-    return _context(request, every, (), _decided(every, own, requests, seal, said), hosted, origins)
+    """The context of a run that another worker continues: `stored` are its stored items, `own` its own input among them,
+    `earlier` the output of earlier owners."""
+    every = (*stored, *earlier)
+    return _context(request, every, (), _decided(every, own, requests, seal, earlier), hosted, origins)
 
 
 def proceed(context: Context, request: CreateResponse, more: Sequence[AnyItem]) -> Context:
-    """The context after a turn: with what was said, done and listed in it."""
+    """The context after a turn: with the items of its output, and of calls and lists that were made."""
     return _context(request, (*context.items, *more), context.input, {}, context.hosted, context.origins)
 
 
@@ -164,7 +164,7 @@ def _context(
     hosted: frozenset[Kind],
     origins: Mapping[str, str],
 ) -> Context:
-    # A call for the client that was cut off is no call: nobody can answer it.
+    # A call for the client that was cut off can't be answered, so it is left out.
     items = tuple(item for item in every if not _cut_off(item))
     added = [tool for item in items if isinstance(item, AdditionalTools) for tool in item.tools]
     listed = {item.server_label: item.tools for item in items if _is_list_of(item, origins)}
@@ -182,7 +182,7 @@ def _context(
 
 
 def _is_list_of(item: AnyItem, origins: Mapping[str, str]) -> TypeGuard[McpListTools]:
-    """Whether an item lists the tools of the server that has its label now. Lists of other makers are taken as they are."""
+    """Whether an item lists the tools of the server that is now declared under its label. Lists by other makers are accepted."""
     if not isinstance(item, McpListTools) or item.error:
         return False
     origin = rest_of(item.id)
@@ -194,12 +194,12 @@ def _decided(
     fresh: Sequence[AnyItem],
     requests: Mapping[str, McpApprovalRequest],
     seal: TenantSeal,
-    said: Sequence[AnyItem] = (),
+    earlier: Sequence[AnyItem] = (),
 ) -> dict[str, McpApprovalRequest | None]:
-    """The approval requests that the fresh items answer: as they were made, or None for one that is denied. Those whose
-    call is among the fresh items, since a whole history was sent again, or was made by an earlier owner, are not among them."""
+    """The approval requests that the fresh items answer; None for one that is denied. Left out are those whose call is among
+    the fresh items, as in a whole history that is sent again, or was made by an earlier owner."""
     asked = {item.id: item for item in every if isinstance(item, McpApprovalRequest)}
-    made = {item.approval_request_id for item in (*fresh, *said) if isinstance(item, McpCall)}
+    made = {item.approval_request_id for item in (*fresh, *earlier) if isinstance(item, McpCall)}
     decided: dict[str, McpApprovalRequest | None] = {}
     for index, item in enumerate(fresh):
         if not isinstance(item, McpApprovalResponse) or item.approval_request_id in made:
@@ -309,9 +309,9 @@ def _normal_message(message: Message) -> Message:
 
 
 def pair(items: Sequence[AnyItem]) -> dict[int, AnyItem]:
-    """Position of each call → its output. Ids may come again in a long context, so an output answers the earliest call
-    before it that is still open. A request for approval is answered by its call; by what the client has said where there is
-    none. Raises InvalidRequest for a call or an output that is left alone."""
+    """Position of each call → its output. Ids may repeat in a long context, so an output answers the earliest call
+    before it that is still open. A request for approval is answered by its call; by the client's decision where there is
+    none. Raises InvalidRequest for an unpaired call or output."""
     open_calls: dict[str, deque[int]] = {}
     answers: dict[int, AnyItem] = {}
     requests: dict[str | None, int] = {}
@@ -357,7 +357,7 @@ def _answered(item: AnyItem) -> str | None:
 
 
 def _opaque_call_id(item: AnyItem) -> str | None:
-    """What ties a carried call to its output: some name no call id, and local shells have it as the id of their outputs."""
+    """What pairs a carried call with its output: some types have no call id, and a local shell's output has it as its id."""
     if not isinstance(item, OpaqueItem):
         return None
     if item.type == "local_shell_call_output":

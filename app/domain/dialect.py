@@ -34,7 +34,7 @@ class Dialect(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What must not be sent: options are left out, what can't be left out is refused. Without `tool_choice_named` the tool of
     that name is the only one that is declared, and some tool is required."""
     developer_role: bool = False
-    """It knows the role `developer`; otherwise such messages are `system` ones."""
+    """It knows the role `developer`; otherwise these messages become `system` ones."""
     refusals: bool = False
     """It knows `refusal` in assistant messages; otherwise a refusal is text."""
     tool_images: bool = False
@@ -47,7 +47,7 @@ class Dialect(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Parameters about caches, callers and tiers that it takes; the response echoes them either way."""
     max_tokens: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     reasoning: Literal["none", "same"] | ReasoningForm = "same"
-    """How earlier reasoning is passed back; as a rule in the form in which the upstream's own answers have it."""
+    """How earlier reasoning is sent back; by default in the form of the upstream's own answers."""
     think: Literal["start", "thinking", "text", "anywhere"] = "start"
     """`<think>` in content: looked for at its start; already open; left alone; looked for anywhere in it."""
     custom_tools: Literal["function", "describe", "native"] = "describe"
@@ -123,7 +123,7 @@ def preset_of_host(host: str | None) -> Preset | None:
 
 
 def preset_of_owners(owners: Iterable[str | None]) -> Preset | None:
-    """The dialect of an engine, by whom it says its models are owned by; None where several engines have their say."""
+    """The dialect of an engine, by the owners of its models; None where they are of several engines."""
     found = {_OWNERS[owner] for owner in owners if owner in _OWNERS}
     return found.pop() if len(found) == 1 else None
 

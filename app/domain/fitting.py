@@ -12,13 +12,13 @@ from app.wire.chat import ChatMessage
 
 CALL_ID_CHARS = 9
 TAKEN_NOTE = "OK."
-"""What the assistant says between the output of its call and a user who speaks at once."""
+"""The assistant's message between the output of its call and a user message that follows directly."""
 
 _ALPHANUMERICS = string.digits + string.ascii_letters
 
 
 def fitted(made: list[ChatMessage], dialect: Dialect) -> list[ChatMessage]:
-    """The messages without what the upstream lacks."""
+    """The messages in the form that the upstream takes."""
     if "parallel_calls_in_history" in dialect.lacks:
         made = _one_call_each(made)
     if "later_system_messages" in dialect.lacks:
@@ -29,7 +29,7 @@ def fitted(made: list[ChatMessage], dialect: Dialect) -> list[ChatMessage]:
 
 
 def with_reasoning(message: ChatMessage, reasoning: str, dialect: Dialect) -> ChatMessage:
-    """An assistant's message with what was thought before it, in the form that the upstream takes."""
+    """An assistant's message with the reasoning before it, in the form that the upstream takes."""
     match dialect.reasoning:
         case "none" | "same":
             return message
@@ -56,7 +56,7 @@ def short_call_id(id: str) -> str:
 
 
 def _one_call_each(made: list[ChatMessage]) -> list[ChatMessage]:
-    """Calls that were made at once, one after the other: each in a message of its own, with its output behind it."""
+    """Parallel calls one after the other: each in a message of its own, followed by its output."""
     split: list[ChatMessage] = []
     at = 0
     while at < len(made):
@@ -75,8 +75,8 @@ def _one_call_each(made: list[ChatMessage]) -> list[ChatMessage]:
 
 
 def _merge_system(made: list[ChatMessage]) -> list[ChatMessage]:
-    """For chat templates that take one system message, at the start only: later ones are said by the user, together with what
-    the user says before and after."""
+    """For chat templates that take one system message, at the start only: later ones become part of the user messages before and
+    after."""
     head: list[str] = []
     groups: list[list[ChatMessage]] = []
     holds_system = False
@@ -86,19 +86,19 @@ def _merge_system(made: list[ChatMessage]) -> list[ChatMessage]:
             head.append(text)
             continue
         follows_user = bool(groups) and groups[-1][-1]["role"] == "user"
-        said = {**message, "role": "user"} if is_system else message
+        fitting = {**message, "role": "user"} if is_system else message
         if follows_user and (is_system or (by_user and holds_system)):
-            groups[-1].append(said)
+            groups[-1].append(fitting)
         else:
-            groups.append([said])
+            groups.append([fitting])
         holds_system = is_system or (holds_system and follows_user and by_user)
     rest = [_joined(group) for group in groups]
     return [{"role": "system", "content": "\n\n".join(head)}, *rest] if head else rest
 
 
 def _merge_neighbours(made: list[ChatMessage]) -> list[ChatMessage]:
-    """For chat templates that demand roles in turn. They count neither calls nor their outputs: a user who speaks behind those,
-    as with an output's attachments, would be the second in a row."""
+    """For chat templates that demand roles in turn. They count neither calls nor their outputs: a user message after those,
+    such as an output's attachments, would be the second in a row."""
     groups: list[list[ChatMessage]] = []
     for message in made:
         before = groups[-1][-1] if groups else None

@@ -1,4 +1,4 @@
-"""Events → response, folded at item borders: an item's last event carries the whole item, so no delta need be looked at."""
+"""Events → response, folded at item borders: an item's last event carries the whole item, so deltas are ignored."""
 
 from msgspec import Raw
 from msgspec.structs import replace
@@ -18,7 +18,7 @@ class Fold:
         self._output: list[Raw] = list(response.output)
 
     def apply(self, event: Event) -> None:
-        """Take one event more."""
+        """Apply one more event."""
         if isinstance(event, ItemDone):
             self._output.append(event.item)
         elif isinstance(event, Lifecycle):
@@ -26,5 +26,5 @@ class Fold:
 
     @property
     def response(self) -> Response:
-        """What the events so far say: a copy of its own, as long as the output."""
+        """The response so far: a copy, which takes time linear in its output."""
         return replace(self._response, output=list(self._output))

@@ -1,4 +1,4 @@
-"""The output items in the making: reasoning, a message, a call. Each opens, says what it has gathered, and closes."""
+"""Builders of output items: reasoning, a message, a call. Each opens, drains what it has buffered, and closes."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -50,7 +50,7 @@ from app.wire.items import (
 
 
 class OutputOptions(Struct, frozen=True):
-    """How a run wants its events: what the request asked for beyond the plain order."""
+    """What the request asks of the events beyond the defaults."""
 
     summarize: bool = False
     """Mirror the reasoning into the summary, which is all that some clients show."""
@@ -59,11 +59,11 @@ class OutputOptions(Struct, frozen=True):
 
 
 PLAIN = OutputOptions()
-"""Nothing beyond the plain order."""
+"""The defaults."""
 
 
 class ItemBuilder(Protocol):
-    """One output item in the making."""
+    """Builds one output item."""
 
     @property
     def ready(self) -> bool:
@@ -76,15 +76,15 @@ class ItemBuilder(Protocol):
         ...
 
     def open(self, output_index: int) -> Iterator[Event]:
-        """The item is added."""
+        """The events that add the item."""
         ...
 
     def drain(self) -> Iterator[Event]:
-        """What it has gathered is said."""
+        """The deltas that are buffered."""
         ...
 
     def close(self, status: ItemStatus) -> Iterator[Event]:
-        """The item is done."""
+        """The events that end the item."""
         ...
 
 
@@ -97,10 +97,10 @@ class MessageBuilder:
         self.id = id
         self.pending: list[tuple[str, str, list[Raw]]] = []
         self.annotations: list[Json] = []
-        """The upstream's own, of the text that is being said."""
+        """The upstream's own, of the open part."""
         self._sources = sources
         self._kind: str | None = None
-        self._said: list[str] = []
+        self._drained: list[str] = []
         self._logprobs: list[Raw] = []
         self._parts: list[Any] = []
 
@@ -118,7 +118,7 @@ class MessageBuilder:
                 self._kind = kind
                 part = OutputText(text="", annotations=[], logprobs=[]) if kind == "text" else Refusal(refusal="")
                 yield PartAdded(**self._at, content_index=len(self._parts), part=part)
-            self._said.append(text)
+            self._drained.append(text)
             if kind == "text":
                 self._logprobs += logprobs
                 yield TextDelta(
@@ -136,20 +136,20 @@ class MessageBuilder:
         if self._kind is None:
             return
         at = {**self._at, "content_index": len(self._parts)}
-        said, self._said = "".join(self._said), []
+        text, self._drained = "".join(self._drained), []
         part: OutputText | Refusal
         if self._kind == "text":
             logprobs, self._logprobs = self._logprobs, []
-            cited, self.annotations = [*self.annotations, *self._sources.cited(said)], []
+            cited, self.annotations = [*self.annotations, *self._sources.cited(text)], []
             for index, annotation in enumerate(cited):
                 yield AnnotationAdded(**at, annotation_index=index, annotation=annotation)
             part = OutputText(
-                text=said, annotations=[Raw(msgspec.json.encode(one)) for one in cited], logprobs=logprobs
+                text=text, annotations=[Raw(msgspec.json.encode(one)) for one in cited], logprobs=logprobs
             )
-            yield TextDone(**at, text=said, logprobs=logprobs)
+            yield TextDone(**at, text=text, logprobs=logprobs)
         else:
-            part = Refusal(refusal=said)
-            yield RefusalDone(**at, refusal=said)
+            part = Refusal(refusal=text)
+            yield RefusalDone(**at, refusal=text)
         yield PartDone(**at, part=part)
         self._parts.append(part)
 
@@ -168,7 +168,7 @@ class ReasoningBuilder:
         self.id = id
         self.pending: list[str] = []
         self._options = options
-        self._said: list[str] = []
+        self._drained: list[str] = []
 
     def open(self, output_index: int) -> Iterator[Event]:
         self._at: dict[str, Any] = {"item_id": self.id, "output_index": output_index}
@@ -179,24 +179,24 @@ class ReasoningBuilder:
 
     def drain(self) -> Iterator[Event]:
         for text in self.pending:
-            self._said.append(text)
+            self._drained.append(text)
             yield ReasoningDelta(**self._at, delta=text)
             if self._options.summarize:
                 yield SummaryDelta(**self._at, delta=text)
         self.pending.clear()
 
     def close(self, status: ItemStatus) -> Iterator[Event]:
-        said = "".join(self._said)
-        yield ReasoningDone(**self._at, text=said)
-        yield PartDone(**self._at, part=ReasoningText(text=said))
+        text = "".join(self._drained)
+        yield ReasoningDone(**self._at, text=text)
+        yield PartDone(**self._at, part=ReasoningText(text=text))
         if self._options.summarize:
-            yield SummaryDone(**self._at, text=said)
-            yield SummaryPartDone(**self._at, part=SummaryText(text=said))
+            yield SummaryDone(**self._at, text=text)
+            yield SummaryPartDone(**self._at, part=SummaryText(text=text))
         item = Reasoning(
             id=self.id,
-            summary=[SummaryText(text=said)] if self._options.summarize else [],
-            content=[ReasoningText(text=said)],
-            encrypted_content=self._options.seal(said) if self._options.seal else UNSET,
+            summary=[SummaryText(text=text)] if self._options.summarize else [],
+            content=[ReasoningText(text=text)],
+            encrypted_content=self._options.seal(text) if self._options.seal else UNSET,
             status=status,
         )
         yield _done(self._at["output_index"], item)
@@ -212,13 +212,13 @@ class CallBuilder:
         self.native = False
         self._toolbox, self._new_id, self._item_id = toolbox, new_id, item_id
         self._pending: list[str] = []
-        self._said: list[str] = []
+        self._drained: list[str] = []
         self._arguments = WholeObject()
         self._item: FunctionCall | CustomToolCall | None = None
 
     def take_name(self, name: str | None) -> None:
         """A name in pieces is put together, one that is repeated is not. What is too long for a tool's name grows no more."""
-        begun = bool(self.name) and bool(self._said or self._pending)
+        begun = bool(self.name) and bool(self._drained or self._pending)
         if name and not begun and name != self.name and len(self.name) <= MODEL_NAME_CHARS_MAX:
             self.name = name if name.startswith(self.name) else self.name + name
 
@@ -229,7 +229,7 @@ class CallBuilder:
 
     @property
     def input(self) -> str:
-        return "".join((*self._said, *self._pending))
+        return "".join((*self._drained, *self._pending))
 
     @property
     def verdict(self) -> Verdict:
@@ -237,11 +237,11 @@ class CallBuilder:
 
     @property
     def ready(self) -> bool:
-        return bool(self.name and self.call_id and (self._said or self._pending))
+        return bool(self.name and self.call_id and (self._drained or self._pending))
 
     @property
     def complete(self) -> bool:
-        """Whether what comes next may be said."""
+        """Whether the next item may open."""
         return self.native or (self.whole and bool(self.call_id and self.name))
 
     @property
@@ -250,7 +250,7 @@ class CallBuilder:
         return self._arguments.whole
 
     def settle(self) -> None:
-        """No more will come: what is still missing is made up."""
+        """Fill in what is missing, as no more will come."""
         self.call_id = self.call_id or self._new_id("call")
         if not self.input and not self.native:
             self._pending.append("{}")
@@ -287,22 +287,22 @@ class CallBuilder:
         elif self.native:
             for text in self._pending:
                 yield CustomInputDelta(**self._at, delta=text)
-        self._said += self._pending
+        self._drained += self._pending
         self._pending.clear()
 
     def close(self, status: ItemStatus) -> Iterator[Event]:
-        said = self.input
+        text = self.input
         if isinstance(self._item, FunctionCall):
-            item: Item = msgspec.structs.replace(self._item, arguments=said, status=status)
-            yield ArgumentsDone(**self._at, name=self._item.name, arguments=said)
+            item: Item = msgspec.structs.replace(self._item, arguments=text, status=status)
+            yield ArgumentsDone(**self._at, name=self._item.name, arguments=text)
         else:
             assert self._item is not None
             if not self.native:
-                said = _unwrap(said)
-                if said:
-                    yield CustomInputDelta(**self._at, delta=said)
-            item = msgspec.structs.replace(self._item, input=said, status=status)
-            yield CustomInputDone(**self._at, input=said)
+                text = _unwrap(text)
+                if text:
+                    yield CustomInputDelta(**self._at, delta=text)
+            item = msgspec.structs.replace(self._item, input=text, status=status)
+            yield CustomInputDone(**self._at, input=text)
         yield _done(self._at["output_index"], item)
 
 
@@ -325,7 +325,7 @@ class _OutputLogprob(Struct):
 
 
 def output_logprob(given: Logprob) -> Raw:
-    """A token's log probability, as the Responses API says it."""
+    """A token's log probability in the form of the Responses API."""
     top = [_OutputLogprob(one.token, one.logprob, _bytes(one.token, one.bytes)) for one in given.top_logprobs or ()]
     made = _OutputLogprob(given.token, given.logprob, _bytes(given.token, given.bytes), top)
     return Raw(msgspec.json.encode(made))

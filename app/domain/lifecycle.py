@@ -1,4 +1,4 @@
-"""The life of a response: the status table, opening one from a request, closing it.
+"""The life cycle of a response: the table of statuses, opening one from a request, closing it.
 
     queued → in_progress → completed | incomplete | failed | cancelled
 
@@ -70,8 +70,8 @@ _FINISHED: dict[str, Outcome] = {
 
 
 def outcome_of(finish_reason: str | None) -> Outcome:
-    """What an upstream's `finish_reason` means: an unknown one never that the answer is whole; none, in a stream that ends
-    in order, that it is."""
+    """The outcome by an upstream's `finish_reason`: with an unknown one the answer may not be whole; without one, in a stream
+    that ends properly, it is."""
     if finish_reason is None:
         return Outcome("completed")
     if finish_reason == "error":
@@ -80,8 +80,8 @@ def outcome_of(finish_reason: str | None) -> Outcome:
 
 
 def open_response(request: CreateResponse, *, id: str, created_at: int, left_out: Collection[str] = ()) -> Response:
-    """The response of a request at its beginning: every parameter echoed, with its default filled in; but for hosted tools
-    of the types that are `left_out` of what the model sees."""
+    """The response of a request at its start: every parameter echoed, or its default; except hosted tools of the types
+    `left_out`, which the model does not see."""
     body = request.body
     text = body.text or TextConfig()
     given: dict[str, Any] = {
@@ -100,7 +100,7 @@ def open_response(request: CreateResponse, *, id: str, created_at: int, left_out
         "prompt_cache_options": body.prompt_cache_options,
         "safety_identifier": body.safety_identifier,
         "user": body.user,
-        "image": body.image and Image(context_compression="disabled"),  # what `auto` comes to here
+        "image": body.image and Image(context_compression="disabled"),  # what `auto` means here
         "access_programs": body.access_programs if body.access_programs and body.access_programs.cyber else None,
         "background": body.background,
     }
@@ -137,7 +137,7 @@ def _reasoning_echo(given: ReasoningConfig | None) -> ReasoningConfig:
 
 
 def close_response(response: Response, outcome: Outcome, *, usage: Usage | None, now: int) -> Response:
-    """The response at its end; its output is there already."""
+    """The ended response; its output is already set."""
     assert outcome.status in NEXT[response.status]
     error = outcome.error
     return replace(
@@ -151,7 +151,7 @@ def close_response(response: Response, outcome: Outcome, *, usage: Usage | None,
 
 
 def add_usage(total: Usage | None, turn: ChatUsage | None) -> Usage | None:
-    """The sum over turns, as far as the upstream has reported it; None if it has reported nothing."""
+    """The sum over turns of what the upstream has reported; None if it has reported nothing."""
     if turn is None or not turn.is_reported:
         return total
     total = total or Usage(0, InputTokensDetails(), 0, OutputTokensDetails(), 0)

@@ -9,8 +9,8 @@ from app.wire.tools import AnyTool, McpApproval, McpFilter, McpTool, NamespaceTo
 
 
 def check(request: CreateResponse, *, tools_max: int, names_max: int, listed_max: int) -> None:
-    """Raises InvalidParameter, with the path of what is too long: all tools together, the names of one filter, or the tools
-    that one MCP server is said to have."""
+    """Raises InvalidParameter, with the path of what is too long: all tools together, the names of one filter, or the list
+    of one MCP server's tools."""
     declared = 0
     for at, tools in _declarations(request):
         declared += sum(len(tool.tools) if isinstance(tool, NamespaceTool) else 1 for tool in tools)

@@ -41,18 +41,18 @@ from app.wire.items import (
 )
 
 NO_JSON = "not_json"
-"""The one argument of a call whose own were no JSON object: upstreams refuse a history that holds anything else."""
+"""The one argument of a call whose own arguments are not a JSON object: upstreams refuse a history with anything else."""
 
 
 Recall = Literal["auto", "current_turn", "all_turns"]
-"""Whose reasoning goes back to the model: `reasoning.context`."""
+"""Which reasoning goes back to the model: `reasoning.context`."""
 
 
 def messages(context: Context, dialect: Dialect, unseal: Unseal, recall: Recall = "auto") -> list[ChatMessage]:
     """Instructions and every item, as chat messages.
 
-    By itself all reasoning goes back, because chat templates leave out what their models do not want; but for reasoning in the
-    content, which they may not know for such, and which stands for itself only in the turn where it was made.
+    With `auto` all reasoning goes back, because chat templates leave out what their models do not want; except reasoning in the
+    content, which they may not recognize: it goes back in the turn where it was made.
     """
     made: list[ChatMessage] = []
     if context.instructions:
@@ -80,28 +80,28 @@ def messages(context: Context, dialect: Dialect, unseal: Unseal, recall: Recall 
 
 
 def _last_asked(context: Context) -> int:
-    """The position of the last user message: the turn that is being made began there."""
+    """The position of the last user message, where the current turn began."""
     positions = range(len(context.items) - 1, -1, -1)
     return next((at for at in positions if getattr(context.items[at], "role", None) == "user"), 0)
 
 
 class _Call(Struct):
-    """A call of a turn: its item's id, what is said of it, the item that answers it."""
+    """A call of a turn: its item's id, the tool call of the chat message, the item that answers it."""
 
     id: str
-    said: dict[str, Any]
+    tool_call: dict[str, Any]
     answer: AnyItem
 
 
 def _in_order(calls: list[_Call]) -> list[_Call]:
-    """The calls of a turn as the model made them: those for the client stand before the others, but their ids tell."""
+    """The calls of a turn in the model's order, by their ids: the items of those for the client stand before the others."""
     if all(are_siblings(call.id, calls[0].id) for call in calls):
         return sorted(calls, key=lambda call: place_among_siblings(call.id))
     return calls
 
 
 class _AssistantTurn:
-    """Gathers what the model said in one turn into one message, with its calls' outputs behind it."""
+    """Gathers the items of one turn into one message, followed by the outputs of its calls."""
 
     def __init__(self, dialect: Dialect, unseal: Unseal, context: Context, recalled_from: int) -> None:
         """Reasoning before the position `recalled_from` is left out."""
@@ -113,11 +113,11 @@ class _AssistantTurn:
 
     def _reset(self) -> None:
         self.answered = False
-        """An output stands here: what the model says next is another turn."""
+        """An output stands here: the model's next item begins another turn."""
         self._reasoning: list[str] = []
         self._content: list[Content] | None = None
         self._calls: list[_Call] = []
-        self._run_by_us = ""
+        self._last_server_call = ""
         """Id of the turn's last call that a server has run."""
 
     def take(self, position: int, item: AnyItem) -> list[ChatMessage]:
@@ -136,16 +136,16 @@ class _AssistantTurn:
         return ended
 
     def _comes_later(self, item: AnyItem) -> bool:
-        """Whether a call is of a later turn than the server-run ones here: in its turn it would stand before them, or have
-        been made at once with them."""
-        if not self._run_by_us or (isinstance(item, McpCall) and item.approval_request_id in self._asked):
+        """Whether a call is of a later turn than the server-run ones here: in their turn it would stand before
+        them, or be parallel to them."""
+        if not self._last_server_call or (isinstance(item, McpCall) and item.approval_request_id in self._asked):
             return False
-        return not (isinstance(item, ServerCallItem) and are_siblings(item.id, self._run_by_us))
+        return not (isinstance(item, ServerCallItem) and are_siblings(item.id, self._last_server_call))
 
     def _take_call(self, position: int, item: AnyItem) -> None:
         answer = self._context.answers.get(position)
         if isinstance(item, McpCall) and item.approval_request_id in self._asked:
-            self.answered = True  # it stands where it was asked for
+            self.answered = True  # its approval request stands for it
             return
         call = _call(item, self._context.toolbox, self._dialect)
         if call is None:
@@ -155,7 +155,7 @@ class _AssistantTurn:
             answer = answer or item
         elif isinstance(item, ServerCallItem):
             answer = item
-            self._run_by_us = item.id
+            self._last_server_call = item.id
         if answer is not None:
             if self._dialect.call_id_format == "nine_alphanumerics":
                 call["id"] = short_call_id(call["id"])
@@ -169,13 +169,13 @@ class _AssistantTurn:
         reasoning = "\n".join(text for text in self._reasoning if text)
         calls = _in_order(self._calls)
         if calls:
-            message["tool_calls"] = [call.said for call in calls]
+            message["tool_calls"] = [call.tool_call for call in calls]
         if reasoning:
             message = with_reasoning(message, reasoning, self._dialect)
         made = [message] if self._content is not None or calls else []
         attached: list[ChatMessage] = []
         for call in calls:
-            call_id = call.said["id"]
+            call_id = call.tool_call["id"]
             text, parts = _output(call.answer, call_id, self._dialect)
             made.append({"role": "tool", "tool_call_id": call_id, "content": text})
             if parts:
@@ -239,10 +239,10 @@ def _file(part: InputFile) -> dict[str, Any]:
 def _assistant_content(parts: Sequence[Content] | None, dialect: Dialect) -> str | list[dict[str, Any]] | None:
     if parts is None:
         return None
-    said = [part for part in parts if not (dialect.refusals and isinstance(part, Refusal))]
-    if not said:
+    others = [part for part in parts if not (dialect.refusals and isinstance(part, Refusal))]
+    if not others:
         return None if len(parts) else ""
-    return _content(said, dialect)
+    return _content(others, dialect)
 
 
 def _refusal(parts: Sequence[Content] | None) -> str:
@@ -296,7 +296,7 @@ def _function_call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
 
 
 def _output(item: AnyItem, call_id: str, dialect: Dialect) -> tuple[str, list[dict[str, Any]]]:
-    """A tool message's text, and the parts that it can't carry: those go into a user message behind it."""
+    """A tool message's text, and the parts that it can't carry: those go into a user message after it."""
     match item:
         case FunctionCallOutput() | CustomToolCallOutput() if isinstance(item.output, str):
             return item.output, []
@@ -316,8 +316,8 @@ def _with_attachments(texts: list[str], others: Sequence[Content], call_id: str)
     if not others:
         return "\n".join(texts), []
     note = f"The output of tool call {call_id} has {len(others)} attachment(s); they follow in the next user message."
-    said = {"type": "text", "text": f"Attachments of tool call {call_id}:"}
-    return "\n".join([*texts, note]), [said, *map(_part, others)]
+    heading = {"type": "text", "text": f"Attachments of tool call {call_id}:"}
+    return "\n".join([*texts, note]), [heading, *map(_part, others)]
 
 
 def truncate(made: Sequence[ChatMessage]) -> list[ChatMessage] | None:

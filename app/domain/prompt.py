@@ -24,19 +24,19 @@ def chat_request(
     output_tokens_max: int | None = None,
     halvings: int = 0,
 ) -> bytes | None:
-    """The body of the upstream's `POST /chat/completions`; `output_tokens_max` is what this turn may still make.
+    """The body of the upstream's `POST /chat/completions`; `output_tokens_max` is what this turn may still use.
 
-    `halvings` says how often the older half of the exchanges is to be dropped; None when that many can't be. Raises
+    `halvings` is how often the older half of the exchanges is dropped; None when that many can't be. Raises
     UnsupportedParameter for what the upstream can't be asked.
     """
     reasoning = request.body.reasoning
     recall = (reasoning.context if reasoning else None) or "auto"
-    said: list[ChatMessage] | None = messages(context, dialect, unseal, recall)
+    chat: list[ChatMessage] | None = messages(context, dialect, unseal, recall)
     for _ in range(halvings):
-        said = truncate(said) if said else None
-    if said is None:
+        chat = truncate(chat) if chat else None
+    if chat is None:
         return None
-    body: dict[str, Any] = {"model": model, "messages": said, "stream": True}
+    body: dict[str, Any] = {"model": model, "messages": chat, "stream": True}
     if "stream_options" not in dialect.lacks:
         body["stream_options"] = {"include_usage": True}
     body |= (
@@ -92,7 +92,7 @@ def _text(request: CreateResponse, dialect: Dialect) -> dict[str, Any]:
 
 
 def _tools(request: CreateResponse, toolbox: Toolbox, dialect: Dialect) -> dict[str, Any]:
-    # Where no choice is heard, none is not either: then only tools that are not declared are not called.
+    # An upstream that ignores tool_choice ignores "none" too: then declaring no tools is the only way.
     if not toolbox.offers or (toolbox.mode == "none" and "tool_choice_required" in dialect.lacks):
         return {}
     is_choice = dialect.allowed_tools and toolbox.mode != "none" and len(toolbox.offers) < len(toolbox.every)

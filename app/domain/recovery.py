@@ -1,9 +1,9 @@
-"""What a run has said so far → how another owner goes on with it.
+"""A run's events so far → how another owner continues it.
 
-The item that was being said is closed as `incomplete` and left out of the response's output: that is the one shape of a
-recovered stream that the official client's accumulator takes. Items that were done stay, and the model goes on from there; but
-for reasoning behind which nothing was done: the turn that it belongs to is made anew, and brings its own. A call of ours that
-had begun and has no end may have been made: it is not made again, but ends as failed, and stays.
+An open item is closed as `incomplete` and left out of the response's output: the official client's accumulator takes no other
+shape of a recovered stream. Done items stay, and the model continues from them; except reasoning at the end, because its turn is
+made again and brings its own. A server-run call without an end may have been made: it is not made again, ends as failed, and
+stays.
 """
 
 import itertools
@@ -32,20 +32,20 @@ from app.wire.items import decode_stored_item
 
 
 class Recovered(Struct, frozen=True):
-    """Where to go on."""
+    """Where to continue."""
 
     next_number: int
     next_output_index: int
     done: list[Raw]
     """The items that were done."""
     closing: list[Event]
-    """What closes the items that were not."""
+    """The events that close the others."""
     ending: list[Event]
-    """Those of them that end calls."""
+    """Those of them that end server-run calls."""
     output: list[Raw]
-    """What the next attempt goes on from: items that were done, and the calls that end now."""
+    """What the next attempt continues: the items that were done, and the calls that end now."""
     call_ids: set[str]
-    """Of every call, also of those that were left out."""
+    """Of every call, those that are left out too."""
 
 
 class _Item(Struct):
@@ -53,7 +53,7 @@ class _Item(Struct):
     call_id: str | None = None
 
 
-class _Said(Struct):
+class _Event(Struct):
     """The fields of any event that matter here."""
 
     type: str
@@ -73,37 +73,37 @@ class _Snapshot(Struct):
 
 
 NO_PART = ("", 0)
-"""Where the arguments of a call are said."""
+"""The place of a call's arguments, which have no part."""
 
-_SAID = msgspec.json.Decoder(_Said)
+_EVENT = msgspec.json.Decoder(_Event)
 _ITEM = msgspec.json.Decoder(_Item)
 _OBJECT = msgspec.json.Decoder(dict[str, Any])
 
 
 def recover(entries: Sequence[Entry]) -> Recovered:
-    """`entries` are all events so far that are known, in order."""
+    """`entries` are all known events, in order."""
     done: list[Raw] = []
     open_items: dict[int, _OpenItem] = {}
     call_ids: set[str] = set()
     number = output_index = -1
     for entry in entries:
-        said = _SAID.decode(entry.body)
-        number = said.sequence_number
-        if said.output_index is not None:
-            output_index = max(output_index, said.output_index)
-        if said.response is not None:
-            done, open_items = list(said.response.output), {}
-        elif said.output_index is None:
+        event = _EVENT.decode(entry.body)
+        number = event.sequence_number
+        if event.output_index is not None:
+            output_index = max(output_index, event.output_index)
+        if event.response is not None:
+            done, open_items = list(event.response.output), {}
+        elif event.output_index is None:
             continue
-        elif said.type == "response.output_item.added":
-            open_items[said.output_index] = _OpenItem(said.output_index, _OBJECT.decode(said.item))
-            if call_id := _ITEM.decode(said.item).call_id:
+        elif event.type == "response.output_item.added":
+            open_items[event.output_index] = _OpenItem(event.output_index, _OBJECT.decode(event.item))
+            if call_id := _ITEM.decode(event.item).call_id:
                 call_ids.add(call_id)
-        elif said.type == "response.output_item.done":
-            done.append(said.item.copy())
-            open_items.pop(said.output_index, None)
-        elif said.output_index in open_items:
-            open_items[said.output_index].take(said)
+        elif event.type == "response.output_item.done":
+            done.append(event.item.copy())
+            open_items.pop(event.output_index, None)
+        elif event.output_index in open_items:
+            open_items[event.output_index].take(event)
     closing = [(item, item.close()) for _, item in sorted(open_items.items())]
     ending = [event for item, events in closing if item.is_call for event in events]
     return Recovered(
@@ -112,59 +112,59 @@ def recover(entries: Sequence[Entry]) -> Recovered:
         done=done,
         closing=[event for _, events in closing for event in events],
         ending=ending,
-        output=_behind_which_something_was_done(
-            [*done, *(event.item for event in ending if isinstance(event, ItemDone))]
-        ),
+        output=_without_last_reasoning([*done, *(event.item for event in ending if isinstance(event, ItemDone))]),
         call_ids=call_ids,
     )
 
 
-def _behind_which_something_was_done(items: list[Raw]) -> list[Raw]:
-    """Without the reasoning at the end."""
+def _without_last_reasoning(items: list[Raw]) -> list[Raw]:
+    """The items without the reasoning at their end."""
     reasoning = itertools.takewhile(lambda item: _ITEM.decode(item).type == "reasoning", reversed(items))
     return items[: len(items) - len(list(reasoning))]
 
 
 class _OpenItem:
-    """An item that was added and not done."""
+    """An item that is added and not done."""
 
     def __init__(self, output_index: int, item: dict[str, Any]) -> None:
         self._item = item
         self._at: dict[str, Any] = {"output_index": output_index, "item_id": item["id"]}
-        self._said: dict[tuple[str, int], list[str]] = {}
+        self._deltas: dict[tuple[str, int], list[str]] = {}
         """The deltas of each part, or of what has none."""
         self._parts: dict[tuple[str, int], dict[str, Any]] = {}
         self._done: set[tuple[str, int]] = set()
 
     @property
     def is_call(self) -> bool:
-        """Whether it is a call of ours."""
+        """Whether it is a server-run call."""
         return self._item["type"] in SERVER_TOOLS
 
-    def take(self, said: _Said) -> None:
+    def take(self, event: _Event) -> None:
         where = (
-            ("summary", said.summary_index) if said.summary_index is not None else ("content", said.content_index or 0)
+            ("summary", event.summary_index)
+            if event.summary_index is not None
+            else ("content", event.content_index or 0)
         )
-        if said.type.endswith("part.added"):
-            self._parts[where] = _OBJECT.decode(said.part)
-        elif said.type.endswith("part.done"):
-            self._parts[where] = _OBJECT.decode(said.part)
+        if event.type.endswith("part.added"):
+            self._parts[where] = _OBJECT.decode(event.part)
+        elif event.type.endswith("part.done"):
+            self._parts[where] = _OBJECT.decode(event.part)
             self._done.add(where)
-            self._said.pop(where, None)
-        elif said.type.endswith("annotation.added"):
-            self._parts[where]["annotations"].append(_OBJECT.decode(said.annotation))
-        elif said.delta is not None:
-            self._said.setdefault(where if where in self._parts else NO_PART, []).append(said.delta)
+            self._deltas.pop(where, None)
+        elif event.type.endswith("annotation.added"):
+            self._parts[where]["annotations"].append(_OBJECT.decode(event.annotation))
+        elif event.delta is not None:
+            self._deltas.setdefault(where if where in self._parts else NO_PART, []).append(event.delta)
 
     @property
     def _text(self) -> str:
-        return "".join(self._said.get(NO_PART, ()))
+        return "".join(self._deltas.get(NO_PART, ()))
 
     def close(self) -> list[Event]:
         if self.is_call:
             return self._close_call()
         for where, part in self._parts.items():
-            part["refusal" if part["type"] == "refusal" else "text"] += "".join(self._said.get(where, ()))
+            part["refusal" if part["type"] == "refusal" else "text"] += "".join(self._deltas.get(where, ()))
         events: list[Event] = []
         for where, part in self._parts.items():
             if where not in self._done:

@@ -1,4 +1,4 @@
-"""Sealed content: what a client carries for us and can't read or change, such as `reasoning.encrypted_content`.
+"""Sealed content: what a client carries and can't read or change, like `reasoning.encrypted_content`.
 
 Fernet (AES-128-CBC with HMAC-SHA256) of the `cryptography` package does the work.
 """
@@ -27,7 +27,7 @@ class Seal:
         self._fernets = [_fernet(one) for one in self._keys]
         self._fernet = MultiFernet(self._fernets)
         self.fingerprints = [hashlib.sha256(b"reprise secret key\0" + one).hexdigest() for one in self._keys]
-        """What tells keys apart and gives nothing away; that of the key that seals comes first."""
+        """They identify keys and reveal nothing; that of the key that seals comes first."""
 
     def close(self, text: str) -> str:
         """The sealed form of `text`."""
@@ -43,7 +43,7 @@ class Seal:
 
 
 class TenantSeal:
-    """Seals text that clients keep: what one tenant was given opens for no other."""
+    """Seals text that clients keep, for one tenant: no other can open it."""
 
     def __init__(self, keys: Sequence[bytes], shared: Sequence[Fernet], tenant_id: str) -> None:
         """The first of `keys` seals; `shared` open what was sealed before each tenant had a key."""

@@ -1,7 +1,8 @@
 """Splits `<think>…</think>` out of content, at any chunk border.
 
 Models that think in their content do so at its start, so as a rule only there a tag counts: a `<think>` that an answer quotes
-later stays text. For those that go on thinking in the middle of an answer tags count anywhere. Line breaks behind the opening tag and white space behind the closing one are not content.
+later stays text. For models that think in the middle of an answer too, tags count anywhere. Line breaks after the opening tag
+and white space after the closing one are not content.
 """
 
 import re
@@ -29,10 +30,10 @@ class ThinkSplitter:
         """What may be the beginning of a tag."""
         self._has_thought = False
         self._is_fresh = True
-        """Nothing was thought since the tag was opened."""
+        """No reasoning has followed the opening tag yet."""
 
     def feed(self, text: str) -> list[tuple[Kind, str]]:
-        """The pieces that are certain by now."""
+        """The pieces that are certain."""
         if self._where == "text":
             return [("text", text)]
         text, self._held = self._held + text, ""
@@ -46,7 +47,7 @@ class ThinkSplitter:
         return [piece for piece in pieces if piece[1]]
 
     def close(self) -> list[tuple[Kind, str]]:
-        """The rest: what looked like the beginning of a tag was none."""
+        """The rest: what looked like the beginning of a tag was text."""
         held, self._held = self._held, ""
         thinking = self._where == "thinking"
         self._where = "text"
@@ -55,8 +56,8 @@ class ThinkSplitter:
         return [("reasoning" if thinking else "text", held)] if held else []
 
     def _start(self, text: str, at: int, pieces: list[tuple[Kind, str]]) -> int | None:
-        """Looks for an opening tag; gives where to go on, or None when more text is needed."""
-        begins = _behind(_BLANK, text, at)
+        """Looks for an opening tag; gives where to continue, or None when more text is needed."""
+        begins = _skip(_BLANK, text, at)
         self._blank.append(text[at:begins])
         if text.startswith(OPEN, begins):
             self._blank.clear()
@@ -74,7 +75,7 @@ class ThinkSplitter:
         return begins + 1
 
     def _look(self, text: str, at: int, pieces: list[tuple[Kind, str]]) -> int | None:
-        """Looks for an opening tag inside an answer; gives where to go on, or None when more text is needed."""
+        """Looks for an opening tag inside an answer; gives where to continue, or None when more text is needed."""
         found = text.find(OPEN, at)
         if found >= 0:
             pieces.append(("text", text[at:found]))
@@ -90,9 +91,9 @@ class ThinkSplitter:
         return text if self._has_thought or not text else "".join((*blank, text))
 
     def _think(self, text: str, at: int, pieces: list[tuple[Kind, str]]) -> int | None:
-        """Looks for the closing tag; gives where to go on, or None when more text is needed."""
+        """Looks for the closing tag; gives where to continue, or None when more text is needed."""
         if self._is_fresh:
-            at = _behind(_LINE_BREAKS, text, at)
+            at = _skip(_LINE_BREAKS, text, at)
             self._is_fresh = at == len(text)
         end = text.find(CLOSE, at)
         if end >= 0:
@@ -105,7 +106,7 @@ class ThinkSplitter:
         return None
 
 
-def _behind(pattern: re.Pattern[str], text: str, at: int) -> int:
+def _skip(pattern: re.Pattern[str], text: str, at: int) -> int:
     found = pattern.match(text, at)
     return found.end() if found else at
 

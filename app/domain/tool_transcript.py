@@ -29,4 +29,4 @@ def answer_for_model(item: AnyItem) -> str:
         case McpApprovalResponse():
             reason = f" The reason: {item.reason}" if item.reason else ""
             return f"Error: the user did not approve this call. It was not made.{reason}"
-    return "Error: nobody has answered whether this call may be made. It was not made."
+    return "Error: this call still waits for approval. It was not made."

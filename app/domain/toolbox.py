@@ -1,4 +1,4 @@
-"""The toolbox: the tools of one run, resolved: what the model sees, and what may become of a call.
+"""The toolbox: the tools of one run, resolved: what the model sees, and where a call goes.
 
 The model sees plain functions with unique names. `verdict` maps the name of a call back to who runs it, and refuses calls of
 tools that were not offered or not allowed: `allowed_tools` is enforced here, not only asked of the model.
@@ -37,7 +37,7 @@ MODEL_NAME_CHARS_MAX = 64
 """Chat Completions takes no longer function names."""
 
 NUMBER_CHARS_MAX = 8
-"""Of the number that tells names apart which would be the same."""
+"""Of the number that keeps equal names apart."""
 
 
 class ByClient(Struct, frozen=True):
@@ -54,7 +54,7 @@ class ByServer(Struct, frozen=True):
 
 
 class ByHost(Struct, frozen=True):
-    """The tool server behind a hosted type runs the call."""
+    """The operator's tool server for a hosted type runs the call."""
 
     kind: Kind
     declaration: Json
@@ -77,7 +77,7 @@ class ClientCall(Struct, frozen=True):
 
 
 class ServerCall(Struct, frozen=True):
-    """The call is run by us."""
+    """The server runs the call."""
 
     name: str
     by: ByServer | ByHost
@@ -91,7 +91,7 @@ class NeedsApproval(Struct, frozen=True):
 
 
 class Rejected(Struct, frozen=True):
-    """The call goes nowhere; the model reads why."""
+    """The call is not made; the model reads why."""
 
     reason: str
 
@@ -100,7 +100,7 @@ Verdict = ClientCall | ServerCall | NeedsApproval | Rejected
 
 
 class Toolbox(Struct, frozen=True):
-    """`offers` is what the model may call, of `every` tool that there is; `mode` how it should; `only` a single tool that it
+    """`offers` is what the model may call, of `every` declared tool; `mode` how it should; `only` a single tool that it
     must call."""
 
     every: dict[str, Offer]
@@ -108,14 +108,14 @@ class Toolbox(Struct, frozen=True):
     mode: ToolMode
     only: Offer | None
     left_out: tuple[str, ...]
-    """Hosted tools that nobody here runs: the model does not see them."""
+    """Types of hosted tools without a tool server: the model does not see them."""
     unlisted: tuple[str, ...] = ()
     """Labels of declared MCP servers whose tools are not known yet."""
     names: Mapping[tuple[str | None, str], str] = {}
-    """A tool's owner and its own name → how the model knows it."""
+    """A tool's owner and its own name → the model's name for it."""
 
     def verdict(self, model_name: str) -> Verdict:
-        """What becomes of a call."""
+        """Where a call goes."""
         offer = self.offers.get(model_name)
         if offer is None or self.mode == "none" or (self.only and self.only is not offer):
             return Rejected(f"There is no tool named '{model_name}' that may be called now.")
@@ -129,12 +129,12 @@ class Toolbox(Struct, frozen=True):
                 return ClientCall(kind, offer.tool.name, namespace)
 
     def model_name(self, name: str, of: str | None, *, qualified: bool = True) -> str:
-        """How the model knows a tool of this namespace or server; calls in old context may name tools that are no longer
-        offered: then with its owner's name, if `qualified`."""
+        """The model's name for a tool of this namespace or server. A tool that is no longer offered, as in old context, gets its
+        owner's name as a prefix if `qualified`."""
         return self.names.get((of, name)) or _model_name(name, of if qualified else None)
 
     def runs(self, label: str, name: str) -> bool:
-        """Whether a server's tool may be called once the client has approved: what the model should call is another matter."""
+        """Whether a server's tool may be called after the client's approval, whatever `tool_choice` allows the model."""
         return (label, name) in self.names
 
 
@@ -148,7 +148,7 @@ def open_toolbox(
 ) -> Toolbox:
     """Resolve the tools of a request: those it declares, and those that `additional_tools` items of the context add (the
     later of two with one name counts). `listed` are the tools of MCP servers, as far as they are known, by label; `hosted` the
-    kinds that a tool server stands behind. Raises InvalidParameter or UnsupportedParameter."""
+    kinds that have a tool server. Raises InvalidParameter or UnsupportedParameter."""
     _refuse_twice(declared)
     tools = (*declared, *added)
     every, left_out = _offers(tools, listed or {}, hosted)
@@ -249,7 +249,7 @@ Matches = Callable[[ListedTool], bool]
 
 
 def _matcher(wanted: McpFilter) -> Matches:
-    """Whether a tool is one of those that a filter names; a filter that names nothing has been mistyped."""
+    """Whether a filter matches a tool; an empty one, which is mistyped, matches none."""
     names = None if wanted.tool_names is None else frozenset(wanted.tool_names)
     read_only = wanted.read_only
     if names is None and read_only is None:
@@ -267,7 +267,7 @@ def _approval(server: McpTool) -> Matches:
 
 
 def _named(found: Sequence[Found]) -> dict[str, Offer]:
-    """Each under a name of its own. A server's tool has its plain name, unless another tool has it too."""
+    """Each under a unique name. A server's tool has its plain name, unless another tool has it too."""
     plain = Counter(_safe(tool.name) for tool, by in found if not (isinstance(by, ByClient) and by.namespace))
     offers: dict[str, Offer] = {}
     given: dict[tuple[str, str | None, str], str] = {}
@@ -346,7 +346,7 @@ class _Choices:
         if type_ == "mcp" and label not in self._labels:
             return InvalidParameter(f"Tool choice 'mcp' server '{label}' not found in 'tools'.", param=at)
         if type_ == "mcp":
-            return InvalidParameter(f"The server '{label}' has no such tool that is allowed.", param=at)
+            return InvalidParameter(f"The server '{label}' has no tool of this name that is allowed.", param=at)
         if type_ in {"function", "custom"}:
             return InvalidParameter(f"Tool choice '{named.name}' not found in 'tools' parameter.", param=at)
         if type_ in self._left_out or type_ in KINDS:

@@ -1,8 +1,8 @@
-"""One upstream completion: chunks → events. A push parser without await, clock or dice of its own.
+"""One upstream completion: chunks → events. A push parser without await, clock or randomness of its own.
 
-What the model says is a queue of builders: reasoning, a message, a call. Only the head of the queue speaks; it is closed when it
-is complete and something follows, and what the next one has gathered meanwhile is said at once. So builders never interleave,
-whatever order an upstream streams its parallel calls in, and a single builder streams without delay.
+The model's output is a queue of builders: reasoning, a message, a call. Only the head emits events; it is closed when it is
+complete and another follows, and then that one's buffer is drained at once. So items never interleave, in whatever order an
+upstream streams its parallel calls, and a single item streams without delay.
 """
 
 import sys
@@ -33,7 +33,7 @@ from app.wire.items import CALL_ID_CHARS_MAX, ItemStatus
 
 
 class OwnCall(Struct, frozen=True):
-    """A call that does not go to the client: we run it, ask for approval, or tell the model why it went nowhere."""
+    """A call that does not go to the client: the server runs it, asks for approval, or answers the model why it is rejected."""
 
     call_id: str
     name: str
@@ -41,7 +41,7 @@ class OwnCall(Struct, frozen=True):
     arguments: str
     verdict: ServerCall | NeedsApproval | Rejected
     place: str
-    """What the ids of its items end in, which tells where it stands among the calls of its turn."""
+    """What the ids of its items end in: its place among the calls of its turn."""
 
     def ids(self, prefix: str) -> str:
         """Gives ids to its items."""
@@ -49,7 +49,7 @@ class OwnCall(Struct, frozen=True):
 
 
 class Turn:
-    """Feed chunks, then close. `usage`, `finish_reason`, `own_calls` and `handed_over` are there to be read."""
+    """Feed chunks, then close and read `usage`, `finish_reason`, `own_calls` and `handed_over`."""
 
     def __init__(
         self,
@@ -65,8 +65,8 @@ class Turn:
         call_items: NewId | None = None,
     ) -> None:
         """`output_index` is that of the first item that this turn makes; `call_ids` are those that its response has used, and
-        this turn adds its own: clients tell calls apart by them, while upstreams may begin with `call_0` in every turn.
-        `sources` are what its messages may cite. Calls beyond `calls_max` are dropped, and `has_too_many_calls` says so.
+        this turn adds its own: clients identify calls by them, while upstreams may begin with `call_0` in every turn.
+        `sources` are what its messages may cite. Calls beyond `calls_max` are dropped, and `has_too_many_calls` is set.
         `call_items` gives ids to the items of calls, in their order."""
         self.output_index = output_index
         self.usage: ChatUsage | None = None
@@ -75,7 +75,7 @@ class Turn:
         self.handed_over = 0
         """How many calls went to the client."""
         self.reasoning_form: ReasoningForm | None = None
-        """In which form the upstream has reasoned; None if it has not."""
+        """The form of the upstream's reasoning; None if there is none."""
         self.has_too_many_calls = False
         self._toolbox, self._new_id, self._options, self._sources = toolbox, new_id, options, sources
         self._splitter = splitter or ThinkSplitter()
@@ -93,7 +93,7 @@ class Turn:
         """Those that came before the text."""
 
     def feed(self, chunk: Chunk) -> list[Event]:
-        """The events that a chunk leads to."""
+        """The events of a chunk."""
         if chunk.usage is not None and chunk.usage.is_reported:
             self.usage = chunk.usage
         choice = chunk.choices.first if chunk.choices else None
@@ -106,7 +106,7 @@ class Turn:
         return list(self._advance())
 
     def close(self, status: ItemStatus = "completed") -> list[Event]:
-        """End the turn. With status `incomplete` the item that was being said is marked so."""
+        """End the turn; the open item gets this status."""
         self._split(self._splitter.close())
         events = list(self._advance())
         while self._queue:
@@ -123,7 +123,7 @@ class Turn:
             self._opened = False
         return events
 
-    # -- What the chunk says goes to its builder --
+    # -- Deltas go to their builders --
 
     def _take(self, delta: Delta, choice: Choice) -> None:
         reasoning = delta.reasoning_content or delta.reasoning or delta.thinking
@@ -168,7 +168,7 @@ class Turn:
     def _say(self, text: str, kind: str) -> None:
         builder = self._queue[-1] if self._queue else None
         if not isinstance(builder, MessageBuilder):
-            # White space alone, as some models put before their calls, is no message.
+            # White space alone, as some models put before their calls, is not a message.
             self._blank.append(text)
             if not text or text.isspace():
                 return
@@ -187,23 +187,23 @@ class Turn:
         if builder is None:
             self.has_too_many_calls = True
             return
-        said = delta.function or delta.custom
+        inner = delta.function or delta.custom
         if delta.id and not builder.call_id:
             call_id = delta.id[:CALL_ID_CHARS_MAX]
             builder.call_id = call_id if call_id not in self._call_ids else self._new_id("call")
             self._call_ids.add(builder.call_id)
         builder.native = builder.native or delta.custom is not None
-        if said is not None:
-            builder.take_name(said.name)
-            builder.take_input(_input(said))
+        if inner is not None:
+            builder.take_name(inner.name)
+            builder.take_input(_input(inner))
 
     def _builder_of(self, delta: CallDelta) -> CallBuilder | None:
         """By `index`; dialects without one, or with the same one for every call, begin a call with a name and either a new id or,
-        where they give none, arguments behind whole ones. None for a call too many."""
+        where they give none, arguments after whole ones. None for a call too many."""
         index = delta.index if delta.index is not None else self._last_index
         known = self._calls.get(index)
-        said = delta.function or delta.custom
-        if known is None or (said and said.name and _begins_another(delta, said, known)):
+        inner = delta.function or delta.custom
+        if known is None or (inner and inner.name and _begins_another(delta, inner, known)):
             if not self._calls_left:
                 return None
             self._calls_left -= 1
@@ -213,7 +213,7 @@ class Turn:
         self._last_index = index
         return known
 
-    # -- The head of the queue speaks --
+    # -- The head of the queue emits events --
 
     def _advance(self) -> Iterator[Event]:
         while self._queue:
@@ -243,7 +243,7 @@ class Turn:
         self.handed_over += isinstance(head, CallBuilder)
 
     def _takes(self, call: CallBuilder) -> bool:
-        """Whether a call does not go to the client; if so it is remembered, whole."""
+        """Whether a call does not go to the client; then it is kept, whole."""
         verdict = call.verdict
         if isinstance(verdict, ClientCall):
             return False
@@ -251,12 +251,12 @@ class Turn:
         return True
 
 
-def _begins_another(delta: CallDelta, said: FunctionDelta | CustomDelta, known: CallBuilder) -> bool:
+def _begins_another(delta: CallDelta, inner: FunctionDelta | CustomDelta, known: CallBuilder) -> bool:
     if delta.id:
         return bool(known.upstream_id) and delta.id != known.upstream_id
-    return known.whole and bool(_input(said))
+    return known.whole and bool(_input(inner))
 
 
-def _input(said: FunctionDelta | CustomDelta) -> str:
-    given = said.input if isinstance(said, CustomDelta) else said.arguments
+def _input(inner: FunctionDelta | CustomDelta) -> str:
+    given = inner.input if isinstance(inner, CustomDelta) else inner.arguments
     return msgspec.json.encode(given).decode() if isinstance(given, dict) else given or ""

@@ -1,4 +1,4 @@
-"""Whether JSON that comes in pieces is a whole object by now. No character is looked at twice."""
+"""Whether JSON that comes in pieces is a whole object yet. No character is scanned twice."""
 
 import re
 
@@ -10,7 +10,7 @@ _BLANKS = " \t\n\r"
 
 
 class WholeObject:
-    """Take pieces, then ask. Nobody asks about most calls, so pieces are looked at only then."""
+    """Take pieces, then ask. Most calls are never asked about, so pieces are scanned only then."""
 
     def __init__(self) -> None:
         self._pieces: list[str] = []
@@ -25,7 +25,7 @@ class WholeObject:
 
     @property
     def whole(self) -> bool:
-        """Whether the pieces so far are one JSON object, and nothing but white space behind it."""
+        """Whether the pieces so far are one JSON object, followed by nothing but white space."""
         unseen, self._unseen = self._unseen, []
         for text in unseen:
             self._look(text)

@@ -1,6 +1,6 @@
 """The keys of what items carry and this server does not read: calls of clients and of other servers, results, citations.
 
-Keys alone are checked, of what clients send: what stands at them is carried as it came.
+Only the keys are checked, of what clients send; their values are carried as they came.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ class _Object(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Caller(_Object):
-    """Who has made a call: the model, or a program of the model's."""
+    """Who made a call: the model, or its program."""
 
     caller_id: Any = UNSET
 

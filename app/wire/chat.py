@@ -35,7 +35,7 @@ class Delta(Struct):
     tool_calls: list[CallDelta] | None = None
     annotations: list[Raw] | None = None
     thinking: str | None = None
-    """What was thought in parts of the content; read by `wire/odd_chunks.py` only."""
+    """Reasoning in parts of the content; read by `wire/odd_chunks.py` only."""
 
 
 class TopLogprob(Struct):
@@ -59,7 +59,7 @@ class Choice(Struct):
 
 
 class Choices(Struct, array_like=True):
-    """A list of which only the first is read: we ask for one, and what is not read takes no memory."""
+    """A list of which only the first is read, as one is asked for: what is not read takes no memory."""
 
     first: Choice | None = None
 
@@ -103,6 +103,6 @@ class ModelEntry(Struct, frozen=True):
 
 
 ChatMessage = dict[str, Any]
-"""One message of a chat request; built by domain/prompt.py, encoded and gone."""
+"""One message of a chat request."""
 
 decode_chunk = msgspec.json.Decoder(Chunk).decode

@@ -23,8 +23,8 @@ Json = dict[str, Any]
 """A JSON object that we carry and do not read."""
 
 NESTING_MAX = 128
-"""Arrays and objects inside each other. What we take we must be able to write: encoders of tools and of Postgres end sooner
-than decoders, and both in a crash."""
+"""Arrays and objects inside each other. What is taken must be writable: the encoders of tools and of Postgres crash at less depth
+than decoders."""
 
 _OBJECT = msgspec.json.Decoder(Json)
 _PIECE_BYTES = 1 << 18
@@ -61,7 +61,7 @@ def decode_stored(decoder: msgspec.json.Decoder[T], raw: bytes | str | msgspec.R
 
 
 def json_object(text: str) -> Json | None:
-    """A JSON object; None for a text that is none, or nests too deeply."""
+    """A JSON object; None for any other text, and for one that nests too deeply."""
     raw = text.encode()
     if nests_too_deeply(raw):
         return None
@@ -88,11 +88,11 @@ def check_text(raw: bytes) -> None:
 
 
 def nests_too_deeply(raw: bytes) -> bool:
-    """Whether JSON nests deeper than NESTING_MAX. Of what is no JSON anything may be said."""
+    """Whether JSON nests deeper than NESTING_MAX. The result means nothing for what is not JSON."""
     if raw.count(b"[") + raw.count(b"{") <= NESTING_MAX:
         return False
     depth, in_string, at = 0, False, 0
-    while at < len(raw):  # piece by piece, so that a thread can look at much and others go on
+    while at < len(raw):  # piece by piece, so that other threads run in between
         piece = raw[at : at + _PIECE_BYTES]
         if (len(piece) - len(piece.rstrip(b"\\"))) % 2:
             piece = piece[:-1] or piece  # an escape is not cut in two
@@ -120,12 +120,12 @@ def did_you_mean(near: str | None) -> str:
 
 
 def unknown(path: str, near: str | None) -> InvalidParameter:
-    """The 400 for a key that is not declared, with the path of the one that may be meant."""
+    """The 400 for a key that is not declared; `near` is the path of the one that may be meant."""
     return InvalidParameter(f"Unknown parameter: '{path}'.{did_you_mean(near)}", param=path, code="unknown_parameter")
 
 
 def not_among(path: str, value: str, known: Iterable[str]) -> InvalidParameter:
-    """The 400 for a value that is not one of those which may stand at a path."""
+    """The 400 for a value that is not among the known ones."""
     known = tuple(known)
     listed = ", ".join(f"'{one}'" for one in known)
     supported = f" Supported values are: {listed}." if known else ""
@@ -146,7 +146,7 @@ def invalid(message: str, at: str, type_: Any = None) -> InvalidParameter:
     name = path or "body"
     if wrong := _TYPE.match(detail):
         return InvalidParameter(
-            f"Invalid type for '{name}': expected {_said(wrong['want'])}, got {_said(wrong['got'])} instead.",
+            f"Invalid type for '{name}': expected {_type_names(wrong['want'])}, got {_type_names(wrong['got'])} instead.",
             param=path or None,
             code="invalid_type",
         )
@@ -166,5 +166,5 @@ _NAMES = {
 }
 
 
-def _said(types: str) -> str:
+def _type_names(types: str) -> str:
     return " or ".join(_NAMES.get(name.strip(), name.strip()) for name in types.split("|"))

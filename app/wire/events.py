@@ -1,7 +1,7 @@
-"""Events: what a client hears while a response is made.
+"""Events: what a client receives while a response is made.
 
-`sequence_number` is 0 until the recorder stamps it, in one line, just before it encodes. An `Entry` is an event on its way:
-the number, the type, the JSON bytes. After that only bytes move.
+`sequence_number` is 0 until the recorder stamps it, just before it encodes. An `Entry` is an encoded event: after that
+only bytes move.
 """
 
 from typing import Any, ClassVar, cast
@@ -55,7 +55,7 @@ TERMINAL: dict[str, type[Lifecycle]] = {
     "cancelled": Failed,
 }
 """Status → the event that ends the stream. No stream schema knows a `response.cancelled`, and the node SDK throws at it: a
-cancelled response ends with `response.failed`, whose response says that it is cancelled."""
+cancelled response ends with `response.failed`, whose response has the status `cancelled`."""
 
 
 _SNAPSHOTS: tuple[type[Lifecycle], ...] = (Created, Queued, InProgress, *TERMINAL.values())
@@ -221,7 +221,7 @@ def progress(item_type: str, *stages: str, item_id: str, output_index: int) -> l
 
 
 class Entry(Struct, frozen=True):
-    """An event on its way to readers: `frame` is the ready SSE frame, its JSON between `data: ` and the blank line."""
+    """An encoded event: `frame` is the SSE frame, its JSON between `data: ` and the blank line."""
 
     sequence_number: int
     type: str

@@ -102,7 +102,7 @@ Content = (
 
 
 class Item(Struct, tag_field="type", kw_only=True, forbid_unknown_fields=True):
-    """What contexts are made of; `id` is empty only until the server gives one. The other key is a client's own business."""
+    """An element of contexts; `id` is empty only until the server gives one. The other key is carried for clients."""
 
     id: str = ""
     internal_chat_message_metadata_passthrough: Any = UNSET
@@ -195,7 +195,7 @@ class CallError(Struct, omit_defaults=True, forbid_unknown_fields=True):
 
 class McpCall(Item, tag="mcp_call"):
     """A call of an MCP server's tool, with its output or error. Histories of older servers have a string as error. `images` are
-    kept for models that see them; the hosted API has no such key."""
+    kept for models that see them; the hosted API does not have this key."""
 
     server_label: str
     name: str

@@ -13,7 +13,7 @@ LIKENESS = 0.7
 """Of two names, from 0 to 1; below it nothing is suggested."""
 
 NAME_CHARS_MAX = 64
-"""A longer name resembles none of ours; to compare it would take long."""
+"""A longer name resembles none of the API's, and is slow to compare."""
 
 _STEP = re.compile(r"\.(?P<key>[^.\[]+)|\[")
 
@@ -40,13 +40,13 @@ def suggestion(type_: Any, path: str, name: str) -> str | None:
 
 
 def choices(type_: Any, path: str) -> list[str]:
-    """The strings of which one must stand at a path."""
+    """The strings that are allowed at a path."""
     literals = [place for place in _places(type_, path) if isinstance(place, inspect.LiteralType)]
     return sorted(str(value) for literal in literals for value in literal.values)
 
 
 def _places(type_: Any, path: str) -> list[inspect.Type]:
-    """What may stand at a path."""
+    """The types at a path."""
     places = list(_members(_type(type_)))
     for step in _STEP.finditer(path):
         places = [member for place in places for inner in _below(place, step["key"]) for member in _members(inner)]

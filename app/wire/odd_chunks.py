@@ -1,5 +1,5 @@
-"""Chunks, completions and lists of servers whose JSON has other types than the API's: read slowly, and as far as they mean
-something."""
+"""Chunks, completions and lists of servers whose JSON has other types than the API's: read slowly, as far as they have a
+meaning."""
 
 import json
 import math
@@ -29,10 +29,10 @@ from app.wire.chat import (
 from app.wire.requests import mend_surrogates
 
 LEAST_LOGPROB = -9999.0
-"""What the API says of a token that is all but impossible; other servers say null or minus infinity."""
+"""The API's value for a token that is all but impossible; other servers send null or minus infinity."""
 
 COUNT_MAX = 2**53
-"""Of tokens, and of seconds since 1970: JSON's readers know no greater integer."""
+"""Of tokens, and of seconds since 1970: many readers of JSON know no greater integer."""
 
 Object = Mapping[str, Any]
 
@@ -42,7 +42,7 @@ class NoMeaning(ValueError):
 
 
 def read_chunk(data: bytes) -> Chunk:
-    """One `data:` of a stream. Raises ValueError for what is no chunk, RecursionError for what nests too deeply."""
+    """One `data:` of a stream. Raises ValueError for what is not a chunk, RecursionError for what nests too deeply."""
     try:
         chunk = decode_chunk(data)
     except msgspec.DecodeError:
@@ -52,7 +52,7 @@ def read_chunk(data: bytes) -> Chunk:
 
 def read_completion(data: bytes) -> Chunk:
     """The answer of a server that does not stream, as one chunk. Raises as `read_chunk`, also for an answer without choices
-    that is no error."""
+    or error."""
     chunk = _odd_chunk(_object(data))
     if chunk.choices is None and not chunk.error:
         raise NoMeaning("it has no choices")
@@ -67,7 +67,7 @@ def read_models(data: bytes) -> list[ModelEntry]:
     if isinstance(given, dict):
         given = given.get("data", given.get("models"))
     if not isinstance(given, list):
-        raise NoMeaning("it is no list")
+        raise NoMeaning("it is not a list")
     return [entry for one in given if (entry := _model(one))]
 
 
@@ -90,12 +90,12 @@ def _json(data: bytes) -> Any:
 def _object(data: bytes) -> Object:
     given = _json(data)
     if not isinstance(given, dict):
-        raise NoMeaning("it is no object")
+        raise NoMeaning("it is not an object")
     return given
 
 
 def is_error(raw: Raw) -> bool:
-    """Whether an `error` is one: servers send null or an empty object along with what is none."""
+    """Whether an `error` is an error: some servers send null or an empty object with every chunk."""
     return bytes(raw) not in {b"", b"null", b"{}", b'""', b"false"}
 
 
@@ -106,10 +106,10 @@ def _odd_chunk(given: Object) -> Chunk:
     if choices is None and (given.get("object") == "error" or given.get("message") or given.get("detail")):
         return Chunk(error=_raw(given))  # bare
     if not isinstance(choices, list | None):
-        raise NoMeaning("its `choices` are no list")
+        raise NoMeaning("its `choices` are not a list")
     first = choices[0] if choices else None
     if not isinstance(first, dict | None):
-        raise NoMeaning("its choice is no object")
+        raise NoMeaning("its choice is not an object")
     made = Choices(_choice(first) if first is not None else None) if choices is not None else None
     return Chunk(choices=made, usage=_usage(given.get("usage")))
 
@@ -119,11 +119,11 @@ def _raw(value: Any) -> Raw:
 
 
 def _choice(given: Object) -> Choice:
-    said = given.get("delta") or given.get("message")
+    message = given.get("delta") or given.get("message")
     logprobs = given.get("logprobs")
     tokens = logprobs.get("content") if isinstance(logprobs, dict) else None
     return Choice(
-        delta=_delta(said) if isinstance(said, dict) else None,
+        delta=_delta(message) if isinstance(message, dict) else None,
         finish_reason=_text(given.get("finish_reason")) or None,
         logprobs=Logprobs([_logprob(one) for one in tokens if isinstance(one, dict)])
         if isinstance(tokens, list)
@@ -147,7 +147,7 @@ def _delta(given: Object) -> Delta:
 
 
 def _parts(content: Any) -> tuple[str | None, str]:
-    """Content as a text, and what is thought in it: some servers send parts."""
+    """Content as a text, and the reasoning in it: some servers send parts."""
     if not isinstance(content, list | dict):
         return _text(content), ""
     texts, thoughts = [], []
@@ -222,7 +222,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def _text(value: Any) -> str | None:
-    """A text; what is written as something else, such as a number for an id, as JSON writes it."""
+    """A text; other values, like a number for an id, as JSON."""
     if isinstance(value, str | None):
         return value
     return json.dumps(value)

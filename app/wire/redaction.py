@@ -1,7 +1,7 @@
-"""What readers are shown of the items of hosted tools.
+"""What readers get of the items of hosted tools.
 
 Stored items and recorded events are whole: they hold what the model has read. A reader gets results, sources and outputs only
-where `include` asks for them, so they are taken out when bytes are written out, and everything else passes as it is.
+where `include` asks for them, so they are removed when bytes are written out; everything else is passed on unchanged.
 """
 
 from collections.abc import Collection, Sequence
@@ -21,7 +21,7 @@ HIDDEN = {
 SOURCES = "web_search_call.action.sources"
 
 _TAGS = {b'{"type":"%b"' % type_.encode(): type_ for type_ in HIDDEN}
-"""How the JSON of such items begins, as we encode it."""
+"""How the JSON of these items begins."""
 
 _CARRYING: tuple[type[Event], ...] = (ItemDone, InProgress, *TERMINAL.values())
 _CARRIERS = frozenset(str(event.__struct_config__.tag) for event in _CARRYING)
@@ -32,7 +32,7 @@ _ITEMS = msgspec.json.Decoder(list[Raw])
 
 
 class Redaction:
-    """What one reader is shown."""
+    """Removes what one reader does not get."""
 
     def __init__(self, include: Collection[str]) -> None:
         self._hidden = {type_: key for type_, (key, shown_by) in HIDDEN.items() if shown_by not in include}

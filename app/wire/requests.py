@@ -1,6 +1,6 @@
 """What clients ask for: the body of `POST /v1/responses` and the query of the lists.
 
-The body is decoded in two looks: first its top-level keys (unknown ones are refused or passed on to the upstream), then
+The body is decoded in two passes: first its top-level keys (unknown ones are refused or passed on to the upstream), then
 the known ones as one Struct. Items, tools and `tool_choice` stay raw until their own decoders name the path of an error.
 """
 
@@ -147,7 +147,7 @@ class CreateResponse(Struct, kw_only=True, frozen=True):
 
     @property
     def store(self) -> bool:
-        """Whether anything of it is kept."""
+        """Whether the response is stored."""
         return self.body.store is not False
 
     @property
@@ -157,17 +157,17 @@ class CreateResponse(Struct, kw_only=True, frozen=True):
 
     @property
     def background(self) -> bool:
-        """Whether it is made without its client waiting."""
+        """Whether it is made without the client waiting."""
         return self.body.background is True
 
     @property
     def include(self) -> frozenset[str]:
-        """What the reply shall hold beyond the plain."""
+        """What the reply holds beyond the defaults."""
         return frozenset(self.body.include or ())
 
     @property
     def generate(self) -> bool:
-        """False for a prewarm: the response is made, and no token."""
+        """False for a prewarm: the response is made without calling the model."""
         options = self.body.prompt_cache_options
         return not (options and options.prewarm)
 
@@ -203,8 +203,8 @@ _LONE_SURROGATE_CHARS = len(r"\ud83d")
 def decode_create(raw: bytes, passed_on: Collection[str]) -> CreateResponse:
     """The body of `POST /v1/responses`.
 
-    `passed_on` names the parameters beyond the API that the catalog lets through. Raises InvalidRequest for anything
-    that can be seen to be wrong without looking at state, with the parameter's path.
+    `passed_on` names the parameters beyond the API that the catalog lets through. Raises InvalidRequest, with the
+    parameter's path, for everything that is wrong whatever the state.
     """
     check_text(raw)
     raw = mend_surrogates(raw)
@@ -233,7 +233,7 @@ def decode_create(raw: bytes, passed_on: Collection[str]) -> CreateResponse:
 
 
 class ToolSecrets(Struct, omit_defaults=True):
-    """What a declared MCP server is told in confidence; its URL, too, may hold a key."""
+    """The secrets of a declared MCP server; its URL, too, may hold a key."""
 
     authorization: str | None = None
     headers: dict[str, str] | None = None
@@ -262,7 +262,7 @@ def without_secrets(raw: bytes, request: CreateResponse) -> tuple[bytes, dict[st
 
 
 def with_secrets(request: CreateResponse, secrets: Mapping[str, ToolSecrets]) -> CreateResponse:
-    """The request as it was before its secrets were taken out."""
+    """The request with its secrets put back."""
     tools: list[AnyTool] = []
     for tool in request.tools:
         if isinstance(tool, McpTool) and (held := secrets.get(tool.server_label)):
@@ -286,7 +286,7 @@ def mend_surrogates(raw: bytes) -> bytes:
 
 
 def is_model_name(name: str) -> bool:
-    """Whether a model may be called so."""
+    """Whether this can be a model's name."""
     return 0 < len(name) <= ID_CHARS_MAX and "\0" not in name
 
 

@@ -39,7 +39,7 @@ class ResponseError(Struct):
 
 
 Reason = Literal["max_output_tokens", "content_filter", "max_turns"]
-"""Why a response is incomplete; the last is ours: the run met REPRISE_TURNS_MAX."""
+"""Why a response is incomplete; the last is this server's own: the run reached REPRISE_TURNS_MAX."""
 
 
 class IncompleteDetails(Struct):
@@ -52,7 +52,7 @@ class TextEcho(Struct):
 
 
 class Response(Struct, kw_only=True):
-    """The response object. `output` holds encoded items, so that an item is encoded once in its life."""
+    """The response object. `output` holds encoded items, so that an item is encoded once."""
 
     id: str
     object: Literal["response"] = "response"

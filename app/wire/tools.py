@@ -95,7 +95,7 @@ class ListedTool(Struct, omit_defaults=True, forbid_unknown_fields=True):
 
     @property
     def read_only(self) -> bool:
-        """Whether its server says that it changes nothing."""
+        """Whether its server declares that it changes nothing."""
         return bool(self.annotations and (self.annotations.get("readOnlyHint") or self.annotations.get("read_only")))
 
 
@@ -136,7 +136,7 @@ def decode_tools(raws: list[Raw], at: str = "tools") -> list[AnyTool]:
 
 
 def check_declarations(tools: Sequence[Json], at: str) -> None:
-    """Declarations in an item, which is stored as it came: they may be of tools that this server can't reach, and hold no secrets.
+    """Check declarations in an item, which is stored as it came: of tools that this server can't reach too, but without secrets.
 
     Raises InvalidParameter or UnsupportedParameter."""
     for index, given in enumerate(tools):
@@ -207,7 +207,7 @@ class _ShownMcpTool(Struct, tag_field="type", tag="mcp", kw_only=True):
 
 
 def _shown_url(url: str | None) -> str | None:
-    """Keys are put into paths and queries, too: the hosted API shows nothing but the host, and so do we."""
+    """Paths and queries may hold keys: only the host is shown, as by the hosted API."""
     if not url:
         return None
     parts = urlsplit(url)
@@ -216,7 +216,7 @@ def _shown_url(url: str | None) -> str | None:
 
 
 class NamedTool(Struct, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """`{"type": "function", "name": …}` and its like, alone or inside `allowed_tools`."""
+    """`{"type": "function", "name": …}` and the like, alone or inside `allowed_tools`."""
 
     type: str
     name: str | UnsetType | None = UNSET

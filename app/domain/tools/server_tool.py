@@ -40,7 +40,7 @@ class ServerTool(ABC, Generic[T]):
 
     item_type: str
     id_prefix: str = ""
-    """Of the ids of such items; none for items that are carried."""
+    """Of the items' ids; empty for items that are carried."""
     stages: Sequence[str] = ()
     """Those that have an event before the call is sent."""
     streamed: str = ""
