@@ -27,7 +27,7 @@ from app.runs.plan import Planner
 from app.runs.recorder import Recorder
 from app.runs.secrets import open_secrets
 from app.runs.tools import Tools
-from app.storage import journal, queue, responses
+from app.storage import endings, journal, queue, responses
 from app.storage.database import Database
 from app.storage.journal import RunJournal
 from app.storage.queue import Claim, Heartbeat
@@ -287,7 +287,7 @@ class LeasedRun:
         async for attempt in self._runs.database.retrying(forever=True):
             with attempt:
                 async with self._runs.database.begin() as tx:
-                    if not await responses.seal_response(tx, claim.tenant_id, closed, claim.epoch, archive):
+                    if not await endings.end_leased(tx, claim.tenant_id, closed, claim.epoch, archive):
                         raise Fenced
         return closed
 
@@ -320,5 +320,5 @@ class LeasedRun:
             if body is not None:
                 error = ServerError("The server that made this response has died.")
                 closed = close_response(body, Outcome("failed", error=error), usage=None, now=int(time.time()))
-                await responses.finish_response(tx, claim.tenant_id, closed)
+                await endings.end_volatile(tx, claim.tenant_id, closed)
         log.warning("An abandoned response was ended.", action="run_abandoned")

@@ -23,7 +23,7 @@ from app.runs.plan import RunPlan
 from app.runs.recorder import Recorder
 from app.runs.tools import Tools
 from app.settings import Settings
-from app.storage import responses
+from app.storage import endings, responses
 from app.storage.backlog import Backlog
 from app.storage.database import UNAVAILABLE, Database, Tx
 from app.storage.eventlog import MemoryLog
@@ -306,14 +306,14 @@ class VolatileRun:
                     await self._insert(closed, None)
                     return closed
                 async with database.autocommit() as tx:
-                    if await responses.finish_response(tx, tenant_id, closed):
+                    if await endings.end_volatile(tx, tenant_id, closed):
                         return closed
                     return responses.response_of(await responses.get_response(tx, tenant_id, closed.id))
         raise AssertionError("stamina gives up by raising")
 
     def _ended_as(self, failed: Response) -> Callable[[Tx], Awaitable[object]]:
         """Writes the end that the client knows of a response which could not be stored in time."""
-        return lambda tx: responses.finish_response(tx, self.tenant_id, failed)
+        return lambda tx: endings.end_volatile(tx, self.tenant_id, failed)
 
     async def _insert_late(self, plan: RunPlan, failed: Response) -> None:
         """Insert a response that has no row yet. Until then there must be room for its context."""

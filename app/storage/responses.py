@@ -1,7 +1,7 @@
 """Responses: written, read, listed, deleted.
 
-A response row is written by `insert` (in any status: a foreground response that answers in one go is inserted finished) and
-ended by `finish`, at most once.
+A row is inserted in any status: a foreground response that nothing refers to before its end is inserted finished. The others are
+ended by storage/endings.py, once.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from app.ids import new_id, seconds_of
 from app.storage.contexts import Place
 from app.storage.database import Query, Row, Tx, storable
 from app.storage.facets import STATUSES, facets, terms_of
-from app.storage.journal import Pages
+from app.storage.items import item_rows
 from app.storage.pages import BYTES_MAX, SHOWN, Page
 from app.storage.queue import Owner, Queued
 from app.storage.tables import IN_FLIGHT, OUTPUT_POSITION
@@ -75,30 +75,6 @@ _INSERT = Query(
     """)
 )
 
-_OUTPUT = """
-    item as (
-        insert into items (tenant_id, thread_id, turn, position, id, body)
-        select :tenant_id, response.thread_id, response.turn, new.position, new.id, new.body
-        from response, unnest(cast(:positions as int[]), cast(:item_ids as text[]), cast(:bodies as json[]))
-             as new (position, id, body)
-    )
-"""
-"""Stores the items of a `response` that has just ended."""
-
-_FINISH = Query(
-    text(f"""
-    with response as (
-        update responses set status = :status, body = cast(:body as json),
-                             context_bytes = context_bytes + cast(:own_bytes as bigint)
-        where tenant_id = :tenant_id and id = :id and status in {IN_FLIGHT}
-        returning thread_id, turn
-    ), {_OUTPUT}, run as (
-        delete from runs where tenant_id = :tenant_id and response_id = :id
-    )
-    select exists (select from response) as finished
-    """)
-)
-
 
 async def insert_response(
     tx: Tx,
@@ -126,7 +102,10 @@ async def insert_response(
         "created_at": response.created_at,
         "earlier_bytes": earlier_bytes,
         **_run(run),
-        **_final(response, list(enumerate(input_items))),
+        "id": response.id,
+        "status": response.status,
+        "body": encode(msgspec.structs.replace(response, output=[])).decode(),
+        **item_rows(input_items, response.output),
     }
     if await _insert_at(tx, place, None, binds) or parent is None:
         return
@@ -163,30 +142,6 @@ async def _insert_at(tx: Tx, place: Place, parent: Place | None, binds: dict[str
     return row is not None and bool(row["inserted"] or row["known"])
 
 
-_SEAL = Query(
-    text(f"""
-    with run as (
-        update runs set state = 'sealed', request = null, secrets = null
-        where tenant_id = :tenant_id and response_id = :id and lease = :epoch and state in ('running', 'cancelled')
-        returning 1
-    ), response as (
-        update responses set status = :status, body = cast(:body as json),
-                             context_bytes = context_bytes + cast(:own_bytes as bigint)
-        where tenant_id = :tenant_id and id = :id and status in {IN_FLIGHT} and exists (select from run)
-        returning thread_id, turn
-    ), {_OUTPUT}, archive as (
-        insert into event_archive (tenant_id, response_id, first_number, frames)
-        select :tenant_id, :id, page.first_number, page.frames
-        from response, unnest(cast(:first_numbers as bigint[]), cast(:pages as bytea[])) as page (first_number, frames)
-    ), journal as (
-        delete from event_journal where tenant_id = :tenant_id and response_id = :id and exists (select from run)
-    )
-    select exists (select from run) as sealed,
-           exists (select from runs where tenant_id = :tenant_id and response_id = :id and lease = :epoch
-                                          and state = 'sealed') as known  -- by an earlier attempt
-    """)
-)
-
 _BEGIN = Query(
     text("""
     with run as (
@@ -205,54 +160,6 @@ async def begin_response(tx: Tx, tenant_id: str, response_id: str, epoch: int, s
     """Set a queued response in progress; its events go to the stream with this token. False if the lease is lost."""
     row = await tx.one(_BEGIN, tenant_id=tenant_id, id=response_id, epoch=epoch, stream_token=stream_token)
     return row is not None and bool(row["ours"])
-
-
-async def seal_response(tx: Tx, tenant_id: str, response: Response, epoch: int, archive: Pages) -> bool:
-    """End a background response: status, body, output, every event; the journal goes. False if the lease is lost."""
-    binds = {
-        "tenant_id": tenant_id,
-        "epoch": epoch,
-        "first_numbers": [number for number, _ in archive],
-        "pages": [frames for _, frames in archive],
-        **_final(response, []),
-    }
-    row = await tx.one(_SEAL, **binds)
-    if row and not (row["sealed"] or row["known"]):
-        # Perhaps it is, by an attempt of ours whose commit the first look could not see yet.
-        row = await tx.one(_SEAL, **binds)
-    return row is not None and bool(row["sealed"] or row["known"])
-
-
-async def finish_response(tx: Tx, tenant_id: str, response: Response) -> bool:
-    """End a response: status, body, output items, lease. False if another process has ended it, or it is deleted."""
-    row = await tx.one(_FINISH, tenant_id=tenant_id, **_final(response, []))
-    return row is not None and bool(row["finished"])
-
-
-def _final(response: Response, numbered: list[tuple[int, tuple[str, bytes]]]) -> dict[str, Any]:
-    """The binds that both statements share: the body without its output, and the items with their positions."""
-    rows = [(position, id, body) for position, (id, body) in numbered]
-    rows += [(OUTPUT_POSITION + index, _item_id(raw), bytes(raw)) for index, raw in enumerate(response.output)]
-    return {
-        "id": response.id,
-        "status": response.status,
-        "body": encode(msgspec.structs.replace(response, output=[])).decode(),
-        "positions": [position for position, _, _ in rows],
-        "item_ids": [id for _, id, _ in rows],
-        "bodies": [body.decode() for _, _, body in rows],
-        "own_bytes": sum(len(body) for _, _, body in rows),
-    }
-
-
-class _HasId(Struct):
-    id: str
-
-
-_HAS_ID = msgspec.json.Decoder(_HasId)
-
-
-def _item_id(raw: msgspec.Raw) -> str:
-    return _HAS_ID.decode(raw).id
 
 
 # -- Reading ----------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import asyncpg
 import msgspec
 import pytest
 
-from app.storage import contexts, journal, responses
+from app.storage import contexts, endings, journal, responses
 from app.storage.database import Tx
 from app.storage.pages import BYTES_MAX
 from app.storage.tables import OUTPUT_POSITION
@@ -113,8 +113,8 @@ async def test_a_response_costs_its_own_output(filled):
 
 BY_ID = {
     "insert": responses._INSERT,
-    "finish": responses._FINISH,
-    "seal": responses._SEAL,
+    "finish": endings._END_VOLATILE,
+    "seal": endings._END_LEASED,
     "begin": responses._BEGIN,
     "chain": contexts._CHAIN,
     "get": responses._GET,

@@ -1,0 +1,103 @@
+"""Everything that the commit at a run's end writes, in one statement of named parts.
+
+What else a run's end is to write, such as its usage or an outbox row, is one more part here. The parts see `response`, the row
+that has just ended; without it they write nothing.
+"""
+
+from typing import Any
+
+import msgspec
+from sqlalchemy import text
+
+from app.storage.database import Query, Tx
+from app.storage.items import item_rows
+from app.storage.journal import Pages
+from app.storage.tables import IN_FLIGHT
+from app.wire.resources import Response, encode
+
+_RESPONSE = """
+    update responses set status = :status, body = cast(:body as json),
+                         context_bytes = context_bytes + cast(:own_bytes as bigint)
+    where tenant_id = :tenant_id and id = :id and status in {in_flight} {owned}
+    returning thread_id, turn
+"""
+
+_OUTPUT = """
+    insert into items (tenant_id, thread_id, turn, position, id, body)
+    select :tenant_id, response.thread_id, response.turn, new.position, new.id, new.body
+    from response, unnest(cast(:positions as int[]), cast(:item_ids as text[]), cast(:bodies as json[]))
+         as new (position, id, body)
+"""
+
+_VOLATILE = {
+    "response": _RESPONSE.format(in_flight=IN_FLIGHT, owned=""),
+    "output": _OUTPUT,
+    "lease": "delete from runs where tenant_id = :tenant_id and response_id = :id",
+}
+"""The end of a foreground run."""
+
+_LEASED = {
+    "run": """
+        update runs set state = 'sealed', request = null, secrets = null
+        where tenant_id = :tenant_id and response_id = :id and lease = :epoch and state in ('running', 'cancelled')
+        returning 1
+    """,
+    "response": _RESPONSE.format(in_flight=IN_FLIGHT, owned="and exists (select from run)"),
+    "output": _OUTPUT,
+    "archive": """
+        insert into event_archive (tenant_id, response_id, first_number, frames)
+        select :tenant_id, :id, page.first_number, page.frames
+        from response, unnest(cast(:first_numbers as bigint[]), cast(:pages as bytea[])) as page (first_number, frames)
+    """,
+    "journal": """
+        delete from event_journal where tenant_id = :tenant_id and response_id = :id and exists (select from run)
+    """,
+}
+"""The end of a background run. Its own row stays until the terminal event is sent."""
+
+
+def _with(parts: dict[str, str], result: str) -> Query:
+    return Query(text(f"with {', '.join(f'{name} as ({sql})' for name, sql in parts.items())} {result}"))
+
+
+_END_VOLATILE = _with(_VOLATILE, "select exists (select from response) as ended")
+
+_END_LEASED = _with(
+    _LEASED,
+    """
+    select exists (select from run) as ended,
+           exists (select from runs where tenant_id = :tenant_id and response_id = :id and lease = :epoch
+                                          and state = 'sealed') as known  -- by an earlier attempt
+    """,
+)
+
+
+async def end_volatile(tx: Tx, tenant_id: str, response: Response) -> bool:
+    """End a foreground response whose row is inserted. False if another process has ended it, or it is deleted."""
+    row = await tx.one(_END_VOLATILE, tenant_id=tenant_id, **_binds(response))
+    return row is not None and bool(row["ended"])
+
+
+async def end_leased(tx: Tx, tenant_id: str, response: Response, epoch: int, archive: Pages) -> bool:
+    """End a background response, with all its events. False if the lease is lost."""
+    binds = {
+        "tenant_id": tenant_id,
+        "epoch": epoch,
+        "first_numbers": [number for number, _ in archive],
+        "pages": [frames for _, frames in archive],
+        **_binds(response),
+    }
+    row = await tx.one(_END_LEASED, **binds)
+    if row and not (row["ended"] or row["known"]):
+        # Perhaps it is, by an attempt of ours whose commit the first look could not see yet.
+        row = await tx.one(_END_LEASED, **binds)
+    return row is not None and bool(row["ended"] or row["known"])
+
+
+def _binds(response: Response) -> dict[str, Any]:
+    return {
+        "id": response.id,
+        "status": response.status,
+        "body": encode(msgspec.structs.replace(response, output=[])).decode(),
+        **item_rows([], response.output),
+    }
