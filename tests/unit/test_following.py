@@ -124,6 +124,7 @@ async def test_stored_events_come_first_then_those_of_the_stream():
 async def test_events_that_were_seen_already_are_left_out():
     redis = Redis([batch(0, 1, 2, 3)], [batch(2, 3, 4, 5)], [batch(6, 7, 8, 9)])
     assert flat(await follow(redis, Postgres(NOTHING), stored=(0, 1))) == list(range(10))
+    assert redis.rewound == []
 
 
 async def test_it_begins_after_the_number_that_the_reader_has():
