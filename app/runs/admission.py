@@ -6,12 +6,12 @@ from msgspec import Struct
 
 from app.domain.lifecycle import open_response
 from app.domain.sealed import Seal
+from app.domain.secrets import Secrets, seal_secrets
 from app.errors import ServerUnavailable, TooManyRequests
 from app.ids import new_id
 from app.offload import offload
 from app.runs.insert import insert
 from app.runs.plan import Planner, RunPlan
-from app.runs.secrets import Secrets, seal_secrets
 from app.runs.volatile import VolatileRun, VolatileRuns
 from app.settings import Settings
 from app.storage import queue

@@ -18,6 +18,7 @@ from app.domain.context import waits_for_client
 from app.domain.lifecycle import Outcome, close_response
 from app.domain.recovery import Recovered, recover
 from app.domain.sealed import Seal
+from app.domain.secrets import open_secrets
 from app.errors import ApiError, DatabaseUnavailable, Fenced, RunTooLong, ServerError
 from app.offload import offload
 from app.outbound.catalog import Catalog
@@ -25,7 +26,6 @@ from app.rooms import Room
 from app.runs.pipeline import Pipeline, Turns
 from app.runs.plan import Planner
 from app.runs.recorder import Recorder
-from app.runs.secrets import open_secrets
 from app.runs.tools import Tools
 from app.storage import endings, journal, queue, responses
 from app.storage.database import Database
