@@ -1,6 +1,9 @@
 """What tests run on: embedded servers of their own, a scripted upstream over real HTTP, the server as users run it."""
 
+import contextlib
 import gc
+import importlib
+import os
 import socket
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -18,6 +21,18 @@ from tests.upstream import Upstream
 
 NewServer = Callable[..., Served]
 """Settings → a server with a database of its own, which ends with the test."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    """Each worker of xdist first imports its share of the files: what it has rewritten and compiled, the others only read."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    here = session.config.invocation_params.dir
+    paths = sorted(path for one in session.config.args for path in (here / one).glob("**/test_*.py"))
+    first = len(paths) * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) // workers
+    for path in (paths[first:] + paths[:first]) * (workers > 1):
+        with contextlib.suppress(Exception):  # that is found again, and reported, when the file is collected
+            importlib.import_module(".".join(path.relative_to(session.config.rootpath).with_suffix("").parts))
 
 
 def pytest_collection_finish() -> None:

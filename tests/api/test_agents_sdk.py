@@ -1,12 +1,12 @@
-"""The OpenAI Agents SDK runs agents with hosted MCP tools against this server: approvals by callback and by its run state."""
+"""The OpenAI Agents SDK runs agents with hosted MCP tools against this server: approvals by callback and by its run state.
 
-import agents
+It is imported where it is used: that takes seconds, and every process of a test run imports this file.
+"""
+
 import pytest
-from agents import Agent, HostedMCPTool, OpenAIResponsesModel, RunConfig, Runner, RunState, function_tool
 
 from tests.upstream import answer, call, calling, finish, note, script
 
-CONFIG = RunConfig(tracing_disabled=True)
 HISTORY = pytest.mark.parametrize("chained", [False, True], ids=["whole-history", "previous-response"])
 STREAMED = pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
 
@@ -20,7 +20,9 @@ def name(request):
 @pytest.fixture
 def agent(async_client, toolserver, name):
     """Makes an agent whose one MCP server is the scripted one."""
-    agents.set_tracing_disabled(True)
+    from agents import Agent, HostedMCPTool, OpenAIResponsesModel, set_tracing_disabled
+
+    set_tracing_disabled(True)
 
     def make(decide=None, tools=(), **config):
         given = {"type": "mcp", "server_label": "box", "server_url": toolserver.url("mcp", name, tools="echo,add")}
@@ -36,9 +38,10 @@ def agent(async_client, toolserver, name):
 @pytest.fixture
 def run(streamed, chained):
     """Runs an agent, streamed or not; what the SDK sends each time is the whole history, or only what is new."""
+    from agents import RunConfig, Runner
 
     async def run(agent, input):
-        options = {"run_config": CONFIG, "auto_previous_response_id": chained}
+        options = {"run_config": RunConfig(tracing_disabled=True), "auto_previous_response_id": chained}
         if not streamed:
             return await Runner.run(agent, input, **options)
         result = Runner.run_streamed(agent, input, **options)
@@ -84,6 +87,8 @@ async def test_a_callback_refuses_and_the_model_reads_why(agent, run, upstream, 
 @STREAMED
 @HISTORY
 async def test_a_run_is_interrupted_and_goes_on_from_its_stored_state(agent, run, toolserver, name):
+    from agents import RunState
+
     both = [call("add", {"a": 1, "b": 2}, id="a"), call("echo", {"x": 1}, index=1, id="b"), finish("tool_calls")]
     made = agent()
     result = await run(made, script([note(name), *both], answer("Done.")))
@@ -101,6 +106,8 @@ async def test_a_run_is_interrupted_and_goes_on_from_its_stored_state(agent, run
 @STREAMED
 @HISTORY
 async def test_a_function_of_the_client_in_the_same_turn(agent, run, upstream, toolserver, name):
+    from agents import function_tool
+
     @function_tool
     def get_time() -> str:
         """What time it is."""

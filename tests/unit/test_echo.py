@@ -223,7 +223,7 @@ def doubling(depth: int) -> dict[str, Any]:
         ({"type": "array", "items": {"const": "x" * 1000}, "minItems": 1000}, "too large"),
         ({"type": "array", "items": {"enum": ["x" * 1000]}, "minItems": 1000}, "too large"),
         ({"anyOf": [{"$ref": "#"}] * 10**6}, "too large"),
-        ({"allOf": [{"properties": {str(at): {}}} for at in range(10**5)]}, "too large"),
+        ({"allOf": [{"properties": {str(at): {}}} for at in range(30_000)]}, "too large"),
         (functools.reduce(lambda inner, _: {"items": inner}, range(2000), {}), "nests"),
         ({"format": []}, "format"),
         ({"type": "number", "multipleOf": 0, "minimum": 1}, "multipleOf"),
