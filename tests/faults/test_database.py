@@ -10,23 +10,19 @@ from app.storage.database import Database, Query
 from tests.faults.cluster import query
 from tests.waiting import until
 
-LOCK = Query(
-    text("select pg_advisory_xact_lock(:number)"), across_tenants="a test holds a connection with it; it reads no table"
-)
-SLEEP = Query(text("select pg_sleep(1)"), across_tenants="a test holds a connection with it; it reads no table")
-
 
 @pytest.mark.parametrize("again", [False, True], ids=["once", "twice"])
 def test_a_transaction_that_is_broken_off_keeps_no_lock(cluster, again):
     async def break_off():
         database = Database(Settings(database_url=cluster.database_url, database_pool_size=1))
+        lock, sleep = Query(text("select pg_advisory_xact_lock(:number)")), Query(text("select pg_sleep(1)"))
         locked = asyncio.Event()
 
         async def hold():
             async with database.begin() as tx:
-                await tx.one(LOCK, number=77)
+                await tx.one(lock, number=77)
                 locked.set()
-                await tx.one(SLEEP)
+                await tx.one(sleep)
 
         holding = asyncio.create_task(hold())
         await locked.wait()
@@ -38,7 +34,7 @@ def test_a_transaction_that_is_broken_off_keeps_no_lock(cluster, again):
         await asyncio.gather(holding, return_exceptions=True)
         await asyncio.to_thread(until, is_free, "the lock is free", 5)
         async with asyncio.timeout(5), database.begin() as tx:  # and the pool's only connection is of use
-            await tx.one(LOCK, number=77)
+            await tx.one(lock, number=77)
         await database.close()
 
     def is_free():

@@ -111,16 +111,19 @@ def _made(i: int) -> dict[str, Any] | None:
     }
 
 
-MADE = {i: made for i in range(1, RESPONSES + 1) if (made := _made(i))}
+MADE = {i: frozenset(made.items()) for i in range(1, RESPONSES + 1) if (made := _made(i))}
 
 
 def expected(ids: dict[int, str], order: str, after: int | None, filter: dict[str, Any]) -> list[str]:
     """What a list shows, worked out from how the rows are made."""
-    wanted = {**filter.get("metadata", {}), **{key: filter[key] for key in ("model", "status") if key in filter}}
+    wanted = {
+        *filter.get("metadata", {}).items(),
+        *((key, filter[key]) for key in ("model", "status") if key in filter),
+    }
     first, last = filter.get("created_after", BEGIN) - BEGIN, filter.get("created_before", 2**62) - BEGIN
     if after is not None:
         first, last = (max(first, after + 1), last) if order == "asc" else (first, min(last, after - 1))
-    shown = [ids[i] for i, made in MADE.items() if first <= i <= last and wanted.items() <= made.items()]
+    shown = [ids[i] for i, made in MADE.items() if first <= i <= last and wanted <= made]
     return shown if order == "asc" else shown[::-1]
 
 
