@@ -133,6 +133,8 @@ def fork_for_ever(requests: socket.socket) -> None:
     from app import cli, doctor, serving  # noqa: F401 - this is what takes so long
 
     Litestar()  # imports its plugins when it is first made
+    for name in ("anyio._backends._asyncio", "encodings.idna", "uvicorn.lifespan.on", "uvloop"):  # as each start would
+        importlib.import_module(name)
     gc.collect()
     gc.freeze()  # else every fork looks through it all when it starts and ends, and so copies it
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that watch

@@ -118,7 +118,7 @@ def test_what_cannot_be_cancelled(cluster):
     assert cancel(cluster.urls[1], response_id) == done
 
 
-CANCELS = 300
+CANCELS = 120
 PLACES = 4
 
 

@@ -18,7 +18,7 @@ from tests.waiting import until
 RUNS = 60
 """Of one wave. The first one fills pools and caches."""
 
-WAVES = 3
+WAVES = 2
 
 
 class Footprint(Struct, frozen=True):
