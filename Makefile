@@ -4,9 +4,9 @@
 .PHONY: run test faults engines check bench bench-quick lock clean
 .DELETE_ON_ERROR:
 
-# Whatever environment happens to be active, or is half gone, has no say here; and uv uses the Python that is there.
+# Ignore an active environment, which may be broken; and let uv use the installed Python.
 unexport VIRTUAL_ENV CONDA_PREFIX PYTHONHOME
-# An image's habit, with which every process compiles every file anew: a tenth of what the tests cost.
+# Some images set this; then every process compiles every file again, a tenth of the cost of the tests.
 unexport PYTHONDONTWRITEBYTECODE
 export UV_PYTHON_DOWNLOADS := never
 
@@ -21,7 +21,7 @@ FITS := import sys; print(sys.executable) if (3, 11) <= sys.version_info[:2] <= 
 PYTHON ?= $(shell for name in python3.14 python3.13 python3.12 python3.11 python3 python; do \
 	$$name -c '$(FITS)' 2>/dev/null && break; done)
 UV = $(shell uv --version >/dev/null 2>&1 && echo uv || echo .tools/bin/uv)
-# Leaves out what uv says of each small package.
+# Leaves out uv's lines about small packages.
 SHOW_INSTALLING = /^ ([-+~]|  Downloaded) / { next } /^not-installed$$/ { exit 1 } { print "  " $$0; fflush() }
 COMPILE = $(UV) pip compile --quiet --universal --generate-hashes --no-header \
 	--python-version 3.11 pyproject.toml
@@ -29,12 +29,12 @@ COMPILE = $(UV) pip compile --quiet --universal --generate-hashes --no-header \
 run: .venv/synced
 	@trap '' INT; exec .venv/bin/python -m app serve
 
-# Most tests wait for something, so three files run at a time, each group on servers of its own. By name, and so the unit tests,
-# which are short, come last: xdist would end with the files of few tests, which are long.
+# Most tests wait for something, so three files run at a time, each group on servers of its own. In order of names, the short unit
+# tests come last; xdist's own order ends with files of few tests, which are long.
 test: .venv/synced
 	.venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-# The fault suite and random faults in turns, with other timing each time: make faults SECONDS=3600
+# The fault suite and random faults in turns, with different timing each time: make faults SECONDS=3600
 SECONDS ?= 600
 faults: .venv/synced
 	.venv/bin/python -m tests.faults.repeat --seconds $(SECONDS)
@@ -56,8 +56,8 @@ bench: .venv/synced
 bench-quick: .venv/synced
 	@.venv/bin/python -m tests.bench --quick
 
-# requirements.lock is what a deployed server needs; requirements-dev.lock that, the embedded servers and the tools, in the same
-# versions.
+# requirements.lock has the packages of a deployed server; requirements-dev.lock those, the embedded servers and the tools, in the
+# same versions.
 lock:
 	@uv --version >/dev/null 2>&1 || $(MAKE) -s .tools/bin/uv
 	$(COMPILE) -o requirements.lock
@@ -75,7 +75,7 @@ clean:
 	@$(write_command)
 	@touch $@
 
-# Torch may come without CUDA: from the folder of wheels that pip is told of, or with UV_TORCH_BACKEND=cpu.
+# Torch may come without CUDA: from pip's folder of wheels (PIP_FIND_LINKS), or with UV_TORCH_BACKEND=cpu.
 .engines/made: tests/engines/requirements.txt tests/engines/__init__.py tests/engines/weights.py | .venv/synced
 	@$(UV) venv --quiet --clear --python .venv/bin/python .engines/venv
 	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" $(UV) pip install --quiet --python .engines/venv/bin/python -r $<
@@ -91,7 +91,7 @@ clean:
 	|| { echo "make: cannot get uv: install it, or give $$python pip or venv (Debian: python3-venv)" >&2; exit 1; }
 
 # Shell fragments: $$python is the Python to use; and the command `reprise`, as an installed package would have it. Both it and
-# `run` leave Ctrl-C to app/__main__.py, for Python itself answers one with a traceback until that is read.
+# `run` leave Ctrl-C to app/__main__.py, since Python prints a traceback until that is imported.
 need_python = python="$(PYTHON)"; "$$python" -c '$(FITS)' >/dev/null 2>&1 \
 	|| { echo "make: need Python 3.11 to 3.14; say which with PYTHON=/path/to/python" >&2; exit 1; }
 define write_command

@@ -1,4 +1,4 @@
-"""What tests run on: embedded servers of their own, a scripted upstream over real HTTP, the server as users run it."""
+"""Fixtures: embedded servers, a scripted upstream over real HTTP, the server as users run it."""
 
 import contextlib
 import gc
@@ -36,14 +36,14 @@ def pytest_collection(session: pytest.Session) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Thousands of tests and their modules stay to the end: no search for garbage looks through them again."""
+    """Exempt thousands of tests and their modules from garbage collection."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_certificate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nobody here speaks TLS, and every client of HTTP reads all certificates of the machine first: 50 ms of work each time."""
+    """No test uses TLS, but every HTTP client reads all certificates of the machine first, which takes 50 ms."""
     first, end, _ = certifi.contents().partition("-----END CERTIFICATE-----\n")
     path = tmp_path_factory.mktemp("certificates") / "first.pem"
     path.write_text(first + end)
@@ -61,7 +61,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[embedded.Embed
 
 @pytest.fixture(scope="session")
 def upstream() -> Iterator[Upstream]:
-    """The scripted upstream; the script of a test stands in its last user message."""
+    """The scripted upstream; a test's last user message is its script."""
     with Upstream() as running:
         yield running
 

@@ -1,4 +1,4 @@
-"""Server processes that need not import the server first, which takes longer than most tests: forks of one that has.
+"""Server processes that are forks of one that has imported the server, which takes longer than most tests.
 
 python -m tests.forked FD    forks on request; a request and three files come on the socket FD
 """
@@ -26,7 +26,7 @@ IMPORT_FIRST = "FORKED_IMPORT_FIRST"
 
 
 class ForkServer:
-    """One per test process, started when it is first needed; it ends with whoever has started it."""
+    """One per test process, started on demand; it exits with the process that started it."""
 
     def __init__(self) -> None:
         self._socket: socket.socket | None = None
@@ -61,7 +61,7 @@ class ForkServer:
         output: int,
         errors: int,
     ) -> int:
-        """Where the status of the new process is read."""
+        """The file descriptor that the status of the new process is read from."""
         request = json.dumps({"env": dict(env), "arguments": arguments, "files_max": files_max}).encode()
         assert len(request) <= REQUEST_BYTES_MAX
         status, status_end = os.pipe()
@@ -91,7 +91,7 @@ def _forking() -> socket.socket:
 
 
 class Process:
-    """What `subprocess.Popen` says of a child, of one that is somebody else's."""
+    """The interface of `subprocess.Popen` for a child of another process."""
 
     def __init__(self, status: int, stdout: TextIO | None = None) -> None:
         self.stdout = stdout
@@ -126,8 +126,8 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
 
-def fork_for_ever(requests: socket.socket) -> None:
-    """Fork for every request until nobody can make one."""
+def serve_forks(requests: socket.socket) -> None:
+    """Fork for every request until the socket is closed."""
     from litestar import Litestar
 
     from app import cli, doctor, serving  # noqa: F401 - this is what takes so long
@@ -136,8 +136,8 @@ def fork_for_ever(requests: socket.socket) -> None:
     for name in ("anyio._backends._asyncio", "encodings.idna", "uvicorn.lifespan.on", "uvloop"):  # as each start would
         importlib.import_module(name)
     gc.collect()
-    gc.freeze()  # else every fork looks through it all when it starts and ends, and so copies it
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that watch
+    gc.freeze()  # otherwise each fork's garbage collection copies it all
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are reaped by the kernel
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the tests
     while True:
         request, files, _, _ = socket.recv_fds(requests, REQUEST_BYTES_MAX, 3)
@@ -186,4 +186,4 @@ def _become(request: dict[str, Any], output: int, errors: int) -> None:
 
 
 if __name__ == "__main__":
-    fork_for_ever(socket.socket(fileno=int(sys.argv[1])))
+    serve_forks(socket.socket(fileno=int(sys.argv[1])))

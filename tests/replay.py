@@ -1,6 +1,6 @@
-"""The oracle of the tests: events → response, as a client puts them together, delta by delta.
+"""The oracle of the tests: folds events into a response, as a client does, delta by delta.
 
-Whatever way events come to a client, putting them together gives the response that is stored.
+The result must be the stored response, however the events reached the client.
 """
 
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def replay(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The response that a client puts together from decoded events, delta by delta.
+    """The response that a client folds from decoded events, delta by delta.
 
     Raises AssertionError where the events contradict each other: a gap in the numbers, a delta for an item or part that is
     not open, a `done` that is missing or differs from its deltas, anything before the beginning or after the end.
@@ -48,7 +48,7 @@ _PROGRESS = frozenset(
     for call in "mcp_list_tools mcp_call web_search_call file_search_call code_interpreter_call image_generation_call".split()
     for moment in "in_progress searching interpreting generating completed failed".split()
 )
-"""Kinds of event that only say how far a call has come."""
+"""Kinds of event that only report the progress of a call."""
 
 _TEXTS = {
     "output_text": ("content", "output_text", "text"),
@@ -67,18 +67,18 @@ class _Text:
     """A text that grows: that of a part, or a call's arguments."""
 
     def __init__(self, type: str | None) -> None:
-        self.type, self.said, self.is_whole = type, "", False
+        self.type, self.content, self.is_whole = type, "", False
         self.annotations: list[Any] = []
 
 
 class _Item:
-    """An item that a client puts together."""
+    """An item that a client folds."""
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
         self.fields: dict[str, Any] = dict(fields)
         self.is_done = False
         self.commands: list[str] = []
-        self.said_outputs: list[Any] = []
+        self.outputs: list[Any] = []
         self._texts: dict[tuple[str, int | None], _Text] = {}
         self._parts: dict[str, list[Any]] = {"content": [], "summary": []}
 
@@ -94,7 +94,7 @@ class _Item:
             return
         assert event["item_id"] == self.fields["id"], f"another item's: {event}"
         if kind == "shell_call_output_content.done":
-            self.said_outputs += event["output"]
+            self.outputs += event["output"]
         elif kind in _PROGRESS:
             assert kind.startswith(self.fields["type"]), f"another type's: {event}"
         elif kind == "output_text.annotation.added":
@@ -115,8 +115,8 @@ class _Item:
         text = self._texts.get(where)
         assert text is not None, f"no such part: {event}"
         assert text.is_whole, f"its text is not done: {event}"
-        said = part.get("text", part.get("refusal"))
-        assert (part["type"], said) == (text.type, text.said), f"differs from its deltas: {event}"
+        content = part.get("text", part.get("refusal"))
+        assert (part["type"], content) == (text.type, text.content), f"differs from its deltas: {event}"
         assert part.get("annotations", []) == text.annotations, f"differs from its annotations: {event}"
         self._parts[key].append(part)
 
@@ -146,9 +146,9 @@ class _Item:
         assert text.type == type_, f"another kind of part: {event}"
         assert not text.is_whole, f"after the text's end: {event}"
         if what == "delta":
-            text.said += event["delta"]
+            text.content += event["delta"]
         else:
-            assert event[whole] == text.said, f"differs from its deltas: {event}"
+            assert event[whole] == text.content, f"differs from its deltas: {event}"
             text.is_whole = True
 
     def _end(self, done: Mapping[str, Any]) -> None:
@@ -159,11 +159,11 @@ class _Item:
         for key in ("arguments", "input", "code"):
             text = self._texts.get((key, None))
             assert text is None or text.is_whole, f"{key} is not done: {done}"
-            assert done.get(key) == (text.said if text else begun.get(key)), f"{key} differs: {done}"
+            assert done.get(key) == (text.content if text else begun.get(key)), f"{key} differs: {done}"
         if done["type"] == "shell_call":
             assert done["action"]["commands"] == self.commands, f"commands differ: {done}"
         if done["type"] == "shell_call_output":
-            assert done["output"] == self.said_outputs, f"outputs differ: {done}"
+            assert done["output"] == self.outputs, f"outputs differ: {done}"
         self.fields, self.is_done = dict(done), True
 
 

@@ -1,4 +1,4 @@
-"""A server that answers with whatever bytes a test wants, for as long as its client reads them."""
+"""A server that answers with any bytes of a test, as long as its client reads them."""
 
 import asyncio
 import concurrent.futures
@@ -17,7 +17,7 @@ PIECE = 65_536
 
 @dataclass(eq=False)
 class Visit:
-    """One request that arrived, and what became of its answer."""
+    """One request, and the state of its answer."""
 
     head: str
     body: Any
@@ -28,7 +28,7 @@ class Visit:
 
 
 Answer = Callable[[Visit], Iterable[bytes | None]]
-"""The bytes of an answer, its head included; None is silence until the client leaves."""
+"""The bytes of an answer, its head included; None is silence until the client disconnects."""
 
 
 def headed(*lines: str, status: str = "200 OK") -> bytes:
@@ -44,7 +44,7 @@ ZEROS = gzip.compress(bytes(2**26))
 
 
 class Rogue(Threaded):
-    """A request is answered by what stands in `answers` under its model, or under the last word of its path without one."""
+    """Answers a request with the entry of `answers` for its model, or for the last word of its path if it has no model."""
 
     def __init__(self) -> None:
         super().__init__(0)

@@ -17,7 +17,7 @@ COMMAND_TIMEOUT_S = 60.0
 
 
 FORKS = ForkServer()
-"""Where servers come from, unless a test needs more of one than its settings."""
+"""Forks servers, unless a test needs more than settings."""
 
 
 def reprise(env: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -37,7 +37,7 @@ def reprise(env: Mapping[str, str], *arguments: str) -> subprocess.CompletedProc
 
 
 def _inherited() -> dict[str, str]:
-    """The environment without anybody's settings of ours."""
+    """The environment without settings of Reprise."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("REPRISE_", "OPENAI_"))}
 
 
@@ -55,7 +55,7 @@ class Served:
 
     def start(self) -> None:
         """Start it, or start it again, and wait until it listens."""
-        listening = threading.Event()  # its own: the reader of a process before may still have its end to tell
+        listening = threading.Event()  # a new one: the reader of an earlier process may still set the old one
         self.url = ""
         self.process = self._started()
         self._reader = threading.Thread(target=self._read, args=(self.process, listening), daemon=True)

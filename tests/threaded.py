@@ -1,4 +1,4 @@
-"""A server of ours in a thread and loop of its own, beside the tests that talk to it."""
+"""A scripted server in a thread and event loop of its own, in the process of the tests."""
 
 import asyncio
 import concurrent.futures
@@ -8,19 +8,19 @@ from typing import Self
 
 
 class Threaded(ABC):
-    """Start, stop, start again on the same port; a context manager."""
+    """A context manager that starts and stops, and starts again on the same port."""
 
     _loop: asyncio.AbstractEventLoop
     _stopping: asyncio.Event
 
     def __init__(self, port: int) -> None:
-        """`port` 0: any that is free, and then always that one."""
+        """`port` 0: a free one, and that one from then on."""
         self.port = port
         self._thread: threading.Thread | None = None
 
     @abstractmethod
     async def serve(self, ready: concurrent.futures.Future[None]) -> None:
-        """Listen in the running loop until `stop`, which sets `_stopping`; `ready` says when, or why not."""
+        """Listen in the running loop until `stop`, which sets `_stopping`; `ready` gets the result, or the error."""
 
     def start(self) -> Self:
         """Listen, on the same port as before if it ran before."""

@@ -1,10 +1,10 @@
-"""python -m tests.tools_story: what happens to tools that the server runs, told with the official client.
+"""python -m tests.tools_story: a scenario of tools that the server runs, with the official client.
 
 Two MCP servers have a tool of the same name. In one turn the model calls both and a function: one call is made at once, the
-other waits for approval, the function is the client's. Then the client brings its approval and the function's output, and
+other waits for approval, the function is the client's. Then the client sends its approval and the function's output, and
 the model answers. All that three times: streamed, in the background, and in the background with kill -9 of the worker
-between a call and its result, in either response. The servers, the worker, the model and the tool servers are started here,
-each a process of its own but for the model, whose lines are a script. Exits with 1 at the first thing that is not as it must be.
+between a call and its result, in both responses. The servers, the worker and the tool servers are processes that are started
+here; the model is scripted. Exits with 1 at the first violation.
 """
 
 import contextlib
@@ -20,36 +20,36 @@ from openai.types.responses import Response
 
 from tests.faults.client import decoded, frames_of
 from tests.faults.cluster import Cluster, Servers
-from tests.faults.stream_oracle import told
+from tests.faults.stream_oracle import checked_response
 from tests.toolserver import Toolprocess
 from tests.upstream import Upstream, answer, call, finish, note, script
 from tests.waiting import until
 
 UNKNOWN = "it may have been carried out."
-"""How the model is told of a call whose result nobody knows."""
+"""Part of what the model reads of a call with an unknown outcome."""
 GET_TIME = {"type": "function", "name": "get_time", "parameters": {"type": "object"}, "strict": False}
 
 
 class Violation(Exception):
-    """Something is not as it must be."""
+    """An expectation does not hold."""
 
 
 def must(true: object, what: str) -> None:
-    """Say what holds. Raises Violation if it does not."""
+    """Print an expectation that holds. Raises Violation if it does not."""
     if not true:
         raise Violation(what)
     print(f"    holds: {what}")
 
 
 class Story:
-    """The cast, and the one plot."""
+    """The processes, and the scenario."""
 
     def __init__(self, cluster: Cluster, upstream: Upstream, north: Toolprocess, south: Toolprocess) -> None:
         self._cluster, self._upstream, self._north, self._south = cluster, upstream, north, south
         self._client = openai.OpenAI(base_url=cluster.urls[0], api_key="none", max_retries=0)
 
-    def tell(self, name: str, *, background: bool, kill: bool) -> None:
-        """The plot from the question to the answer. Raises Violation."""
+    def run(self, name: str, *, background: bool, kill: bool) -> None:
+        """The scenario from the question to the answer. Raises Violation."""
         print(f"\n{name}")
         if not kill:
             self._north.open(name)
@@ -99,7 +99,7 @@ class Story:
         ]
 
     def _made(self, name: str, waiting: list[Toolprocess], *, background: bool, **request: Any) -> Response:
-        """A response, streamed to its end; its worker is killed while it waits for a call's result, if anybody is `waiting`."""
+        """A response, streamed to its end; its worker is killed while it waits for a call's result, if a server is `waiting`."""
         events = []
         create: Callable[..., Any] = self._client.responses.create
         stream = create(model="m", stream=True, background=background, **request)
@@ -113,12 +113,16 @@ class Story:
                 print("       the call has come to its server. kill -9 of the worker")
                 self._cluster.start_worker()
         response = events[-1].response
-        self._check_told(response, [event.to_dict(mode="json") for event in events], background=background)
+        self._check_events(response, [event.to_dict(mode="json") for event in events], background=background)
         return response
 
-    def _check_told(self, response: Response, seen: list[dict[str, Any]], *, background: bool) -> None:
-        """Everybody is told the same. Raises Violation or AssertionError."""
-        assert told(seen) == seen[-1]["response"] == self._client.responses.retrieve(response.id).to_dict(mode="json")
+    def _check_events(self, response: Response, seen: list[dict[str, Any]], *, background: bool) -> None:
+        """All replicas and clients agree. Raises Violation or AssertionError."""
+        assert (
+            checked_response(seen)
+            == seen[-1]["response"]
+            == self._client.responses.retrieve(response.id).to_dict(mode="json")
+        )
         must(
             response.status == "completed",
             "the response is completed; its events are gapless and fold into what GET gives",
@@ -139,7 +143,7 @@ class Story:
             if unknown:
                 must(
                     UNKNOWN in item.error.message and item.output is None,
-                    "nobody knows its result: the call has failed",
+                    "its outcome is unknown: the call has failed",
                 )
             else:
                 must((item.status, item.output) == ("completed", "through"), "its result is in the item")
@@ -201,13 +205,13 @@ def cast(home: Path) -> Iterator[Story]:
 
 
 def main() -> int:
-    """Tell it; 1 if anything is not as it must be."""
+    """Run the scenarios; 1 after a violation."""
     with tempfile.TemporaryDirectory(prefix="tools-story-") as home:
         try:
             with cast(Path(home)) as story:
-                story.tell("streamed", background=False, kill=False)
-                story.tell("background", background=True, kill=False)
-                story.tell("killed", background=True, kill=True)
+                story.run("streamed", background=False, kill=False)
+                story.run("background", background=True, kill=False)
+                story.run("killed", background=True, kill=True)
         except (Violation, AssertionError) as error:
             print(f"VIOLATED: {error}")
             return 1

@@ -37,10 +37,10 @@ class OverHttp:
         )
         self.printed: list[str] = []
         self.url = ""
-        self._said = threading.Event()
+        self._announced = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        if not self._said.wait(START_TIMEOUT_S) or not self.url:
+        if not self._announced.wait(START_TIMEOUT_S) or not self.url:
             self.__exit__()
             raise RuntimeError("the tool server did not start:\n" + "".join(self.printed))
 
@@ -51,8 +51,8 @@ class OverHttp:
                 self.printed.append(line)
                 if " listens on " in line:
                     self.url = line.split(" listens on ")[1].strip()
-                    self._said.set()
-        self._said.set()
+                    self._announced.set()
+        self._announced.set()
 
     def __enter__(self) -> Self:
         return self

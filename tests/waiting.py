@@ -1,4 +1,4 @@
-"""Looking at what a server leaves behind, and waiting for what must come about."""
+"""Reads the state of servers from outside, and waits for conditions."""
 
 import asyncio
 import itertools
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 POLL_S = (0.01, 0.01, 0.01, 0.02, 0.03)
 POLL_LATER_S = 0.05
-"""A look costs a connection or a request, so what takes long is looked at less often."""
+"""A poll costs a connection or a request, so a condition that takes long is polled less often."""
 
 
 def processes(marker: str) -> dict[int, str]:
@@ -63,7 +63,7 @@ def dumped(database_url: str) -> str:
 
 
 def remembered(redis_url: str, prefix: str) -> str:
-    """Everything that Redis holds of one server."""
+    """All keys of one server in Redis, with their values."""
     with redis.Redis.from_url(redis_url) as client:
         return b"\n".join(
             client.dump(key) + str(client.xrange(key)).encode() for key in client.keys(f"{prefix}*")
@@ -71,9 +71,9 @@ def remembered(redis_url: str, prefix: str) -> str:
 
 
 def until(condition: Callable[[], T], what: str = "", timeout_s: float = 20.0) -> T:
-    """Ask until the answer is true, and give it; AssertionError, with `what` was waited for, once the time is up.
+    """Poll until the condition is true, and return its value. Raises AssertionError with `what` after the timeout.
 
-    It is true in another process, which can't tell us: hence the pause, between looks and never in the place of one.
+    The state is that of another process, which sends no signal: hence the pause, between two polls and never instead of one.
     """
     deadline, pauses_s = time.monotonic() + timeout_s, itertools.chain(POLL_S, itertools.repeat(POLL_LATER_S))
     while not (found := condition()):
@@ -83,7 +83,7 @@ def until(condition: Callable[[], T], what: str = "", timeout_s: float = 20.0) -
 
 
 def settled(call: Callable[..., Any], *args: object, error: type[Exception], timeout_s: float = 15.0) -> Any:
-    """What the call gives once it no longer raises `error`."""
+    """The result of the call once it no longer raises `error`."""
 
     def attempt() -> list[Any]:
         try:

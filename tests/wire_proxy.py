@@ -1,4 +1,4 @@
-"""A proxy on the wire between a server and its Postgres or Redis: what it asks is counted from outside, and an answer can be lost."""
+"""A proxy between a server and its Postgres or Redis: it counts requests, and can lose an answer."""
 
 import asyncio
 import struct
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 Parse = Callable[[bytes], tuple[list[str], bytes]]
-"""Bytes of a client → the requests in them, and the rest that is not whole yet."""
+"""Bytes of a client → the requests in them, and the incomplete rest."""
 
 SSL_ASKED = struct.pack("!II", 8, 80877103)
 

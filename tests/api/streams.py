@@ -1,4 +1,4 @@
-"""Reading an event stream byte by byte: what clients that are not the official one see."""
+"""Reads an event stream byte by byte, as other clients than the official one do."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -37,12 +37,12 @@ def types_of(events: Iterable[dict[str, Any]]) -> list[str]:
     return types
 
 
-def told(server: Served, **body: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """A streamed response: its events, and the response that they fold into, for our oracle and for the official client alike."""
+def streamed(server: Served, **body: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """A streamed response: its events, and the response that both the oracle and the official client fold them into."""
     answer = httpx.post(f"{server.url}/responses", json={"model": "m", "stream": True, **body}, timeout=30)
     events = events_of(answer)
     made = replay(events)
-    if made["status"] == "completed":  # for its accumulator there is no other end
+    if made["status"] == "completed":  # the official accumulator knows no other end
         assert accumulated(answer.content) == [_plain(item) for item in made["output"]]
     return events, made
 

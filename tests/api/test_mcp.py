@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from tests.api.streams import told, types_of
+from tests.api.streams import streamed, types_of
 from tests.replay import replay
 from tests.servers import Served
 from tests.toolserver.tools import TOOLS
@@ -63,7 +63,7 @@ def test_tools_are_listed_called_and_their_results_read(client, upstream, toolse
 
 def test_the_events_of_a_call_are_those_of_the_hosted_api(server, mcp):
     given = script([text("Let me see."), call("echo", {"x": 1}, id="c"), finish("tool_calls")], answer("Done."))
-    events, made = told(server, input=given, tools=[mcp(allowed_tools=["echo"])])
+    events, made = streamed(server, input=given, tools=[mcp(allowed_tools=["echo"])])
     assert types_of(events) == [
         "created",
         "in_progress",
@@ -158,7 +158,7 @@ def called(response):
 )
 def test_results_are_rendered_for_the_model(server, client, upstream, name, mcp, tool, arguments, output):
     given = script([note(name), *calling(tool, arguments)], answer("Done."))
-    _, made = told(server, input=given, tools=[mcp()])
+    _, made = streamed(server, input=given, tools=[mcp()])
     item = made["output"][1]
     assert (item["status"], item["error"], item["output"]) == ("completed", None, output)
     assert upstream.asked(given)[1].body["messages"][-1]["content"] == output
@@ -213,7 +213,7 @@ def test_a_call_that_fails_is_read_by_the_model_and_ends_nothing(
         calling("add", {"a": 1, "b": 2}, id="c"),
         answer("Sorry."),
     )
-    events, made = told(impatient, input=given, tools=[mcp(transport=transport)])
+    events, made = streamed(impatient, input=given, tools=[mcp(transport=transport)])
     assert made["status"] == "completed"
     failed, echoed, added = (item for item in made["output"] if item["type"] == "mcp_call")
     breaks_all = transport == "sse" and tool in LOST_ON_ONE_STREAM
@@ -244,7 +244,7 @@ def test_what_the_model_meant_by_arguments_that_are_no_json_stays_readable(clien
 
 def test_an_output_that_is_too_long_is_cut_with_a_note(impatient, name, mcp):
     given = script([note(name), *calling("long", {"chars": 2000})], answer("Long."))
-    _, made = told(impatient, input=given, tools=[mcp()])
+    _, made = streamed(impatient, input=given, tools=[mcp()])
     assert made["output"][1]["output"] == "é" * 512 + "\n[cut off here: 4000 bytes in all, 1024 are shown]"
 
 
@@ -259,7 +259,7 @@ def test_calls_of_one_turn_are_made_at_once_but_no_more_than_allowed(impatient, 
         answer("Through."),
     )
     with ThreadPoolExecutor() as pool:
-        running = pool.submit(told, impatient, input=given, tools=[mcp()])
+        running = pool.submit(streamed, impatient, input=given, tools=[mcp()])
         toolserver.wait_reached(gates[0], 0.4)
         toolserver.wait_reached(gates[1], 0.4)
         assert not toolserver.script.gate(gates[2]).reached.is_set()
@@ -322,7 +322,7 @@ def test_text_calls_of_ours_and_of_the_client_in_one_turn(server, client, upstre
         answer("It is noon, and 3."),
     )
     tools = [mcp(), {"type": "function", "name": "get_time"}]
-    _, made = told(server, input=given, tools=tools)
+    _, made = streamed(server, input=given, tools=tools)
     assert [item["type"] for item in made["output"]] == [
         "mcp_list_tools",
         "message",
@@ -365,7 +365,7 @@ def test_a_refused_call_stands_in_its_turn(client, upstream, name, mcp):
 def test_a_later_turn_that_the_upstream_refuses_fails_the_response_with_what_was_done(server, client, name, mcp):
     refusal = {"error": {"message": "too much", "type": "invalid_request_error", "code": "too_much", "param": None}}
     given = script([note(name), *calling("echo", {"x": 1}), usage(10, 2)], [status(400, refusal)])
-    _, made = told(server, input=given, tools=[mcp()])
+    _, made = streamed(server, input=given, tools=[mcp()])
     assert (made["status"], made["error"]["message"]) == ("failed", "too much")
     assert [item["type"] for item in made["output"]] == ["mcp_list_tools", "mcp_call"]
     assert (made["usage"]["input_tokens"], made["output"][1]["output"]) == (10, '{"x": 1}')
@@ -401,7 +401,7 @@ def test_beyond_max_tool_calls_the_model_is_told_to_stop(server, upstream, tools
         calling("echo", {"x": 9}),
         answer("Enough."),
     )
-    _, made = told(server, input=given, tools=[mcp()], max_tool_calls=2)
+    _, made = streamed(server, input=given, tools=[mcp()], max_tool_calls=2)
     assert [item["type"] for item in made["output"]] == ["mcp_list_tools", "mcp_call", "mcp_call", "message"]
     assert [one.arguments["x"] for one in toolserver.calls(name)] == [0, 1]
     assert made["max_tool_calls"] == 2
@@ -437,7 +437,7 @@ def test_a_reply_that_is_too_much_to_be_held_is_not_made_again(new_server, tools
 
 def test_turns_are_limited(impatient, upstream, toolserver, name, mcp):
     given = script(*([note(name), *calling("echo", {"x": number}), usage(1, 1)] for number in range(9)))
-    _, made = told(impatient, input=given, tools=[mcp()], tool_choice="required")
+    _, made = streamed(impatient, input=given, tools=[mcp()], tool_choice="required")
     assert (made["status"], made["incomplete_details"]) == ("incomplete", {"reason": "max_turns"})
     assert len(upstream.asked(given)) == 4
     assert len(toolserver.calls(name)) == 3, "nobody would read what comes of the last turn's call"
@@ -452,7 +452,7 @@ def test_max_output_tokens_is_a_budget_over_turns(server, upstream, toolserver, 
         [*calling("echo", {"x": 3}), usage(20, 20)],
         answer("never"),
     )
-    _, made = told(server, input=given, tools=[mcp()], max_output_tokens=100)
+    _, made = streamed(server, input=given, tools=[mcp()], max_output_tokens=100)
     assert [record.body["max_tokens"] for record in upstream.asked(given)] == [100, 70, 20]
     assert (made["status"], made["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
     assert made["usage"]["output_tokens"] == 100 and made["usage"]["input_tokens"] == 50
@@ -461,7 +461,7 @@ def test_max_output_tokens_is_a_budget_over_turns(server, upstream, toolserver, 
 
 def test_a_turn_that_is_cut_short_makes_no_calls(server, toolserver, name, mcp):
     given = script([note(name), call("echo", {"x": 1}, id="c"), finish("length")])
-    _, made = told(server, input=given, tools=[mcp()])
+    _, made = streamed(server, input=given, tools=[mcp()])
     assert (made["status"], [item["type"] for item in made["output"]]) == ("incomplete", ["mcp_list_tools"])
     assert toolserver.calls(name) == []
 
@@ -471,7 +471,7 @@ def test_a_run_that_takes_too_long_ends_in_mid_call(new_server, upstream, toolse
     server = new_server(REPRISE_RUN_DURATION_MAX_S="0.5")
     options = {"silent": 1} if where == "list" else {}
     given = script([note(name), *calling("gate", {"name": name})])
-    events, made = told(server, input=given, tools=[mcp(options=options)])
+    events, made = streamed(server, input=given, tools=[mcp(options=options)])
     assert (made["status"], "REPRISE_RUN_DURATION_MAX_S" in made["error"]["message"]) == ("failed", True)
     last = made["output"][-1]
     if where == "call":

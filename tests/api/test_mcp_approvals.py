@@ -6,7 +6,7 @@ import json
 import openai
 import pytest
 
-from tests.api.streams import told, types_of
+from tests.api.streams import streamed, types_of
 from tests.replay import replay
 from tests.upstream import answer, call, calling, finish, note, script, text
 from tests.waiting import fetch, until
@@ -73,7 +73,7 @@ def test_what_needs_approval(ask, mcp, toolserver, name, wanted, asked):
 
 def test_an_approval_request_is_only_added_and_done(server, name, tools):
     given = script([note(name), text("May I?"), call("echo", {"x": 1}, id="c"), finish("tool_calls")])
-    events, made = told(server, input=given, tools=tools)
+    events, made = streamed(server, input=given, tools=tools)
     assert types_of(events)[-3:] == ["output_item.added", "output_item.done", "completed"]
     request = made["output"][-1]
     assert request == {
@@ -92,7 +92,7 @@ def test_an_approval_request_is_only_added_and_done(server, name, tools):
 def test_approved_calls_are_made_before_the_first_turn(server, client, upstream, toolserver, name, tools, ask):
     first, requests, given = ask(("echo", {"x": 1}), ("add", {"a": 1, "b": 2}), ("echo", {"x": 3}))
     answers = [approval(requests[0]), approval(requests[1], False, reason="Not today."), approval(requests[2])]
-    events, made = told(server, input=answers, tools=tools, previous_response_id=first.id)
+    events, made = streamed(server, input=answers, tools=tools, previous_response_id=first.id)
     assert types_of(events)[2:4] == ["output_item.added", "mcp_call.in_progress"]
     called = made["output"][:-1]
     assert [(item["type"], item["approval_request_id"], item["output"]) for item in called] == [
@@ -114,7 +114,7 @@ def test_approved_calls_are_made_before_the_first_turn(server, client, upstream,
 def test_a_denial_reaches_the_model(server, client, upstream, toolserver, name, tools, ask):
     first, [request], given = ask(("echo", {"x": 1}))
     denial = approval(request, False, reason="Because.")
-    _, made = told(server, input=[denial], tools=tools, previous_response_id=first.id)
+    _, made = streamed(server, input=[denial], tools=tools, previous_response_id=first.id)
     assert [item["type"] for item in made["output"]] == ["message"]
     assert "Because." in upstream.asked(given)[1].body["messages"][-1]["content"]
     # It may be said again, but not taken back.

@@ -6,7 +6,7 @@ import json
 import openai
 import pytest
 
-from tests.api.streams import told
+from tests.api.streams import streamed
 from tests.replay import replay
 from tests.servers import Served
 from tests.upstream import answer, call, calling, finish, note, script
@@ -68,7 +68,7 @@ def test_secrets_are_nowhere(secretive, base_env, toolserver, name, tools, mode)
     )
     with secretive.client() as client:
         if mode == "stream":
-            events, made = told(secretive, input=given, tools=tools)
+            events, made = streamed(secretive, input=given, tools=tools)
             hidden(json.dumps(events))
         else:
             options = {"background": "background" in mode, "stream": "stream" in mode}
@@ -108,7 +108,7 @@ def test_what_a_server_says_of_our_secrets_is_masked(secretive, mcp, name):
         [note(name), *calling("refuse", {"message": f"no {TOKEN}, no {KEY}, no {IN_QUERY}"})],
         answer("Done."),
     )
-    _, made = told(secretive, input=given, tools=tools, store=False)
+    _, made = streamed(secretive, input=given, tools=tools, store=False)
     assert made["output"][1]["error"]["message"] == "no ***, no ***, no ***"
 
 
@@ -148,7 +148,7 @@ def test_what_a_tool_server_echoes_is_masked_wherever_it_says_it(secretive, upst
     )
     options = {"echo": 1, "auth": TOKEN, "tools": "raw,refuse"}
     box = mcp(options=options, authorization=TOKEN, headers={"x-key": KEY})
-    events, made = told(secretive, input=given, tools=[box])
+    events, made = streamed(secretive, input=given, tools=[box])
     calls = [item for item in made["output"] if item["type"] == "mcp_call"]
     assert len(toolserver.calls(name)) == len(calls) == len(list(results()))
     leaky = next(tool for tool in made["output"][0]["tools"] if tool["name"] == "leaky")
@@ -181,7 +181,7 @@ def test_one_servers_secret_in_another_ones_answer_is_masked(secretive, mcp, nam
     )
     tools = [mcp(options={"tools": "echo"}), mcp("other", of=f"{name}2", authorization=TOKEN, headers={"x-key": KEY})]
     tools[1]["allowed_tools"] = ["add"]
-    _, made = told(secretive, input=given, tools=tools, store=False)
+    _, made = streamed(secretive, input=given, tools=tools, store=False)
     [made_call] = [item for item in made["output"] if item["type"] == "mcp_call"]
     assert made_call["output"] == '{"x": "*** ***"}'
 

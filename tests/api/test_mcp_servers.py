@@ -7,7 +7,7 @@ import httpx
 import openai
 import pytest
 
-from tests.api.streams import told, types_of
+from tests.api.streams import streamed, types_of
 from tests.servers import Served
 from tests.toolserver.tools import TOOLS
 from tests.upstream import answer, call, calling, finish, note, script, text
@@ -283,7 +283,7 @@ def impatient(base_env, new_database):
 def test_a_server_that_can_t_be_listed_says_so_and_the_others_go_on(impatient, upstream, toolserver, name, mcp, kind):
     given = script([note(name), *calling("echo", {"x": 1})], answer("Done."))
     bad = failing(mcp, toolserver, kind)
-    events, made = told(impatient, input=given, tools=[bad, mcp("good", of=f"{name}good", allowed_tools=["echo"])])
+    events, made = streamed(impatient, input=given, tools=[bad, mcp("good", of=f"{name}good", allowed_tools=["echo"])])
     failed, listed, called, _ = made["output"]
     assert (failed["type"], failed["tools"], failed["server_label"]) == ("mcp_list_tools", [], "bad")
     assert failed["error"] and "wrong-t0ken" not in json.dumps(events)
@@ -319,7 +319,7 @@ def test_a_choice_that_needs_a_server_that_can_t_be_listed_fails(server, client,
         client.responses.create(model="m", input=given, tools=tools, tool_choice=choice)
     assert (refused.value.status_code, refused.value.param) == (424, "tool_choice")
     assert "bad" in refused.value.message
-    _, made = told(server, input=given, tools=tools, tool_choice=choice)
+    _, made = streamed(server, input=given, tools=tools, tool_choice=choice)
     assert (made["status"], made["error"]["code"]) == ("failed", "server_error")
     assert [item["type"] for item in made["output"]] == ["mcp_list_tools"] * len(tools)
     assert upstream.asked(given) == []
@@ -345,7 +345,7 @@ def test_lies_of_a_list_are_put_right(client, upstream, mcp, name):
 
 
 def test_lists_hold_nothing_null_that_strict_clients_refuse(server, mcp):
-    _, made = told(server, input="x", tools=[mcp(options={"tools": "echo,add"})])
+    _, made = streamed(server, input="x", tools=[mcp(options={"tools": "echo,add"})])
     assert made["output"][0] == {
         "id": made["output"][0]["id"],
         "type": "mcp_list_tools",
@@ -492,7 +492,7 @@ def guarded(base_env, new_database):
 def test_private_addresses_are_not_called(guarded, toolserver, name, mcp, host):
     declared = mcp()
     tools = [{**declared, "server_url": declared["server_url"].replace("127.0.0.1", host)}]
-    _, made = told(guarded, input="x", tools=tools)
+    _, made = streamed(guarded, input="x", tools=tools)
     assert "not allowed" in made["output"][0]["error"]
     assert (made["status"], toolserver.asked(name)) == ("completed", [])
 

@@ -1,4 +1,4 @@
-"""Clients: requests one behind the other, streams side by side, and what they saw. Times are in milliseconds."""
+"""Clients: sequential requests, concurrent streams, and what they measure. Times are in milliseconds."""
 
 import asyncio
 import re
@@ -14,13 +14,13 @@ from tests.bench.stage import Target
 _encode = msgspec.json.Encoder().encode
 
 DELTA = re.compile(rb'"(?:delta|content)":"(\d+) "')
-"""A word of the upstream: the moment in which it was said."""
+"""A word of the upstream: the moment when it was sent."""
 ID = re.compile(rb'"id":"(resp_\w+)"')
 PROMPT = "Say something that is as long as I have asked for, and nothing else."
 
 
 def create(target: Target, words: int, pace_ms: int, *, calls: int = 0, wait_ms: int = 0, **more: object) -> bytes:
-    """A request that makes the upstream say so many words, after so many calls of a tool, or so long behind its head."""
+    """A request that makes the upstream send so many words, after so many calls of a tool, or so long after its head."""
     model = f"bench-{words}x{pace_ms}" + (f"-{calls}calls" if calls else "") + (f"-{wait_ms}wait" if wait_ms else "")
     if target.is_upstream:
         body = {"model": model, "messages": [{"role": "user", "content": PROMPT}], **more}
@@ -95,7 +95,7 @@ class Heard:
                 self.response_id = found[1].decode()
         if said and self.first_ms is None:
             self.first_ms = (now - self.begun) * 1000
-        # The last events repeat what was said, but never as a single word.
+        # The last events repeat the text, but never as a single word.
         self.deltas += len(said)
         self.late_ms += [(now_ns - int(word)) / 1e6 for word in said]
         self._wake()
@@ -134,7 +134,7 @@ async def listen(port: int, sent: bytes, *, until: Callable[[Heard], Awaitable[N
 async def listen_together(
     requests: Iterable[tuple[int, bytes]], *, each: int = 1, spread_s: float = 0.0
 ) -> list[Heard]:
-    """Clients side by side, each with (port, request), that they send so many times, one behind the other.
+    """Concurrent clients, each with (port, request), which it sends so many times, one after the other.
 
     Their beginnings are spread over some seconds, since clients of a real server do not all begin at once.
     """

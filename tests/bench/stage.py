@@ -64,7 +64,7 @@ class Stage:
     database_url: str
     redis_url: str
     fresh: Callable[[], AbstractContextManager[Target]]
-    """Starts one more API process beside `replica`, whose memory nobody has used yet."""
+    """Starts one more API process beside `replica`, whose memory is still unused."""
     fresh_libraries: Callable[[], AbstractContextManager[Target]]
     """Likewise."""
     tools_url: str

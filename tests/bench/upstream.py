@@ -1,8 +1,8 @@
 """`python -m tests.bench.upstream`: a Chat Completions server that costs next to nothing.
 
 The model's name is the script: `bench-200x5` says 200 words, one every 5 ms; without a pace (`x0`) all at once. Each word is
-the moment in which it was said (nanoseconds of the monotonic clock, which all processes of a machine share), so that whoever
-hears it knows how long it was on its way. `bench-8x0-8calls` makes 8 calls of the first tool first, up to 3 in a turn;
+the moment when it was sent (nanoseconds of the monotonic clock, which all processes of a machine share), so that its
+receiver knows its latency. `bench-8x0-8calls` makes 8 calls of the first tool first, up to 3 in a turn;
 `bench-8x5-10wait` reads the prompt for 10 ms, as models do: the head of its answer goes at once, the first word then.
 """
 

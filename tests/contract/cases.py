@@ -41,7 +41,7 @@ class Case:
     made: Sequence[str]
     """The outline of the output."""
     ends: str = "completed"
-    """The status, and behind a colon the reason or the error's code."""
+    """The status, and after a colon the reason or the error's code."""
     body: Mapping[str, Any] = field(default_factory=dict)
     before: Sequence[Mapping[str, Any]] = ()
     """Items in front of the script."""

@@ -1,4 +1,4 @@
-"""Comparing what two runs of one script made: the same but for ids, times and sealed text."""
+"""Compares the results of two runs of one script: equal but for ids, times and sealed text."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ class Same:
     """Ids become their prefix and the number of their first appearance."""
 
     def __init__(self) -> None:
-        """No id was seen."""
+        """Start without ids."""
         self._ids: dict[str, str] = {}
 
     def of(self, value: Any, key: str = "") -> Any:
@@ -35,7 +35,7 @@ def same(value: Any) -> Any:
     return Same().of(value)
 
 
-def told(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def comparable(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Events that can be compared with those of another run."""
     seen = Same()
     return [seen.of(event) for event in events]
@@ -45,7 +45,7 @@ def joined(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The same without numbers, all deltas of a text as one where it begins: how many there are is the split's."""
     made: list[dict[str, Any]] = []
     begun: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for event in told(events):
+    for event in comparable(events):
         del event["sequence_number"]
         text = (event["type"], event.get("item_id"), event.get("content_index"), event.get("summary_index"))
         if event["type"].endswith(".delta") and text in begun:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.api.streams import events_of
 from tests.contract.cases import CASES, ONLY_F, RUN, Case, F, function, token
-from tests.contract.compare import joined, told
+from tests.contract.compare import comparable, joined
 from tests.contract.conftest import Heard
 from tests.replay import replay
 from tests.upstream import Step, call, coalesce, error, finish, reasoning, refusal, script, split, text, usage
@@ -83,7 +83,7 @@ def streamed(http: httpx.Client, case: Case, turns: Sequence[Sequence[Step]]) ->
 def test_any_split_into_reads_gives_the_same_events(name: str, cut: Step, http: httpx.Client):
     case = RICH[name]
     events = streamed(http, case, [[cut, *steps] for steps in case.turns])
-    assert told(events) == told(streamed(http, case, case.turns))
+    assert comparable(events) == comparable(streamed(http, case, case.turns))
 
 
 def _pieces(step: Step, size: int) -> list[Step]:
@@ -129,8 +129,8 @@ def test_every_case_is_the_same_byte_by_byte_and_all_at_once(name: str, cut: Ste
     case = CASES[name]
     asked = {"role": "user", "content": script(*([cut, *steps] for steps in case.turns))}
     body = {**case.request, "input": [*case.before, asked], "stream": True}
-    events = told(events_of(http.post("/responses", json=body)))
-    expected = told(heard(name))
+    events = comparable(events_of(http.post("/responses", json=body)))
+    expected = comparable(heard(name))
     for one in (events, expected):
         one[-1]["response"]["usage"] = None  # the script is part of the prompt, and so is the split
     assert events == expected

@@ -19,7 +19,7 @@ from typing import Any
 import openai
 from openai.types.responses import Response, ResponseFunctionToolCall
 
-from tests.api.streams import told
+from tests.api.streams import streamed
 from tests.engines import CONTEXT_TOKENS, MODEL
 from tests.engines.servers import Engine
 from tests.servers import Served
@@ -74,7 +74,7 @@ class Setup:
     def streamed(self, said: Any, *, bias: Bias = NONE, **options: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """A stream's events, and the response that they fold into, which is the stored one."""
         whole = self.options(bias, **options)
-        events, made = told(self.server, model=MODEL, input=said, **whole.pop("extra_body"), **whole)
+        events, made = streamed(self.server, model=MODEL, input=said, **whole.pop("extra_body"), **whole)
         stored = self.client.responses.retrieve(made["id"]).to_dict()
         assert [item["id"] for item in stored["output"]] == [item["id"] for item in made["output"]]
         return events, made
@@ -463,9 +463,9 @@ def unknown_parameter(setup: Setup) -> None:
 
 @feature("a value that the engine refuses is a 400, streamed too")
 def refused_value(setup: Setup) -> None:
-    for streamed in (False, True):
+    for in_stream in (False, True):
         try:
-            refusal = _refusal(lambda: setup.create(stream=streamed, extra_body={"seed": "no seed"}))  # noqa: B023
+            refusal = _refusal(lambda: setup.create(stream=in_stream, extra_body={"seed": "no seed"}))  # noqa: B023
         except openai.InternalServerError as error:
             raise Differs(error.message.partition(" - ")[2]) from None
         assert refusal.type == "invalid_request_error"

@@ -2,8 +2,8 @@
 
 A round: two replicas, two workers, 20 responses, half of them with a call of an MCP tool, 50 clients that leave and come back,
 foreground streams, one to four faults: also outages that are longer than a lease, read-only Postgres, and cancels within
-milliseconds of creates. One line is printed per round; the first broken promise ends it all, with its seed and what every process
-has said.
+milliseconds of creates. One line is printed per round; the first broken promise ends the run, with its seed and the output of
+every process.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from typing import Any
 from app.outbound.mcp import IDEMPOTENCY_KEY
 from tests.faults.client import Follower, begin, call, decoded, frames_of, get, stream
 from tests.faults.cluster import LEASE_S, Cluster, Servers, frozen
-from tests.faults.stream_oracle import closed_as, rounds_of, text_of, told
+from tests.faults.stream_oracle import checked_response, closed_as, rounds_of, text_of
 from tests.servers import Served
 from tests.toolserver import Toolprocess
 from tests.upstream import Upstream, answer, calling, finish, note, reasoning, repeat, script, text
@@ -44,7 +44,7 @@ STUCK_S = 25.0
 """The faults of a round do not take so long, so a client that heard nothing for so long was forgotten."""
 
 LONGEST_S = 45.0
-"""Within this ends what nobody follows, however often it is begun anew."""
+"""Runs without followers end within this, however often they are taken over."""
 
 JUMPS_MAX = 4
 """More often than this no round can empty Redis and kill an owner."""
@@ -114,7 +114,7 @@ class Chaos:
             self._pass()
 
     def postgres_gone(self) -> None:
-        """Nobody listens there, for longer than a lease."""
+        """Refuse connections for longer than a lease."""
         with self._cluster.servers.without_postgres():
             self._pass_a_lease()
 
@@ -171,7 +171,7 @@ class Chaos:
             with contextlib.suppress(Exception):  # whatever it asks may be down just now
                 return ask()
             time.sleep(0.1)
-        raise AssertionError("nobody answers")
+        raise AssertionError("no replica answers")
 
 
 class Foreground:
@@ -192,11 +192,11 @@ class Foreground:
             self._ended = "cut"
 
     def check(self, urls: list[str]) -> str:
-        """How it went. Raises AssertionError if it should have gone better."""
+        """The outcome. Raises AssertionError if it is not allowed."""
         self._thread.join(90)
         assert self._ended, "a foreground stream has not ended"
         if self._ended == "heard":
-            response = told(self._seen)
+            response = checked_response(self._seen)
             assert response["status"] == "completed", f"a stream of a living replica has ended otherwise: {response}"
             assert get(urls[0], response["id"]) == response
         if self._ended == "cut":
@@ -218,7 +218,7 @@ class Round:
         """Response → the name under which the tool server finds its calls."""
 
     def run(self) -> str:
-        """Gives the line that tells of it. Raises AssertionError."""
+        """Returns a line that describes it. Raises AssertionError."""
         begun = time.monotonic()
         self._cluster.ensure(workers=2)
         chaos = Chaos(self._cluster, self._chance)
@@ -238,7 +238,7 @@ class Round:
             self.counts[f"streams_{one.check(self._cluster.urls)}"] += 1
         for follower in self._followers:
             self._check(follower, JUMPS_MAX if chaos.may_jump else 0)
-        self._cluster.assert_nothing_is_left(LONGEST_S)  # also of responses of whose beginning nobody heard
+        self._cluster.assert_nothing_is_left(LONGEST_S)  # also of responses whose first event was lost
         names = " ".join(fault.__name__ for fault in faults)
         figures = " ".join(f"{name}={count}" for name, count in sorted(self.counts.items()))
         return f"seed={self.seed} {time.monotonic() - begun:.1f}s {figures} faults: {names}"
@@ -282,9 +282,9 @@ class Round:
         seen = follower.join(90)
         assert follower.slowest_s < STUCK_S, f"{follower.response_id}: nothing was heard for {follower.slowest_s:.1f} s"
         row = get(self._cluster.urls[0], follower.response_id)
-        assert told(seen, jumps=jumps_max) == row
+        assert checked_response(seen, jumps=jumps_max) == row
         kept = frames_of(self._cluster.urls[1], follower.response_id)
-        assert told([decoded(frame) for frame in kept], jumps=jumps_max) == row
+        assert checked_response([decoded(frame) for frame in kept], jumps=jumps_max) == row
         archive = {decoded(frame)["sequence_number"]: frame for frame in kept}
         superseded = [frame for frame in follower.frames if archive.get(decoded(frame)["sequence_number"]) != frame]
         if not jumps_max:
@@ -301,17 +301,17 @@ class Round:
         self._count(follower, seen, superseded, row)
 
     def _check_calls(self, row: Any, sent: list[Any]) -> None:
-        """A response that was begun twice, because nobody heard of the first, has its own call: each is sent once at most."""
-        told = [item for item in row["output"] if item["type"] == "mcp_call"]
+        """A response that was created twice, because the first reply was lost, has its own call: each is sent once at most."""
+        calls = [item for item in row["output"] if item["type"] == "mcp_call"]
         keys = [call["meta"][IDEMPOTENCY_KEY] for call in sent]
         assert len(set(keys)) == len(keys), f"a call was sent twice: {sent}"
-        for item in told:
+        for item in calls:
             assert item["status"] in {"completed", "failed"}, item
             assert item["id"] in keys or item["status"] == "failed", f"a result of nothing: {item}"
-        assert len(told) <= 1, f"a call with an unknown outcome was made again: {told}"
-        assert row["status"] == "cancelled" or told, row
-        self.counts["calls"] += len(told)
-        self.counts["unknown"] += sum(item["status"] == "failed" for item in told)
+        assert len(calls) <= 1, f"a call with an unknown outcome was made again: {calls}"
+        assert row["status"] == "cancelled" or calls, row
+        self.counts["calls"] += len(calls)
+        self.counts["unknown"] += sum(item["status"] == "failed" for item in calls)
 
     def _count(self, follower: Follower, seen: list[Any], superseded: list[bytes], row: Any) -> None:
         numbers = [event["sequence_number"] for event in seen]

@@ -36,7 +36,7 @@ def call(
 
 
 def get(url: str, response_id: str) -> dict[str, Any]:
-    """The response as it is by now."""
+    """The current response."""
     status, body = call(url, "GET", f"/responses/{response_id}")
     assert status == 200, body
     return body

@@ -1,4 +1,4 @@
-"""Real processes to be hurt: API replicas, workers, and a Postgres and a Valkey that nobody else uses."""
+"""Real processes for faults: API replicas, workers, and a Postgres and a Valkey that no other test uses."""
 
 import asyncio
 import contextlib
@@ -86,7 +86,7 @@ class Servers:
 
     @contextlib.contextmanager
     def without_postgres(self) -> Iterator[None]:
-        """Nobody listens there for the duration of the block; then it recovers."""
+        """Refuse connections for the duration of the block; then it recovers."""
         with frozen([self._supervisor]):
             running = self.postgres()
             self.kill_postgres()
@@ -113,7 +113,7 @@ class Servers:
 
     @contextlib.contextmanager
     def without_valkey(self) -> Iterator[None]:
-        """Nobody listens there for the duration of the block; then it comes back with its append-only file."""
+        """Refuse connections for the duration of the block; then it comes back with its append-only file."""
         with frozen([self._supervisor]):
             self.kill_valkey()
             yield
@@ -150,7 +150,7 @@ class Servers:
 
 
 def _runs(pid: int) -> bool:
-    """Whether there is such a process; a dead one that nobody has waited for is none."""
+    """Whether the process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -181,7 +181,7 @@ def frozen(pids: list[int]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(url: str, table: str) -> Iterator[None]:
-    """Nobody can write to a table, and everybody can read it."""
+    """Lock a table against writes, but not against reads."""
     loop = asyncio.new_event_loop()
     connection = loop.run_until_complete(asyncpg.connect(url))
     try:
@@ -307,11 +307,11 @@ class Cluster:
 
     @property
     def printed(self) -> str:
-        """What every process has said, for a failed test."""
-        said = []
+        """The output of every process, for a failed test."""
+        output = []
         for process in self.processes:
-            said += [f"--- {process.url.strip()}\n", *process.printed[-40:]]
-        return "".join(said)
+            output += [f"--- {process.url.strip()}\n", *process.printed[-40:]]
+        return "".join(output)
 
     # -- State ------------------------------------------------------------------------------------------------------------
 
@@ -346,4 +346,4 @@ class Cluster:
         assert self.query("select response_id from event_journal") == []
         assert self.query("select id from responses where status in ('queued', 'in_progress')") == []
         keys = list(self.servers.redis.scan_iter(f"{self.prefix}:*"))
-        assert [key for key in keys if self.servers.redis.ttl(key) == -1] == [], "streams that stay for ever"
+        assert [key for key in keys if self.servers.redis.ttl(key) == -1] == [], "streams that never expire"

@@ -13,7 +13,7 @@ import pytest
 from tests.faults.client import decoded, frames_of, get
 from tests.faults.cluster import Cluster, Servers
 from tests.faults.memory import Grown
-from tests.faults.stream_oracle import text_of, told
+from tests.faults.stream_oracle import checked_response, text_of
 from tests.servers import Served
 from tests.toolserver import Toolprocess
 
@@ -85,7 +85,7 @@ def box(standing_toolserver):
 
 @pytest.fixture
 def cluster(standing):
-    """Two replicas and one worker at least, as good as new; nothing may be left behind by a test."""
+    """Two replicas and one worker at least, in their initial state; a test may leave nothing over."""
     standing.ensure()
     yield standing
     try:
@@ -103,17 +103,17 @@ def official():
 
 @pytest.fixture
 def check(cluster, official):
-    """Checks what one client was told against the oracle, the row, later replays and the official client; gives the response."""
+    """Checks one client's events by the oracle, the row, later replays and the official client; returns the response."""
 
     def check(follower, *, status="completed", jumps=0):
         seen = follower.join()
-        response = told(seen, jumps=jumps)
+        response = checked_response(seen, jumps=jumps)
         assert response["status"] == status
         for url in cluster.urls:
             assert get(url, follower.response_id) == response
             kept = frames_of(url, follower.response_id)
             if jumps:
-                assert told([decoded(frame) for frame in kept], jumps=jumps) == response
+                assert checked_response([decoded(frame) for frame in kept], jumps=jumps) == response
             else:
                 assert kept == follower.frames
         if status == "completed":

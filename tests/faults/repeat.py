@@ -1,6 +1,6 @@
-"""python -m tests.faults.repeat --seconds N: chaos and the fault suite in turns, each time with other timing, until time is over.
+"""python -m tests.faults.repeat --seconds N: chaos and the fault suite in turns, each time with different timing, until the time is up.
 
-Every round prints its seed. The first violation ends it all with status 1, what was said, and the command that repeats it.
+Every round prints its seed. The first violation ends the run with status 1, its output, and the command that repeats it.
 """
 
 import argparse

@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from tests.faults.client import Follower, begin, decoded, frames_of
 from tests.faults.cluster import LEASE_S, POLL_S, Cluster, Servers
-from tests.faults.stream_oracle import closed_as, rounds_of, text_of, told
+from tests.faults.stream_oracle import checked_response, closed_as, rounds_of, text_of
 from tests.upstream import Upstream, finish, note, reasoning, repeat, script, text
 from tests.waiting import until
 
@@ -69,9 +69,9 @@ def kill_and_resume(cluster: Cluster, official: openai.OpenAI, said: str = LONG)
     replay = frames_of(replica_b.url, response_id)
     assert heard == replay
     seen = [decoded(frame) for frame in heard]
-    response = told(seen)
+    response = checked_response(seen)
     assert rounds_of(text_of({"output": response["output"][-1:]})) == list(range(ROUNDS))
-    assert "incomplete" in closed_as(seen), "nobody has taken over"
+    assert "incomplete" in closed_as(seen), "no worker took over"
     with official.with_options(base_url=replica_b.url).responses.stream(response_id=response_id) as stream:
         assert stream.get_final_response().output_text.endswith(f"w{ROUNDS - 1} ")
     return Story(response_id, heard, recovered - killed)

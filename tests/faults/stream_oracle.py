@@ -1,4 +1,4 @@
-"""What a client of a background stream was told, checked: the oracle of the fault suite."""
+"""The oracle of the fault suite: checks the events that one client of a background stream received."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -9,14 +9,15 @@ from tests.replay import replay
 Event = Mapping[str, Any]
 
 
-def told(seen: Sequence[Event], *, jumps: int = 0) -> dict[str, Any]:
-    """The final response of one client's events, however many connections they came over.
+def checked_response(seen: Sequence[Event], *, jumps: int = 0) -> dict[str, Any]:
+    """The final response of one client's events, over any number of connections.
 
-    Raises AssertionError unless: the numbers follow each other, but for so many jumps at most, each announced by
-    `response.in_progress`; each item is opened, told and closed in order; what a recovery closed as `incomplete`, and left out of
-    its snapshot, is not in the output, nor is reasoning that it took back; exactly one terminal event comes, as the last one; all deltas together are its response.
+    Raises AssertionError unless: the numbers are consecutive, but for `jumps` at most, each announced by `response.in_progress`;
+    each item is opened, filled and closed in order; items that a recovery closed as `incomplete` and left out of its snapshot
+    are not in the output, nor is reasoning that it took back; there is one terminal event, the last one; and the deltas fold
+    into its response.
     """
-    assert seen, "nothing was said"
+    assert seen, "there are no events"
     assert seen[0]["sequence_number"] == 0, f"begins with {seen[0]}"
     left_out: set[int] = set()
     items: dict[int, Mapping[str, Any] | None] = {}
@@ -40,7 +41,7 @@ def told(seen: Sequence[Event], *, jumps: int = 0) -> dict[str, Any]:
 
 
 def _left_out(items: Mapping[int, Any], before: set[int], event: Event, *, at_jump: bool) -> set[int]:
-    """The items that this snapshot lacks: broken off by a crash, and closed unless the crash took that as well."""
+    """The items that this snapshot lacks: broken off by a crash, and closed unless that event was lost too."""
     ids = {item["id"] for item in event["response"]["output"]}
     lacking = {
         index for index, item in items.items() if index not in before and (item is None or item["id"] not in ids)
@@ -63,7 +64,7 @@ def _is_broken_off(item: Event) -> bool:
 
 
 def _renumbered(seen: Sequence[Event]) -> list[Event]:
-    """The events as they would be without those that were left out."""
+    """The events, numbered as if those that were left out had never been sent."""
     indexes = sorted({event["output_index"] for event in seen if "output_index" in event})
     places = {index: {"output_index": place} for place, index in enumerate(indexes)}
     return [
@@ -79,7 +80,7 @@ def text_of(response: Mapping[str, Any]) -> str:
 
 
 def rounds_of(text: str) -> list[int]:
-    """The numbers of the rounds in a text of `repeat`: gapless, or something was lost or doubled."""
+    """The numbers of the rounds in a text of `repeat`; a gap or a repetition shows a loss or a duplicate."""
     return [int(number) for number in re.findall(r"w(\d+) ", text)]
 
 

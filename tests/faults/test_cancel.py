@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tests.faults.client import Follower, begin, call, cancel, decoded, frames_of, get
 from tests.faults.cluster import frozen
-from tests.faults.stream_oracle import text_of, told
+from tests.faults.stream_oracle import checked_response, text_of
 from tests.upstream import answer, finish, gate, note, repeat, script, text
 from tests.waiting import until
 
@@ -102,7 +102,7 @@ def test_cancelling_races_with_completion_and_both_agree(cluster, upstream):
         assert row["status"] in {"completed", "cancelled"}
         cancelled += row["status"] == "cancelled"
         frames = frames_of(cluster.urls[1], response_id)
-        assert told([decoded(frame) for frame in frames]) == row
+        assert checked_response([decoded(frame) for frame in frames]) == row
     print(f"FIGURE {cancelled} of 30 races were won by cancelling")
 
 

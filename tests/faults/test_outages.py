@@ -12,7 +12,7 @@ import pytest
 from tests import wire_proxy
 from tests.faults.client import Follower, begin, call, cancel, get, stream
 from tests.faults.cluster import LEASE_S, Cluster, frozen, locked
-from tests.faults.stream_oracle import closed_as, rounds_of, text_of, told
+from tests.faults.stream_oracle import checked_response, closed_as, rounds_of, text_of
 from tests.upstream import answer, calling, finish, gate, note, repeat, script, text
 from tests.waiting import until
 from tests.wire_proxy import WireProxy
@@ -116,7 +116,7 @@ def test_an_outage_longer_than_a_lease_takes_nothing_from_living_owners(cluster,
     upstream.open(f"outage {outage}")
     box.open(outage)
     for one in streams:
-        response = told(one.join())
+        response = checked_response(one.join())
         assert response["status"] == "completed"
         assert rounds_of(text_of(response)) == list(range(ROUNDS))
         assert get(cluster.urls[0], response["id"]) == response
@@ -182,7 +182,7 @@ def test_what_postgres_refuses_for_now_is_done_later(cluster, serving, upstream,
             body = {"model": "m", "input": script([note(f"refused {state}"), *answer("x")]), **more}
             status, reply = call(serving[1].url, "POST", "/responses", body, timeout_s=60)
             assert (status, reply) == (503, {"error": UNAVAILABLE})
-    response = told(streaming.join())
+    response = checked_response(streaming.join())
     assert response["status"] == "completed"
     check(follower)
     assert closed_as(follower.seen) == ["completed"]
@@ -234,7 +234,7 @@ def test_read_only_postgres_is_an_outage(cluster, serving, upstream, check):
         assert (unstored.status_code, unstored.headers["x-should-retry"]) == (503, "false")
         assert get(serving[1].url, done["id"]) == done
         assert call(serving[1].url, "DELETE", f"/responses/{done['id']}")[0] == 503
-    assert told(streaming.join())["status"] == "completed"
+    assert checked_response(streaming.join())["status"] == "completed"
     path = f"/responses/{unstored.headers['x-reprise-response-id']}"
     status, late = until(lambda: (found := call(serving[1].url, "GET", path))[0] == 200 and found, "it is stored late")
     assert (late["status"], late["error"]["message"]) == ("failed", UNAVAILABLE["message"])
@@ -306,7 +306,7 @@ def test_a_background_create_whose_commit_was_not_answered_is_acknowledged(clust
 def test_a_stream_whose_row_was_not_acknowledged_goes_on(cluster, tapped):
     replica, wire = tapped
     wire.lose_answer_of("insert into responses")
-    response = told(streamed(replica.url, script([note("unheard"), *answer("as if nothing had been")])))
+    response = checked_response(streamed(replica.url, script([note("unheard"), *answer("as if nothing had been")])))
     assert wire.lost == 1
     assert get(cluster.urls[0], response["id"]) == response
 
@@ -390,7 +390,7 @@ def test_a_clock_set_back_by_an_hour_stops_nothing(shiftable, upstream):
         cluster.ended(response_id)
     upstream.open("back")
     begun = time.monotonic()
-    response = told(follower.join())
+    response = checked_response(follower.join())
     assert rounds_of(text_of(response)) == list(range(ROUNDS))
     print(f"FIGURE a dead owner's run went on {time.monotonic() - begun:.2f} s after the clock was set back")
 
@@ -409,6 +409,6 @@ def test_a_clock_that_jumps_takes_nothing_from_living_owners(shiftable, upstream
     until(lambda: time.monotonic() > begun + 2.5 * LEASE_S, "more than two leases have passed")
     upstream.open(f"jump {by}")
     for said, follower in zip(scripts, followers, strict=True):
-        assert told(follower.join())["status"] == "completed"
+        assert checked_response(follower.join())["status"] == "completed"
         assert closed_as(follower.seen) == ["completed"]
         assert len(upstream.asked(said)) == 1

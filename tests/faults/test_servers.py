@@ -6,7 +6,7 @@ import pytest
 
 from tests.faults.client import Follower, begin, call, decoded, frames_of, get
 from tests.faults.cluster import LEASE_S, frozen
-from tests.faults.stream_oracle import closed_as, rounds_of, text_of, told
+from tests.faults.stream_oracle import checked_response, closed_as, rounds_of, text_of
 from tests.upstream import finish, gate, repeat, script, text
 from tests.waiting import until
 
@@ -210,7 +210,7 @@ def test_without_redis_runs_begin_end_and_are_followed(cluster, upstream, check)
         print(f"FIGURE acknowledged without Redis in {time.monotonic() - begun:.2f} s")
         upstream.open("away")
         seen = follower.join()
-    assert told(seen)["status"] == "completed"
+    assert checked_response(seen)["status"] == "completed"
     check(follower)
 
 
@@ -238,10 +238,10 @@ def test_redis_gone_for_ten_seconds(cluster, upstream, check):
     begun = time.monotonic()
     with cluster.servers.without_valkey():
         upstream.open("lost-end")
-        assert told(ends.join())["status"] == "completed"
+        assert checked_response(ends.join())["status"] == "completed"
         beginning, begins = started_without_redis(cluster, "lost-begin")
         upstream.open("lost-begin")
-        assert told(begins.join())["status"] == "completed"
+        assert checked_response(begins.join())["status"] == "completed"
         print(f"FIGURE without Redis one run ended and another was made within {time.monotonic() - begun:.2f} s")
         time.sleep(begun + GONE_S - time.monotonic())
     back = time.monotonic()

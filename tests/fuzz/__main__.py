@@ -12,7 +12,7 @@ from tests.servers import Served
 from tests.upstream import Upstream
 
 BATCH = 500
-"""Requests between two looks at what has gone wrong."""
+"""Requests between two checks for errors."""
 WRONG_MAX = 20
 """More need not be seen."""
 

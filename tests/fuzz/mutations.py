@@ -14,7 +14,7 @@ Place = tuple[Any, Any]
 """A list or an object, and where in it."""
 
 LITERAL = "@literal@"
-"""A string that begins so stands for the JSON behind it, which Python's encoder would not write."""
+"""A string with this prefix stands for the JSON after it, which Python's encoder would not write."""
 _DEEP = (10, 127, 129, 1_000, 20_000)
 _LITERALS = [
     *("1e400", "-1e400", "1e-400", "9" * 5_000, "1" + "0" * 30, "-0", "NaN", "01", "1.", "18446744073709551616"),
@@ -253,7 +253,7 @@ def _insert(random: Random, raw: bytes) -> bytes:
 
 
 def _in_a_string(random: Random, raw: bytes) -> bytes:
-    """Bytes behind a quotation mark, so that the JSON around them stays whole."""
+    """Bytes after a quotation mark, so that the JSON around them stays valid."""
     at = random.choice([0, *(at + 1 for at, byte in enumerate(raw) if byte == ord('"'))])
     return raw[:at] + random.choice(_BYTES) + raw[at:]
 

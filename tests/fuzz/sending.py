@@ -23,7 +23,7 @@ WHOLE = 0.04
 """The share of requests that stay as they are, which must succeed."""
 TIMEOUT_S = 30.0
 PATHLESS = frozenset({"could not parse", "nested too deeply", "it is empty", "'body'"})
-"""What is said of a body that has no parameters."""
+"""The errors of a body that has no parameters."""
 NAMING = frozenset(
     "invalid_value invalid_type missing_required_parameter unknown_parameter unsupported_parameter "
     "previous_response_not_found empty_array array_above_max_length".split()
@@ -44,7 +44,7 @@ class Answer(Struct):
 
 
 class Wire:
-    """One connection, which is made anew when the server has closed it."""
+    """One connection, which is opened again when the server has closed it."""
 
     def __init__(self, address: tuple[str, int]) -> None:
         self._address = address
@@ -177,7 +177,7 @@ class Fuzzer:
                 raise Violation(f"refused, but the upstream was asked: {error}")
 
     def afterwards(self) -> list[str]:
-        """What went wrong where no reply tells of it: in the log, and in responses that failed later."""
+        """Errors that no reply shows: in the log, and in responses that failed later."""
         mistakes = [line for line in self._served.printed if re.search("own mistake|because of a bug|Traceback", line)]
         with self._served.client() as client:
             failed = client.get("/responses?status=failed&limit=100", cast_to=dict)  # type: ignore[type-var]

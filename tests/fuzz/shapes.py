@@ -9,7 +9,7 @@ from msgspec import Struct
 
 IMAGE = "data:image/png;base64," + base64.b64encode(b"\x89PNG").decode()
 CLOSED = "http://[::1]:1/mcp"
-"""An MCP server that is not there; whatever becomes of its address, no name is looked up and nobody is met."""
+"""An MCP server that does not exist; however its address is mutated, no name is looked up and no server is reached."""
 ENDED = 20
 """How many ended responses are read."""
 

@@ -1,7 +1,7 @@
 """A scripted MCP server: over HTTP in a thread of its own, or as a program over standard input and output.
 
-It is written by hand and not with an SDK, so that it can break every rule. What a call does is said by the tool's name and
-its arguments (`tools.py`); what the server as a whole does is said by its URL:
+It is written by hand and not with an SDK, so that it can break every rule. The tool's name and its arguments
+select what a call does (`tools.py`); the URL selects what the server as a whole does:
 
     toolserver.url("mcp", "weather", auth="secret")     Streamable HTTP, answers as SSE
     toolserver.url("json", "weather", pages=3)          Streamable HTTP, answers as JSON
@@ -21,7 +21,7 @@ The second word is a name of the test's choice, under which calls, requests and 
     echo=1              gives headers back: `{plain:x-key}` in an answer is the header, as are the forms of `tools.echoed`
 
 `python -m tests.toolserver --port N [--record FILE]` serves other processes (`Toolprocess` starts it); there `GET /calls` lists
-the calls as JSON, `GET /sessions` the sessions, `GET /gates/<name>` says whether somebody has come to a gate, and
+the calls as JSON, `GET /sessions` the sessions, `GET /gates/<name>` whether a call has come to a gate, and
 `POST /gates/<name>` opens it, `DELETE` shuts it again. FILE gets a line of JSON for each call as it arrives, over standard input and output too.
 """
 

@@ -59,14 +59,14 @@ class Toolprocess:
             time.sleep(0.01)
 
     def wait_reached(self, gate: str, timeout_s: float = 20.0) -> None:
-        """Wait until somebody has come to a gate."""
+        """Wait until a call waits at a gate."""
         deadline = time.monotonic() + timeout_s
         while not self._ask("GET", f"/gates/{gate}")["reached"]:
-            assert time.monotonic() < deadline, f"nobody came to gate '{gate}'"
+            assert time.monotonic() < deadline, f"no call came to gate '{gate}'"
             time.sleep(0.01)
 
     def shut(self, gate: str) -> None:
-        """Shut an open gate: nobody has come to it yet."""
+        """Shut an open gate, at which no call has waited yet."""
         self._ask("DELETE", f"/gates/{gate}")
 
     def open(self, gate: str) -> None:
@@ -74,7 +74,7 @@ class Toolprocess:
         self._ask("POST", f"/gates/{gate}")
 
     def open_sessions(self, name: str) -> int:
-        """How many sessions under a name nobody has closed."""
+        """How many sessions under a name are open."""
         return sum(one["server"] == name and not one["closed"] for one in self._ask("GET", "/sessions"))
 
     def outcomes(self, name: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The HTTP side: connections, the two transports, and what a test may ask and tell."""
+"""The HTTP side: connections, the two transports, and the routes for tests."""
 
 import asyncio
 import concurrent.futures
@@ -57,7 +57,7 @@ class Connection:
         return Request(server, method, words[0], options, headers, json.loads(body) if body else None)
 
     async def left(self) -> None:
-        """Returns when the peer has gone; a byte of its next request is kept."""
+        """Returns when the peer disconnects; a byte of its next request is kept."""
         try:
             self.ahead = await self.reader.read(1)
         except ConnectionError:
@@ -277,7 +277,7 @@ class Toolserver(Threaded):
             await connection.whole(request, 200, answer, **headers)
 
     async def _go_on(self, connection: Connection, request: Request) -> None:
-        """Notifications, or white space before an answer, for ever."""
+        """Endless notifications, or endless white space before an answer."""
         if request.path == "json":
             connection.writer.write(_head(200, {"content-type": "application/json", "transfer-encoding": "chunked"}))
         while True:

@@ -33,7 +33,7 @@ class Status(Exception):
 
 
 class Endless(Exception):
-    """The answer goes on for ever."""
+    """The answer has no end."""
 
 
 class Gone(Exception):
@@ -52,7 +52,7 @@ class Gate:
     opened: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def go_through(self) -> None:
-        """Say that somebody has come, and wait."""
+        """Record an arrival, and wait."""
         self.reached.set()
         await self.opened.wait()
 
@@ -105,7 +105,7 @@ class Session:
         self.ending.set()
 
     async def until_closed(self, timeout_s: float = 5.0) -> bool:
-        """Wait in a coroutine of another loop; False if it goes on."""
+        """Wait in a coroutine of another loop; False if it continues."""
         return await asyncio.to_thread(self.closed.wait, timeout_s)
 
 
@@ -135,13 +135,13 @@ class Script:
             return None
         parameters = message.get("params") or {}
         try:
-            told = {"result": await self._result(session, message["method"], parameters, headers, send)}
+            reply = {"result": await self._result(session, message["method"], parameters, headers, send)}
         except RpcError as error:
             code, text = error.args
-            told = {"error": {"code": code, "message": text}}
+            reply = {"error": {"code": code, "message": text}}
         if session.options.get("echo"):
-            told = echoed(told, headers)
-        return {"jsonrpc": "2.0", "id": message["id"], **told}
+            reply = echoed(reply, headers)
+        return {"jsonrpc": "2.0", "id": message["id"], **reply}
 
     async def _result(
         self, session: Session, method: str, parameters: dict[str, Any], headers: dict[str, str], send: Send

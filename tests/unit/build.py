@@ -85,7 +85,7 @@ def plain_item(one: AnyItem) -> dict[str, Any]:
 def context(
     *given: dict[str, Any], chain: Sequence[dict[str, Any]] = (), referenced: dict[str, Any] | None = None, **body: Any
 ) -> Context:
-    """A resolved context of these input items behind a chain's."""
+    """A resolved context of these input items after a chain's."""
     return resolve(
         request(input=list(given), **body),
         [item(one) for one in chain],
@@ -112,7 +112,7 @@ def user(text: str) -> dict[str, Any]:
 
 
 def assistant(text: str, **more: Any) -> dict[str, Any]:
-    """What the model said earlier."""
+    """An earlier answer of the model."""
     return {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": text}], **more}
 
 

@@ -50,12 +50,12 @@ class Gate:
     """One place where replies wait for the test."""
 
     def __init__(self) -> None:
-        """Closed, and nobody has come yet."""
+        """Closed, without arrivals."""
         self.reached = threading.Event()
         self.opened = asyncio.Event()
 
     async def go_through(self) -> None:
-        """Say that somebody has come, and wait."""
+        """Record an arrival, and wait."""
         self.reached.set()
         await self.opened.wait()
 

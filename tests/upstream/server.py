@@ -1,4 +1,4 @@
-"""The server: HTTP connections, routes, and what a test may ask it and tell it."""
+"""The server: HTTP connections, routes, and its methods for tests."""
 
 import asyncio
 import concurrent.futures
@@ -20,7 +20,7 @@ from tests.upstream.strictness import Refused, asked_turn, check_request, steps_
 
 
 class Connection(asyncio.Protocol):
-    """One HTTP/1.1 connection. A protocol and not a stream: it hears of the peer's end while a reply is on its way."""
+    """One HTTP/1.1 connection. A protocol and not a stream, since that learns of a disconnect during a reply."""
 
     transport: asyncio.Transport
 

@@ -66,7 +66,7 @@ def _parsed(said: str) -> list[list[Step]] | None:
 
 
 def _check_steps(steps: Sequence[Step]) -> None:
-    """Refuse a step that nobody understands, before anything is sent: it is a mistake of the test."""
+    """Refuse an unknown step, before anything is sent: it is a mistake of the test."""
     for step in steps:
         if len(VERBS & step.keys()) != 1:
             raise Refused(f"bad step in script: {step}", "messages", "bad_script")
@@ -175,7 +175,7 @@ def _check_calls(messages: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _check_answered(open_ids: Sequence[str], position: int) -> None:
-    """Refuse a history that goes on while calls are open."""
+    """Refuse a history that continues while calls are open."""
     if open_ids:
         raise Refused(
             "An assistant message with 'tool_calls' must be followed by tool messages responding to each "
