@@ -43,7 +43,7 @@ class Cancellation:
                     claim = await queue.cancel(tx, tenant_id, response_id, self._owner, again=attempt.num > 1)
         if claim is not None:
             self._logs.notify(OwnerChanged(response_id))
-            await self._end(LeasedRun(self._leased, claim))
+            await self._end(self._leased.claimed(claim))
         deadline = time.monotonic() + CANCEL_WAIT_S
         while True:
             async with self._database.autocommit() as tx:

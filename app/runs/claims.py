@@ -152,7 +152,7 @@ class Claims:
         for claim in claims:
             if former := self._runs.get(claim.response_id):
                 former.stop()  # this process was frozen for longer than its own lease
-            self._start(LeasedRun(self._leased, claim))
+            self._start(self._leased.claimed(claim))
         return len(claims)
 
     async def _clear_up(self) -> None:

@@ -69,6 +69,10 @@ class LeasedRuns(Struct, frozen=True):
     pipeline: Pipeline
     logs: RedisLogs
 
+    def claimed(self, claim: Claim) -> "LeasedRun":
+        """The run of a claim."""
+        return LeasedRun(self, claim)
+
 
 class LeasedRun:
     """One claimed run of this process."""
