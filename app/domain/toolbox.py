@@ -128,10 +128,10 @@ class Toolbox(Struct, frozen=True):
                 kind: Literal["function", "custom"] = "custom" if isinstance(offer.tool, CustomTool) else "function"
                 return ClientCall(kind, offer.tool.name, namespace)
 
-    def model_name(self, name: str, of: str | None, *, qualified: bool = True) -> str:
+    def model_name(self, name: str, owner: str | None, *, qualified: bool = True) -> str:
         """The model's name for a tool of this namespace or server. A tool that is no longer offered, as in old context, gets its
         owner's name as a prefix if `qualified`."""
-        return self.names.get((of, name)) or _model_name(name, of if qualified else None)
+        return self.names.get((owner, name)) or _model_name(name, owner if qualified else None)
 
     def runs(self, label: str, name: str) -> bool:
         """Whether a server's tool may be called after the client's approval, whatever `tool_choice` allows the model."""
@@ -156,7 +156,7 @@ def open_toolbox(
     unlisted = tuple(label for label in labels if label not in (listed or {}))
     names: dict[tuple[str | None, str], str] = {}
     for offer in every.values():
-        names.setdefault((_of(offer), offer.tool.name), offer.model_name)
+        names.setdefault((_owner(offer.by), offer.tool.name), offer.model_name)
     box = Toolbox(every, every, "auto", None, left_out, unlisted, names)
     if isinstance(choice, str):
         if choice == "required" and not every and not unlisted:
@@ -273,11 +273,11 @@ def _named(found: Sequence[Found]) -> dict[str, Offer]:
     given: dict[tuple[str, str | None, str], str] = {}
     numbers: dict[str, int] = {}
     for tool, by in found:
-        of = by.namespace if isinstance(by, ByClient) else None
+        prefix = by.namespace if isinstance(by, ByClient) else None
         if isinstance(by, ByServer) and plain[_safe(tool.name)] > 1:
-            of = by.label
-        base = _model_name(tool.name, of)
-        same = (base, _whose(by), tool.name)
+            prefix = by.label
+        base = _model_name(tool.name, prefix)
+        same = (base, _owner(by), tool.name)
         name = given.get(same, base)
         stem = base[: MODEL_NAME_CHARS_MAX - NUMBER_CHARS_MAX]
         while same not in given and name in offers:
@@ -288,11 +288,7 @@ def _named(found: Sequence[Found]) -> dict[str, Offer]:
     return offers
 
 
-def _of(offer: Offer) -> str | None:
-    return _whose(offer.by)
-
-
-def _whose(by: ByClient | ByServer | ByHost) -> str | None:
+def _owner(by: ByClient | ByServer | ByHost) -> str | None:
     match by:
         case ByClient(namespace):
             return namespace
@@ -302,8 +298,8 @@ def _whose(by: ByClient | ByServer | ByHost) -> str | None:
             return owner_of(kind)
 
 
-def _model_name(name: str, of: str | None) -> str:
-    full = _safe(f"{of}__{name}" if of else name)
+def _model_name(name: str, prefix: str | None) -> str:
+    full = _safe(f"{prefix}__{name}" if prefix else name)
     if len(full) <= MODEL_NAME_CHARS_MAX:
         return full
     return f"{full[: MODEL_NAME_CHARS_MAX - 9]}_{hashlib.sha256(full.encode()).hexdigest()[:8]}"

@@ -49,7 +49,7 @@ class OwnCall(Struct, frozen=True):
 
 
 class Turn:
-    """Feed chunks, then close and read `usage`, `finish_reason`, `own_calls` and `handed_over`."""
+    """Feed chunks, then close and read `usage`, `finish_reason`, `own_calls` and `client_calls`."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Turn:
         self.usage: ChatUsage | None = None
         self.finish_reason: str | None = None
         self.own_calls: list[OwnCall] = []
-        self.handed_over = 0
+        self.client_calls = 0
         """How many calls went to the client."""
         self.reasoning_form: ReasoningForm | None = None
         """The form of the upstream's reasoning; None if there is none."""
@@ -240,7 +240,7 @@ class Turn:
         self._opened = True
         yield from head.open(self.output_index)
         self.output_index += 1
-        self.handed_over += isinstance(head, CallBuilder)
+        self.client_calls += isinstance(head, CallBuilder)
 
     def _takes(self, call: CallBuilder) -> bool:
         """Whether a call does not go to the client; then it is kept, whole."""

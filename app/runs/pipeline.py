@@ -164,7 +164,7 @@ class Pipeline:
             outcome = outcome_of(turn.finish_reason)
             if outcome.status != "completed" or not turn.own_calls:
                 return outcome
-            ends = turn.handed_over or any(isinstance(call.verdict, NeedsApproval) for call in turn.own_calls)
+            ends = turn.client_calls or any(isinstance(call.verdict, NeedsApproval) for call in turn.own_calls)
             if not (left or ends):
                 break  # the model would not read what comes of the calls
             made = await rounds.run(context, turn.own_calls, output)

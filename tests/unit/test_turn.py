@@ -409,7 +409,7 @@ def test_a_call_of_a_tool_that_is_not_offered_is_no_item_and_is_remembered_once(
         refused == OwnCall("c1", "h", '{"a":1}', Rejected(refused.verdict.reason), refused.place)
         and "'h'" in refused.verdict.reason
     )
-    assert speaking.handed_over == 0
+    assert speaking.client_calls == 0
 
 
 def test_calls_around_a_refused_one_are_handed_over():
@@ -417,7 +417,7 @@ def test_calls_around_a_refused_one_are_handed_over():
     pieces = [piece(0, "c1", "f", "{}"), piece(1, "c2", "h", "{}"), piece(2, "c3", "g", "{}")]
     items = made(speaking, [chunk(tool_calls=[one]) for one in pieces])
     assert [one[0] for one in calls(items)] == ["c1", "c3"]
-    assert ([one.call_id for one in speaking.own_calls], speaking.handed_over) == (["c2"], 2)
+    assert ([one.call_id for one in speaking.own_calls], speaking.client_calls) == (["c2"], 2)
 
 
 def test_without_tools_every_call_is_refused():
