@@ -52,7 +52,18 @@ WORDS = (
 )
 """In any letters; parts of an identifier count as words."""
 
-OLD_NAMES = ("Manner", "HandOver", "Patience", "Parts", "Kept", "Hints", "Shown", "ClientGone")
+OLD_NAMES = (
+    "Manner",
+    "HandOver",
+    "Patience",
+    "Parts",
+    "Kept",
+    "Hints",
+    "Shown",
+    "ClientGone",
+    "Tasks",
+    "Executor",
+)
 """Names of classes. A capital may also begin a sentence: a small word follows then."""
 
 IN_SPACE = ("behind a proxy", "behind a load balancer", "behind a lock", "fell behind", "falls behind")
