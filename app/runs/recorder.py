@@ -9,16 +9,9 @@ from typing import Protocol
 
 from app.domain.fold import Fold
 from app.errors import Fenced, RunTooLong
+from app.storage.eventlog import EventLog
 from app.wire.events import SNAPSHOTS, TERMINAL, Created, Entry, Event, InProgress, ItemDone, encode_event
 from app.wire.resources import Response, Usage
-
-
-class Log(Protocol):
-    """Where readers find events: memory or Redis."""
-
-    def append(self, entries: Sequence[Entry]) -> None:
-        """Send events to the readers. Raises Fenced."""
-        ...
 
 
 class Journal(Protocol):
@@ -43,7 +36,7 @@ class Recorder:
     def __init__(
         self,
         response: Response,
-        log: Log | None,
+        log: EventLog | None,
         *,
         bytes_max: int,
         events_max: int,

@@ -1,12 +1,31 @@
-"""The event log of a foreground run: it is kept for one reader, which may be slower than the run."""
+"""Event logs: how the events of a run get from its only writer to its readers.
+
+A foreground run has a `MemoryLog` for its one reader; a background run has a `RedisLog` (storage/redislog.py) for readers of any
+process. What both promise is one protocol, and one suite of tests (tests/storage/test_eventlog.py).
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import closing
+from typing import Protocol
 
 from app.idle_timeout import IdleTimeout
 from app.storage.backlog import PAGE_BYTES, Backlog, page_end, size_of
 from app.wire.events import Entry
+
+
+class EventLog(Protocol):
+    """The events of one run, as its writer sees them.
+
+    A reader gets every event after the number that it names, in the order of appending, up to the terminal event; it drops what it
+    has seen, for it may get an event twice. While there are none it gets an empty batch after each silence. What it has not
+    taken counts in its backlog, and is bounded: in memory the writer waits for room; from Redis, what does not fit is read
+    again later.
+    """
+
+    def append(self, entries: Sequence[Entry]) -> None:
+        """Send events to the readers, without waiting. Raises Fenced if another worker owns the run."""
+        ...
 
 
 class MemoryLog:

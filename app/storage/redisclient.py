@@ -42,7 +42,7 @@ def connect(settings: Settings) -> tuple[redis.Redis, redis.Redis]:
         retry=Retry(NoBackoff(), 0),
         **options,
     )
-    return redis.Redis(connection_pool=pool), blocking
+    return redis.Redis.from_pool(pool), blocking
 
 
 async def break_off(tasks: Iterable[asyncio.Task[None]]) -> None:
