@@ -85,9 +85,7 @@ def search(server: OverHttp, request: pytest.FixtureRequest) -> Callable[..., An
     """Asks the server; the results."""
 
     async def ask(*queries: str, **arguments: Any) -> list[dict[str, Any]]:
-        result = await call(
-            server.url, {"queries": queries, "stores": [store_of(request)], "tenant": "acme", **arguments}
-        )
+        result = await call(server, {"queries": queries, "stores": [store_of(request)], "tenant": "acme", **arguments})
         assert not result.is_error, result.content
         assert result.structured_content is not None
         found: list[dict[str, Any]] = result.structured_content["results"]
@@ -102,8 +100,8 @@ def store_of(request: pytest.FixtureRequest) -> str:
     return f"vs_{request.node.name}"
 
 
-async def call(server: Any, arguments: dict[str, Any]) -> CallToolResult:
-    async with Client(server) as client:
+async def call(server: OverHttp, arguments: dict[str, Any]) -> CallToolResult:
+    async with server.client() as client:
         result = await client.call_tool("search_files", arguments)
         assert isinstance(result, CallToolResult)
         return result
@@ -126,8 +124,8 @@ async def test_it_works_over_stdio_and_http(
 ) -> None:
     assert put({"guide.md": GUIDE}, "--attribute", "year=2024", "--attribute", "kind=manual") == ["added"]
     arguments = {"queries": ["pelican patience"], "stores": [store_of(request)], "tenant": "acme"}
-    for where in (server.url, over_stdio("files", DATABASE_URL=database)):
-        async with Client(where) as client:
+    for connection in (server.client(), Client(over_stdio("files", DATABASE_URL=database))):
+        async with connection as client:
             (tool,) = (await client.list_tools()).tools
             assert tool.name == "search_files"
             assert tool.input_schema["required"] == ["queries", "stores", "tenant"]
@@ -328,7 +326,7 @@ NO_FILTERS: list[dict[str, Any]] = [
 
 async def test_filters_that_make_no_sense_are_refused(server: OverHttp) -> None:
     for filters in NO_FILTERS:
-        result = await call(server.url, {"queries": ["a"], "stores": ["s"], "tenant": "acme", "filters": filters})
+        result = await call(server, {"queries": ["a"], "stores": ["s"], "tenant": "acme", "filters": filters})
         assert result.is_error, filters
         assert any(word in text(result) for word in ("filter", "value", "comparison")), filters
 
@@ -337,7 +335,7 @@ async def test_a_filter_without_end_is_refused(server: OverHttp) -> None:
     filters: dict[str, Any] = {"type": "eq", "key": "a", "value": "b"}
     for _ in range(20):
         filters = {"type": "and", "filters": [filters]}
-    result = await call(server.url, {"queries": ["a"], "stores": ["s"], "tenant": "acme", "filters": filters})
+    result = await call(server, {"queries": ["a"], "stores": ["s"], "tenant": "acme", "filters": filters})
     assert "not too deep" in text(result)
 
 
@@ -371,11 +369,11 @@ async def test_tenants_and_stores_are_apart(put: Any, search: Any, request: pyte
     ],
 )
 async def test_calls_that_make_no_sense_are_refused(server: OverHttp, change: dict[str, Any]) -> None:
-    assert (await call(server.url, {"queries": ["x"], "stores": ["s"], "tenant": "acme", **change})).is_error
+    assert (await call(server, {"queries": ["x"], "stores": ["s"], "tenant": "acme", **change})).is_error
 
 
 async def test_a_tenant_must_be_named(server: OverHttp) -> None:
-    assert (await call(server.url, {"queries": ["x"], "stores": ["s"]})).is_error
+    assert (await call(server, {"queries": ["x"], "stores": ["s"]})).is_error
 
 
 async def test_a_removed_file_is_not_found(put: Any, operate: Any, search: Any) -> None:

@@ -4,10 +4,14 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Self
 
+import httpx2
+from mcp import Client
 from mcp.client.stdio import StdioServerParameters
+from mcp.client.streamable_http import streamable_http_client
 
 from tests.servers import ROOT, START_TIMEOUT_S
 
@@ -35,6 +39,7 @@ class OverHttp:
             stderr=subprocess.STDOUT,
             text=True,
         )
+        self.token = (env or {}).get("TOOLSERVER_TOKEN", "")
         self.printed: list[str] = []
         self.url = ""
         self._announced = threading.Event()
@@ -43,6 +48,17 @@ class OverHttp:
         if not self._announced.wait(START_TIMEOUT_S) or not self.url:
             self.__exit__()
             raise RuntimeError("the tool server did not start:\n" + "".join(self.printed))
+
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[Client]:
+        """A client with the server's token; without TLS, whose certificates take longer to load than a call."""
+        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        timeout = httpx2.Timeout(30, read=300)
+        async with (
+            httpx2.AsyncClient(headers=headers, timeout=timeout, verify=False) as http,
+            Client(streamable_http_client(self.url, http_client=http)) as client,
+        ):
+            yield client
 
     def _read(self) -> None:
         assert self.process.stdout is not None
