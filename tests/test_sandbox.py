@@ -512,7 +512,7 @@ async def bounded(sandbox: OverHttp, code: str, **arguments: Any) -> dict[str, A
     """The result of code that has no end, or a late one."""
     began = time.monotonic()
     ran = await run(sandbox, code, **arguments)
-    assert time.monotonic() - began < WALL_S + 4
+    assert time.monotonic() - began < WALL_S + 10
     return ran
 
 
@@ -809,7 +809,10 @@ async def test_limits_alone_only_on_request(tmp_path: Path, new_home: Callable[[
     venv.create(hidden)
     hidden.chmod(0o700)
     python = ["--python", str(hidden / "bin" / "python")]
-    command = [*UNPRIVILEGED, *program("sandbox", *LIMITS, "--cpu", "1", *python, "--directory", str(home))]
+    command = [
+        *UNPRIVILEGED,
+        *program("sandbox", *LIMITS, "--cpu", "1", "--wall", "10", *python, "--directory", str(home)),
+    ]
     assert "code can't be isolated here" in refusal(*command)
     with OverHttp([*command, "--allow-network"]) as sandbox:
         assert "code is confined by resource limits only" in "".join(sandbox.printed)
@@ -822,8 +825,8 @@ async def test_limits_alone_only_on_request(tmp_path: Path, new_home: Callable[[
         assert [file["name"] for file in ran["files"]] == ["f"]
         assert not processes(marker)
         assert (await run(sandbox, "print(open('f').read())", container=container))["stdout"] == "1\n"
-        assert (await bounded(sandbox, "while True: pass"))["exit_code"] == -signal.SIGXCPU
-        assert (await bounded(sandbox, "import time; time.sleep(1000)"))["timed_out"]
+        assert (await run(sandbox, "while True: pass"))["exit_code"] == -signal.SIGXCPU
+        assert (await run(sandbox, "import time; time.sleep(1000)"))["timed_out"]
     assert {path.suffix for path in home.iterdir()} == {"", ".lock", ".tar"}
 
 

@@ -1,4 +1,4 @@
-"""What tool servers answer, read from plain JSON: they lie about schemas and leave out what the protocol demands."""
+"""Answers of tool servers, read from plain JSON: servers break their schemas, and omit required fields."""
 
 import base64
 from collections.abc import Mapping
@@ -18,16 +18,16 @@ class Listed(Struct, frozen=True):
 
 
 class CallResult(Struct, frozen=True):
-    """What a tool answered."""
+    """A tool's result."""
 
     text: str  # all of it, rendered for the model
     structured: Any | None
     images: tuple[tuple[str, str], ...]  # (media type, base64)
-    is_error: bool  # the tool itself says that it failed
+    is_error: bool  # the tool reports its failure
 
 
 def read_tools(page: Mapping[str, Any]) -> list[Listed]:
-    """The tools of one page, as far as they have names; lies about the rest are put right."""
+    """The tools of one page that have names; other fields of a wrong type get defaults."""
     tools = page.get("tools")
     return [
         Listed(
@@ -50,7 +50,7 @@ def _text(value: object) -> str | None:
 
 
 def _object_schema(schema: object) -> dict[str, Any]:
-    """A schema that promises an object; anything else would be refused by upstreams."""
+    """A schema of type object; upstreams refuse others."""
     if isinstance(schema, dict) and schema.get("type", "object") == "object":
         return {"type": "object", **schema}
     return {"type": "object"}
@@ -103,5 +103,5 @@ def _cut(text: str, bytes_max: int) -> str:
     encoded = text.encode(errors="replace")
     if len(encoded) <= bytes_max:
         return text
-    kept = encoded[:bytes_max].decode(errors="ignore")
-    return f"{kept}\n[cut off here: {len(encoded)} bytes in all, {bytes_max} are shown]"
+    shown = encoded[:bytes_max].decode(errors="ignore")
+    return f"{shown}\n[cut off here: {len(encoded)} bytes in all, {bytes_max} are shown]"

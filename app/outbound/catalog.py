@@ -3,17 +3,17 @@
     [upstreams.local]
     base_url = "http://127.0.0.1:8001/v1"
     key_env = "LOCAL_KEY"                      # the environment variable that holds the key
-    dialect = { preset = "vllm", lacks = ["json_object"] }   # or "vllm" alone; found by itself where nothing is named
+    dialect = { preset = "vllm", lacks = ["json_object"] }   # or "vllm" alone; detected if absent
 
     [[models]]
-    name = "qwen*"                             # a name or a pattern; the first that matches counts
+    name = "qwen*"                             # a name or a pattern; the first that matches is used
     routes = [{ upstream = "local" }, { upstream = "spare", model = "qwen3-8b" }]   # in order, for failover
 
     [tool_servers.search]                      # an MCP server; clients may name it by its label, without a URL
     url = "http://127.0.0.1:9000/mcp"          # or a program: command = ["python", "-m", "app.toolservers.sandbox"]
     authorization_env = "SEARCH_TOKEN"
 
-    [hosted.web_search]                        # the tool behind a hosted type; app/domain/hosted.py says how it is mapped
+    [hosted.web_search]                        # the tool that serves a hosted type; app/domain/hosted.py maps it
     server = "search"
     tool = "search"
     arguments = { q = "$query", limit = 10 }
@@ -56,17 +56,17 @@ ENGINE_PARAMETERS = frozenset(
     "xtc_threshold dry_multiplier dry_base dry_allowed_length dry_penalty_last_n dry_sequence_breakers top_n_sigma "
     "adaptive_target adaptive_decay min_keep samplers".split()
 )
-"""Parameters beyond the API that vLLM, SGLang, llama.cpp and Ollama take; an upstream's `pass` names more."""
+"""Parameters beyond the API that vLLM, SGLang, llama.cpp and Ollama take; an upstream's `pass` adds to them."""
 
 KEY = re.compile(r"[\x21-\x7e]*")
-"""What an upstream's key may be made of."""
+"""The characters that an upstream's key may have."""
 
 
 Seconds = Annotated[float, Meta(gt=0, le=sys.float_info.max)]
 
 
 class UpstreamEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`[upstreams.NAME]`; times in seconds, absent ones as the settings say."""
+    """`[upstreams.NAME]`; times in seconds; the settings are the defaults."""
 
     base_url: Annotated[str, Meta(pattern="^https?://")]
     key_env: str = ""
@@ -85,12 +85,12 @@ class UpstreamEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     @property
     def address(self) -> str:
-        """The base URL, to be shown: its query may hold a key."""
+        """The base URL without its query, which may hold a key."""
         return self.base_url.partition("?")[0]
 
     @property
     def speaks(self) -> Dialect:
-        """The dialect, as far as the catalog or the host says it."""
+        """The dialect by the catalog or the host, else the plain one."""
         if isinstance(self.dialect, Dialect):
             return self.dialect
         preset = self.dialect or preset_of_host(urlsplit(self.base_url).hostname)
@@ -98,14 +98,14 @@ class UpstreamEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     @property
     def dialect_name(self) -> str | None:
-        """What the dialect is called; None where it is to be found out."""
+        """The name of the dialect; None if it must be detected."""
         if isinstance(self.dialect, Dialect):
             return "the catalog's own"
         return self.dialect or preset_of_host(urlsplit(self.base_url).hostname)
 
 
 class Route(Struct, frozen=True, forbid_unknown_fields=True):
-    """One way to a model: an upstream, and the model's name there (absent: the name that was asked for)."""
+    """An upstream, and the model's name there (default: the requested name)."""
 
     upstream: str
     model: str = ""
@@ -119,13 +119,13 @@ class ModelEntry(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ToolServerEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`[tool_servers.NAME]`: an MCP server at a URL, or a program that is started when it is needed, and shared. The operator
-    trusts it: REPRISE_OUTBOUND_ALLOW does not apply."""
+    """`[tool_servers.NAME]`: an MCP server at a URL, or a program that is started on first use, and shared. It is trusted:
+    REPRISE_OUTBOUND_ALLOW does not apply."""
 
     url: Annotated[str, Meta(pattern="^https?://")] = ""
     command: tuple[str, ...] = ()
     shared: Shared = "tenant"
-    """Which runs share the program, and with it whatever it remembers between calls: all, a tenant's, or none."""
+    """Which runs share the program, and its state between calls: all, those of a tenant, or none."""
     environment: dict[str, str] = {}
     headers: dict[str, str] = {}
     authorization: str = ""
@@ -141,11 +141,11 @@ class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
     tool_servers: dict[str, ToolServerEntry] = {}
     hosted: dict[Kind, HostedRoute] = {}
     refuse_missing_tools: bool | None = None
-    """Whether a hosted tool without a `[hosted]` entry is a 400, or left out of what the model sees. Absent: it is left out
-    where it is a mere offer, and a 400 where the answer depends on it."""
+    """Whether a hosted tool without a `[hosted]` entry is a 400, or hidden from the model. Default: a 400 if the answer depends on it,
+    else hidden."""
 
     def routes(self, model: str) -> list[Route]:
-        """The ways to a model, best first. Raises NotFound."""
+        """The routes to a model, in order. Raises NotFound."""
         if entry := next((entry for entry in self.models if fnmatchcase(model, entry.name)), None):
             return [Route(route.upstream, route.model or model) for route in entry.routes]
         upstream, at, name = model.partition("@")
@@ -178,10 +178,10 @@ class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def passed_on(self) -> frozenset[str]:
-        """Every parameter beyond the API that some upstream takes."""
+        """Every parameter beyond the API that any upstream takes."""
         return ENGINE_PARAMETERS.union(*(entry.also_passed_on for entry in self.upstreams.values()))
 
     @property
     def model_names(self) -> list[str]:
-        """Models that are named in full, not by a pattern."""
+        """Models with a full name, not a pattern."""
         return [entry.name for entry in self.models if not set("*?[") & set(entry.name)]

@@ -1,4 +1,4 @@
-"""Reading the catalog's file: whatever is wrong is one line that names the file, the entry and what may stand there."""
+"""Reads the catalog's file. An error is one line with the file, the entry and the values that are allowed."""
 
 import re
 import tomllib
@@ -26,7 +26,7 @@ _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADER_VALUE = re.compile(r"[\t\x20-\x7e]*")
 _OF_CONNECTIONS = frozenset({"connection", "content-length", "host", "transfer-encoding"})
 _VARIABLE = re.compile(r"\$\{\w")
-"""What shells and Compose fill in, and a catalog does not."""
+"""A variable of a shell or of Compose, which a catalog does not expand."""
 _PLACEHOLDER = re.compile(r"\$\{?(?P<name>\w*)")
 
 NO_URL = "is no http:// or https:// URL"
@@ -80,7 +80,7 @@ def _upstreams(raw: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_switches(raw: dict[str, Any]) -> None:
-    """Booleans may be spelt in any usual way, as in the settings."""
+    """Accept the spellings of booleans that the settings accept."""
     tables: list[tuple[Any, Any]] = [(raw, Catalog), *((one.get("dialect"), Dialect) for _, one in _upstreams(raw))]
     for table, type_ in tables:
         for field in msgspec.structs.fields(type_) if isinstance(table, dict) else ():
@@ -89,7 +89,7 @@ def _read_switches(raw: dict[str, Any]) -> None:
 
 
 def _fill_in_presets(path: Path, raw: Mapping[str, Any]) -> None:
-    """A dialect may begin with a preset, and say what is different: what it lacks and takes is added."""
+    """Merge a dialect with its preset; `lacks` and `takes` are added to the preset's."""
     for name, upstream in _upstreams(raw):
         dialect = upstream.get("dialect")
         if isinstance(dialect, str):
@@ -118,7 +118,7 @@ def _refuse_unknown_kinds(path: Path, raw: Mapping[str, Any]) -> None:
 
 
 def _entries(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Each entry by itself: as a whole the catalog's errors would not say which one is meant."""
+    """Each entry with its type: errors of the whole catalog do not name the entry."""
     types = {field.name: field.type for field in msgspec.structs.fields(Catalog)}
     sections = {"upstreams": UpstreamEntry, "tool_servers": ToolServerEntry, "hosted": types["hosted"].__args__[1]}
     for section, type_ in sections.items():
@@ -192,7 +192,7 @@ def _faults_of_urls(catalog: Catalog) -> Iterator[str]:
 
 
 def _fault_of_url(text: str) -> str | None:
-    """What is wrong with an upstream's address, without a quotation: two variables that are swapped make it a key."""
+    """What is wrong with an upstream's URL. It is not quoted: with two variables swapped it is a key."""
     url = _parsed(text)
     if url is None:
         return NO_URL
@@ -291,7 +291,7 @@ def _with_secrets(path: str, catalog: Catalog, environ: Mapping[str, str]) -> Ca
 
 
 def _secret(path: str, of: str, name: str, environ: Mapping[str, str]) -> str:
-    """The value of the environment variable that an entry names, if it names one."""
+    """The value of the environment variable that an entry names, or an empty string."""
     if name and not environ.get(name):
         raise SettingsError(f"{path}: {of} needs the environment variable {name}.")
     return environ[name] if name else ""

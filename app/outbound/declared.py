@@ -1,4 +1,4 @@
-"""The tool servers that a request declares or needs: where they are, and what they may be sent."""
+"""The tool servers that a request declares or needs."""
 
 from collections.abc import Mapping, Sequence
 from urllib.parse import urlsplit
@@ -61,7 +61,7 @@ class DeclaredTools:
         )
 
     def _refuse_long_headers(self, tools: Sequence[AnyTool]) -> None:
-        """They are sent with every request, and masked in every answer."""
+        """Limit headers: they are sent with every request, and masked in every answer."""
         most, sent = self._settings.tool_headers_bytes_max, 0
         for index, tool in enumerate(tools):
             if not isinstance(tool, McpTool):
@@ -74,7 +74,9 @@ class DeclaredTools:
                 sent += len((tool.authorization or "").encode())
                 at = f"tools[{index}].authorization"
             if sent > most:
-                raise InvalidParameter(f"With '{at}' MCP servers are told more than {most} bytes.", param=at)
+                raise InvalidParameter(
+                    f"With '{at}' the headers of all MCP servers have more than {most} bytes.", param=at
+                )
 
     def refuse_hosted(self, request: CreateResponse) -> None:
         """Raises InvalidParameter for a hosted tool that the answer depends on and that has no tool server; UnsupportedParameter

@@ -1,7 +1,7 @@
-"""What an upstream says of its failures, by a status or inside its stream → our error.
+"""An upstream's failure, by status or inside its stream → our error.
 
-Engines have types and codes of their own, write statuses where codes belong, and have a message for everything. Clients know
-the API's: what they can do about a failure is read from its status and its code.
+Engines have types and codes of their own, and put statuses where codes belong. Clients know the API's: they decide by status and
+code what to do about a failure.
 """
 
 import math
@@ -30,13 +30,13 @@ NO_CREDIT = "insufficient_quota"
 INVALID = "invalid_request_error"
 
 MESSAGE_CHARS_MAX = 1000
-"""An upstream's own words in an error; longer ones are cut."""
+"""Limit of an upstream's message in an error; longer ones are cut."""
 
 NO_JSON = (ValueError, RecursionError)
-"""What decoding raises for bytes that are no JSON of the wanted form, UTF-8, or nested by the thousand."""
+"""What decoding raises for bytes that are not UTF-8, not JSON of the wanted form, or nested too deeply."""
 
 _TYPES = frozenset({INVALID, NO_CREDIT, "image_generation_user_error"})
-"""The API's own for what is not to be sent again."""
+"""The API's types of requests that must not be repeated."""
 
 _STATUSES = {
     "badrequesterror": 400,
@@ -64,7 +64,7 @@ _STATUSES = {
     NO_CREDIT: 429,
     "not_supported_error": 501,
 }
-"""What types and codes mean where no status is given."""
+"""The status that a type or a code implies where none is given."""
 
 _TOO_LONG = re.compile(
     r"maximum (context|model) length|context (length|window|size)|exceeds? the available context|ContextWindowExceeded"
@@ -83,25 +83,25 @@ _NO_MEDIA = re.compile(
     r"|(cannot identify|invalid|unsupported) image",
     re.IGNORECASE,
 )
-"""What a model can't read, it can't read the next time either; llama.cpp says so with a 500."""
+"""A model that can't read an input can't read it the next time either; llama.cpp sends a 500 for that."""
 
 
 class KeyRefused(UpstreamUnavailable):
-    """The upstream does not accept this server's key, however often one asks."""
+    """The upstream does not accept this server's key; a retry does not help."""
 
     is_final = True
 
 
-class Asked(Struct, frozen=True):
-    """Who has failed: the upstream's name, and whether it was asked with the caller's own key."""
+class ErrorContext(Struct, frozen=True):
+    """The upstream's name, whether the caller's own key was sent, and the mask for its messages."""
 
     upstream: str
     passes_caller: bool
     mask: Mask
 
 
-class _Said(Struct, frozen=True):
-    """An upstream's error object, in any of the shapes seen."""
+class _ErrorObject(Struct, frozen=True):
+    """An upstream's error object, whatever its shape."""
 
     message: str = ""
     type: str = ""
@@ -109,104 +109,104 @@ class _Said(Struct, frozen=True):
     code: str = ""
     status: int | None = None
     has_reasons: bool = False
-    """It names what was wrong with the content, as OpenRouter's moderation does."""
+    """It lists what was wrong with the content, as OpenRouter's moderation does."""
 
 
-def refused(status: int, headers: Mapping[str, str], raw: bytes, asked: Asked) -> ApiError:
-    """Our error for an answer with this status, which is no success."""
+def refused(status: int, headers: Mapping[str, str], raw: bytes, context: ErrorContext) -> ApiError:
+    """Our error for an answer with this status, which is not a 2xx."""
     if status < 400:
         return UpstreamGarbled(
-            f"Upstream '{asked.upstream}' answered with status {status}, and redirects are not followed."
+            f"Upstream '{context.upstream}' answered with status {status}, and redirects are not followed."
         )
     try:
-        body = asked.mask.json(msgspec.json.decode(raw))
+        body = context.mask.json(msgspec.json.decode(raw))
     except NO_JSON:
-        body = asked.mask.text(raw.decode(errors="replace").strip())
-    error = _error(status, _read(body), asked, f"The upstream failed with status {status}")
+        body = context.mask.text(raw.decode(errors="replace").strip())
+    error = _error(status, _read(body), context, f"The upstream failed with status {status}")
     after = _retry_after(headers.get("retry-after", ""))
     if after and isinstance(error, UpstreamBusy):
         error.headers["Retry-After"] = after
     return error
 
 
-def failed_in_stream(raw: msgspec.Raw, asked: Asked) -> ApiError:
-    """Our error for an error object in the place of a chunk."""
+def failed_in_stream(raw: msgspec.Raw, context: ErrorContext) -> ApiError:
+    """Our error for an error object in place of a chunk."""
     try:
-        said = _read(asked.mask.json(msgspec.json.decode(raw)))
+        found = _read(context.mask.json(msgspec.json.decode(raw)))
     except NO_JSON:
-        said = _Said()
-    status = said.status or _STATUSES.get(said.code.lower()) or _STATUSES.get(said.type.lower()) or 500
-    return _error(status, said, asked, "The upstream failed")
+        found = _ErrorObject()
+    status = found.status or _STATUSES.get(found.code.lower()) or _STATUSES.get(found.type.lower()) or 500
+    return _error(status, found, context, "The upstream failed")
 
 
-def _error(status: int, said: _Said, asked: Asked, failed: str) -> ApiError:
-    if _refuses_key(status, said) and not asked.passes_caller:
-        return KeyRefused(f"Upstream '{asked.upstream}' does not accept this server's key.")
+def _error(status: int, found: _ErrorObject, context: ErrorContext, failed: str) -> ApiError:
+    if _refuses_key(status, found) and not context.passes_caller:
+        return KeyRefused(f"Upstream '{context.upstream}' does not accept this server's key.")
     if status == 401:
-        return AuthenticationFailed(said.message or "The upstream does not accept the key.")
+        return AuthenticationFailed(found.message or "The upstream does not accept the key.")
     if status == 429:
-        code = NO_CREDIT if NO_CREDIT in {said.code, said.type} else None
-        return UpstreamBusy(said.message or "The upstream is busy.", code=code)
-    if _is_too_long(status, said):
-        return UpstreamRefused(said.message or "The context is too long.", param="input", code=CONTEXT_TOO_LONG)
-    if status < 502 and _NO_MEDIA.search(said.message):
-        return UpstreamRefused(said.message, param=said.param or "input", code=_own_code(said))
+        code = NO_CREDIT if NO_CREDIT in {found.code, found.type} else None
+        return UpstreamBusy(found.message or "The upstream is busy.", code=code)
+    if _is_too_long(status, found):
+        return UpstreamRefused(found.message or "The context is too long.", param="input", code=CONTEXT_TOO_LONG)
+    if status < 502 and _NO_MEDIA.search(found.message):
+        return UpstreamRefused(found.message, param=found.param or "input", code=_own_code(found))
     if status >= 500 and status != 501:
-        return UpstreamUnavailable(f"{failed}: {said.message or 'it gave no reason'}", code=_own_code(said))
-    code = _own_code(said)
-    if code is None and status in {400, 404} and _NO_MODEL.search(said.message):
+        return UpstreamUnavailable(f"{failed}: {found.message or 'it gave no reason'}", code=_own_code(found))
+    code = _own_code(found)
+    if code is None and status in {400, 404} and _NO_MODEL.search(found.message):
         code = MODEL_NOT_FOUND
     return UpstreamRefused(
-        said.message or f"The upstream refused the request with status {status}.",
+        found.message or f"The upstream refused the request with status {status}.",
         status=status if status < 500 else 400,
-        type=said.type if said.type in _TYPES else INVALID,
-        param=said.param or ("model" if code == MODEL_NOT_FOUND else None),
+        type=found.type if found.type in _TYPES else INVALID,
+        param=found.param or ("model" if code == MODEL_NOT_FOUND else None),
         code=code or (NO_CREDIT if status == 402 else None),
     )
 
 
-def _refuses_key(status: int, said: _Said) -> bool:
-    """A 403 may as well be about the model, or about what was asked; then it says so."""
-    if status != 403 or said.has_reasons:
+def _refuses_key(status: int, found: _ErrorObject) -> bool:
+    """A 403 may also be about the model or the input; then its code or its reasons show that."""
+    if status != 403 or found.has_reasons:
         return status == 401
-    code = _own_code(said)
+    code = _own_code(found)
     return code is None or _STATUSES.get(code) in {401, 403}
 
 
-def _is_too_long(status: int, said: _Said) -> bool:
-    if _TOO_LONG_TYPES & {said.code.lower(), said.type.lower()}:
+def _is_too_long(status: int, found: _ErrorObject) -> bool:
+    if _TOO_LONG_TYPES & {found.code.lower(), found.type.lower()}:
         return True
-    return status in _TOO_LONG_STATUSES and bool(_TOO_LONG.search(said.message))
+    return status in _TOO_LONG_STATUSES and bool(_TOO_LONG.search(found.message))
 
 
-def _own_code(said: _Said) -> str | None:
-    """The upstream's code, as far as it says more than a status or a type does."""
-    is_more = re.fullmatch(r"[a-z][a-z0-9_.-]*", said.code) and said.code not in {said.type, INVALID}
-    return said.code if is_more else None
+def _own_code(found: _ErrorObject) -> str | None:
+    """The upstream's code, if it adds to the status and the type."""
+    is_more = re.fullmatch(r"[a-z][a-z0-9_.-]*", found.code) and found.code not in {found.type, INVALID}
+    return found.code if is_more else None
 
 
-def _read(body: Any) -> _Said:
-    """The error of an upstream's answer; some servers send it bare, some a text."""
+def _read(body: Any) -> _ErrorObject:
+    """The error object of an answer; some servers send it without `error` around it, some send text."""
     if not isinstance(body, dict):
-        return _Said(message=_words(body))
+        return _ErrorObject(message=_text(body))
     inner = body.get("error") or body
     if not isinstance(inner, dict):
-        return _Said(message=_words(inner), type=_words(body.get("error_type")))
+        return _ErrorObject(message=_text(inner), type=_text(body.get("error_type")))
     code = inner.get("code")
     metadata = inner.get("metadata")
     numbers = (code, inner.get("status"), inner.get("status_code"), inner.get("http_status_code"))
-    return _Said(
-        message=_words(inner.get("message") or inner.get("detail") or inner.get("msg")),
-        type=_words(inner.get("type")),
-        param=_words(inner.get("param")) or None,
-        code="" if _status(code) else _words(code),
+    return _ErrorObject(
+        message=_text(inner.get("message") or inner.get("detail") or inner.get("msg")),
+        type=_text(inner.get("type")),
+        param=_text(inner.get("param")) or None,
+        code="" if _status(code) else _text(code),
         status=next(filter(None, map(_status, numbers)), None),
         has_reasons=isinstance(metadata, dict) and bool(metadata.get("reasons")),
     )
 
 
-def _words(value: Any) -> str:
-    """An upstream's words, in bearable length; LiteLLM writes None as a word."""
+def _text(value: Any) -> str:
+    """Text of an upstream, cut to MESSAGE_CHARS_MAX; LiteLLM writes None as a string."""
     if value is None or value == "None":
         return ""
     text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
@@ -214,18 +214,18 @@ def _words(value: Any) -> str:
 
 
 def _status(value: Any) -> int | None:
-    """A failure's HTTP status, as a number or in digits."""
+    """A failure's HTTP status, from a number or a string of digits."""
     if isinstance(value, str) and re.fullmatch("[45][0-9][0-9]", value):
         return int(value)
     return value if type(value) is int and 400 <= value < 600 else None
 
 
-def _retry_after(said: str) -> str | None:
-    """The seconds of a Retry-After, as a number or as a time; None for what is neither. It becomes a header of ours."""
-    if re.fullmatch(r"[0-9]{1,9}", said):
-        return said
+def _retry_after(value: str) -> str | None:
+    """The seconds of a Retry-After, which has a number or a time; None for anything else. It is sent to our client."""
+    if re.fullmatch(r"[0-9]{1,9}", value):
+        return value
     try:
-        at = parsedate_to_datetime(said)
+        at = parsedate_to_datetime(value)
         return str(max(0, math.ceil(at.timestamp() - time.time())))
     except (ValueError, OverflowError, OSError):
         return None

@@ -1,12 +1,12 @@
-"""The guard: which addresses may be called for a client, whoever wrote the URL.
+"""The guard against SSRF: which addresses may be called for a client.
 
-Only http and https, no user or password in the URL, and no target that is not on the public internet: neither a private,
-loopback, link-local, shared, multicast or reserved address, nor one that hides in an IPv6 address (IPv4-mapped, 6to4, NAT64),
-nor a cloud's metadata service; unless the operator's REPRISE_OUTBOUND_ALLOW names its host or network.
+Only http and https, no user or password in the URL, and only targets on the public internet: no private, loopback, link-local,
+shared, multicast or reserved address, also not inside an IPv6 address (IPv4-mapped, 6to4, NAT64), and no cloud's metadata
+service; unless the operator's REPRISE_OUTBOUND_ALLOW names the host or its network.
 
-What counts is the address that a name resolves to. It is looked at in the moment of connecting, and the connection goes to
-that very address, so a name that means something else a moment later changes nothing; TLS and the Host header keep the
-name. Every redirect is a request of its own and passes here again. Proxies of the environment are not asked.
+A name is resolved when the connection is made, and the connection goes to the address that was checked, so DNS rebinding changes
+nothing; TLS and the Host header keep the name. Every redirect is a new request, which is checked too. Proxies of the environment
+are not used.
 """
 
 import asyncio
@@ -25,16 +25,16 @@ from app.settings import Allowed, Settings, parse_allowed
 Address = IPv4Address | IPv6Address
 
 Resolve = Callable[[str, int, str], Awaitable[Sequence[str]]]
-"""Host, port and the tenant that asks → its addresses. Raises OSError."""
+"""Host, port and tenant → the host's addresses. Raises OSError."""
 
 NAT64 = IPv6Network("64:ff9b::/96")
-"""Its last 32 bits are the IPv4 address that is meant."""
+"""The last 32 bits are an IPv4 address."""
 
 NEVER_PUBLIC = tuple(
     ip_network(network)
     for network in (
         "168.63.129.16/32",  # Azure's metadata and wire server, on a public address
-        # What IANA's registries call special, and what `ipaddress` judges differently from one Python to the next.
+        # Special in IANA's registries, but not in `ipaddress` of every Python version.
         "192.0.0.0/24",  # protocol assignments; Oracle's metadata service
         "192.88.99.0/24",  # relays of 6to4
         "64:ff9b:1::/48",  # NAT64 of one's own
@@ -46,12 +46,12 @@ NEVER_PUBLIC = tuple(
 )
 
 
-SIP_BYTES = 8 * 1024
-"""Of a stranger's answer, read at once."""
+READ_BYTES_MAX = 8 * 1024
+"""Of a client's server, read at once."""
 
 
 class OutboundRefused(Exception):
-    """The guard does not let this URL be called; the message names the host and says why."""
+    """The guard refuses this URL; the message has the host and the reason."""
 
     def __init__(self, host: str, why: str) -> None:
         super().__init__(f"Calling '{host}' is not allowed: {why}.")
@@ -64,10 +64,10 @@ def _private(host: str) -> OutboundRefused:
 
 
 class Guard:
-    """Lets through what is public or allowed. One for the whole process."""
+    """Allows public and listed addresses. One for the whole process."""
 
     def __init__(self, allowed: Allowed, *, resolve: Resolve | None = None) -> None:
-        """`resolve` finds the addresses of a host; tests bring their own."""
+        """`resolve` finds the addresses of a host; tests have their own."""
         self._allowed = allowed
         self._resolve = resolve or Names()
 
@@ -78,7 +78,7 @@ class Guard:
 
     @cached_property
     def tls(self) -> ssl.SSLContext:
-        """The certificates that we trust, read once."""
+        """The trusted certificates, loaded once."""
         return httpx2.create_ssl_context()
 
     def transport(self, tenant: str) -> httpx2.AsyncHTTPTransport:
@@ -94,7 +94,7 @@ class Guard:
         return httpx2.AsyncHTTPTransport(verify=self.tls, trust_env=False)
 
     def check_form(self, url: httpx2.URL) -> None:
-        """Look at what needs no network. Raises OutboundRefused."""
+        """Check what needs no network. Raises OutboundRefused."""
         host = url.host
         if url.scheme not in {"http", "https"}:
             raise OutboundRefused(host or str(url.scheme), "only http and https URLs are called")
@@ -110,18 +110,18 @@ class Guard:
         found = list(dict.fromkeys(await self._resolve(host, port, tenant)))
         if host.lower().rstrip(".") in self._allowed.hosts:
             return found
-        # One bad address among good ones is a trick, or a network that we do not understand: nothing is called.
+        # One private address among public ones may be an attack: refuse all.
         if not all(self._may_call(ip_address(address)) for address in found):
             raise _private(host)
         return found
 
     def _may_call(self, address: Address) -> bool:
-        meant = _meant(address)
+        meant = _unembedded(address)
         return any(meant in network for network in self._allowed.networks) or _is_public(meant)
 
 
-def _meant(address: Address) -> Address:
-    """The IPv4 address inside an IPv6 one that only carries it."""
+def _unembedded(address: Address) -> Address:
+    """The IPv4 address that an IPv6 one embeds, or the address itself."""
     if isinstance(address, IPv4Address):
         return address
     if address in NAT64:
@@ -140,7 +140,7 @@ def _is_public(address: Address) -> bool:
 
 
 class _GuardedTransport(httpx2.AsyncHTTPTransport):
-    """httpx2's own transport on a pool whose connections are made by the guard."""
+    """httpx2's transport, on a pool whose connections go to checked addresses."""
 
     def __init__(self, guard: Guard, tenant: str) -> None:
         limits = httpx2.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=5)
@@ -160,7 +160,7 @@ class _GuardedTransport(httpx2.AsyncHTTPTransport):
 
 
 class _GuardedNetwork(httpcore2.AsyncNetworkBackend):
-    """Connects to addresses that were looked at, not to names."""
+    """Connects to checked addresses, not to names."""
 
     def __init__(self, guard: Guard, tenant: str) -> None:
         self._guard, self._tenant = guard, tenant
@@ -191,27 +191,26 @@ class _GuardedNetwork(httpcore2.AsyncNetworkBackend):
         local_address: str | None,
         socket_options: Iterable[Any] | None,
     ) -> httpcore2.AsyncNetworkStream:
-        """The first address that answers; each gets its share of the time."""
+        """A connection to the first address that answers; each gets an equal share of the time."""
         share = None if timeout is None else timeout / max(1, len(addresses))
         failed: Exception = httpcore2.ConnectError("no address")
         for address in addresses:
             try:
-                return _Sips(await self._network.connect_tcp(address, port, share, local_address, socket_options))
+                return _SmallReads(await self._network.connect_tcp(address, port, share, local_address, socket_options))
             except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
                 failed = error
         raise failed
 
 
-class _Sips(httpcore2.AsyncNetworkStream):
-    """A connection that is read a little at a time: the parser works on all that was read without a pause, and a server can
-    make much work of few bytes."""
+class _SmallReads(httpcore2.AsyncNetworkStream):
+    """A connection with small reads: the parser processes a read without a pause, and few bytes can be much work."""
 
     def __init__(self, stream: httpcore2.AsyncNetworkStream) -> None:
         self._stream = stream
         self.write, self.aclose, self.get_extra_info = stream.write, stream.aclose, stream.get_extra_info  # type: ignore[method-assign]
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109
-        return await self._stream.read(min(max_bytes, SIP_BYTES), timeout)
+        return await self._stream.read(min(max_bytes, READ_BYTES_MAX), timeout)
 
     async def start_tls(self, *given: Any, **more: Any) -> httpcore2.AsyncNetworkStream:
-        return _Sips(await self._stream.start_tls(*given, **more))
+        return _SmallReads(await self._stream.start_tls(*given, **more))

@@ -1,9 +1,9 @@
-"""Runs a tool server's program, and lets nothing of it outlive the process that wanted it.
+"""Runs a tool server's program; no process of it outlives the Reprise process that started it.
 
-A program of its own, from the standard library alone: `program.py` starts `python -ISB keeper.py COMMAND…`. The program has
-this one's stdin, stdout and stderr. Once the other end of stdin is closed, which kill -9 of the server does too, the program
-has GRACE_S seconds to end, GRACE_S more after SIGTERM, and then everything that it has started is killed. Where the program
-ends by itself, what it has left behind is killed as well.
+A separate program that imports the standard library only: `program.py` starts `python -ISB keeper.py COMMAND…`. The program inherits
+its stdin, stdout and stderr. When the other end of stdin is closed, which kill -9 of Reprise does too, the program has GRACE_S seconds
+to exit, GRACE_S more after SIGTERM, and then it is killed with all its descendants. Descendants are also killed when it exits
+itself.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ NOT_STARTED = 127
 
 
 def main() -> None:
-    """Run the command to its end; the exit status is its own, or 128 and the signal that it died of."""
+    """Run the command; exit with its status, or with 128 and the signal that killed it."""
     on_linux = sys.platform == "linux"
     libc = ctypes.CDLL(None)
     if on_linux:
-        libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what loses its parent becomes our child
+        libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphaned descendants become children of this process
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(1))
 
@@ -40,10 +40,10 @@ def main() -> None:
         child = subprocess.Popen(sys.argv[1:], start_new_session=True, preexec_fn=begin)  # noqa: PLW1509, S603 one thread, the operator's command
     except OSError:
         sys.exit(NOT_STARTED)
-    os.close(1)  # its end must be seen when the program ends
+    os.close(1)  # readers must see EOF when the program exits
     status = None
     try:
-        status = until_ended_or_unwanted(child)
+        status = wait_for_exit_or_eof(child)
         if status is None:
             child.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -53,14 +53,14 @@ def main() -> None:
     sys.exit(128 - status if status and status < 0 else status or 0)
 
 
-def until_ended_or_unwanted(child: subprocess.Popen[bytes]) -> int | None:
-    """Wait for the program; gives its status, or None if it goes on though nobody writes to it any more."""
+def wait_for_exit_or_eof(child: subprocess.Popen[bytes]) -> int | None:
+    """The program's exit status; None if it still runs GRACE_S seconds after stdin was closed."""
     woken, waker = os.pipe()
     os.set_blocking(waker, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
     watched = select.poll()
-    watched.register(0, 0)  # nothing but its end is asked for
+    watched.register(0, 0)  # POLLHUP only
     watched.register(woken, select.POLLIN)
     while (status := child.poll()) is None:
         if any(descriptor == 0 for descriptor, _ in watched.poll()):
@@ -72,7 +72,7 @@ def until_ended_or_unwanted(child: subprocess.Popen[bytes]) -> int | None:
 
 
 def kill_all(child: subprocess.Popen[bytes]) -> None:
-    """Kill the program, its process group, and on Linux whatever else it has started."""
+    """Kill the program, its process group, and on Linux all other descendants."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()

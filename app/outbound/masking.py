@@ -1,7 +1,7 @@
-"""Masking: what a server was told in confidence does not come back in what it says.
+"""Masking: secrets that a server was sent do not come back in its answers.
 
-A secret is found as it stands, escaped in JSON, URL-encoded, and in base64 wherever it begins inside the encoded bytes. All
-forms of all secrets are one automaton (Aho-Corasick): a text is read once, however many there are.
+A secret is found as it is, escaped in JSON, URL-encoded, and in base64 at any offset inside the encoded bytes. All forms of all
+secrets are one automaton (Aho-Corasick): a text is read once, however many there are.
 """
 
 import base64
@@ -16,7 +16,7 @@ import msgspec
 from ahocorasick_rs import AhoCorasick, Implementation, MatchKind
 
 SECRET_CHARS_MIN = 6
-"""Shorter values (`true`, `en`, `1`) protect nothing, and masking them would garble every answer."""
+"""Shorter values (`true`, `en`, `1`) are no secrets, and masking them would garble every answer."""
 
 MASKED = "***"
 
@@ -29,38 +29,37 @@ PUBLIC_HEADERS = frozenset(
 """Headers that hold no secrets."""
 
 SCHEMES = frozenset("apikey api-key basic bearer digest dpop key negotiate token".split())
-"""Words before a secret in a header's value."""
+"""Authentication schemes, which precede a secret in a header's value."""
 
 KEY_NAME = re.compile(r"auth|code|cred|key|pass|secret|sig|token", re.IGNORECASE)
-"""In the name of what holds a secret, among headers and parameters of URLs that may hold none."""
+"""Names of headers and URL parameters that hold secrets."""
 
 
 _WORD = r"(?:[A-Za-z]{1,20}|[A-Za-z]?\d{1,12}|\d{1,12}[A-Za-z])"
 WORDS = re.compile(rf"{_WORD}(?:[ _.,:/+-]+{_WORD})*")
-"""A value that is a name, a place, a date, a number or a yes, as `x-region: us-east-1` has it; to mask it would garble ordinary
-answers."""
+"""A value of plain words and numbers, as in `x-region: us-east-1`; masking it would garble ordinary answers."""
 
 
 def is_secret(name: str, value: str) -> bool:
-    """Whether what is given under a name is to be kept: by its name, or because it is no plain words and numbers."""
+    """Whether a value is a secret: by its name, or because it is not plain words and numbers."""
     return bool(KEY_NAME.search(name) or name.lower() == "cookie") or not WORDS.fullmatch(value.strip())
 
 
 class Mask:
-    """Takes secrets out of texts and of JSON."""
+    """Replaces secrets in texts and in JSON."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
-        """Those that are shorter than SECRET_CHARS_MIN are none."""
+        """Secrets shorter than SECRET_CHARS_MIN are ignored."""
         self._secrets = {secret for secret in secrets if len(secret) >= SECRET_CHARS_MIN}
 
     @cached_property
     def _automaton(self) -> AhoCorasick:
-        """Made when it is first needed. The compact kind: of long secrets another would take a second to build."""
+        """Built on first use. The compact implementation: others take a second to build for long secrets."""
         forms = sorted({form for secret in self._secrets for form in _forms(secret)})
         return AhoCorasick(forms, MatchKind.LeftmostLongest, False, Implementation.ContiguousNFA)
 
     def text(self, text: str) -> str:
-        """A text with a mask in the place of each secret."""
+        """A text with each secret replaced."""
         if len(text) < SECRET_CHARS_MIN or not self._secrets:
             return text
         parts, end = [], 0
@@ -70,8 +69,8 @@ class Mask:
         return "".join([*parts, text[end:]]) if parts else text
 
     def json(self, value: Any) -> Any:
-        """A JSON value with masked strings and keys; of numbers those that are a secret as a whole."""
-        # Secrets are rare: as a rule, one look at the whole value says that there is none.
+        """A JSON value with masked strings and keys, and numbers that equal a secret."""
+        # Secrets are rare: one search of the whole value usually finds none.
         if not self._secrets or not self._automaton.find_matches_as_indexes(msgspec.json.encode(value).decode()):
             return value
         return self._within(value)
@@ -90,7 +89,7 @@ class Mask:
 
 
 def secrets_of(headers: Mapping[str, str]) -> Iterator[str]:
-    """The secrets in the values of headers: each whole, without its scheme, and what is inside of a cookie or a password."""
+    """The secrets in the values of headers: each whole, without its scheme, and the parts of cookies and Basic credentials."""
     for name, value in headers.items():
         if name.lower() in PUBLIC_HEADERS or not is_secret(name, value):
             continue
@@ -115,7 +114,7 @@ def _of_basic(encoded: str) -> Iterator[str]:
 
 
 def _forms(secret: str) -> Iterator[str]:
-    """What a secret looks like as it stands and encoded."""
+    """A secret as it is, and in its encodings."""
     yield secret
     for escaped in (msgspec.json.encode(secret).decode(), json.dumps(secret)):
         yield escaped[1:-1]
@@ -129,7 +128,7 @@ def _forms(secret: str) -> Iterator[str]:
 
 
 def _base64_forms(raw: bytes) -> Iterator[str]:
-    """The whole encoding, and what all encodings have in common in which other bytes precede and follow."""
+    """The whole encoding, and for each of the three offsets the characters that do not depend on the bytes around it."""
     yield base64.b64encode(raw).decode()
     for before in range(3):
         encoded = base64.b64encode(bytes(before) + raw).decode()

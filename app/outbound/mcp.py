@@ -4,16 +4,15 @@
         tools = await sessions.list_tools(server)
         result = await sessions.call(server, "add", {"a": 1}, call_id="mcp_123")
 
-A session is opened when it is first needed, kept for the whole run, and closed with it. Over HTTP it is Streamable HTTP, or
-the older HTTP+SSE where the server refuses the first POST with a 4xx, as the specification says; `command` is a program that
-is spoken to over its standard input and output, and shared with other runs (`programs.py`).
+A session is opened on first use and closed at the end of the run. Over HTTP the transport is Streamable HTTP, or the older HTTP+SSE
+if the server answers the first POST with a 4xx, as the specification defines. `command` is a program with the stdio transport, which
+runs share (`programs.py`).
 
-The SDK's contexts are task groups, which must be left by the task that entered them: each session is a task of its own that
-holds them, and callers only put requests into it. A call that was sent is never sent again, neither by us nor by HTTP: when
-its answer is lost, nobody knows what became of it, and the call fails. What a server asks of us (sampling, elicitation,
-roots) is refused by the SDK, since we offer none of it.
+The SDK's contexts are task groups, and the task that enters one must exit it: so each session is a task, and callers pass their requests
+to it. A call is sent once, and never retried, neither here nor by HTTP: if its answer is lost, its outcome is unknown, and the call
+fails. The SDK refuses a server's own requests (sampling, elicitation, roots), as the client declares no capabilities.
 
-Results are taken from under the SDK's models, which would refuse a whole list for one bad schema (`answers.py`).
+Results are read as plain JSON (`answers.py`): the SDK's models would refuse a whole list for one bad schema.
 """
 
 import asyncio
@@ -65,25 +64,25 @@ log = structlog.get_logger()
 CLIENT = mcp_types.Implementation(name="reprise", version="1")
 
 IDEMPOTENCY_KEY = "reprise/idempotencyKey"
-"""Where in a call's `_meta` its id stands, so that a careful server can tell a repetition from a new call."""
+"""The key of a call's id in its `_meta`: with it a server can recognize a repetition."""
 
 CLOSE_S = 10.0
-"""How long a session may take to end; longer than `program.py` takes for a program that does not."""
+"""How long a session may take to close; more than `program.py` needs to kill a program."""
 
-GOODBYE_S = 2.0
-"""How long a server may take to answer that it has heard of the end of a session."""
+DELETE_S = 2.0
+"""How long a server may take to answer the DELETE of a session."""
 
 PART_BYTES_MIN = 256
-"""What a part of an answer counts for at least: each costs as much as so many bytes, however few it has."""
+"""A chunk of a body counts as at least so many bytes: that is what processing one costs."""
 
 PARTS_AT_ONCE = 64
-"""Services of an answer that are read without a pause."""
+"""Chunks of a body that are processed before other tasks get a turn."""
 
 REQUESTS_AT_ONCE_MAX = 16
-"""Of a server to us; it reads no answers, or asks without end, where more would have to wait. We refuse all of them."""
+"""Requests of a server to us, all of which are refused. A server with more of them does not read the refusals."""
 
-STILL_NO_MCP = frozenset({401, 403, 407, 408, 429})
-"""Refusals of a greeting that are meant for us, and do not say that the server speaks another protocol."""
+NOT_THE_PROTOCOL = frozenset({401, 403, 407, 408, 429})
+"""Statuses of a refused `initialize` that do not mean that the server speaks another version of the protocol."""
 
 
 class ToolSessions:
@@ -98,8 +97,7 @@ class ToolSessions:
         *,
         tenant: str = "",
     ) -> None:
-        """`mask` takes out of answers what the run's servers were told in confidence. Without `programs` to share it has its
-        own, which end with it."""
+        """`mask` has the secrets of the run's servers. Without shared `programs` it starts its own, and ends them."""
         self._guard = guard
         self._settings = settings
         self._mask = mask
@@ -123,7 +121,7 @@ class ToolSessions:
 
     @contextlib.contextmanager
     def _masking(self) -> Iterator[None]:
-        """Failures quote servers."""
+        """Mask failures, as they quote servers."""
         try:
             yield
         except ToolFailure as failure:
@@ -143,7 +141,7 @@ class ToolSessions:
                     page = await self._request(
                         session, server, "tools/list", {"cursor": cursor} if cursor else {}, timeout_s
                     )
-                    size, tools = await asyncio.to_thread(self._read_page, page)  # a server may send megabytes
+                    size, tools = await asyncio.to_thread(self._read_page, page)  # a page may be megabytes
                     bytes_left -= size
                     if bytes_left < 0:
                         raise lists_too_much(server, f"{self._settings.tool_list_bytes_max} bytes")
@@ -179,7 +177,7 @@ class ToolSessions:
         return read_result(self._mask.json(result), self._settings.tool_output_bytes_max)
 
     async def close(self) -> None:
-        """End all sessions, whatever they are doing; later calls fail."""
+        """Close all sessions, and fail pending and later calls."""
         self._closed = True
         for request in self._requests:
             request.cancel()
@@ -205,7 +203,7 @@ class ToolSessions:
         await self.close()
 
     async def _session(self, server: ToolServer) -> "_Session":
-        """The open session of a server; a new one where there is none, or where the old one has ended."""
+        """The open session of a server, or a new one. Raises ToolFailure."""
         if self._closed:
             raise closed(server)
         if server.command:
@@ -228,7 +226,7 @@ class ToolSessions:
     async def _request(
         self, session: "_Session", server: ToolServer, method: str, parameters: Mapping[str, Any], timeout_s: float
     ) -> dict[str, Any]:
-        """A request that ends with the run, though the session may go on. Raises ToolFailure."""
+        """A request that is cancelled with the run, even if the session is shared. Raises ToolFailure."""
         request = asyncio.ensure_future(session.request(method, parameters, timeout_s))
         self._requests.add(request)
         request.add_done_callback(self._requests.discard)
@@ -242,7 +240,7 @@ class ToolSessions:
 
 
 class _Session:
-    """One session: a task that holds the SDK's contexts, and requests that callers put into it."""
+    """One session: a task that runs the SDK's contexts, and the requests of its callers."""
 
     def __init__(self, server: ToolServer, guard: Guard, settings: Settings, tenant: str) -> None:
         self._server, self._settings = server, settings
@@ -253,18 +251,18 @@ class _Session:
         self._leaving = False
         self._requests = self._answers = 0
         self._asked: set[str | int] = set()
-        """Ids of requests that wait for their answers."""
-        self._doubt: asyncio.Task[None] | None = None
+        """Ids of pending requests."""
+        self._hang_check: asyncio.Task[None] | None = None
         self._version = ""
-        """The protocol's, where every request must say it."""
+        """The protocol's version, if every request must have it."""
         self.forgotten = False
-        """The server no longer knows it."""
+        """The server has dropped the session."""
         self._task = asyncio.create_task(self._run(), name=f"tool server {server.label}")
         self._task.add_done_callback(lambda _: self._opened.set())  # also if it ends before its first step
 
     @property
     def over(self) -> bool:
-        """No use for another request."""
+        """Whether it takes no more requests."""
         ended = self._dispatcher is not None and self._dispatcher.ended.is_set()
         return self.forgotten or ended or self._leaving or self._task.done()
 
@@ -285,7 +283,7 @@ class _Session:
         """Send a request, once, and wait for its result. Raises ToolFailure."""
         assert self._dispatcher is not None
         self._requests += 1
-        request_id = f"r{self._requests}"  # The SDK's own are numbers.
+        request_id = f"r{self._requests}"  # the SDK's own are numbers
         answers = self._answers
         self._asked.add(request_id)
         try:
@@ -296,10 +294,10 @@ class _Session:
                     {"request_id": request_id, "headers": self._routing(method, parameters)},
                 )
             self._answers += 1
-            return result  # noqa: TRY300 the answer counts, whether good or bad
+            return result  # noqa: TRY300 the `finally` is for both
         except TimeoutError:
-            if self._server.command and answers == self._answers and self._doubt is None:
-                self._doubt = asyncio.create_task(self._end_if_hung())
+            if self._server.command and answers == self._answers and self._hang_check is None:
+                self._hang_check = asyncio.create_task(self._end_if_hung())
             raise too_slow(self._server, method, timeout_s) from None
         except MCPError as error:
             self._answers += 1
@@ -308,7 +306,7 @@ class _Session:
             self._asked.discard(request_id)
 
     async def _end_if_hung(self) -> None:
-        """A program that has answered nothing for the whole of a request, and does not answer now, is no use to anybody."""
+        """End a program that answered nothing while a request timed out, unless it answers a ping."""
         assert self._dispatcher is not None
         try:
             async with asyncio.timeout(self._settings.tool_connect_timeout_s):
@@ -317,12 +315,12 @@ class _Session:
             log.warning("A tool server's program hangs.", action="tool_program_hung", label=self._server.label)
             self.leave()
         except MCPError:
-            pass  # that is an answer, or its end
+            pass  # an answer, or the end of the session
         finally:
-            self._doubt = None
+            self._hang_check = None
 
     def _stamped(self, parameters: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Parameters with what a protocol without handshakes wants to have in each request."""
+        """Parameters with the `_meta` that a protocol version without a handshake needs in each request."""
         if not self._version:
             return parameters
         stamp = {
@@ -333,18 +331,18 @@ class _Session:
         return {**parameters, "_meta": {**parameters.get("_meta", {}), **stamp}}
 
     def _routing(self, method: str, parameters: Mapping[str, Any]) -> dict[str, str]:
-        """The same for headers."""
+        """The HTTP headers that such a version needs."""
         if not self._version:
             return {}
         named = {MCP_NAME_HEADER: encode_header_value(parameters["name"])} if "name" in parameters else {}
         return {MCP_PROTOCOL_VERSION_HEADER: self._version, MCP_METHOD_HEADER: method, **named}
 
     def when_ended(self, then: Callable[[], None]) -> None:
-        """Call `then` when nothing of it is left."""
+        """Call `then` after its end."""
         self._task.add_done_callback(lambda _: then())
 
     def leave(self) -> asyncio.Task[None]:
-        """Say goodbye; gives the task that does."""
+        """Close the session; returns the task that does."""
         self._leaving = True
         if self._dispatcher is None:
             self._task.cancel()
@@ -355,51 +353,51 @@ class _Session:
     async def _run(self) -> None:
         try:
             if self._server.command:
-                await self._hold(self._program())
+                await self._serve(self._program())
             else:
-                await self._hold_http()
-        except Exception as error:  # noqa: BLE001 - whatever it is, callers hear of it
+                await self._serve_http()
+        except Exception as error:  # noqa: BLE001 - callers get it
             self._failure = failure_of(error, self._server)
         finally:
-            if self._doubt is not None:
-                self._doubt.cancel()
+            if self._hang_check is not None:
+                self._hang_check.cancel()
 
-    async def _hold_http(self) -> None:
-        """Streamable HTTP, or HTTP+SSE where its first POST is refused with a 4xx."""
+    async def _serve_http(self) -> None:
+        """Use Streamable HTTP, or HTTP+SSE if the first POST is refused with a 4xx."""
         try:
-            await self._hold(self._streamable())
+            await self._serve(self._streamable())
         except Exception:
             first = self._wire.failures.get("initialize")
             if first is None:
                 raise
-            if not _may_be_another_time(first):
+            if not _may_speak_other_version(first):
                 raise first from None
             self._wire.failures.clear()
             self._wire.two_streams = True
             try:
-                await self._hold(self._two_streams())
-            except Exception:  # Both were tried; the newer one's refusal says more.
+                await self._serve(self._two_streams())
+            except Exception:  # both failed: report the newer transport's failure
                 if self._dispatcher is not None:
                     raise
                 raise first from None
 
-    async def _hold(self, transport: AbstractAsyncContextManager[Any]) -> None:
-        """Open a session over a transport and keep it until somebody leaves."""
+    async def _serve(self, transport: AbstractAsyncContextManager[Any]) -> None:
+        """Open a session over a transport, and keep it open until `leave` or its end."""
         async with transport as (incoming, outgoing):
             dispatcher = self._wire.dispatcher = _Dispatcher(incoming, outgoing)
             async with ClientSession(dispatcher=dispatcher, client_info=CLIENT) as session:
-                await self._greet(session)
+                await self._initialize(session)
                 self._dispatcher = dispatcher
                 self._opened.set()
                 await dispatcher.ended.wait()
 
-    async def _greet(self, session: ClientSession) -> None:
-        """Shake hands. A server that knows no handshake is asked what it speaks: from 2026-07-28 on each request says all."""
+    async def _initialize(self, session: ClientSession) -> None:
+        """Initialize the session, or discover a server without a handshake: since version 2026-07-28 each request is complete."""
         try:
             await session.initialize()
         except MCPError as first:
             noted = self._wire.failures.get("initialize")
-            if noted is not None and not _may_be_another_time(noted):
+            if noted is not None and not _may_speak_other_version(noted):
                 raise
             try:
                 await session.discover()
@@ -434,11 +432,11 @@ class _Session:
             self._server,
             line_bytes_max=self._settings.tool_answer_bytes_max,
             too_long=too_long,
-            greeted=self._opened.is_set,
+            initialized=self._opened.is_set,
         )
 
     def _client(self, *_: object, **__: object) -> httpx2.AsyncClient:
-        """An HTTP client; how long an answer may take is said by each request's deadline."""
+        """An HTTP client without a read timeout: each request has its own deadline."""
         timeout_s = self._settings.tool_connect_timeout_s
         return httpx2.AsyncClient(
             transport=self._wire,
@@ -449,11 +447,11 @@ class _Session:
 
 
 ToolPrograms: TypeAlias = Programs[_Session]
-"""The programs that the runs of a process share."""
+"""The programs that the runs of this process share."""
 
 
 class _Dispatcher(JSONRPCDispatcher):
-    """The SDK's, which also says that its connection has ended, before those who wait for answers hear of it."""
+    """The SDK's dispatcher, with an event for the end of its connection, set before pending requests fail."""
 
     def __init__(self, incoming: Any, outgoing: Any) -> None:
         super().__init__(incoming, outgoing)
@@ -461,7 +459,7 @@ class _Dispatcher(JSONRPCDispatcher):
         self._places = asyncio.Semaphore(REQUESTS_AT_ONCE_MAX)
 
     async def _dispatch_request(self, *arguments: Any) -> None:
-        """Each request becomes a task: while there are too many, nothing more is read."""
+        """Each request becomes a task: stop reading while there are too many."""
         await self._places.acquire()
         await super()._dispatch_request(*arguments)
 
@@ -476,24 +474,24 @@ class _Dispatcher(JSONRPCDispatcher):
         super()._fan_out_closed()
 
     def abandon(self, request_id: str | int) -> None:
-        """Wake who waits for a request that will not be answered."""
+        """Fail a pending request that will not be answered."""
         self._resolve_pending(
             request_id, mcp_types.ErrorData(code=mcp_types.CONNECTION_CLOSED, message="Connection closed")
         )
 
 
 class _Message(Struct):
-    """What we look at in a message that leaves: requests have an id and a method."""
+    """The fields of an outgoing message that matter here: requests have an id and a method."""
 
     id: str | int | None = None
     method: str = ""
 
 
 class _Wire(httpx2.AsyncBaseTransport):
-    """Under the SDK's transports: the guard, limits, and what became of each request.
+    """The HTTP transport under the SDK's: the guard, limits, and the failure of each request.
 
-    The SDK's transports let an HTTP error of one request end the whole session, or turn its status into a general sentence.
-    So a POST that fails is answered here by ourselves, and the reason noted under the request's id.
+    With the SDK's transports an HTTP error of one request ends the whole session, or loses its status. So a failed POST gets a response
+    made here, and the failure is stored under the request's id.
     """
 
     def __init__(self, session: _Session, server: ToolServer, guard: Guard, settings: Settings, tenant: str) -> None:
@@ -502,10 +500,10 @@ class _Wire(httpx2.AsyncBaseTransport):
         self._quick_s = settings.tool_connect_timeout_s
         self._bytes_max = settings.tool_answer_bytes_max
         self.two_streams = False
-        """HTTP+SSE: results do not come on the answer of a POST but on the one long GET."""
+        """HTTP+SSE: results come as events of one long GET, not as the responses of POSTs."""
         self.dispatcher: _Dispatcher | None = None
         self.failures: dict[str | int, ToolFailure] = {}
-        """By request id; that of the first request under "initialize"."""
+        """By request id; that of the first request by "initialize"."""
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         message = _Message()
@@ -513,8 +511,8 @@ class _Wire(httpx2.AsyncBaseTransport):
             message = msgspec.json.decode(await request.aread(), type=_Message)
         waited_for = message.id is not None and message.method and not self.two_streams
         if request.method != "GET" and not waited_for:
-            # Nothing of worth comes as an answer, and what is sent next must not wait for it for long.
-            quick_s = GOODBYE_S if request.method == "DELETE" else self._quick_s
+            # The response is not needed, and the next message waits for it.
+            quick_s = DELETE_S if request.method == "DELETE" else self._quick_s
             request.extensions["timeout"] = {**request.extensions.get("timeout", {}), "read": quick_s}
         try:
             response = await self._inner.handle_async_request(request)
@@ -531,13 +529,13 @@ class _Wire(httpx2.AsyncBaseTransport):
             failure = garbled(self._server, "its answer is compressed, which was not asked for")
             return self._failed(request, message, failure)
         body = response.stream
-        if request.method != "GET" or response.status_code != 200:  # a GET is a stream, of events that are limited each
+        if request.method != "GET" or response.status_code != 200:  # the events of a GET are limited one by one
             body = _Limited(body, self, message, self._bytes_max)
         response.stream = _Mended(body, self._bytes_max)
         return response
 
     def _failed(self, request: httpx2.Request, message: _Message, failure: ToolFailure) -> httpx2.Response:
-        """What the SDK gets instead of an answer: an error, or nothing where an error would end its writing for good."""
+        """The response for the SDK: an error, or for HTTP+SSE a 202, since an error would end its writer."""
         self.note(message, failure)
         if not self.two_streams:
             return httpx2.Response(502, request=request)
@@ -546,22 +544,22 @@ class _Wire(httpx2.AsyncBaseTransport):
         return httpx2.Response(202, request=request)
 
     def note(self, message: _Message, failure: ToolFailure) -> None:
-        """Keep why a request failed, for the one who waits for it."""
+        """Store the failure of a request for its caller."""
         if message.method == "initialize":
             self.failures["initialize"] = failure
         elif message.id is not None and message.method:
             self.failures[message.id] = failure
-            # A server that has forgotten the session: later calls need another one.
+            # a 404: the server has dropped the session, and later calls need a new one
             self._session.forgotten = self._session.forgotten or failure.code == 404
 
     def broken(self, message: _Message, error: Exception) -> httpx2.StreamError:
-        """Note that an answer did not come to its end; gives what the SDK's transports survive."""
+        """Store that a response is incomplete; returns an error that the SDK's transports survive."""
         failure = error if isinstance(error, ToolFailure) else failure_of(error, self._server)
         self.note(message, failure)
         return httpx2.StreamError(failure.message)
 
     def too_long(self) -> ToolFailure:
-        """An answer is over the limit."""
+        """The failure for an answer over the limit."""
         return garbled(self._server, f"its answer is longer than {self._bytes_max} bytes")
 
     async def aclose(self) -> None:
@@ -569,7 +567,7 @@ class _Wire(httpx2.AsyncBaseTransport):
 
 
 class _Limited(httpx2.AsyncByteStream):
-    """The body of an answer, up to the limit."""
+    """The body of a response, up to the limit."""
 
     def __init__(self, body: httpx2.AsyncByteStream, wire: _Wire, message: _Message, bytes_max: int) -> None:
         self._body, self._wire, self._message, self._bytes_max = body, wire, message, bytes_max
@@ -590,33 +588,33 @@ class _Limited(httpx2.AsyncByteStream):
 
 
 class _Mended(httpx2.AsyncByteStream):
-    """A body without escapes of half a surrogate pair, as outputs cut in the middle hold them: the SDK can't read those. It is
-    passed on in whole lines, since an escape has no line break in it."""
+    """A body without escapes of lone surrogates, which the SDK can't read; output that was cut has them. It is passed on in whole
+    lines, as an escape has no line break."""
 
     def __init__(self, body: httpx2.AsyncByteStream, line_bytes_max: int) -> None:
         self._body, self._line_bytes_max = body, line_bytes_max
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        held: list[bytes] = []
+        parts_of_line: list[bytes] = []
         count = 0
         parts = itertools.count(1)
         async for part in self._body:
             if next(parts) % PARTS_AT_ONCE == 0:
-                await asyncio.sleep(0)  # what has come already would be read without a pause
+                await asyncio.sleep(0)  # else buffered chunks are read without a pause
             end = max(part.rfind(b"\n"), part.rfind(b"\r")) + 1
             if end:
-                yield mend_surrogates(b"".join([*held, part[:end]]))
-                held, count = [], 0
-            held.append(part[end:])
-            count += max(len(held[-1]), PART_BYTES_MIN)
+                yield mend_surrogates(b"".join([*parts_of_line, part[:end]]))
+                parts_of_line, count = [], 0
+            parts_of_line.append(part[end:])
+            count += max(len(parts_of_line[-1]), PART_BYTES_MIN)
             if count > self._line_bytes_max:
                 raise httpx2.StreamError("a line is too long")
-        yield mend_surrogates(b"".join(held))
+        yield mend_surrogates(b"".join(parts_of_line))
 
     async def aclose(self) -> None:
         await self._body.aclose()
 
 
-def _may_be_another_time(failure: ToolFailure) -> bool:
-    """Whether a refused greeting may come from a server that speaks an older or a newer protocol."""
-    return failure.kind == "http_error" and 400 <= failure.code < 500 and failure.code not in STILL_NO_MCP
+def _may_speak_other_version(failure: ToolFailure) -> bool:
+    """Whether a refused `initialize` may come from a server that speaks an older or a newer version."""
+    return failure.kind == "http_error" and 400 <= failure.code < 500 and failure.code not in NOT_THE_PROTOCOL

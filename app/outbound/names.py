@@ -1,8 +1,7 @@
-"""Looking up the names that clients give.
+"""Resolves host names that clients name.
 
-For a name whose zone never answers the system's resolver takes half a minute, also when its answer is no longer wanted. The
-event loop's own look-ups share a few threads, and upstreams, Postgres and Redis need those. So these have threads of their own,
-of which no tenant takes more than its share.
+For a zone that does not answer, the system's resolver takes half a minute, and can't be cancelled. The event loop's look-ups share
+a small thread pool that upstreams, Postgres and Redis need. So look-ups for clients have their own threads, limited per tenant.
 """
 
 import asyncio
@@ -13,10 +12,10 @@ from ipaddress import ip_address
 from weakref import WeakValueDictionary
 
 LOOKUPS_MAX = 64
-"""At once in this process; more wait."""
+"""At once in this process; others wait."""
 
 LOOKUPS_TENANT_MAX = 8
-"""Of one tenant at once."""
+"""At once for one tenant."""
 
 
 class Names:
@@ -27,7 +26,7 @@ class Names:
         self._places: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
     async def __call__(self, host: str, port: int, tenant: str) -> list[str]:
-        """The addresses of a host. Raises OSError for an unknown one. A look-up that is given up keeps its place to its end."""
+        """The addresses of a host. Raises OSError for an unknown one. A cancelled look-up counts until its thread ends."""
         if _is_address(host):
             return [host]
         places = self._places.setdefault(tenant, asyncio.Semaphore(LOOKUPS_TENANT_MAX))
@@ -39,24 +38,24 @@ class Names:
             raise
         lookup = asyncio.wrap_future(_begin(host, port))
 
-        def over(_: asyncio.Future[list[str]]) -> None:
+        def release(_: asyncio.Future[list[str]]) -> None:
             places.release()
             self._all.release()
-            lookup.exception()  # perhaps nobody else looks at it
+            lookup.exception()  # retrieved, as its caller may be cancelled
 
-        lookup.add_done_callback(over)
+        lookup.add_done_callback(release)
         await asyncio.wait([lookup])
         return lookup.result()
 
 
 def _begin(host: str, port: int) -> Future[list[str]]:
-    """Look up in a thread that no end of the process waits for, as it does for an executor's."""
+    """Look up in a daemon thread: at its exit the process waits for an executor's threads, but not for this one."""
     found: Future[list[str]] = Future()
 
     def look_up() -> None:
         try:
             found.set_result(_ask_system(host, port))
-        except Exception as error:  # noqa: BLE001 whatever it is, who waits has to hear of it
+        except Exception as error:  # noqa: BLE001 the caller gets it
             found.set_exception(error)
 
     try:
@@ -75,5 +74,5 @@ def _is_address(host: str) -> bool:
 
 
 def _ask_system(host: str, port: int) -> list[str]:
-    # As bytes, since it is encoded already: a text would be again, and one with a long label is no OSError.
+    # Bytes, as the name is IDNA-encoded already: `str` would be encoded again, which raises UnicodeError for a long label.
     return [str(address[0]) for *_, address in socket.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM)]

@@ -1,8 +1,7 @@
-"""MCP with a program: JSON-RPC in lines over its standard input and output, as the SDK's own `stdio_client` speaks it.
+"""MCP over the standard input and output of a program, as JSON-RPC in lines, like the SDK's `stdio_client`.
 
-What that one has not, and a program that many runs share must have: an answer's length is bounded, and an answer that is too
-long fails its own call only; what the program says on stderr is read and bounded; and `keeper.py` between us and the program
-sees to it that nothing of the program is left when this process is gone.
+A program that many runs share needs more than that has: the length of an answer is limited, and a longer one fails its own call only;
+stderr is read and limited; and `keeper.py`, which starts the program, kills all its processes when this process exits.
 """
 
 import asyncio
@@ -29,29 +28,29 @@ log = structlog.get_logger()
 KEEPER = Path(__file__).with_name("keeper.py")
 CHUNK_BYTES = 64 * 1024
 FLUSH_S = 0.5
-"""How long what was written may take to reach the program before its input is closed."""
+"""How long written messages may take to reach the program before its stdin is closed."""
 KEEPER_S = 5.0
-"""How long the keeper may take to end everything, which is twice what it needs."""
-COMPLAINT_CHARS_MAX = 500
-COMPLAINTS_MAX = 20
-"""Lines of a program's stderr that are logged before its greeting."""
+"""How long the keeper may take to end the program: twice its own deadlines."""
+STDERR_CHARS_MAX = 500
+STDERR_LINES_MAX = 20
+"""Lines of stderr that are logged at level info, before the session is initialized."""
 
 IDENTIFIER = rb'"id"\s*:\s*("[^"\\]{1,100}"|\d{1,18})\s*'
 VERSION = rb'"jsonrpc"\s*:\s*"2\.0"\s*'
 HEAD = re.compile(rb"\s*\{\s*(?:" + VERSION + rb",\s*)?" + IDENTIFIER + rb",")
 TAIL = re.compile(rb"(?<!\\)" + IDENTIFIER + rb"(?:,\s*" + VERSION + rb")?\}\s*$")
-"""Where a message's id may stand so that it can be found without reading the message: among the first, or the last."""
+"""A message's id as one of its first keys or its last, where it is found without parsing the message."""
 ID_BYTES_MAX = 256
 
 TooLong = Callable[[str | int], None]
-"""Told the id of an answer that was too long to be read."""
+"""Called with the id of an answer that is over the limit."""
 
 
 @contextlib.asynccontextmanager
 async def program_streams(
-    server: ToolServer, *, line_bytes_max: int, too_long: TooLong, greeted: Callable[[], bool]
+    server: ToolServer, *, line_bytes_max: int, too_long: TooLong, initialized: Callable[[], bool]
 ) -> AsyncIterator[Any]:
-    """The streams of a program that runs as long as the block. Raises OSError."""
+    """The streams of a program that runs until the end of the block. Raises OSError."""
     environment = {**get_default_environment(), **server.environment}
     if shutil.which(server.command[0], path=environment.get("PATH")) is None:
         raise FileNotFoundError(server.command[0])
@@ -70,11 +69,11 @@ async def program_streams(
     outgoing, to_program = anyio.create_memory_object_stream[SessionMessage](0)
     reading = asyncio.create_task(_read(process.stdout, to_us, line_bytes_max, too_long))
     writing = asyncio.create_task(_write(process.stdin, to_program, to_us))
-    listening = asyncio.create_task(_listen(process.stderr, server, greeted))
+    listening = asyncio.create_task(_log_stderr(process.stderr, server, initialized))
     try:
         yield incoming, outgoing
     finally:
-        by_itself = reading.done()
+        has_exited = reading.done()
         incoming.close()
         outgoing.close()
         await asyncio.wait({writing}, timeout=FLUSH_S)
@@ -85,7 +84,7 @@ async def program_streams(
         except TimeoutError:
             process.kill()
         finally:
-            if by_itself:
+            if has_exited:
                 status = process.returncode
                 log.warning(
                     "A tool server's program ended.", action="tool_program_ended", label=server.label, status=status
@@ -99,43 +98,43 @@ async def program_streams(
 
 
 async def _read(stdout: asyncio.StreamReader, to_us: Any, line_bytes_max: int, too_long: TooLong) -> None:
-    """Pass on the program's messages until it ends, or nobody wants them: then read them all the same, so that it can end."""
+    """Pass on the program's messages; when the session is closed, discard them until EOF, so that the program can exit."""
     with contextlib.suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
         async with to_us:
             async for line in _lines(stdout, line_bytes_max, too_long):
                 try:
                     message = mcp_types.jsonrpc_message_adapter.validate_json(mend_surrogates(line), by_name=False)
                 except ValueError:
-                    continue  # many programs print something else now and then
+                    continue  # some programs also print other things
                 await to_us.send(SessionMessage(message))
     while await stdout.read(CHUNK_BYTES):
         pass
 
 
 async def _lines(stdout: asyncio.StreamReader, bytes_max: int, too_long: TooLong) -> AsyncIterator[bytes]:
-    """Whole lines; one that is too long is left out."""
-    held: list[bytes] = []
+    """Whole lines of up to `bytes_max` bytes; of a longer one `too_long` gets the id."""
+    parts: list[bytes] = []
     size = 0
     while chunk := await stdout.read(CHUNK_BYTES):
         *ends, rest = chunk.split(b"\n")
         for end in ends:
             size += len(end)
-            held.append(end)
-            line, length = b"".join(held), size
-            held, size = [], 0
+            parts.append(end)
+            line, length = b"".join(parts), size
+            parts, size = [], 0
             if length <= bytes_max:
                 yield line
             elif (found := _identifier(line)) is not None:
                 too_long(found)
         size += len(rest)
-        held.append(rest)
+        parts.append(rest)
         if size > bytes_max:
-            joined = b"".join(held)
-            held = [joined[:ID_BYTES_MAX], joined[-ID_BYTES_MAX:]]  # enough to find its id
+            joined = b"".join(parts)
+            parts = [joined[:ID_BYTES_MAX], joined[-ID_BYTES_MAX:]]  # enough to find the id
 
 
 def _identifier(line: bytes) -> str | int | None:
-    """The id of a message of which only the beginning and the end are there."""
+    """The id of a message, from its beginning and its end."""
     found = HEAD.match(line) or TAIL.search(line[-ID_BYTES_MAX:])
     if found is None:
         return None
@@ -144,7 +143,7 @@ def _identifier(line: bytes) -> str | int | None:
 
 
 async def _write(stdin: asyncio.StreamWriter, to_program: Any, to_us: Any) -> None:
-    """Pass on our messages; where the program takes no more, it is as if it had ended."""
+    """Write messages to the program; if it closes its stdin, end the session as if it had exited."""
     try:
         async with to_program:
             async for message in to_program:
@@ -155,12 +154,12 @@ async def _write(stdin: asyncio.StreamWriter, to_program: Any, to_us: Any) -> No
         await to_us.aclose()
 
 
-async def _listen(stderr: asyncio.StreamReader, server: ToolServer, greeted: Callable[[], bool]) -> None:
-    """Log how the program begins; from its greeting on its words may quote what it was called with, hence are debug."""
-    complaints, mask = 0, Mask(server.secrets)
+async def _log_stderr(stderr: asyncio.StreamReader, server: ToolServer, initialized: Callable[[], bool]) -> None:
+    """Log lines of stderr; once the session is initialized they may quote arguments, so their level is debug."""
+    count, mask = 0, Mask(server.secrets)
     while chunk := await stderr.read(CHUNK_BYTES):
         for line in chunk.decode(errors="replace").splitlines():
-            complaints += 1
-            said = mask.text(line[:COMPLAINT_CHARS_MAX])
-            tell = log.debug if greeted() or complaints > COMPLAINTS_MAX else log.info
-            tell("A tool server's program says something.", action="tool_program_said", label=server.label, line=said)
+            count += 1
+            text = mask.text(line[:STDERR_CHARS_MAX])
+            write = log.debug if initialized() or count > STDERR_LINES_MAX else log.info
+            write("A tool server wrote to stderr.", action="tool_program_stderr", label=server.label, line=text)

@@ -1,10 +1,10 @@
 """The programs of the catalog's tool servers, which runs share.
 
-A program speaks over one pair of pipes, hence has one MCP session for as long as it lives. Who shares it shares whatever it
-remembers from call to call, so the catalog says who may: the runs of one tenant (`shared = "tenant"`, unless it says
-otherwise), all runs (`"all"`, for programs that keep nothing between calls, or keep it apart by what they are called with), or
-nobody (`"run"`). A run holds its program from its first call to its end. There are at most so many programs of each server;
-one that nobody holds makes room, or ends when it has been idle for long. One that has died is started anew for the next call.
+A program has one pair of pipes, hence one MCP session while it runs. Runs that share it also share its state between calls, so the
+catalog defines who may: the runs of a tenant (`shared = "tenant"`, the default), all runs (`"all"`, for programs that are stateless,
+or separate their state by arguments), or a single run (`"run"`). A run uses its program from its first call until the run ends. The
+number of programs for each server is limited; an unused one is ended after a while, or when another needs its place. One that died is
+replaced at the next call.
 """
 
 import asyncio
@@ -20,17 +20,17 @@ from app.settings import Settings
 
 
 class Session(Protocol):
-    """What a program is spoken to with."""
+    """The MCP session with a program."""
 
     @property
     def over(self) -> bool:
-        """No use for another request."""
+        """Whether it takes no more requests."""
 
     def leave(self) -> asyncio.Task[None]:
-        """End it; gives the task that does."""
+        """End it; returns the task that does."""
 
     def when_ended(self, then: Callable[[], None]) -> None:
-        """Call `then` when nothing of it is left."""
+        """Call `then` after its end."""
 
 
 S = TypeVar("S", bound=Session)
@@ -38,17 +38,17 @@ S = TypeVar("S", bound=Session)
 
 @dataclass(eq=False)
 class _Place(Generic[S]):
-    """A program that runs, or has not quite ended."""
+    """A program, until it has exited."""
 
     server: ToolServer
     session: S
     runs: set[object] = field(default_factory=set)
     idle: asyncio.TimerHandle | None = None
-    """Ends it, unless somebody comes first."""
+    """Ends the program, unless a run uses it first."""
 
 
 class Programs(Generic[S]):
-    """The programs of one process; `close` it."""
+    """The programs of this process; must be closed."""
 
     def __init__(self, settings: Settings) -> None:
         self._wait_s = settings.tool_connect_timeout_s
@@ -59,8 +59,8 @@ class Programs(Generic[S]):
         self._closed = False
 
     async def lend(self, server: ToolServer, run: object, tenant: str, start: Callable[[ToolServer], S]) -> S:
-        """The session of a program for a run, until `release`; `start` makes one. Raises ToolFailure."""
-        server = replace(server, headers={}, authorization="")  # what a request brings along is not for programs
+        """The session of a program for a run, until `release`; `start` starts a program. Raises ToolFailure."""
+        server = replace(server, headers={}, authorization="")  # a client's headers are not for programs
         sharer = {"all": "", "tenant": tenant, "run": run}[server.shared]
         key = (server.key, sharer)
         try:
@@ -70,7 +70,7 @@ class Programs(Generic[S]):
                     if place is None and self._has_room(server):
                         place = self._begin(key, server, start)
                     if place is not None and not place.session.over:
-                        self._hold(place, run)
+                        self._use(place, run)
                         return place.session
                     await self._changed.wait()
         except TimeoutError:
@@ -78,7 +78,7 @@ class Programs(Generic[S]):
         raise closed(server)
 
     def release(self, run: object) -> None:
-        """A run has ended."""
+        """Release all programs of a run."""
         for place in self._places.values():
             if run in place.runs:
                 place.runs.discard(run)
@@ -94,12 +94,12 @@ class Programs(Generic[S]):
         self._wake()
         tasks = [place.session.leave() for place in self._places.values()]
         for place in self._places.values():
-            _keep(place)
+            _cancel_idle(place)
         if tasks:
             await asyncio.wait(tasks)
 
     def _has_room(self, server: ToolServer) -> bool:
-        """Whether another program may be started; where not, the longest idle one is ended first."""
+        """Whether another program may be started; if not, end the one that is idle longest."""
         of_server = [place for place in self._places.values() if place.server.key == server.key]
         if len(of_server) < self._programs_max:
             return True
@@ -109,30 +109,30 @@ class Programs(Generic[S]):
         return False
 
     def _begin(self, key: Hashable, server: ToolServer, start: Callable[[ToolServer], S]) -> _Place[S]:
-        # It outlives the run that happens to be first, whose name does not belong into its log.
+        # An empty context: it outlives its first run, whose id must not be in its log.
         session = contextvars.Context().run(start, server)
         place = self._places[key] = _Place(server, session)
 
-        def gone() -> None:
-            _keep(place)
+        def remove() -> None:
+            _cancel_idle(place)
             del self._places[key]
             self._wake()
 
-        session.when_ended(gone)
+        session.when_ended(remove)
         return place
 
-    def _hold(self, place: _Place[S], run: object) -> None:
+    def _use(self, place: _Place[S], run: object) -> None:
         place.runs.add(run)
-        _keep(place)
+        _cancel_idle(place)
 
     def _wake(self) -> None:
-        """Let those who wait look again."""
+        """Make all waiting calls of `lend` check again."""
         self._changed.set()
         self._changed = asyncio.Event()
 
 
-def _keep(place: "_Place[S]") -> None:
-    """It is not idle, or no longer there."""
+def _cancel_idle(place: "_Place[S]") -> None:
+    """Stop its idle timer."""
     if place.idle is not None:
         place.idle.cancel()
         place.idle = None

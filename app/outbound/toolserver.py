@@ -1,4 +1,4 @@
-"""Tool servers: where one is, what it wants to hear, and the ways in which it fails."""
+"""Tool servers: how to reach one, and how it fails."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -18,29 +18,29 @@ from app.outbound.masking import KEY_NAME, WORDS, Mask, is_secret, secrets_of
 log = structlog.get_logger()
 
 MESSAGE_CHARS_MAX = 1000
-"""A server's own words in a failure; longer ones are cut."""
+"""Limit of a server's message in a failure; longer ones are cut."""
 
 PUBLIC_VARIABLES = re.compile(
     r".*(PATH|DIR|DIRECTORY|ROOT|HOME|FILE|HOST|PORT|LANG|LEVEL|MODE|TZ)|LC_.*", re.IGNORECASE
 )
-"""Variables of a program's environment that hold no secrets: results may well name its files."""
+"""Variables of a program's environment that are no secrets: results may name its files."""
 
 KEY_IN_URL = re.compile(r"(?=.*\d)(?=.*[A-Za-z]).{12,}|.{32,}")
-"""What a secret looks like in the middle of a URL, where most words are none."""
+"""A part of a URL's path or query that is probably a secret."""
 
 CODE_MAX = 2**31
-"""JSON-RPC's codes have 32 bits; a longer number is none."""
+"""JSON-RPC's error codes have 32 bits."""
 
-OURS = frozenset(
+TRANSPORT_HEADERS = frozenset(
     "accept accept-encoding connection content-length content-type expect host keep-alive last-event-id "
     "mcp-protocol-version mcp-session-id te trailer transfer-encoding upgrade".split()
 )
-"""Headers that are the transport's business, whatever a tool's `headers` say."""
+"""Headers that the transport sets; those of a tool's `headers` are ignored."""
 
 
 NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 VALUE = re.compile(r"[\t\x20-\x7e]*")
-"""What a header may be made of."""
+"""The characters that a header may have."""
 
 
 Shared = Literal["all", "tenant", "run"]
@@ -48,7 +48,7 @@ Shared = Literal["all", "tenant", "run"]
 
 
 class ToolServer(Struct, frozen=True):
-    """Where a tool server is, and what it wants to hear."""
+    """How to reach a tool server."""
 
     label: str
     url: str = ""  # http(s), or
@@ -57,7 +57,7 @@ class ToolServer(Struct, frozen=True):
     headers: Mapping[str, str] = {}
     authorization: str = ""  # a bearer token, unless it names a scheme
     trusted: bool = False  # the operator's own: no guard
-    shared: Shared = "tenant"  # who shares a program
+    shared: Shared = "tenant"  # which runs share a program
 
     def __repr__(self) -> str:
         return f"ToolServer({self.label!r})"
@@ -67,13 +67,13 @@ class ToolServer(Struct, frozen=True):
 
     @property
     def key(self) -> bytes:
-        """Equal for equal servers."""
+        """The same for equal servers."""
         return msgspec.json.encode(self, order="sorted")
 
     @property
     def request_headers(self) -> dict[str, str]:
-        """The headers of every request. Raises ToolFailure for what can't be a header."""
-        headers = {name: value for name, value in self.headers.items() if name.lower() not in OURS}
+        """The headers of every request. Raises ToolFailure for a name or a value with other characters."""
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in TRANSPORT_HEADERS}
         given = self.authorization.strip()
         if given:
             headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
@@ -84,8 +84,10 @@ class ToolServer(Struct, frozen=True):
 
     @property
     def secrets(self) -> Iterator[str]:
-        """What it is told in confidence."""
-        yield from secrets_of({name: value for name, value in self.headers.items() if name.lower() not in OURS})
+        """The secrets that it is sent."""
+        yield from secrets_of(
+            {name: value for name, value in self.headers.items() if name.lower() not in TRANSPORT_HEADERS}
+        )
         yield from secrets_of({"Authorization": self.authorization})
         for name, value in self.environment.items():
             if is_secret(name, value) and not PUBLIC_VARIABLES.fullmatch(name):
@@ -102,10 +104,10 @@ class ToolServer(Struct, frozen=True):
 
 
 class ToolFailure(Exception):
-    """A tool server could not be listed or called; the message may be shown once `masked`.
+    """A tool server could not be listed or called; clients may see the message once it is `masked`.
 
     `http_error` has an HTTP status as its code: the server's, or 403 where the guard refuses, 502 where the server can't be
-    reached or breaks off, 504 where it is too slow. `mcp_protocol_error` has a JSON-RPC code.
+    reached or closes the connection, 504 where it is too slow. `mcp_protocol_error` has a JSON-RPC code.
     """
 
     def __init__(self, kind: Literal["http_error", "mcp_protocol_error"], code: int, message: str) -> None:
@@ -115,21 +117,21 @@ class ToolFailure(Exception):
         self.message = message
 
     def masked(self, mask: Mask) -> "ToolFailure":
-        """Without what servers were told in confidence, and of bearable length."""
+        """With secrets masked, and cut to MESSAGE_CHARS_MAX."""
         text = mask.text(self.message)
         cut = text if len(text) <= MESSAGE_CHARS_MAX else f"{text[:MESSAGE_CHARS_MAX]}…"
         return ToolFailure(self.kind, self.code, cut)
 
 
 def failure_of(error: BaseException, server: ToolServer) -> ToolFailure:
-    """What a client may hear of an error; its own words only where they are a server's or the guard's."""
+    """The failure to show to a client; it quotes only errors of the server or the guard."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     match error:
         case ToolFailure():
             return error
         case MCPError():
-            return _said(error, server)
+            return _json_rpc_failure(error, server)
         case OutboundRefused():
             return ToolFailure("http_error", 403, str(error))
         case httpx2.HTTPStatusError():
@@ -139,16 +141,16 @@ def failure_of(error: BaseException, server: ToolServer) -> ToolFailure:
         case OSError() if server.command:
             why = f"The program of the tool server '{server.label}' can't be started."
             return ToolFailure("mcp_protocol_error", mcp_types.CONNECTION_CLOSED, why)
-    log.warning("a tool server is not understood", action="tool_server_garbled", error=type(error).__name__)
+    log.warning("A tool server does not speak MCP.", action="tool_server_garbled", error=type(error).__name__)
     return garbled(server, "it does not speak MCP as we know it")
 
 
-def _said(error: MCPError, server: ToolServer) -> ToolFailure:
-    """A JSON-RPC error: the server's, or the SDK's in its place."""
+def _json_rpc_failure(error: MCPError, server: ToolServer) -> ToolFailure:
+    """A JSON-RPC error, of the server or of the SDK."""
     match error.code, error.message:
         case mcp_types.PARSE_ERROR, _:
             return garbled(server, "what it sends is not JSON-RPC")
-        case mcp_types.CONNECTION_CLOSED, "Connection closed":  # the SDK's own words
+        case mcp_types.CONNECTION_CLOSED, "Connection closed":  # the SDK's message
             return closed(server)
     code = error.code if abs(error.code) <= CODE_MAX else mcp_types.INTERNAL_ERROR
     return ToolFailure("mcp_protocol_error", code, error.message)
@@ -165,7 +167,7 @@ def _unreachable(error: Exception, server: ToolServer) -> ToolFailure:
 
 
 def lists_too_much(server: ToolServer, most: str) -> ToolFailure:
-    """Its list of tools has no end that we wait for."""
+    """Its list of tools is over a limit."""
     return ToolFailure(
         "mcp_protocol_error", mcp_types.INVALID_REQUEST, f"The tool server '{server.label}' lists more than {most}."
     )
@@ -179,7 +181,7 @@ def closed(server: ToolServer) -> ToolFailure:
 
 
 def busy(server: ToolServer, programs_max: int) -> ToolFailure:
-    """No program of its could be had in time."""
+    """No program of it was free in time."""
     return ToolFailure(
         "http_error", 503, f"All {programs_max} programs of the tool server '{server.label}' are in use."
     )
@@ -191,14 +193,14 @@ def refused(status: int, server: ToolServer) -> ToolFailure:
 
 
 def garbled(server: ToolServer, why: str) -> ToolFailure:
-    """It said what is not MCP."""
+    """Its answer is not MCP."""
     return ToolFailure(
         "mcp_protocol_error", mcp_types.PARSE_ERROR, f"The tool server '{server.label}' is not understood: {why}."
     )
 
 
 def too_slow(server: ToolServer, what: str, timeout_s: float) -> ToolFailure:
-    """It met a deadline."""
+    """It missed a deadline."""
     return ToolFailure(
         "mcp_protocol_error",
         mcp_types.REQUEST_TIMEOUT,

@@ -1,11 +1,10 @@
 """The upstream's chat stream, through the `openai` SDK's configuration and HTTP client.
 
-The SDK says where to ask and with which headers, and keeps the connections. Its request and stream objects are not used, which
-cost more than all the rest of a request: the body is ready bytes, and the stream's bytes are decoded by msgspec, all chunks of
-one read together.
+The SDK provides the URL, the headers and the connection pool. Its request and stream objects are not used, as they cost more than the
+rest of a request: the body is encoded already, and msgspec decodes the stream, all chunks of one read together.
 
-An upstream is not trusted with memory. No redirect is followed, no cookie kept and nothing decompressed: the conversation and the
-key go where the operator said, and what is read is what was counted. Every answer has a limit in bytes.
+An upstream is not trusted with memory. Redirects are not followed, cookies not stored, and compressed answers refused: the conversation
+and the key go only to the operator's URL, and limits count the bytes in memory. Every answer has a limit in bytes.
 """
 
 import asyncio
@@ -40,7 +39,7 @@ from app.errors import (
 )
 from app.idle_timeout import IdleTimeout
 from app.outbound.catalog import UpstreamEntry
-from app.outbound.failures import NO_CREDIT, NO_JSON, Asked, KeyRefused, failed_in_stream, refused
+from app.outbound.failures import NO_CREDIT, NO_JSON, ErrorContext, KeyRefused, failed_in_stream, refused
 from app.outbound.masking import KEY_NAME, Mask, secrets_of
 from app.settings import Settings
 from app.wire.chat import Chunk, ModelEntry
@@ -49,25 +48,25 @@ from app.wire.odd_chunks import is_error, read_chunk, read_completion, read_mode
 log = structlog.get_logger()
 
 NO_KEY = "none"
-"""The SDK demands a key; servers without one ignore it."""
+"""The SDK requires a key; servers without one ignore it."""
 
 MERE_WORD = re.compile(r"[A-Za-z]{1,12}")
-"""A key that protects nothing, as `ollama`: to mask it would garble what is said of a failure."""
+"""A key that is no secret, such as `ollama`: masking it would garble error messages."""
 
 SDK_HEADERS = "x-stainless-"
-"""How the names of those headers begin in which the SDK tells OpenAI what it runs on. An upstream needs none of them."""
+"""The prefix of the SDK's headers about its platform, which an upstream does not need."""
 
 TAIL_WAIT_S = 2.0
-"""How long the usage, or the connection's end, may come after the finish."""
+"""How long to wait for the usage, or for the end of the connection, after the finish."""
 
-LOOK_WAIT_S, LOOK_AGAIN_S = 2.0, 10.0
+DETECT_TIMEOUT_S, DETECT_INTERVAL_S = 2.0, 10.0
 
 FORMS_MAX = 1_000
 
 BROKEN_OFF = "The upstream broke off its answer."
 
-CUT_OFF = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError)
-"""The connection was closed before the beginning of an answer."""
+DISCONNECTED = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError)
+"""The connection was closed before an answer began."""
 
 _FIELDS = (b"data:", b"error:")
 
@@ -75,22 +74,22 @@ _FIELDS = (b"data:", b"error:")
 class _Sent(Struct):
     """How a request was sent."""
 
-    on_used: bool = False
-    """On a connection on which another has been answered."""
+    on_reused: bool = False
+    """On a connection that another request used before."""
 
 
 _SENT: ContextVar[_Sent] = ContextVar("sent")
 
 
 class _Request(aiohttp.ClientRequest):
-    """One that is given up leaves nothing to send: an upstream that reads nothing would keep the conversation in memory."""
+    """A request that discards unsent bytes when it is cancelled: if the upstream does not read, they would stay in memory."""
 
     _used: ClassVar[WeakSet[object]] = WeakSet()
 
     async def send(self, conn: aiohttp.connector.Connection) -> aiohttp.ClientResponse:
         transport = conn.transport
         assert transport is not None
-        _SENT.get().on_used = conn.protocol in self._used
+        _SENT.get().on_reused = conn.protocol in self._used
         self._used.add(conn.protocol)
 
         def drop_unsent() -> None:
@@ -102,15 +101,15 @@ class _Request(aiohttp.ClientRequest):
 
 
 class _Transport(AiohttpTransport):
-    """The SDK's, without a memory for cookies, and with an error of its own for heads that can't be read. Engines close kept
-    connections without a word: what is cut off on one of them goes out again, once, on a new one."""
+    """The SDK's transport without cookies, and with an error for unreadable heads. Engines close idle connections without notice:
+    a request that fails on a reused connection is sent again, once, on a new one."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._options = options
 
     @cached_property
-    def _keeping_none(self) -> "_Transport":
+    def _without_keepalive(self) -> "_Transport":
         limits = httpx2.Limits(max_connections=self.limits.max_connections, keepalive_expiry=0)
         return _Transport(**{**self._options, "limits": limits})
 
@@ -126,20 +125,20 @@ class _Transport(AiohttpTransport):
         try:
             return await super().handle_async_request(request)
         except (aiohttp.ClientResponseError, UnicodeError):
-            raise httpx2.RemoteProtocolError("the head can't be read") from None  # the cause quotes it
+            raise httpx2.RemoteProtocolError("the head can't be read") from None  # the cause quotes the head
         except httpx2.TransportError as error:
-            if not (sent.on_used and isinstance(error.__cause__, CUT_OFF)):
+            if not (sent.on_reused and isinstance(error.__cause__, DISCONNECTED)):
                 raise
-        return await self._keeping_none.handle_async_request(request)
+        return await self._without_keepalive.handle_async_request(request)
 
     async def aclose(self) -> None:
-        if "_keeping_none" in self.__dict__:
-            await self._keeping_none.aclose()
+        if "_without_keepalive" in self.__dict__:
+            await self._without_keepalive.aclose()
         await super().aclose()
 
 
 class _Client(DefaultAioHttpClient):
-    """The SDK's, on such transports."""
+    """The SDK's client with this transport."""
 
     def _init_transport(self, *_: Any, **options: Any) -> httpx2.AsyncBaseTransport:
         return _Transport(**options)
@@ -148,8 +147,8 @@ class _Client(DefaultAioHttpClient):
         return _Transport(proxy=proxy, **options)
 
 
-class _Sending(Struct):
-    """What is sent, until it is: stamina's attempts are cycles, which keep their arguments until they are collected."""
+class _PendingRequest(Struct):
+    """A request that is cleared once it is sent: stamina's attempts are reference cycles, which hold their arguments."""
 
     model: str
     body: bytes
@@ -163,11 +162,11 @@ class Upstream:
         self.name = name
         self.entry = entry
         self.dialect: Dialect = entry.speaks
-        """As far as it is known: one that nobody has named is looked for."""
+        """The plain one until it is detected, unless the catalog names it."""
         self.dialect_name = entry.dialect_name
         self._forms: dict[str, ReasoningForm] = {}
-        self._looking: asyncio.Task[None] | None = None
-        self._looks_at = 0.0
+        self._detection: asyncio.Task[None] | None = None
+        self._detect_at = 0.0
         self.passes_caller = settings.upstream_auth == "caller"
         self._attempts_max = entry.attempts_max or settings.upstream_attempts_max
         self._retry_after_max_s = settings.upstream_retry_after_max_s
@@ -175,7 +174,7 @@ class Upstream:
         self.line_bytes_max = settings.upstream_line_bytes_max
         self._error_bytes_max = settings.upstream_error_bytes_max
         self._answer_timeout_s = entry.answer_timeout_s or settings.upstream_answer_timeout_s
-        # How long reads may take is our own business: the transport would set a timer for each.
+        # No read timeout: the transport would set a timer for each read. `IdleTimeout` limits reads.
         timeout = httpx2.Timeout(
             self._answer_timeout_s,
             connect=entry.connect_timeout_s or settings.upstream_connect_timeout_s,
@@ -197,64 +196,64 @@ class Upstream:
         self._models = sdk.base_url.join("models").copy_with(query=query)
         keys_in_url = (value for name, value in sdk.base_url.params.multi_items() if KEY_NAME.search(name))
         self._secrets = [*keys_in_url, *secrets_of(entry.headers)]
-        said = {**sdk.auth_headers, **sdk.default_headers}
+        sdk_headers = {**sdk.auth_headers, **sdk.default_headers}
         self._headers = httpx2.Headers(
             {
                 name: value
-                for name, value in said.items()
+                for name, value in sdk_headers.items()
                 if isinstance(value, str) and not name.lower().startswith(SDK_HEADERS)
             }
         )
         self._headers.update({**entry.headers, "Accept-Encoding": "identity"})
-        # Made once: stamina takes as long to prepare its attempts as the first of them takes.
+        # Made once: preparing it costs as much as a first attempt.
         self._opened = stamina.retry(
             on=self._backoff, attempts=self._attempts_max, timeout=None, wait_initial=0.1, wait_jitter=0.1, wait_max=2.0
         )(self._open)
 
     async def find_dialect(self, caller_key: str | None) -> None:
-        """Find out how the upstream speaks, unless that is known. Where it does not say so in LOOK_WAIT_S, it is asked again
-        LOOK_AGAIN_S later, and meanwhile spoken to in plain."""
+        """Detect the dialect, unless it is known. If the upstream does not answer in DETECT_TIMEOUT_S, the plain dialect is used, and
+        detection is tried again after DETECT_INTERVAL_S."""
         if self.dialect_name:
             return
         now = asyncio.get_running_loop().time()
-        if self._looking is None and now >= self._looks_at:
-            self._looks_at = now + LOOK_AGAIN_S
-            self._looking = asyncio.create_task(self._look(caller_key))
-        if self._looking:
-            await asyncio.wait({self._looking})
+        if self._detection is None and now >= self._detect_at:
+            self._detect_at = now + DETECT_INTERVAL_S
+            self._detection = asyncio.create_task(self._detect(caller_key))
+        if self._detection:
+            await asyncio.wait({self._detection})
 
-    async def _look(self, caller_key: str | None) -> None:
+    async def _detect(self, caller_key: str | None) -> None:
         try:
-            async with asyncio.timeout(LOOK_WAIT_S):
+            async with asyncio.timeout(DETECT_TIMEOUT_S):
                 models = await self.list_models(caller_key)
         except (UpstreamRefused, KeyRefused) as refusal:
             if self.passes_caller and refusal.status == 403:
-                return  # it lists none to this caller
-            models = []  # it lists none, to us
+                return  # not for this caller's key
+            models = []  # it has no list of models, or none for our key
         except (ApiError, TimeoutError):
             return
         else:
             if not models:
-                return  # it has none yet
+                return  # no model is loaded yet
         finally:
-            self._looking = None
+            self._detection = None
         self.recognize(models)
         log.info("A dialect was found.", action="dialect_found", upstream=self.name, dialect=self.dialect_name)
 
     def recognize(self, models: Sequence[ModelEntry]) -> None:
-        """Take the dialect of the engine that lists these models, unless one is named."""
+        """Use the dialect of the engine that lists these models, unless the catalog names one."""
         if self.dialect_name:
             return
         self.dialect_name = found = preset_of_owners(model.owned_by for model in models) or "plain"
         self.dialect = PRESETS[found]
 
     def dialect_for(self, model: str) -> Dialect:
-        """The dialect of one of its models: as a rule earlier reasoning is passed back in the form of the model's own."""
+        """The dialect for a model: earlier reasoning is sent back in the form in which the model sends it."""
         form = self._forms.get(model)
         return replace(self.dialect, reasoning=form) if form else self.dialect
 
-    def hear(self, model: str, form: ReasoningForm | None) -> None:
-        """A model reasons in this form; that is known of the FORMS_MAX models that were heard last."""
+    def record_reasoning_form(self, model: str, form: ReasoningForm | None) -> None:
+        """Remember the form of a model's reasoning, for the last FORMS_MAX models."""
         if form and (self.dialect.reasoning == "same" or model in self._forms):
             self._forms.pop(model, None)
             self._forms[model] = form
@@ -262,15 +261,15 @@ class Upstream:
                 del self._forms[next(iter(self._forms))]
 
     async def open(self, model: str, body: bytes, caller_key: str | None) -> "ChunkStream":
-        """Send a chat request; gives the stream once the upstream says something.
+        """Send a chat request; returns the stream when it has content.
 
-        Connection errors, 429 and 5xx are tried again, because nothing was sent to anybody yet. Raises ApiError.
+        Connection errors, 429 and 5xx are retried, as no event was sent to the client yet. Raises ApiError.
         """
-        sending = _Sending(model, body, caller_key)
+        pending = _PendingRequest(model, body, caller_key)
         try:
-            return await self._opened(sending)
+            return await self._opened(pending)
         finally:
-            sending.body, sending.caller_key = b"", None
+            pending.body, pending.caller_key = b"", None
 
     def _backoff(self, error: Exception) -> bool | float:
         if not isinstance(error, UpstreamUnavailable | UpstreamBusy) or isinstance(error, KeyRefused):
@@ -282,10 +281,10 @@ class Upstream:
             return True
         return float(after) if after.isdigit() and float(after) <= self._retry_after_max_s else False
 
-    async def _open(self, sending: "_Sending") -> "ChunkStream":
+    async def _open(self, pending: "_PendingRequest") -> "ChunkStream":
         try:
             async with asyncio.timeout(self._answer_timeout_s):
-                return await self._begin(sending)
+                return await self._begin(pending)
         except TimeoutError:
             error: UpstreamError = UpstreamStalled("The upstream did not answer in time.")
         except UpstreamError as failed:
@@ -293,9 +292,9 @@ class Upstream:
         error.upstream = self.name
         raise error
 
-    async def _begin(self, sending: "_Sending") -> "ChunkStream":
-        response = await self._ask("POST", self._chat, sending.caller_key, sending.body)
-        stream = ChunkStream(self, sending.model, response, self._asked(sending.caller_key))
+    async def _begin(self, pending: "_PendingRequest") -> "ChunkStream":
+        response = await self._ask("POST", self._chat, pending.caller_key, pending.body)
+        stream = ChunkStream(self, pending.model, response, self._error_context(pending.caller_key))
         try:
             await stream.begin()
         except BaseException:
@@ -303,11 +302,11 @@ class Upstream:
             raise
         return stream
 
-    def _asked(self, caller_key: str | None) -> Asked:
-        return Asked(self.name, self.passes_caller, self.mask(caller_key))
+    def _error_context(self, caller_key: str | None) -> ErrorContext:
+        return ErrorContext(self.name, self.passes_caller, self.mask(caller_key))
 
     def mask(self, caller_key: str | None) -> Mask:
-        """Takes keys out of what the upstream says of its failures; what it says to the model's users is not looked at."""
+        """Masks keys in the upstream's error messages; the model's output is not masked."""
         keys = (self.entry.key, caller_key if self.passes_caller else None)
         return Mask([*self._secrets, *(key for key in keys if key and not MERE_WORD.fullmatch(key))])
 
@@ -330,7 +329,7 @@ class Upstream:
     async def _ask(
         self, method: str, url: httpx2.URL, caller_key: str | None, body: bytes | None = None
     ) -> httpx2.Response:
-        """The head of an answer that is a success. Raises ApiError."""
+        """A response with a 2xx, whose body is not read yet. Raises ApiError."""
         headers = self._headers
         if self.passes_caller and caller_key:
             headers = headers | {"Authorization": f"Bearer {caller_key}"}
@@ -345,14 +344,14 @@ class Upstream:
         except (httpx2.HTTPError, OSError) as error:
             raise UpstreamUnavailable(f"Upstream '{self.name}' can't be reached.") from error
         if not response.is_success:
-            raise await self._refused(response, self._asked(caller_key))
+            raise await self._refused(response, self._error_context(caller_key))
         if not _is_compressed(response):
             return response
         await response.aclose()
         raise UpstreamGarbled(f"Upstream '{self.name}' sent a compressed answer, which was not asked for.")
 
-    async def _refused(self, response: httpx2.Response, asked: Asked) -> ApiError:
-        """Our error for an answer that is no success, whose body says more as far as it can be read."""
+    async def _refused(self, response: httpx2.Response, context: ErrorContext) -> ApiError:
+        """Our error for a response that is not a 2xx, with its body's message if that can be read."""
         raw = b""
         try:
             async with asyncio.timeout(self._answer_timeout_s):
@@ -364,59 +363,58 @@ class Upstream:
             return UpstreamUnavailable(f"Upstream '{self.name}' broke off its answer.")
         finally:
             await response.aclose()
-        return refused(response.status_code, response.headers, raw, asked)
+        return refused(response.status_code, response.headers, raw, context)
 
     async def close(self) -> None:
         """Close every connection."""
-        if self._looking:
-            self._looking.cancel()
+        if self._detection:
+            self._detection.cancel()
         await self._http.aclose()
 
 
 class ChunkStream:
-    """An upstream's answer: lists of chunks, one list a read. Begin it first, and always close it; that breaks the upstream's
-    work off."""
+    """An upstream's answer: a list of chunks for each read. Call `begin` first, and always `close`, which cancels generation."""
 
-    def __init__(self, upstream: Upstream, model: str, response: httpx2.Response, asked: Asked) -> None:
-        """Of a response that streams only the stream is kept: the rest of it holds the request, with the whole conversation."""
+    def __init__(self, upstream: Upstream, model: str, response: httpx2.Response, context: ErrorContext) -> None:
+        """Only the stream of a streamed response is kept: the response refers to the request, with the whole conversation."""
         assert isinstance(response.stream, httpx2.AsyncByteStream)
         self.upstream, self.model = upstream, model
-        self._asked = asked
+        self._error_context = context
         self._stream = response.stream
-        self._reads = aiter(response.stream)  # what the response's own `aiter_raw` adds is bookkeeping, for every read
+        self._reads = aiter(response.stream)  # without the bookkeeping of `aiter_raw` for each read
         self._lines = LineBuffer(upstream.line_bytes_max)
         has_events = response.headers.get("content-type", "").startswith("text/event-stream")
         self._unstreamed = None if has_events else response
         self._first: list[Chunk] = []
         self._failed: ApiError | None = None
-        """What has gone wrong behind the first chunks, in the same read."""
+        """An error after the first chunks, in the same read."""
         self._finished = self._done = self._ended = False
         self._tail_bytes = 0
         self.read_bytes = 0
-        """How many bytes the last list of chunks has come in; those behind the finish count for nothing."""
+        """The bytes of the last list of chunks; 0 after the finish."""
 
     async def begin(self) -> None:
-        """Wait until the upstream says something; what fails before has failed like a head, whatever the head was.
+        """Wait for the first content; an error before it is an error of the whole request. Raises ApiError.
 
-        Raises ApiError. Chunks that say nothing are forgotten, and not waited behind for ever.
+        Chunks without content are dropped, up to `line_bytes_max` of them.
         """
         if self._unstreamed:
             self._first, self._ended = [await self._whole(self._unstreamed)], True
             return
-        heard = False
-        while not (heard or self._finished or self._ended) and self.read_bytes <= self.upstream.line_bytes_max:
+        has_content = False
+        while not (has_content or self._finished or self._ended) and self.read_bytes <= self.upstream.line_bytes_max:
             raw = await self._read()
             chunks, self._failed = self._parse(raw)
-            heard = any(map(_says_something, chunks))
+            has_content = any(map(_has_content, chunks))
             self._first += chunks
-            if not heard:
+            if not has_content:
                 self._first = [chunk for chunk in self._first if chunk.usage][-1:]
             self.read_bytes += len(raw)
-            if self._failed and not heard:
+            if self._failed and not has_content:
                 raise self._failed
 
     async def __aiter__(self) -> AsyncIterator[list[Chunk]]:
-        """A list for every read, so that those without a chunk can be counted, too. Raises UpstreamError."""
+        """A list for each read, even an empty one, as reads are counted. Raises UpstreamError."""
         yield self._first
         self._first = []
         if self._failed:
@@ -424,23 +422,23 @@ class ChunkStream:
         idle_s = self.upstream.idle_timeout_s
         with closing(IdleTimeout(idle_s)) as idle, closing(IdleTimeout(min(idle_s, TAIL_WAIT_S))) as tail:
             while not self._ended:
-                patience = tail if self._finished else idle
+                timeout = tail if self._finished else idle
                 try:
-                    with patience:
+                    with timeout:
                         raw = await self._read()
                 except TimeoutError:
                     if self._finished:
                         return
                     raise UpstreamStalled(f"The upstream was silent for {idle_s:g} seconds.") from None
                 chunks, failed = self._parse(raw)
-                patience.continues = patience is tail or not any(map(_is_of_model, chunks))
-                self.read_bytes = 0 if patience is tail else len(raw)
+                timeout.continues = timeout is tail or not any(map(_has_choice, chunks))
+                self.read_bytes = 0 if timeout is tail else len(raw)
                 yield chunks
                 if failed:
                     raise failed
 
     async def _read(self) -> bytes:
-        """What comes next; nothing at the end. What goes wrong behind the finish is no fault: everything was said."""
+        """The next bytes; empty at the end. Errors after the finish are ignored, as the answer is complete."""
         try:
             return await anext(self._reads)
         except StopAsyncIteration:
@@ -455,7 +453,7 @@ class ChunkStream:
             raise UpstreamUnavailable(BROKEN_OFF) from error
 
     def _parse(self, raw: bytes) -> tuple[list[Chunk], ApiError | None]:
-        """The chunks of a read, and what is wrong behind them."""
+        """The chunks of a read, and the error after them."""
         chunks: list[Chunk] = []
         try:
             payloads = self._lines.feed(raw)
@@ -465,7 +463,7 @@ class ChunkStream:
         for data in payloads:
             if data == b"[DONE]":
                 self._finished = self._done = True
-            if not data or self._done:  # what comes behind the end is only read so that the connection can be kept
+            if not data or self._done:  # after [DONE] the rest is read so that the connection can be reused
                 continue
             try:
                 chunk = read_chunk(data)
@@ -484,10 +482,10 @@ class ChunkStream:
         return chunks, None
 
     def _failure(self, chunk: Chunk) -> ApiError | None:
-        return failed_in_stream(chunk.error, self._asked) if chunk.error and is_error(chunk.error) else None
+        return failed_in_stream(chunk.error, self._error_context) if chunk.error and is_error(chunk.error) else None
 
     async def _whole(self, response: httpx2.Response) -> Chunk:
-        """The answer of a server that does not stream, as one chunk."""
+        """An answer that is not streamed, as one chunk."""
         try:
             raw = await _read(response, self.upstream.line_bytes_max)
             self.read_bytes = len(raw)
@@ -497,36 +495,36 @@ class ChunkStream:
         except (httpx2.HTTPError, OSError):
             raise UpstreamUnavailable(BROKEN_OFF) from None
         if chunk.error and is_error(chunk.error):
-            raise failed_in_stream(chunk.error, self._asked)
+            raise failed_in_stream(chunk.error, self._error_context)
         return chunk
 
     async def close(self) -> None:
-        """Give the connection back, or break it off."""
+        """Release the connection, or close it if the answer is incomplete."""
         await self._stream.aclose()
 
 
 class LineBuffer:
-    """Bytes → the payloads of `data:` lines, at any border."""
+    """Bytes, split anywhere → the payloads of `data:` lines."""
 
     def __init__(self, line_bytes_max: int) -> None:
-        self._held: list[bytes] = []
-        self._held_bytes = 0
+        self._partial: list[bytes] = []
+        self._partial_bytes = 0
         self._line_bytes_max = line_bytes_max
         self._begun = False
 
     def feed(self, raw: bytes) -> list[bytes]:
-        """The payloads that are whole by now. Raises UpstreamGarbled for a line that is too long."""
+        """The payloads of complete lines. Raises UpstreamGarbled for a line that is too long."""
         *lines, rest = raw.split(b"\n")
-        if lines and self._held:
-            lines[0] = b"".join((*self._held, lines[0]))
-            self._held, self._held_bytes = [], 0
+        if lines and self._partial:
+            lines[0] = b"".join((*self._partial, lines[0]))
+            self._partial, self._partial_bytes = [], 0
         if lines and not self._begun:
             self._begun = True
-            lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)  # SSE lets one stand at the beginning
+            lines[0] = lines[0].removeprefix(codecs.BOM_UTF8)  # SSE allows one at the beginning
         if rest:
-            self._held.append(rest)
-            self._held_bytes += len(rest)
-        if self._held_bytes > self._line_bytes_max:
+            self._partial.append(rest)
+            self._partial_bytes += len(rest)
+        if self._partial_bytes > self._line_bytes_max:
             raise UpstreamGarbled(f"The upstream sent a line of more than {self._line_bytes_max} bytes.")
         return [
             line[5:].strip() if line.startswith(b"data:") else _error_of_line(line)
@@ -536,7 +534,7 @@ class LineBuffer:
 
 
 async def _read(response: httpx2.Response, bytes_max: int) -> bytes:
-    """A whole body. Raises UpstreamGarbled as soon as it is too long."""
+    """A whole body. Raises UpstreamGarbled if it is longer than `bytes_max`."""
     raw = await _read_some(response, bytes_max + 1)
     if len(raw) > bytes_max:
         raise UpstreamGarbled(f"The upstream sent an answer of more than {bytes_max} bytes.")
@@ -544,7 +542,7 @@ async def _read(response: httpx2.Response, bytes_max: int) -> bytes:
 
 
 async def _read_some(response: httpx2.Response, bytes_max: int) -> bytes:
-    """The first so many bytes of a body, as they travel; no more are read."""
+    """The first `bytes_max` bytes of a body; no more are read."""
     assert isinstance(response.stream, httpx2.AsyncByteStream)
     parts: list[bytes] = []
     left = bytes_max
@@ -561,12 +559,12 @@ def _is_compressed(response: httpx2.Response) -> bool:
 
 
 def _error_of_line(line: bytes) -> bytes:
-    """A line of older llama.cpp, which has a field of its own for errors, as a chunk."""
+    """A chunk for an `error:` line, as older llama.cpp sends."""
     return b'{"error":%b}' % line[6:].strip()
 
 
-def _says_something(chunk: Chunk) -> bool:
-    """Whether there is more in a chunk than the role, with which some servers begin before the model does."""
+def _has_content(chunk: Chunk) -> bool:
+    """Whether a chunk has more than the role, which some servers send before the model's output."""
     choice = chunk.choices.first if chunk.choices else None
     if choice is None or choice.finish_reason or choice.delta is None:
         return bool(choice and choice.finish_reason)
@@ -575,12 +573,12 @@ def _says_something(chunk: Chunk) -> bool:
     return bool(delta.content or reasoning or delta.refusal or delta.tool_calls or delta.annotations)
 
 
-def _is_of_model(chunk: Chunk) -> bool:
-    """Whether a chunk is a sign of life of the model; comments and chunks without a choice are one of the connection only."""
+def _has_choice(chunk: Chunk) -> bool:
+    """Whether a chunk shows progress of the model; comments and chunks without a choice only keep the connection alive."""
     return bool(chunk.choices and chunk.choices.first)
 
 
 def _is_last(chunk: Chunk) -> bool:
-    """Whether a chunk ends the answer; behind one that ends it with an error, the error itself may come."""
+    """Whether a chunk ends the answer; after `finish_reason: error` the error itself may follow."""
     reason = chunk.choices.first.finish_reason if chunk.choices and chunk.choices.first else None
     return bool(reason) and reason != "error"

@@ -139,7 +139,7 @@ class ModelTurns:
         try:
             await self._read(stream, turn)
         finally:
-            stream.upstream.hear(stream.model, turn.reasoning_form)
+            stream.upstream.record_reasoning_form(stream.model, turn.reasoning_form)
             self._recorder.next_output_index = turn.output_index
             self._recorder.usage = add_usage(self._recorder.usage, turn.usage)
             self.opening = None

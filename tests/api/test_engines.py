@@ -143,7 +143,7 @@ class Lister(Upstream):
     ids=["it has no model yet", "a caller may not list"],
 )
 async def test_what_says_nothing_of_an_engine_does_not_decide_its_dialect(monkeypatch, auth, first):
-    monkeypatch.setattr("app.outbound.upstream.LOOK_AGAIN_S", 0.0)
+    monkeypatch.setattr("app.outbound.upstream.DETECT_INTERVAL_S", 0.0)
     with Lister(first, (200, {"data": [{"id": "a", "owned_by": "library"}]})) as engine:
         asked = Asked("u", UpstreamEntry(base_url=engine.base_url), Settings(upstream_auth=auth))
         await asked.find_dialect("a-key")

@@ -10,7 +10,7 @@ from app.settings import Settings
 
 async def test_what_goes_out_once_more_may_have_as_many_connections():
     transport = _Transport(limits=httpx2.Limits(max_connections=7))
-    async with transport.get_client() as first, transport._keeping_none.get_client() as again:
+    async with transport.get_client() as first, transport._without_keepalive.get_client() as again:
         assert (first.connector.limit, again.connector.limit) == (7, 7)
 
 
@@ -32,7 +32,7 @@ def test_keys_that_the_upstream_gets_are_masked_unless_they_are_mere_words(auth,
 def test_the_reasoning_of_so_many_models_is_remembered_and_those_heard_last_stay():
     upstream = Upstream("u", UpstreamEntry(base_url="http://h/v1"), Settings())
     for name in ("kept", "forgotten", "kept", *map(str, range(FORMS_MAX - 1))):
-        upstream.hear(name, "think")
+        upstream.record_reasoning_form(name, "think")
     assert [upstream.dialect_for(name).reasoning for name in ("kept", "forgotten", "unheard")] == [
         "think",
         "same",

@@ -4,10 +4,10 @@ import msgspec
 import pytest
 
 from app.errors import UpstreamBusy, UpstreamGarbled, UpstreamRefused, UpstreamUnavailable
-from app.outbound.failures import Asked, KeyRefused, failed_in_stream, refused
+from app.outbound.failures import ErrorContext, KeyRefused, failed_in_stream, refused
 from app.outbound.masking import Mask
 
-OURS = Asked("up", passes_caller=False, mask=Mask(["the-key"]))
+OURS = ErrorContext("up", passes_caller=False, mask=Mask(["the-key"]))
 
 
 @pytest.mark.parametrize(
