@@ -74,7 +74,7 @@ class Core(Struct, frozen=True):
     claims: Claims
 
     async def start(self, volatile: Callable[[], Sequence[Heartbeat]], *, claims: bool) -> None:
-        """Begin to work: Redis, heartbeats, also for `volatile` runs, and claims."""
+        """Start Redis, heartbeats (also for `volatile` runs) and claims."""
         await asyncio.gather(*(upstream.find_dialect(None) for upstream in self.upstreams.values()))
         self.logs.start(self.claims.notified, lambda: self.leases.watch.lease_is_valid)
         self.leases.start(self.claims.runs, volatile, self.claims.wake)
@@ -82,7 +82,7 @@ class Core(Struct, frozen=True):
             self.claims.start()
 
     async def stop(self) -> None:
-        """Finish what can be finished, hand back the rest; then stop, the last things first."""
+        """Let runs finish within the grace period, hand back the others, then stop in reverse order."""
         await self.claims.close()
         await self.leases.close()
         await self.logs.close()

@@ -1,9 +1,9 @@
-"""Room for contexts: how many bytes of them a process holds at once. What does not fit waits for its turn.
+"""Room for contexts: how many bytes of them a process holds at once. A context that does not fit waits in a queue.
 
-A context is in memory as long as its run, several times over while it is read and sent. Without a bound a few long chains
-together end the process, and every other run with it. Small contexts have room of their own, so that they never wait for
-long ones, nor keep those from ever finding enough; among themselves they take turns. The tiniest never wait: of those there are
-no more than runs. What is read for replies has room of its own in the same way, for as long as it takes to write the reply.
+A context is in memory as long as its run, and takes several times its size while it is read and sent. Without a bound a few
+long chains exhaust the memory of the process. Small contexts have room of their own, so that they neither wait for long ones
+nor starve them; each queue is first in, first out. The tiniest never wait: there are no more of them than runs. Reads for
+replies have room of their own in the same way, until the reply is written.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ RETRY_AFTER_S = 5
 
 
 class Queue:
-    """Bytes that are taken in the order of asking."""
+    """A semaphore of bytes, first in, first out."""
 
     def __init__(self, bytes_max: int, *, waiting_max: int) -> None:
         self.bytes_max = self.free = bytes_max
@@ -39,8 +39,8 @@ class Queue:
         return not self._waiting and size <= self.free
 
     async def take(self, size: int, *, wait_s: float | None) -> None:
-        """Wait for so many bytes. Raises TooManyRequests if they are not free in time, or if too many wait already; not if
-        `wait_s` is None: what is accepted waits in any case."""
+        """Wait for so many bytes. Raises TooManyRequests if they are not free in time, or if too many wait already; never if
+        `wait_s` is None, which is for accepted runs."""
         if self.has(size):
             self.free -= size
             return
@@ -53,16 +53,16 @@ class Queue:
                 await turn
         except BaseException as error:
             if turn.done() and not turn.cancelled():
-                self.give(size)  # its turn came at the moment when it was given up
+                self.give(size)  # it got the bytes while it was cancelled
             else:
                 self._waiting.pop(turn, None)
-                self._serve()  # those after it may fit
+                self._serve()  # the next ones may fit
             if isinstance(error, TimeoutError):
                 raise _no_room() from None
             raise
 
     def give(self, size: int) -> None:
-        """So many bytes are free again."""
+        """Free so many bytes."""
         self.free += size
         self._serve()
 
@@ -78,7 +78,7 @@ class Queue:
 
 
 class Room:
-    """What one context has taken."""
+    """The bytes that one context has taken."""
 
     def __init__(self, rooms: "Rooms") -> None:
         self._rooms = rooms
@@ -90,8 +90,8 @@ class Room:
     async def read(
         self, read: Callable[[int], Awaitable[tuple[int, T | None]]], *, least: int = 0, wait_s: float | None
     ) -> T:
-        """What `read` finds, when there is room for it. It gives how many bytes are needed, and reads only if they are no more
-        than its argument, which is `least` or more; as a rule the first look is enough. Raises TooManyRequests."""
+        """The result of `read`, once there is room for it. `read` returns how many bytes it needs, and a result only if they are
+        no more than its argument, which is `least` or more; usually the first call is enough. Raises TooManyRequests."""
         if self.size < least or not self.size:
             await self.take(max(least, self._rooms.at_first()), wait_s=wait_s)
         while True:
@@ -102,18 +102,18 @@ class Room:
             await self.take(needed, wait_s=wait_s)
 
     async def take(self, size: int, *, wait_s: float | None) -> None:
-        """Give up what is held, and wait for so many bytes. Raises TooManyRequests."""
+        """Free what is taken, and wait for so many bytes. Raises TooManyRequests."""
         self.release()
         if size <= TINY_BYTES:
             self.size = size
             return
         queue = self._rooms.queue_for(size)
-        taken = min(size, queue.bytes_max)  # what is larger than all there is comes alone
+        taken = min(size, queue.bytes_max)  # a context larger than the whole takes all of it
         await queue.take(taken, wait_s=wait_s)
         self._queue, self._taken, self.size = queue, taken, size
 
     def shrink(self, size: int) -> None:
-        """Fewer bytes are needed than were taken."""
+        """Free all but so many bytes."""
         if self._queue and size < self._taken:
             self._queue.give(self._taken - size)
             self._taken = self.size = size
@@ -125,7 +125,7 @@ class Room:
         self.release()
 
     def release(self) -> None:
-        """Nothing is held any more."""
+        """Free what is taken."""
         if self._queue:
             self._queue.give(self._taken)
         self._queue, self._taken, self.size = None, 0, 0
@@ -135,22 +135,22 @@ class Rooms:
     """All room of one kind in this process."""
 
     def __init__(self, whole: int, *, waiting_max: int) -> None:
-        """Of so many bytes; in each of the two parts no more than `waiting_max` wait."""
+        """`whole` is its size in bytes; at most `waiting_max` contexts wait in each of the two queues."""
         self.small_max = whole // SMALL_PARTS
         self._small = Queue(whole // SMALL_SHARE, waiting_max=waiting_max)
         self._large = Queue(whole - whole // SMALL_SHARE, waiting_max=waiting_max)
 
     def at_first(self) -> int:
-        """How much may be taken without a wait, for a context whose size is not known yet."""
+        """How many bytes a context of unknown size may take without a wait."""
         return self.small_max if self._small.has(self.small_max) else TINY_BYTES
 
     def queue_for(self, size: int) -> Queue:
-        """Where a context of so many bytes waits."""
+        """The queue of a context of so many bytes."""
         return self._small if size <= self.small_max else self._large
 
 
 def _no_room() -> TooManyRequests:
     return TooManyRequests(
-        "Too many long contexts or replies are being worked on; please try again.",
+        "Too many long contexts or replies are in progress; please try again.",
         headers={"Retry-After": str(RETRY_AFTER_S)},
     )

@@ -125,7 +125,7 @@ async def concurrency(bench: Bench) -> Figures:
 async def two_processes(bench: Bench) -> Figures:
     """Creates by 32 clients at one process, and at two on the same data.
 
-    All that takes part shares this machine's cores: they would be full at `gain_at_most`, with nobody else on them.
+    All processes share this machine's cores, which would be saturated at `gain_at_most` without other load.
     """
     stage, figures = bench.stage, Figures()
     for name, targets in {"one": [stage.server], "two": [stage.server, stage.second]}.items():
@@ -152,7 +152,7 @@ async def two_processes(bench: Bench) -> Figures:
 
 
 async def streams(bench: Bench) -> Figures:
-    """64 streams of 200 words, one every 5 ms; and how much of a stream's CPU is spent before its first word and behind its
+    """64 streams of 200 words, one every 5 ms; and how much of a stream's CPU is spent before its first word and after its
     last, which is what a stream of one word takes."""
     target, each = bench.stage.server, 4
     figures = await _streams(bench, clients=64, words=200, pace_ms=5, each=1 if bench.quick else 2)
@@ -506,7 +506,7 @@ async def _followers(bench: Bench, target: Target) -> Figures:
 
 
 async def _begun(target: Target, sent: bytes) -> str:
-    """The id of a run that goes on without this client."""
+    """The id of a run that continues without this client."""
     return (await listen(target.port, sent, until=lambda heard: heard.heard(1))).response_id
 
 

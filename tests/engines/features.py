@@ -412,7 +412,7 @@ def leave(setup: Setup) -> None:
     setup.create(bias=ENDLESS, max_output_tokens=16)
     whole = time.monotonic()
     setup.create(bias=ENDLESS, max_output_tokens=16)
-    assert whole - begun < 10 * (time.monotonic() - whole) + 2, "the engine goes on for clients that have left"
+    assert whole - begun < 10 * (time.monotonic() - whole) + 2, "the engine continues for clients that disconnected"
 
 
 @feature("eight at once")
