@@ -172,9 +172,14 @@ class Follower:
                 assert reply.status >= 500, body
                 time.sleep(0.05)
                 return False
-            held = b""
+            held = bytearray()
             while piece := reply.read1(65536):
-                *whole, held = (held + piece).split(b"\n\n")
+                begin = max(0, len(held) - 1)
+                held += piece
+                if held.find(b"\n\n", begin) < 0:  # a frame of megabytes is not searched again with each piece
+                    continue
+                *whole, rest = bytes(held).split(b"\n\n")
+                held = bytearray(rest)
                 for frame in whole:
                     if frame == b"data: [DONE]":
                         return True
