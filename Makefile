@@ -29,8 +29,8 @@ COMPILE = $(UV) pip compile --quiet --universal --generate-hashes --no-header \
 run: .venv/synced
 	@trap '' INT; exec .venv/bin/python -m app serve
 
-# Most tests wait for something, so three files run at a time, each group on servers of its own. In order of names, the short unit
-# tests come last; xdist's own order ends with files of few tests, which are long.
+# Most tests wait for something, so three files run at a time, each group on servers of its own. In the order of tests/conftest.py
+# the long files come first and the short unit tests last; xdist's own order ends with files of few tests, which are long.
 test: .venv/synced
 	.venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
