@@ -82,7 +82,7 @@ class EventStream(Response[None]):
             if not writing.done() or writing.exception() is not None:
                 self._followed.disconnected()
             if writing.done() and (error := writing.exception()) and not isinstance(error, ApiError):
-                log.error("A stream broke off by our own mistake.", action="stream_failed", exc_info=error)
+                log.error("A stream broke off because of a bug.", action="stream_failed", exc_info=error)
         except asyncio.CancelledError:
             self._followed.disconnected()
             raise

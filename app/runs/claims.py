@@ -128,7 +128,7 @@ class Claims:
             except DatabaseUnavailable:
                 claimed = 0
             except Exception:
-                log.exception("Claiming failed by our own mistake.", action="claim_failed")
+                log.exception("Claiming failed because of a bug.", action="claim_failed")
                 claimed = 0
             if claimed == 0:
                 try:
@@ -196,5 +196,5 @@ class Claims:
             log.warning("The database is unavailable; a run is given up.", action="run_given_up")
             self._given_up.append(GivenUp(run.claim, failed=False))
         except Exception:
-            log.exception("A run failed by our own mistake.", action="run_failed")
+            log.exception("A run failed because of a bug.", action="run_failed")
             self._given_up.append(GivenUp(run.claim, failed=True))

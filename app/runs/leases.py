@@ -122,7 +122,7 @@ class Leases:
                     log.warning("The database is unavailable; leases are not prolonged.", action="beat_failed")
                 fails = True
             except Exception:
-                log.exception("A heartbeat failed by our own mistake.", action="beat_failed")
+                log.exception("A heartbeat failed because of a bug.", action="beat_failed")
                 fails = True
             await asyncio.sleep(self.owner.lease_s / (RETRIES_PER_LEASE if fails else BEATS_PER_LEASE))
 

@@ -143,7 +143,7 @@ class Pipeline:
         except ApiError as error:
             return Outcome("failed", error=error)
         except Exception:
-            log.exception("A run failed by our own mistake.", action="run_failed")
+            log.exception("A run failed because of a bug.", action="run_failed")
             return Outcome("failed", error=ServerError("The server had an error while making the response."))
         finally:
             await turns.model.close()

@@ -127,9 +127,9 @@ class Backlog:
             self._counted_to = size + self._backlogs.uncounted_bytes
             self._backlogs.count(more)
 
-    def fits(self, size: int) -> bool:
-        """Whether so much more may wait here. Something always may, however large."""
-        return not self.bytes or self.bytes + size <= self._backlogs.each_bytes_max
+    def fits(self, size: int, pieces: int = 1) -> bool:
+        """Whether so much more may wait here, in so many pieces. One piece always may, however large."""
+        return (pieces == 1 and not self.bytes) or self.bytes + size <= self._backlogs.each_bytes_max
 
     @property
     def is_full(self) -> bool:

@@ -184,7 +184,7 @@ class Reader:
         """Entries that have just come, and what they weigh."""
         if self._lagging:
             return
-        if self._backlog.fits(size):
+        if self._backlog.fits(size, len(batches)):
             self._live += batches
             self._live_bytes += size
             self._backlog.add(size)
