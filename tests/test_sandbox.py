@@ -689,8 +689,8 @@ except BlockingIOError as error:
     assert not processes(marker)
 
 
-async def test_output_is_bounded(sandbox: OverHttp, other: OverHttp) -> None:
-    ran = await bounded(sandbox, "print('begin')\nfor n in range(10**5): print('x' * 50)\nprint('end')")
+async def test_output_is_bounded(other: OverHttp) -> None:
+    ran = await run(other, "print('begin')\nfor n in range(10**4): print('x' * 500)\nprint('end')")
     assert len(ran["stdout"]) < 70_000
     assert ran["stdout"].startswith("begin\nxxx")
     assert ran["stdout"].endswith("xxx\nend\n")

@@ -595,7 +595,7 @@ class _Mended(httpx2.AsyncByteStream):
         self._body, self._line_bytes_max = body, line_bytes_max
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        parts_of_line: list[bytes] = []
+        line: list[bytes] = []
         count = 0
         parts = itertools.count(1)
         async for part in self._body:
@@ -603,13 +603,13 @@ class _Mended(httpx2.AsyncByteStream):
                 await asyncio.sleep(0)  # else buffered chunks are read without a pause
             end = max(part.rfind(b"\n"), part.rfind(b"\r")) + 1
             if end:
-                yield mend_surrogates(b"".join([*parts_of_line, part[:end]]))
-                parts_of_line, count = [], 0
-            parts_of_line.append(part[end:])
-            count += max(len(parts_of_line[-1]), PART_BYTES_MIN)
+                yield mend_surrogates(b"".join([*line, part[:end]]))
+                line, count = [], 0
+            line.append(part[end:])
+            count += max(len(line[-1]), PART_BYTES_MIN)
             if count > self._line_bytes_max:
                 raise httpx2.StreamError("a line is too long")
-        yield mend_surrogates(b"".join(parts_of_line))
+        yield mend_surrogates(b"".join(line))
 
     async def aclose(self) -> None:
         await self._body.aclose()

@@ -1,1 +1,1 @@
-"""Reference tool servers: MCP servers that the catalog can put behind hosted tools, programs of their own."""
+"""Reference tool servers: MCP servers for hosted tools, as separate programs."""

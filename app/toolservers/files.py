@@ -1,14 +1,14 @@
-"""A tool server behind `file_search`: full-text search in Postgres over files that the operator puts in.
+"""A tool server for `file_search`: full-text search in Postgres over files that the operator adds.
 
     python -m app.toolservers.files [--database URL] [--http HOST:PORT]                     serve the tool search_files
     python -m app.toolservers.files add --tenant T --store NAME [--attribute year=2024] PATH...
     python -m app.toolservers.files list --tenant T --store NAME
     python -m app.toolservers.files remove --tenant T --store NAME FILE...
 
-`store` is what the API calls a vector store id. Text, Markdown, HTML, CSV, JSON and source code are read; PDF and office files are
-refused. Ranking is Postgres' own (`ts_rank`: words and their distance; it does not know how rare a word is), no embeddings.
+`store` is the API's vector store id. Text, Markdown, HTML, CSV, JSON and source code are read; PDF and office files are
+refused. Ranking is Postgres' `ts_rank` (words and their distance, not how rare they are); there are no embeddings.
 
-The tool takes the tenant from its caller and believes it: the catalog must give it, never the model.
+The tool trusts the tenant in its arguments: the catalog must set it, never the model.
 """
 
 import asyncio
@@ -30,8 +30,8 @@ from app.toolservers.texts import UnreadableFile
 FILE_BYTES_MAX = 32 * 1024 * 1024
 
 
-tenant_option = click.option("--tenant", required=True, help="Whose files they are.")
-store_option = click.option("--store", required=True, help="Which store.")
+tenant_option = click.option("--tenant", required=True, help="The tenant of the files.")
+store_option = click.option("--store", required=True, help="The vector store.")
 
 
 @click.group(invoke_without_command=True)
@@ -39,22 +39,22 @@ store_option = click.option("--store", required=True, help="Which store.")
 @http_option
 @click.pass_context
 def main(context: click.Context, database: str, address: Address | None) -> None:
-    """Serve the tool search_files over MCP, on stdio or HTTP; or put files in and out."""
+    """Serve the tool search_files over MCP, on stdio or HTTP; or manage its files."""
     context.obj = database
     if context.invoked_subcommand is None:
-        from app.toolservers.search import tool_server  # takes a second; the other commands need none of it
+        from app.toolservers.search import tool_server  # takes a second, and other commands do not need it
         from app.toolservers.serving import serve
 
-        using(database, nothing)  # says what is wrong with the database before a client is there
+        using(database, nothing)  # fail before a client connects
         serve(tool_server(database), address)
 
 
 async def nothing(index: Index) -> None:
-    """Only that it could be opened counts."""
+    """Do nothing; opening the index is the test."""
 
 
 def using(database: str, work: Callable[[Index], Awaitable[None]]) -> None:
-    """Open the index for some work. Raises click.ClickException for a database that fails."""
+    """Open the index and do the work. Raises click.ClickException if the database fails."""
 
     async def run() -> None:
         async with opened(database) as index:
@@ -76,9 +76,9 @@ def using(database: str, work: Callable[[Index], Awaitable[None]]) -> None:
 def add(
     database: str, tenant: str, store: str, attributes: tuple[str, ...], language: str, paths: tuple[Path, ...]
 ) -> None:
-    """Put files and directories in; a file of the same name is replaced.
+    """Add files and directories; a file of the same name is replaced.
 
-    A file of a directory is named by its path within it, without hidden ones; any other by its last name.
+    A file in a directory is named by its path in it; any other by its last path component. Hidden files in a directory are skipped.
     """
     meant = dict(map(attribute, attributes))
     files: dict[str, Path] = {}
@@ -118,7 +118,7 @@ def attribute(given: str) -> tuple[str, Any]:
 
 
 def named(paths: tuple[Path, ...]) -> Iterator[tuple[str, Path]]:
-    """The files that are meant, and the names that they get."""
+    """The files of the paths, with their names in the store."""
     for path in paths:
         if not path.is_dir():
             yield path.name, path

@@ -1,4 +1,4 @@
-"""Files in Postgres: a schema of their own, full-text search over their chunks. Every statement names the tenant."""
+"""Files in Postgres, in their own schema, with full-text search over chunks. Every statement names the tenant."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ TIMEOUT_S = 15.0
 QUERY_CHARS_MAX = 1000
 FILTER_DEPTH_MAX = 8
 LOST = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError)
-LOOSE_WORTH = 0.5  # a chunk that has only some of the words, against one that has all
+LOOSE_WORTH = 0.5  # weight of chunks with some of the words, where none has all
 
 SCHEMA = """
 create schema if not exists files;
@@ -56,7 +56,7 @@ values ($1, $2, $3, $4, $5, $6,
     setweight(to_tsvector($7::text::regconfig, $8), 'A') || to_tsvector($7::text::regconfig, $9))
 """
 
-# Each document is asked in its own language. $3 are the words of a query, $4 what it excludes, $5 the limit.
+# Each document is searched in its own language. $3 is the query's words, $4 its exclusions, $5 the limit.
 SEARCH = """
 with languages as (select distinct language from files.documents where tenant = $1 and store = any($2)),
 wanted as (select language, {words} as words from languages where numnode(plainto_tsquery(language, $3)) > 0),
@@ -78,7 +78,7 @@ Outcome = Literal["added", "replaced", "updated", "unchanged", "duplicate"]
 
 
 class BadFilter(Exception):
-    """A filter over attributes that can't be understood; the message says why."""
+    """An invalid filter on attributes; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Hit:
-    """A chunk that was found; the score is above 0 and below 1."""
+    """A matching chunk; the score is above 0 and below 1."""
 
     file_id: str
     filename: str
@@ -114,10 +114,10 @@ class Index:
     async def add(
         self, tenant: str, store: str, filename: str, content: bytes, *, language: str, attributes: Mapping[str, Any]
     ) -> tuple[Outcome, str]:
-        """Put a file in, in place of an older one of that name; gives what came of it and the file's id.
+        """Add a file, or replace the one of that name; returns the outcome and the file's id.
 
-        The same content is kept once in a store: `duplicate` names the file that has it under another name. Searches see
-        the old file or the new one, never parts of both. Raises UnreadableFile, and asyncpg.UndefinedObjectError for a
+        A store has each content once: with `duplicate` the id is that of the file with this content and another name. Searches
+        see the old file or the new one, never parts of both. Raises UnreadableFile, and asyncpg.UndefinedObjectError for a
         language that Postgres has no text search configuration for.
         """
         found = chunks(filename, content)
@@ -194,9 +194,9 @@ class Index:
         limit: int,
         filters: Mapping[str, Any] | None = None,
     ) -> list[Hit]:
-        """The chunks that fit any of the queries best, best first. Raises BadFilter.
+        """The chunks that match any of the queries best, best first. Raises BadFilter.
 
-        A query may have "phrases", -exclusions and OR. Where no chunk has all of its words, those count that have some.
+        A query may have "phrases", -exclusions and OR. If no chunk has all of its words, chunks with some of them match.
         """
         best: dict[tuple[str, int], Hit] = {}
         async with self._pool.acquire() as connection:
@@ -231,7 +231,7 @@ async def _search(
 
 @asynccontextmanager
 async def opened(database_url: str) -> AsyncIterator[Index]:
-    """The index of a database, which gets the schema if it has none. Raises OSError, asyncpg.PostgresError, ValueError."""
+    """The index of a database; creates its schema if needed. Raises OSError, asyncpg.PostgresError, ValueError."""
     url = re.sub(r"^postgres(ql)?(\+\w+)?://", "postgresql://", database_url)
     async with asyncpg.create_pool(
         url, min_size=1, max_size=4, timeout=TIMEOUT_S, command_timeout=TIMEOUT_S, server_settings={"jit": "off"}
@@ -249,10 +249,10 @@ COMPARISONS = {"eq": "=", "ne": "<>", "gt": ">", "gte": ">=", "lt": "<", "lte": 
 
 
 def filter_sql(given: Any, binds: list[Any], depth: int = 0) -> str:
-    """A condition on attributes as the API writes them, as SQL; what it compares is added to the binds. Raises BadFilter.
+    """The SQL condition for a filter of the API; its values are appended to `binds`. Raises BadFilter.
 
     A comparison is `{"type": "eq", "key": "year", "value": 2024}`, with eq, ne, gt, gte, lt, lte, in and nin; a compound is
-    `{"type": "and", "filters": […]}`, with and, or. A file without the attribute fits only `ne` and `nin`.
+    `{"type": "and", "filters": […]}`, with and, or. A file without the attribute matches only `ne` and `nin`.
     """
     if depth > FILTER_DEPTH_MAX or not isinstance(given, Mapping):
         raise BadFilter("a filter is an object, and not too deep.")

@@ -1,28 +1,27 @@
-"""Runs a program where it can do little: Linux namespaces and resource limits, from the standard library alone.
+"""Runs a program in isolation: Linux namespaces and resource limits, with the standard library only.
 
-A program of its own, started by `sandbox.py` for each run: `python -ISB isolation.py ORDER`, where ORDER is the JSON of an
-`Order`. What the jailed program prints goes to this program's stdout and stderr, and it reads this program's stdin.
+A separate program, which `isolated_python.py` starts for each run: `python -ISB isolation.py ORDER`, where ORDER is the JSON of an
+`Order`. The isolated program inherits stdin, stdout and stderr.
 
-With namespaces, which Linux gives to unprivileged users too unless it is told not to, the program has
+With namespaces, which most Linux systems also allow to unprivileged users, the program has
 
 - no network: a namespace with a loopback device that is down;
-- no files but its own: a file system in memory, of a fixed size, with `/usr` and the interpreter in it, read-only;
-- no sight of other processes, and none of its own outlives it;
-- a user without any privilege, and no way to gain one by setuid programs or namespaces of its own. Started by root, it gets
-  a user id of its own.
+- no files of the host: a tmpfs of a fixed size, with `/usr` and the interpreter mounted read-only;
+- a PID namespace: it can't see other processes, and no process of it survives;
+- a user without capabilities, which setuid programs or new namespaces can't gain. If this program runs as root, the isolated one gets
+  a random user id.
 
-Without namespaces it has resource limits and a process group, and nothing else: it reads and writes whatever this program's
-user can, and reaches the network.
+Without namespaces only resource limits and a session confine it: it can read and write what this program's user can, and use the
+network.
 
-Either way system calls that it does not need are refused (`seccomp.py`), and it has a session keyring of its own, which is
-empty. It shares the kernel with the host all the same: a hole in the kernel is a way out.
+In both cases system calls that it does not need are refused (`seccomp.py`), and it has a new, empty session keyring. It shares the
+kernel with the host: a vulnerability of the kernel is a way out.
 
-Its memory is counted, not only limited: a limit of each process says nothing about all of them, nor about pages that are in
-none. What all processes hold (resident, swapped out, tables of pages) and what their sockets and pipes could hold is looked
-at every STEP_S seconds, so for moments it can be more than the limit. What could hide from the count is refused.
+Its memory is measured, not only limited: a limit of each process does not limit their sum, nor pages that belong to none. Every STEP_S
+seconds the memory of all processes (resident, swapped out, page tables) and the capacity of their sockets and pipes is added up, so
+for a moment it can exceed the limit. System calls for memory that is not measured are refused.
 
-Its files come in and go out as tar archives, so that nothing it makes is ever a file of the host by itself; only regular files
-are taken along.
+Its files are passed in and out as tar archives of regular files, so no file that it makes becomes a file of the host.
 """
 
 import contextlib
@@ -54,39 +53,39 @@ RLIMIT_MSGQUEUE = 12
 SYS_KEYCTL = {"x86_64": 250, "aarch64": 219}
 KEYCTL_JOIN_SESSION_KEYRING = 1
 
-# What is read from /dev/full are zeros as well; and it can't be mapped, which would be memory that is in no process.
+# /dev/full also reads as zeros, and can't be mapped, which would be memory that belongs to no process.
 DEVICES = {"null": "null", "zero": "full", "full": "full", "random": "random", "urandom": "urandom"}
 SECRETIVE = ("/proc/keys", "/proc/key-users")
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
 ETC = ("/etc/alternatives", "/etc/fonts", "/etc/ld.so.cache", "/etc/localtime", "/etc/mime.types", "/etc/ssl/certs")
 ETC_NETWORK = ("/etc/hosts", "/etc/nsswitch.conf", "/etc/resolv.conf")
 STEP_S = 0.05
-HELD_BYTES = {"pipe:": 64 * 1024, "anon_inode:inotify": 6 * 1024 * 1024}
-"""What the kernel may hold for a descriptor, besides sockets: a pipe's pages, and events with long names."""
+DESCRIPTOR_BYTES = {"pipe:": 64 * 1024, "anon_inode:inotify": 6 * 1024 * 1024}
+"""Kernel memory of a descriptor other than a socket: a pipe's pages, an inotify queue with long names."""
 LOCKS_MAX = 2000
-"""Locks of files, which take little memory each, but have no other limit; more count as all the memory there is."""
+"""File locks, which have no other limit; more of them count as more memory than allowed."""
 COUNTED = ("VmRSS:", "VmSwap:", "VmPTE:")
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Order(TypedDict):
-    """What to run, and within which limits."""
+    """What to run, with which limits."""
 
     command: list[str]
-    filter: str  # of system calls, in hexadecimal digits
+    filter: str  # seccomp program, hexadecimal
     env: dict[str, str]
-    visible: list[str]  # directories that the program may read, besides the system's
+    visible: list[str]  # directories that the program can read, besides the system's
     namespaces: bool
     network: bool
-    home: str  # where the program's files are; with namespaces, a place in its own file system
-    files_in: list[int]  # descriptors of tar archives that are unpacked one over the other
-    files_out: int  # descriptor that the files which are left go to
-    report: int  # descriptor that the `Report` goes to
+    home: str  # the program's working directory; with namespaces, in its tmpfs
+    files_in: list[int]  # descriptors of tar archives, unpacked into `home` in this order
+    files_out: int  # descriptor for a tar archive of the files in `home` at the end
+    report: int  # descriptor for the `Report`
     wall_s: float
     cpu_s: int
-    memory_bytes: int  # of one process' address space, and of what all processes use together
-    socket_bytes: int  # that one socket may hold
+    memory_bytes: int  # of a process' address space, and of all processes together
+    socket_bytes: int  # capacity of one socket
     processes: int  # and threads
     open_files: int
     file_bytes: int  # of one file
@@ -95,48 +94,48 @@ class Order(TypedDict):
 
 
 class Report(TypedDict, total=False):
-    """How it went: either `failure`, or the rest."""
+    """The result: either `failure`, or the other fields."""
 
-    failure: str  # the jail could not be made
-    exit_code: int  # negative: the signal it died of
+    failure: str  # why the isolation failed
+    exit_code: int  # negative: the signal that killed it
     stopped: str  # "", "time" or "memory"
-    left_out: int  # files that were not taken along: too many, too large, or with a name that is no text
+    left_out: int  # files that were not archived: too many, too large, or with a name that is not UTF-8
 
 
 def main() -> None:
-    """Do what the order says and report."""
+    """Execute the order and report."""
     order: Order = json.loads(sys.argv[1])
     try:
-        keep_to_ourselves(*order["files_in"], order["files_out"], order["report"])
-        report = enter(order) if order["namespaces"] else confine(order, order["home"], None)
-    except Exception as error:  # noqa: BLE001 the caller says it, in its own words
+        close_other_descriptors(*order["files_in"], order["files_out"], order["report"])
+        report = enter_namespaces(order) if order["namespaces"] else confine(order, order["home"], None)
+    except Exception as error:  # noqa: BLE001 the caller reports it
         report = {"failure": f"{type(error).__name__}: {error}"}
     if report is not None:
-        tell(order, report)
+        send_report(order, report)
 
 
-def keep_to_ourselves(*ours: int) -> None:
-    """The program gets no descriptors beyond stdin, stdout and stderr; nor do we, beyond our own."""
+def close_other_descriptors(*ours: int) -> None:
+    """Close inherited descriptors other than 0 to 2 and ours, and make ours non-inheritable."""
     for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 names are what is wanted
         descriptor = int(name)
         if descriptor in ours:
             os.set_inheritable(descriptor, False)
         elif descriptor > 2:
-            with contextlib.suppress(OSError):  # that of the list itself is closed already
+            with contextlib.suppress(OSError):  # the directory's own is closed already
                 os.close(descriptor)
 
 
-def tell(order: Order, report: Report) -> None:
-    """Report; the first line that is told counts."""
+def send_report(order: Order, report: Report) -> None:
+    """Write a report; the reader uses the first line."""
     os.write(order["report"], json.dumps(report).encode() + b"\n")
 
 
-def enter(order: Order) -> Report | None:
-    """Make the namespaces, and run the order by the first process in them, which reports itself."""
+def enter_namespaces(order: Order) -> Report | None:
+    """Create the namespaces; their first process executes the order and reports."""
     uid, gid = os.getuid(), os.getgid()
     flags = CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS | (0 if order["network"] else CLONE_NEWNET)
     if uid == 0:
-        # Root needs no user namespace, and the program gets a user that nothing else belongs to.
+        # Root needs no user namespace; the program gets a user id that owns nothing else.
         uid = gid = 1_000_000_000 + secrets.randbelow(1_000_000_000)
         call("unshare", flags)
     else:
@@ -155,8 +154,8 @@ def enter(order: Order) -> Report | None:
 
 
 def build_root(order: Order, uid: int, gid: int) -> None:
-    """Make the file system that the program sees, and make it the root."""
-    # Looked at first: the interpreter may be below /tmp, which the new root covers until it has its place.
+    """Build the program's file system, and make it the root."""
+    # Resolved first: the interpreter may be below /tmp, where the new root is mounted.
     wanted = [*SYSTEM, *ETC, *(ETC_NETWORK if order["network"] else ()), *order["visible"]]
     sources = {path: os.path.realpath(path) for path in wanted if os.path.exists(path)}  # noqa: PTH110
     links = {path: os.readlink(path) for path in SYSTEM if os.path.islink(path)}  # noqa: PTH114, PTH115
@@ -172,10 +171,10 @@ def build_root(order: Order, uid: int, gid: int) -> None:
     seen: list[str] = list(links)
     for path in sorted(sources, key=len):
         if not any(path == one or path.startswith(one + "/") for one in seen):
-            show(f"/old{sources[path]}", path, read_only=True)
+            bind_mount(f"/old{sources[path]}", path, read_only=True)
             seen.append(path)
     for device, real in DEVICES.items():
-        show(f"/old/dev/{real}", f"/dev/{device}", read_only=False)
+        bind_mount(f"/old/dev/{real}", f"/dev/{device}", read_only=False)
     for name, target in {"fd": "", "stdin": "/0", "stdout": "/1", "stderr": "/2"}.items():
         Path("/dev", name).symlink_to(f"/proc/self/fd{target}")
     Path("/proc").mkdir()
@@ -189,14 +188,14 @@ def build_root(order: Order, uid: int, gid: int) -> None:
     for path in ("/tmp", "/dev/shm", order["home"]):
         Path(path).mkdir(parents=True, exist_ok=True)
         os.chown(path, uid, gid)
-    # Linux refuses user namespaces to those whose root is not their mount namespace's: the program can't get privileges there.
-    show("/", "/.root", read_only=False)
+    # Linux refuses user namespaces to a process in a chroot, so the program can't gain capabilities in one.
+    bind_mount("/", "/.root", read_only=False)
     os.chroot("/.root")
     os.chdir("/")
 
 
-def show(source: str, path: str, *, read_only: bool) -> None:
-    """Let a file or directory of the host be seen at a path."""
+def bind_mount(source: str, path: str, *, read_only: bool) -> None:
+    """Mount a file or directory of the host at a path."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     if Path(source).is_dir():
         Path(path).mkdir()
@@ -209,22 +208,22 @@ def show(source: str, path: str, *, read_only: bool) -> None:
 
 
 def confine(order: Order, home: str, user: tuple[int, int] | None) -> Report:
-    """Run the order's program in `home`, and pack the files that are there afterwards."""
-    # Whatever loses its parent becomes our child, and nobody may look into this process.
+    """Run the order's program in `home`, then pack its files."""
+    # Orphans become children of this process, which must not be dumpable, so that no other can trace it.
     call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     Path("/proc/self/oom_score_adj").write_text("1000")
     call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     started = os.fork()
     if not started:
-        become(order, home, user)
+        exec_program(order, home, user)
     status, stopped = watch(order, started)
     left_out = pack(order, home)
     return {"exit_code": os.waitstatus_to_exitcode(status), "stopped": stopped, "left_out": left_out}
 
 
-def become(order: Order, home: str, user: tuple[int, int] | None) -> NoReturn:
-    """Turn this process into the order's program."""
+def exec_program(order: Order, home: str, user: tuple[int, int] | None) -> NoReturn:
+    """Apply limits to this process, and exec the order's program."""
     try:
         os.setsid()
         if user and os.getuid() == 0:
@@ -232,13 +231,13 @@ def become(order: Order, home: str, user: tuple[int, int] | None) -> NoReturn:
             os.setresgid(user[1], user[1], user[1])
             os.setresuid(user[0], user[0], user[0])
         call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        call("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0)  # our parent counts our memory
+        call("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0)  # the parent measures its memory
         call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         os.umask(0o077)
         for descriptor in order["files_in"]:
             unpack(descriptor, home)
         os.chdir(home)
-        # At the soft limit a signal says what has happened; who ignores it is killed at the hard one.
+        # SIGXCPU at the soft limit shows the reason; a process that ignores it is killed at the hard limit.
         resource.setrlimit(resource.RLIMIT_CPU, (order["cpu_s"], order["cpu_s"] + 1))
         for limit, value in {
             resource.RLIMIT_CORE: 0,
@@ -250,19 +249,19 @@ def become(order: Order, home: str, user: tuple[int, int] | None) -> NoReturn:
         }.items():
             resource.setrlimit(limit, (value, value))
         signal.pthread_sigmask(signal.SIG_SETMASK, set())
-        forget_keys()
+        join_new_keyring()
         filter_calls(bytes.fromhex(order["filter"]))
         os.execve(order["command"][0], order["command"], order["env"] | {"PWD": home})  # noqa: S606
-    except Exception as error:  # noqa: BLE001 there is nobody above to catch it
-        tell(order, {"failure": f"{type(error).__name__}: {error}"})
+    except Exception as error:  # noqa: BLE001 a forked child must not return
+        send_report(order, {"failure": f"{type(error).__name__}: {error}"})
     os._exit(127)
 
 
-def forget_keys() -> None:
-    """Join a new session keyring, if the kernel has such."""
+def join_new_keyring() -> None:
+    """Join a new session keyring, if the kernel has keyrings."""
     if libc.syscall(SYS_KEYCTL[os.uname().machine], KEYCTL_JOIN_SESSION_KEYRING, None) < 0:
         error = ctypes.get_errno()
-        # Where containers are not allowed to use keys, the filter says the same to the program.
+        # Docker refuses keyctl with EPERM; our filter refuses it too.
         if error not in (errno.ENOSYS, errno.EPERM):
             raise OSError(error, f"keyctl: {os.strerror(error)}")
 
@@ -274,15 +273,15 @@ class FilterProgram(ctypes.Structure):
 
 
 def filter_calls(program: bytes) -> None:
-    """Let the kernel judge this process' system calls from now on, and those of what it starts."""
+    """Filter the system calls of this process and its future children."""
     call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(FilterProgram(len(program) // 8, program)), 0, 0)
 
 
 def watch(order: Order, started: int) -> tuple[int, str]:
-    """Wait until the program has ended or must; leave no process. Gives its wait status, and why it was stopped."""
+    """Wait for the program, stop it at a limit, and kill all processes. Returns its wait status, and why it was stopped."""
     stopped = ""
     deadline = time.monotonic() + order["wall_s"]
-    while (status := reaped(started)) is None:
+    while (status := reap(started)) is None:
         if time.monotonic() > deadline:
             stopped = "time"
         elif order["namespaces"] and memory_used(order) > order["memory_bytes"]:
@@ -292,13 +291,13 @@ def watch(order: Order, started: int) -> tuple[int, str]:
             status = os.waitpid(started, 0)[1]
             break
         signal.sigtimedwait({signal.SIGCHLD}, STEP_S)
-    while descendants(everybody=order["namespaces"]):
+    while kill_descendants(in_namespace=order["namespaces"]):
         signal.sigtimedwait({signal.SIGCHLD}, STEP_S)
     return status, stopped
 
 
-def reaped(started: int) -> int | None:
-    """Bury who has died; the wait status of the program if it is among them."""
+def reap(started: int) -> int | None:
+    """Reap exited children; returns the program's wait status if it is one of them."""
     while True:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid == started:
@@ -307,14 +306,14 @@ def reaped(started: int) -> int | None:
             return None
 
 
-def descendants(*, everybody: bool) -> bool:
-    """Kill and bury those who are left; False when there are none."""
-    if everybody:
+def kill_descendants(*, in_namespace: bool) -> bool:
+    """Kill and reap the remaining processes; False if there are none."""
+    if in_namespace:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(-1, signal.SIGKILL)  # everybody in the namespace but ourselves
+            os.kill(-1, signal.SIGKILL)  # all in the namespace but this process
     else:
         for pid in Path("/proc/thread-self/children").read_text().split():
-            os.kill(int(pid), signal.SIGKILL)  # not buried yet, hence still ours; its children become ours
+            os.kill(int(pid), signal.SIGKILL)  # not reaped yet, so the id is valid; its children become ours
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
@@ -324,22 +323,22 @@ def descendants(*, everybody: bool) -> bool:
 
 
 def memory_used(order: Order) -> int:
-    """Bytes that the processes of the namespace but this one use together, or may have the kernel use for them."""
+    """Bytes of memory of all other processes in the namespace, and of the kernel for them."""
     used = order["memory_bytes"] + 1 if too_many_locks() else 0
-    holders: set[str] = set()
+    descriptors: set[str] = set()
     for path in Path("/proc").iterdir():
         if path.name.isdigit() and path.name != "1":
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
-                used += memory_of(path, holders, order)
-    sockets = sum(one.startswith("socket:") for one in holders)
-    if not order["network"]:  # then all are ours, also those in a message, which are in no process
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it exited
+                used += memory_of(path, descriptors, order)
+    sockets = sum(one.startswith("socket:") for one in descriptors)
+    if not order["network"]:  # also those in messages, which belong to no process
         sockets = int(Path("/proc/net/sockstat").read_text().split()[2])
-    held = sum(size for one in holders for kind, size in HELD_BYTES.items() if one.startswith(kind))
+    held = sum(size for one in descriptors for kind, size in DESCRIPTOR_BYTES.items() if one.startswith(kind))
     return used + held + sockets * order["socket_bytes"]
 
 
 def too_many_locks() -> bool:
-    """Whether the namespace has more than LOCKS_MAX; all of them would take too long to read."""
+    """Whether the namespace has more than LOCKS_MAX locks; counting all of them could take long."""
     count = 0
     with Path("/proc/locks").open("rb", buffering=0) as file:
         while count <= LOCKS_MAX and (chunk := file.read(64 * 1024)):
@@ -347,30 +346,30 @@ def too_many_locks() -> bool:
     return count > LOCKS_MAX
 
 
-def memory_of(process: Path, holders: set[str], order: Order) -> int:
-    """Bytes of one process; adds what its descriptors are to `holders`."""
+def memory_of(process: Path, descriptors: set[str], order: Order) -> int:
+    """Bytes of one process; adds the targets of its descriptors to `descriptors`."""
     found = [0]
-    for task in (process / "task").iterdir():  # the first may have ended, and each may have descriptors of its own
+    for task in (process / "task").iterdir():  # the first may have exited, and each may have its own descriptors
         lines = map(str.split, (task / "status").read_text().splitlines())
         found.append(sum(int(line[1]) * 1024 for line in lines if line and line[0] in COUNTED))
         try:
-            holders.update(os.readlink(one.path) for one in os.scandir(task / "fd"))  # noqa: PTH115 they are no paths
+            descriptors.update(os.readlink(one.path) for one in os.scandir(task / "fd"))  # noqa: PTH115 not paths
         except FileNotFoundError:
-            continue  # closed meanwhile
-        except PermissionError:  # a program that its user may not read
+            continue  # closed
+        except PermissionError:  # an executable that its user can't read
             found[0] = order["open_files"] * order["socket_bytes"]
     return found[0] + max(found[1:], default=0)
 
 
 def unpack(descriptor: int, home: str) -> None:
-    """Put an archive's files into `home`; their names have been checked by whoever packed them."""
+    """Unpack an archive into `home`; its names are checked when it is packed."""
     with os.fdopen(descriptor, "rb") as file, tarfile.open(fileobj=file) as archive:
         archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11 has it since 3.11.4
-        archive.extractall(home)  # noqa: S202 (it is our own archive, and we are in the jail)
+        archive.extractall(home)  # noqa: S202 (our own archive, unpacked in isolation)
 
 
 def pack(order: Order, home: str) -> int:
-    """Put the regular files below `home` into the archive `files_out`; gives how many were left out."""
+    """Archive the regular files below `home` in `files_out`; returns how many were left out."""
     left_out = taken = size = 0
     with (
         os.fdopen(order["files_out"], "wb") as file,
@@ -405,7 +404,7 @@ def regular_files(home: str) -> Iterator[tuple[str, os.stat_result]]:
 
 
 def is_text(name: str) -> bool:
-    """Whether a file's name is UTF-8, and not longer than an archive is read back with."""
+    """Whether a file's name is UTF-8, and short enough for the archive."""
     try:
         return len(name.encode()) <= 1000
     except UnicodeEncodeError:
@@ -413,7 +412,7 @@ def is_text(name: str) -> bool:
 
 
 def call(name: str, *arguments: Any) -> None:
-    """A function of the C library. Raises OSError."""
+    """Call a function of the C library. Raises OSError."""
     if getattr(libc, name)(*arguments) < 0:
         error = ctypes.get_errno()
         raise OSError(error, f"{name}: {os.strerror(error)}")

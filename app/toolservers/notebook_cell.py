@@ -1,7 +1,7 @@
-"""What runs inside the sandbox: one cell of Python from stdin, as a notebook would run it.
+"""Runs one cell of Python from stdin, as a notebook does.
 
-The value of a last expression is printed, errors are shown without the frames of this file, and figures of matplotlib that are
-still open are saved. A program of its own: `sandbox.py` hands its text to the interpreter.
+The value of a last expression is printed, tracebacks omit the frames of this file, and open figures of matplotlib are saved. A separate
+program: `isolated_python.py` passes its text to the isolated interpreter.
 """
 
 import ast
@@ -24,7 +24,7 @@ def main() -> None:
         save_figures()
     except SystemExit:
         raise
-    except BaseException as error:  # noqa: BLE001 whatever it was, it is shown
+    except BaseException as error:  # noqa: BLE001 the user sees it
         frames = error.__traceback__
         while frames is not None and frames.tb_frame.f_code.co_filename != NAME:
             frames = frames.tb_next
@@ -36,7 +36,7 @@ def run(text: str, names: dict[str, object]) -> None:
     """Execute the text, and print the value of the expression it ends with."""
     tree = ast.parse(text, NAME)
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-    exec(compile(tree, NAME, "exec"), names)  # noqa: S102 its whole purpose
+    exec(compile(tree, NAME, "exec"), names)  # noqa: S102 its purpose
     if isinstance(last, ast.Expr):
         value = eval(compile(ast.Expression(last.value), NAME, "eval"), names)  # noqa: S307
         if value is not None:

@@ -16,17 +16,17 @@ RESULTS_MAX = 50
 
 
 class Result(BaseModel):
-    """A piece of a file that was found."""
+    """A chunk of a file."""
 
     file_id: str
     filename: str
     score: float = Field(description="Above 0 and below 1; comparable within one search.")
-    text: str = Field(description="The headings above the piece, if any, and the piece.")
+    text: str = Field(description="The headings above the chunk, if any, and the chunk.")
     attributes: dict[str, Any]
 
 
 class Results(BaseModel):
-    """What a search found, best first."""
+    """The results of a search, best first."""
 
     results: list[Result]
 
@@ -52,13 +52,15 @@ def tool_server(database_url: str) -> MCPServer[Any]:
             ),
         ],
         stores: Annotated[list[str], Field(min_length=1, description="The stores to search.")],
-        tenant: Annotated[str, Field(min_length=1, description="Whose stores they are; not for the model to choose.")],
+        tenant: Annotated[
+            str, Field(min_length=1, description="The tenant of the stores; must not be chosen by the model.")
+        ],
         max_results: Annotated[int, Field(ge=1, le=RESULTS_MAX)] = 10,
         filters: Annotated[
             dict[str, Any] | None, Field(description='On attributes: {"type": "eq", "key": …, "value": …}, and, or.')
         ] = None,
     ) -> Annotated[CallToolResult, Results]:
-        """Search files for words and give the pieces that fit best."""
+        """Search files for words and return the chunks that match best."""
         if any("\0" in name for name in (tenant, *stores)):
             raise ToolError("names have no null characters.")
         try:
@@ -68,21 +70,21 @@ def tool_server(database_url: str) -> MCPServer[Any]:
         except LOST as error:
             raise ToolError("The files can't be searched now; please try again.") from error
         results = Results(results=[result(hit) for hit in hits])
-        return CallToolResult(content=[TextContent(text=said(results))], structured_content=results.model_dump())
+        return CallToolResult(content=[TextContent(text=as_text(results))], structured_content=results.model_dump())
 
     return server
 
 
 def result(hit: Hit) -> Result:
-    """A hit as it travels."""
+    """A hit as a result of the tool."""
     text = f"{hit.heading}\n\n{hit.text}" if hit.heading else hit.text
     return Result(
         file_id=hit.file_id, filename=hit.filename, score=round(hit.score, 4), text=text, attributes=hit.attributes
     )
 
 
-def said(results: Results) -> str:
-    """Results as text for a model."""
+def as_text(results: Results) -> str:
+    """Results as text for the model."""
     parts = [
         f"[{number}] {one.filename} ({one.file_id}, score {one.score})\n{one.text}"
         for number, one in enumerate(results.results, 1)

@@ -1,17 +1,15 @@
-"""Which system calls the code in a jail may not make: a program for the kernel's seccomp, in classic BPF.
+"""The system calls that isolated code may not make: a seccomp filter in classic BPF.
 
-Namespaces and resource limits leave gaps, which this closes:
+It closes gaps of namespaces and resource limits:
 
-- memory that no process has in its own: `memfd_create`, System V and POSIX queues and segments, shared anonymous mappings
-  (whose pages stay when they are unmapped), huge pages, pages in pipes, rings of io_uring and perf. What is left is what
-  `isolation.py` counts;
-- keys of the host's user, which no namespace hides;
-- sockets but those of the internet protocols, which the network namespace rules; `socketpair` stays, for asyncio and
-  multiprocessing, where it makes streams, which can't be connected to anything else;
-- namespaces, mounts, tracing, and what else of the kernel code that computes does not need and attackers like.
+- memory that belongs to no process: `memfd_create`, System V and POSIX queues and segments, shared anonymous mappings (whose pages
+  remain when they are unmapped), huge pages, pages in pipes, rings of io_uring and perf. `isolation.py` measures the rest;
+- keys of the host's user, which no namespace isolates;
+- sockets other than those of the internet protocols, which the network namespace isolates. `socketpair` is allowed for streams, which
+  asyncio and multiprocessing need, and which can't be connected to other sockets;
+- namespaces, mounts, tracing, and other calls that computations do not need and exploits use.
 
-A list of what is refused, not of what is allowed: an unknown Python with unknown packages must run. Calls of another
-architecture (32 bits, x32) kill the process.
+It is a deny list, since any Python with any packages must run. Calls of another architecture (32 bits, x32) kill the process.
 """
 
 import struct
@@ -32,10 +30,10 @@ NEW_NAMESPACES = 0x20000 | 0x2000000 | 0x4000000 | 0x8000000 | 0x10000000 | 0x20
 
 
 class Machine(NamedTuple):
-    """Numbers of system calls on one kind of machine; little-endian ones only."""
+    """System call numbers of an architecture; little-endian only."""
 
     audit: int
-    other_from: int  # numbers from here on are those of another architecture; 0: there are none
+    other_from: int  # numbers from here on belong to another architecture; 0: none do
     clone: int
     mmap: int
     socket: int
@@ -45,11 +43,11 @@ class Machine(NamedTuple):
 
 
 NEW = (*range(425, 434), 438, 442, 443, 444, 445, 446, 447, 467)
-"""The same everywhere: io_uring_* (425-427), open_tree, move_mount, fsopen, fsconfig, fsmount, fspick (428-433), pidfd_getfd,
-mount_setattr, quotactl_fd, landlock_* (whose rules are memory that is in no process), memfd_secret, open_tree_attr."""
+"""The same on every architecture: io_uring_* (425-427), open_tree, move_mount, fsopen, fsconfig, fsmount, fspick (428-433), pidfd_getfd,
+mount_setattr, quotactl_fd, landlock_* (whose rules are memory that belongs to no process), memfd_secret, open_tree_attr."""
 
 CLONE3 = 435
-"""Its flags can't be looked at; a C library that hears that there is none falls back on clone."""
+"""A filter can't read its flags; with ENOSYS the C library falls back on clone."""
 
 MACHINES = {
     "x86_64": Machine(
@@ -145,7 +143,7 @@ def _instructions(machine: Machine) -> Iterator[Instruction]:
             *_only((SOCK_STREAM, SOCK_SEQPACKET)),
         ],
     )
-    # Success is pretended: a buffer has the size that isolation.py counts for it, as the kernel's own limits would have it, too.
+    # Return 0 without effect, as the kernel does for a size over its limit: a buffer keeps the size that isolation.py counts.
     buffers = [one for option in SO_BUFFERS for one in _when(EQUAL, option, ERRNO)]
     yield from _for_call(machine.setsockopt, [_argument(1), *_unless(EQUAL, SOL_SOCKET, ALLOW), _argument(2), *buffers])
     yield (RETURN, 0, 0, ALLOW)
@@ -156,17 +154,17 @@ def _load(offset: int) -> Instruction:
 
 
 def _argument(index: int) -> Instruction:
-    """Load an argument's lower half: all that the kernel looks at of those that matter here."""
+    """Load an argument's lower half: the kernel ignores the upper half of those checked here."""
     return _load(16 + 8 * index)
 
 
 def _when(test: int, operand: int, verdict: int) -> list[Instruction]:
-    """This verdict if the test is true."""
+    """Return this verdict if the test is true."""
     return [(test, 0, 1, operand), (RETURN, 0, 0, verdict)]
 
 
 def _unless(test: int, operand: int, verdict: int) -> list[Instruction]:
-    """This verdict unless the test is true."""
+    """Return this verdict unless the test is true."""
     return [(test, 1, 0, operand), (RETURN, 0, 0, verdict)]
 
 
@@ -177,5 +175,5 @@ def _only(allowed: tuple[int, int]) -> list[Instruction]:
 
 
 def _for_call(number: int, rules: list[Instruction]) -> list[Instruction]:
-    """Rules for one system call; what they do not decide is allowed."""
+    """Rules for one system call, allowed by default."""
     return [(EQUAL, 0, len(rules) + 1, number), *rules, (RETURN, 0, 0, ALLOW)]

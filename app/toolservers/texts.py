@@ -1,4 +1,4 @@
-"""From a file's bytes to pieces of text that can be searched; pure."""
+"""A file's bytes → chunks of text for search; pure."""
 
 import codecs
 import csv
@@ -29,16 +29,16 @@ HEADING = re.compile(r"(#{1,6})\s+(.*?)\s*#*\s*$")
 FENCE = re.compile(r"\s*(```|~~~)")
 
 ODD_CHARACTER = re.compile(r"[^\w\s\x00-\x7f]")  # punctuation, symbols, and the marks of some scripts
-# Scripts that put no spaces between words; Postgres takes a whole run of them for one word.
+# Scripts without spaces between words; Postgres parses a run of them as one word.
 UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]+"
 )
-# Postgres takes paths, host names and versions for one word each: their parts could not be found.
+# Postgres parses a path, a host name or a version as one word, so its parts are not found.
 INNER_PUNCTUATION = re.compile(r"(?<=\w)[./\\@:_=]+(?=\w)")
 
 
 class UnreadableFile(Exception):
-    """This is no text that we can read; the message, put behind the file's name, says why."""
+    """The file is not readable text; the message is a predicate for the file's name."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Chunk:
 
 
 def chunks(name: str, content: bytes) -> list[Chunk]:
-    """A file's text in pieces that overlap. Raises UnreadableFile."""
+    """A file's text as overlapping chunks. Raises UnreadableFile."""
     if name != storable(name):
         raise UnreadableFile("has a name that is no text")
     suffix = PurePosixPath(name).suffix.lower()
@@ -72,12 +72,12 @@ def chunks(name: str, content: bytes) -> list[Chunk]:
 
 
 def storable(text: str) -> str:
-    """The text without what Postgres can't store: null characters and halves of surrogate pairs."""
+    """The text without null characters and lone surrogates, which Postgres can't store."""
     return text.encode(errors="replace").decode().replace("\0", "\ufffd")
 
 
 def decoded(content: bytes) -> str:
-    """The text of bytes: UTF-8, UTF-16 with a mark, or Windows-1252 as the last guess. Raises UnreadableFile."""
+    """The text of bytes: UTF-8, UTF-16 with a BOM, else Windows-1252. Raises UnreadableFile."""
     for beginning, why in BINARY.items():
         if content.startswith(beginning):
             raise UnreadableFile(why)
@@ -96,7 +96,7 @@ def decoded(content: bytes) -> str:
 
 
 class _Text(HTMLParser):
-    """Collects what is read on a page, with headings as in Markdown."""
+    """Collects the visible text of a page, with Markdown headings."""
 
     SILENT = frozenset({"script", "style", "template", "svg"})
     BLOCKS = frozenset(
@@ -134,7 +134,7 @@ class _Text(HTMLParser):
 
 
 def html_text(page: str) -> str:
-    """What is read on a page, with headings as in Markdown."""
+    """The visible text of a page, with Markdown headings."""
     parser = _Text()
     parser.feed(page)
     parser.close()
@@ -143,7 +143,7 @@ def html_text(page: str) -> str:
 
 
 def table_text(table: str, delimiter: str) -> str:
-    """A table with the column's name before each value, so that a row is understood by itself."""
+    """A table with the column's name before each value, so that each row is clear without the header."""
     rows = csv.reader(io.StringIO(table), delimiter=delimiter)
     names = next(rows, [])
     return "\n".join(
@@ -169,7 +169,7 @@ def json_lines(value: Any, path: str = "") -> Iterator[str]:
 
 
 def sections(text: str) -> Iterator[tuple[str, str]]:
-    """The parts of a Markdown text, each with the headings that it stands under."""
+    """The sections of a Markdown text, each with the headings above it."""
     above: list[tuple[int, str]] = []
     lines: list[str] = []
     fenced = False
@@ -210,8 +210,8 @@ def pieces(text: str) -> Iterator[str]:
 
 
 def searchable(text: str) -> str:
-    """A text, or a query, such that Postgres finds its words: the same is done to both."""
-    # Postgres' own idea of letters depends on the database's locale, and in "C" it ends with ASCII.
+    """A text or a query, normalized alike, so that Postgres finds its words."""
+    # Which characters are letters to Postgres depends on the database's locale: in "C" only ASCII.
     text = unicodedata.normalize("NFKC", storable(text)).casefold()
     text = ODD_CHARACTER.sub(lambda found: found[0] if unicodedata.category(found[0])[0] == "M" else " ", text)
     text = INNER_PUNCTUATION.sub(" ", CONTROL.sub(" ", text))
@@ -219,7 +219,7 @@ def searchable(text: str) -> str:
 
 
 def in_pairs(found: re.Match[str]) -> str:
-    """Each two neighbours of an unspaced run, as words; after a minus as one phrase, to be excluded as such."""
+    """The bigrams of an unspaced run, as words; after a minus as one phrase, so that the phrase is excluded."""
     run = found[0]
     words = " ".join(run[n : n + 2] for n in range(max(len(run) - 1, 1)))
     return f'"{words}" ' if found.string[: found.start()].endswith("-") else f" {words} "
