@@ -24,17 +24,17 @@ from app.outbound.programs import Programs
 from app.outbound.upstream import Upstream
 from app.rooms import Rooms
 from app.runs.admission import Admission
+from app.runs.background import BackgroundRuns
 from app.runs.cancellation import Cancellation
 from app.runs.claims import Claims
 from app.runs.following import Following
-from app.runs.leased import LeasedRuns
+from app.runs.foreground import ForegroundRuns
 from app.runs.leases import Leases
 from app.runs.pipeline import Pipeline
 from app.runs.plan import Planner
-from app.runs.volatile import VolatileRuns
 from app.settings import Settings, SettingsError
 from app.setup import OTHER_KEY, open_seal
-from app.storage import sealing, tenants
+from app.storage import key_fingerprint, tenants
 from app.storage.backlog import Backlogs
 from app.storage.database import Database
 from app.storage.queue import Heartbeat, Owner
@@ -69,15 +69,15 @@ class Core(Struct, frozen=True):
     seal: Seal
     pipeline: Pipeline
     logs: RedisLogs
-    leased: LeasedRuns
+    background: BackgroundRuns
     leases: Leases
     claims: Claims
 
-    async def start(self, volatile: Callable[[], Sequence[Heartbeat]], *, claims: bool) -> None:
-        """Start Redis, heartbeats (also for `volatile` runs) and claims."""
+    async def start(self, foreground: Callable[[], Sequence[Heartbeat]], *, claims: bool) -> None:
+        """Start Redis, heartbeats (also for `foreground` runs) and claims."""
         await asyncio.gather(*(upstream.find_dialect(None) for upstream in self.upstreams.values()))
         self.logs.start(self.claims.notified, lambda: self.leases.watch.lease_is_valid)
-        self.leases.start(self.claims.runs, volatile, self.claims.wake)
+        self.leases.start(self.claims.runs, foreground, self.claims.wake)
         if claims:
             self.claims.start()
 
@@ -103,9 +103,9 @@ async def core(settings: Settings, catalog: Catalog, *, claims: bool) -> AsyncIt
     programs: ToolPrograms = Programs(settings)
     pipeline = Pipeline(settings, Guard.from_settings(settings), programs)
     leases = Leases(settings, heartbeats, logs)
-    leased = LeasedRuns(database, planner, catalog, seal, pipeline, logs)
+    background = BackgroundRuns(database, planner, catalog, seal, pipeline, logs)
     try:
-        if not await sealing.accept_key(database, seal.fingerprints):
+        if not await key_fingerprint.accept_key(database, seal.fingerprints):
             raise SettingsError(OTHER_KEY)
         yield Core(
             database=database,
@@ -114,9 +114,9 @@ async def core(settings: Settings, catalog: Catalog, *, claims: bool) -> AsyncIt
             seal=seal,
             pipeline=pipeline,
             logs=logs,
-            leased=leased,
+            background=background,
             leases=leases,
-            claims=Claims(settings, database, leases, leased, logs),
+            claims=Claims(settings, database, leases, background, logs),
         )
     finally:
         await programs.close()
@@ -152,37 +152,37 @@ async def assembled(settings: Settings) -> AsyncIterator[Assembly]:
     """Everything that a serving process needs, closed at the end. Raises SettingsError."""
     claims = settings.workers_in_api
     async with _catalog(settings) as catalog, core(settings, catalog, claims=claims) as made:
-        volatile = VolatileRuns(settings, made.database, made.pipeline, made.leases.owner)
-        services = _services(settings, catalog, made, volatile)
+        foreground = ForegroundRuns(settings, made.database, made.pipeline, made.leases.owner)
+        services = _services(settings, catalog, made, foreground)
 
         @asynccontextmanager
         async def lifespan(_: Any) -> AsyncIterator[None]:
-            await made.start(volatile.heartbeats, claims=claims)
+            await made.start(foreground.heartbeats, claims=claims)
             try:
                 yield
             finally:
-                await volatile.close()
+                await foreground.close()
                 await made.stop()
 
         async def break_off() -> None:
             services.following.release()
             services.bodies.close()
-            await volatile.close()
+            await foreground.close()
 
         keys_in_use = await _check_openness(settings, made.database)
         yield Assembly(settings, catalog, asgi.build(services, lifespan), keys_in_use, made.claims.drain, break_off)
 
 
-def _services(settings: Settings, catalog: Catalog, made: Core, volatile: VolatileRuns) -> Services:
+def _services(settings: Settings, catalog: Catalog, made: Core, foreground: ForegroundRuns) -> Services:
     backlogs = Backlogs(settings)
     return Services(
         settings=settings,
         database=made.database,
         catalog=catalog,
         upstreams=made.upstreams,
-        admission=Admission(settings, made.database, made.planner, made.seal, volatile, made.logs, backlogs),
+        admission=Admission(settings, made.database, made.planner, made.seal, foreground, made.logs, backlogs),
         following=Following(settings, made.database, made.logs, backlogs),
-        cancellation=Cancellation(settings, made.database, made.logs, made.leased, made.leases.owner),
+        cancellation=Cancellation(settings, made.database, made.logs, made.background, made.leases.owner),
         claims=made.claims,
         backlogs=backlogs,
         bodies=Bodies(settings),

@@ -171,12 +171,12 @@ def rekey() -> None:
     """Accept the configured secret key although the database knows another. What the other has sealed is lost."""
     settings = _existing()
     fingerprints = setup.open_seal(settings).fingerprints
-    from app.storage import sealing
+    from app.storage import key_fingerprint
     from app.storage.database import opened
 
     async def accept() -> None:
         async with opened(settings) as database:
-            await sealing.accept_key(database, fingerprints, anyway=True)
+            await key_fingerprint.accept_key(database, fingerprints, anyway=True)
 
     _run(accept())
     click.echo("The database accepts this secret key now.")

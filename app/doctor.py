@@ -23,9 +23,9 @@ from app.outbound.mcp import ToolSessions
 from app.outbound.toolserver import ToolFailure
 from app.outbound.upstream import Upstream
 from app.settings import Settings, SettingsError, load
-from app.storage import readiness, sealing, tenants
-from app.storage.addresses import redis_address
+from app.storage import key_fingerprint, readiness, tenants
 from app.storage.database import Database
+from app.storage.urls import redis_address
 
 NAMES = {POSTGRES: "Postgres", VALKEY: "Redis"}
 
@@ -134,14 +134,14 @@ def _workers(settings: Settings, *, connected: bool) -> Finding:
 async def _secret_key(settings: Settings, database: Database | None) -> Finding:
     path = setup.secret_key_path(settings)
     if not setup.has_secret_key(settings):
-        if database is None or await sealing.is_known(database, []):
+        if database is None or await key_fingerprint.is_known(database, []):
             return Finding("secret key", True, f"none yet; `reprise serve` makes one, {path}")
         return Finding("secret key", False, f"there is no {path}, but the database knows one; set REPRISE_SECRET_KEY")
     try:
         fingerprints = setup.open_seal(settings).fingerprints
     except SettingsError as error:
         return Finding("secret key", False, str(error))
-    if database and not await sealing.is_known(database, fingerprints):
+    if database and not await key_fingerprint.is_known(database, fingerprints):
         return Finding("secret key", False, setup.OTHER_KEY)
     return Finding(
         "secret key", True, f"{'REPRISE_SECRET_KEY' if settings.secret_key else path}; replicas must share it"

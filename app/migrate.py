@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from app.settings import SettingsError
-from app.storage.addresses import unpooled_engine
+from app.storage.urls import unpooled_engine
 
 MIGRATIONS = Path(__file__).resolve().parent.parent / "migrations"
 

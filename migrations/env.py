@@ -5,8 +5,8 @@ import asyncio
 from alembic import context
 from sqlalchemy import Connection, text
 
-from app.storage.addresses import unpooled_engine
 from app.storage.tables import metadata
+from app.storage.urls import unpooled_engine
 
 ONE_AT_A_TIME = 7_236_201
 """The advisory lock that keeps replicas from migrating at once; any number that nobody else uses."""

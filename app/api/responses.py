@@ -21,7 +21,7 @@ from app.offload import offload
 from app.rooms import Room
 from app.runs.admission import Caller
 from app.runs.following import Followed
-from app.runs.volatile import VolatileRun
+from app.runs.foreground import ForegroundRun
 from app.storage import contexts, responses
 from app.storage.contexts import StoredItem
 from app.storage.pages import Page
@@ -50,7 +50,7 @@ class ResponsesController(Controller):
     @post(status_code=200)
     async def create(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[Any]:
         """Make a response: JSON when it is done, SSE while it is made, or later, in the background."""
-        started: list[VolatileRun] = []
+        started: list[ForegroundRun] = []
         with ExitStack() as taking:
             raw = await taking.enter_context(services.bodies.reading(request)).read()
             create = await offload(len(raw), decode_create, raw, services.catalog.passed_on)

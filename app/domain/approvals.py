@@ -1,6 +1,6 @@
-"""Approval requests of responses that are not stored: their ids hold a signature of the request.
+"""Approvals: which tools need one, and the requests of responses that are not stored, whose ids hold a signature.
 
-The client sends the request back with its answer; it is accepted if the signature matches. Arguments are signed as canonical
+The client sends such a request back with its answer; it is accepted if the signature matches. Arguments are signed as canonical
 JSON, since clients decode and encode them.
 """
 
@@ -9,12 +9,23 @@ from typing import Any
 import msgspec
 
 from app.domain.sealed import SIGNATURE_DIGITS, TenantSeal
+from app.domain.tool_filters import Matches, matching
 from app.ids import NewId
 from app.wire.decoding import json_object
 from app.wire.items import McpApprovalRequest
+from app.wire.tools import McpApproval, McpTool
 
 EXACT = 2**53
 """A float below this and without a fraction is an integer to clients with a single type of number."""
+
+
+def needs_approval(server: McpTool) -> Matches:
+    """Whether a tool of a server needs approval."""
+    wanted = server.require_approval
+    if not isinstance(wanted, McpApproval):
+        return lambda tool: wanted != "never"
+    always, never = (matching(one) if one else None for one in (wanted.always, wanted.never))
+    return lambda tool: never is None or not never(tool) or (always is not None and always(tool))
 
 
 def signing(new_id: NewId, seal: TenantSeal, label: str, name: str, arguments: str) -> NewId:

@@ -7,9 +7,9 @@ import msgspec
 from msgspec import UNSET, Raw, Struct
 
 from app.domain.citations import NO_SOURCES, Sources
+from app.domain.complete_json import WholeObject
 from app.domain.dialect import WRAPPED_INPUT
 from app.domain.toolbox import MODEL_NAME_CHARS_MAX, ClientCall, Toolbox, Verdict
-from app.domain.wholeness import WholeObject
 from app.ids import NewId
 from app.wire.chat import Logprob
 from app.wire.decoding import Json, json_object

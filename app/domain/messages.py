@@ -10,9 +10,9 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
+from app.domain.chat_template import fitted, short_call_id, with_reasoning
 from app.domain.context import Context, Unseal
 from app.domain.dialect import WRAPPED_INPUT, Dialect
-from app.domain.fitting import fitted, short_call_id, with_reasoning
 from app.domain.tool_transcript import answer_for_model, asked_of_model
 from app.domain.toolbox import Toolbox
 from app.domain.tools.server_tool import parse_arguments

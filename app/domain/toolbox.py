@@ -7,13 +7,15 @@ tools that were not offered or not allowed: `allowed_tools` is enforced here, no
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 from msgspec import UNSET, Struct
 from msgspec.structs import replace
 
+from app.domain.approvals import needs_approval
 from app.domain.hosted import Kind, owner_of
+from app.domain.tool_filters import matching
 from app.domain.tools.table import HOSTED, KINDS, kind_of, missing_server
 from app.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
 from app.wire.decoding import Json
@@ -24,7 +26,6 @@ from app.wire.tools import (
     FunctionTool,
     HostedTool,
     ListedTool,
-    McpApproval,
     McpFilter,
     McpTool,
     NamedTool,
@@ -227,11 +228,11 @@ def _offers(
 
 
 def _of_server(server: McpTool, listed: Sequence[ListedTool]) -> list[Found]:
-    needs_approval = _approval(server)
+    asks = needs_approval(server)
     return [
         (
             FunctionTool(name=tool.name, description=tool.description or None, parameters=tool.input_schema),
-            ByServer(server.server_label, needs_approval(tool)),
+            ByServer(server.server_label, asks(tool)),
         )
         for tool in _allowed(server, listed)
     ]
@@ -242,28 +243,7 @@ def _allowed(server: McpTool, listed: Sequence[ListedTool]) -> list[ListedTool]:
     wanted = server.allowed_tools
     if wanted is None:
         return list(listed)
-    return list(filter(_matcher(McpFilter(tool_names=wanted) if isinstance(wanted, list) else wanted), listed))
-
-
-Matches = Callable[[ListedTool], bool]
-
-
-def _matcher(wanted: McpFilter) -> Matches:
-    """Whether a filter matches a tool; an empty one, which is mistyped, matches none."""
-    names = None if wanted.tool_names is None else frozenset(wanted.tool_names)
-    read_only = wanted.read_only
-    if names is None and read_only is None:
-        return lambda tool: False
-    return lambda tool: (names is None or tool.name in names) and read_only in {None, tool.read_only}
-
-
-def _approval(server: McpTool) -> Matches:
-    """Whether a tool needs approval."""
-    wanted = server.require_approval
-    if not isinstance(wanted, McpApproval):
-        return lambda tool: wanted != "never"
-    always, never = (_matcher(one) if one else None for one in (wanted.always, wanted.never))
-    return lambda tool: never is None or not never(tool) or (always is not None and always(tool))
+    return list(filter(matching(McpFilter(tool_names=wanted) if isinstance(wanted, list) else wanted), listed))
 
 
 def _named(found: Sequence[Found]) -> dict[str, Offer]:

@@ -10,9 +10,9 @@ from app.domain.secrets import Secrets, seal_secrets
 from app.errors import ServerUnavailable, TooManyRequests
 from app.ids import new_id
 from app.offload import offload
+from app.runs.foreground import ForegroundRun, ForegroundRuns
 from app.runs.insert import insert
 from app.runs.plan import Planner, RunPlan
-from app.runs.volatile import VolatileRun, VolatileRuns
 from app.settings import Settings
 from app.storage import queue
 from app.storage.backlog import Backlogs
@@ -52,18 +52,18 @@ class Admission:
         database: Database,
         planner: Planner,
         seal: Seal,
-        volatile: VolatileRuns,
+        foreground: ForegroundRuns,
         logs: RedisLogs,
         backlogs: Backlogs,
     ) -> None:
         self._settings, self._database, self._planner, self._seal = settings, database, planner, seal
-        self._volatile, self._logs, self._backlogs = volatile, logs, backlogs
+        self._foreground, self._logs, self._backlogs = foreground, logs, backlogs
         self._planning = 0
 
-    async def start(self, caller: Caller, request: CreateResponse) -> VolatileRun:
+    async def start(self, caller: Caller, request: CreateResponse) -> ForegroundRun:
         """Start a foreground run. Raises ApiError for everything that can be known before the upstream is asked."""
         self._refuse_when_closing()
-        if len(self._volatile) + self._planning >= self._settings.foreground_runs_max:
+        if len(self._foreground) + self._planning >= self._settings.foreground_runs_max:
             raise TooManyRequests("Too many responses are being made; please try again.", headers={"Retry-After": "1"})
         self._planning += 1
         try:
@@ -75,10 +75,10 @@ class Admission:
         except ServerUnavailable:
             plan.room.release()
             raise
-        return self._volatile.start(plan, _open(plan), self._backlogs.open() if request.stream else None)
+        return self._foreground.start(plan, _open(plan), self._backlogs.open() if request.stream else None)
 
     def _refuse_when_closing(self) -> None:
-        if self._volatile.is_closing:
+        if self._foreground.is_closing:
             raise ServerUnavailable("The server is shutting down.")
 
     async def enqueue(self, caller: Caller, request: CreateResponse, raw: bytes) -> Enqueued:

@@ -5,7 +5,7 @@ import time
 
 from app.domain.lifecycle import IN_FLIGHT
 from app.errors import DatabaseUnavailable
-from app.runs.leased import LeasedRun, LeasedRuns
+from app.runs.background import BackgroundRun, BackgroundRuns
 from app.settings import Settings
 from app.storage import queue, responses
 from app.storage.database import Database
@@ -27,9 +27,9 @@ class Cancellation:
     """Cancels background responses."""
 
     def __init__(
-        self, settings: Settings, database: Database, logs: RedisLogs, leased: LeasedRuns, owner: Owner
+        self, settings: Settings, database: Database, logs: RedisLogs, background: BackgroundRuns, owner: Owner
     ) -> None:
-        self._database, self._logs, self._leased, self._owner = database, logs, leased, owner
+        self._database, self._logs, self._background, self._owner = database, logs, background, owner
         self._retry_s = settings.database_retry_s
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -43,7 +43,7 @@ class Cancellation:
                     claim = await queue.cancel(tx, tenant_id, response_id, self._owner, again=attempt.num > 1)
         if claim is not None:
             self._logs.notify(OwnerChanged(response_id))
-            await self._end(self._leased.claimed(claim))
+            await self._end(self._background.claimed(claim))
         deadline = time.monotonic() + CANCEL_WAIT_S
         while True:
             async with self._database.autocommit() as tx:
@@ -68,7 +68,7 @@ class Cancellation:
                 asked = True
             await asyncio.sleep(LOOK_SPACING_S)
 
-    async def _end(self, run: LeasedRun) -> None:
+    async def _end(self, run: BackgroundRun) -> None:
         """Record the end, which is decided. The client waits no longer for it than Postgres may be unavailable."""
         ending = asyncio.create_task(run.make(), name=run.claim.response_id)
         self._ending.add(ending)

@@ -7,7 +7,7 @@ import structlog
 from msgspec import Struct
 
 from app.errors import DatabaseUnavailable, OutcomeUnknown
-from app.runs.leased import FENCED, LeasedRun, LeasedRuns
+from app.runs.background import FENCED, BackgroundRun, BackgroundRuns
 from app.runs.leases import Leases
 from app.settings import Settings
 from app.storage import queue
@@ -32,14 +32,14 @@ class GivenUp(Struct, frozen=True):
 
 
 class Claims:
-    """The leased runs of this process."""
+    """The background runs of this process."""
 
     def __init__(
-        self, settings: Settings, database: Database, leases: Leases, leased: LeasedRuns, logs: RedisLogs
+        self, settings: Settings, database: Database, leases: Leases, background: BackgroundRuns, logs: RedisLogs
     ) -> None:
         self._settings, self._database, self._logs = settings, database, logs
-        self._leases, self._leased = leases, leased
-        self._runs: dict[str, LeasedRun] = {}
+        self._leases, self._background = leases, background
+        self._runs: dict[str, BackgroundRun] = {}
         self._given_up: list[GivenUp] = []
         self._claims_lost = False
         """Whether this process may own runs by a claim whose answer was lost."""
@@ -52,7 +52,7 @@ class Claims:
         """Start to claim."""
         self._claiming = asyncio.create_task(self._claim_forever())
 
-    def runs(self) -> list[LeasedRun]:
+    def runs(self) -> list[BackgroundRun]:
         """Those that are being made here."""
         return list(self._runs.values())
 
@@ -152,7 +152,7 @@ class Claims:
         for claim in claims:
             if former := self._runs.get(claim.response_id):
                 former.stop()  # this process was frozen for longer than its own lease
-            self._start(self._leased.claimed(claim))
+            self._start(self._background.claimed(claim))
         return len(claims)
 
     async def _clear_up(self) -> None:
@@ -170,13 +170,13 @@ class Claims:
                 await queue.disown(tx, self._leases.owner.worker, except_for=list(self._runs))
             self._claims_lost = False
 
-    def _start(self, run: LeasedRun) -> None:
+    def _start(self, run: BackgroundRun) -> None:
         self._runs[run.claim.response_id] = run
         run.task = asyncio.create_task(self._make(run), name=run.claim.response_id)
         # Not by the task itself: one that is cancelled before its first step runs nothing of its own.
         run.task.add_done_callback(lambda _: self._ended(run))
 
-    def _ended(self, run: LeasedRun) -> None:
+    def _ended(self, run: BackgroundRun) -> None:
         if self._is_handing_back:
             return  # it stays ours until it is handed back
         if run.log:
@@ -185,7 +185,7 @@ class Claims:
             del self._runs[run.claim.response_id]
         self.wake()
 
-    async def _make(self, run: LeasedRun) -> None:
+    async def _make(self, run: BackgroundRun) -> None:
         try:
             await run.make()
         except asyncio.CancelledError:

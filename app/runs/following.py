@@ -7,7 +7,7 @@ from msgspec import Struct
 from redis.exceptions import RedisError
 
 from app.errors import ResponseNotFound, ServerError
-from app.runs.volatile import VolatileRun
+from app.runs.foreground import ForegroundRun
 from app.settings import Settings
 from app.storage import journal
 from app.storage.backlog import Backlog, Backlogs, pages_of
@@ -45,7 +45,7 @@ class Following:
         self._looks: dict[tuple[str, int], asyncio.Future[StoredEvents]] = {}
         self._is_released = False
 
-    def follow(self, run: VolatileRun) -> Followed:
+    def follow(self, run: ForegroundRun) -> Followed:
         """The events of a foreground stream, from memory, once."""
         assert run.log
         response_id = run.response.id if run.response.store else None

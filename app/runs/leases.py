@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from app.errors import DatabaseUnavailable
 from app.ids import new_id
-from app.runs.leased import LeasedRun
+from app.runs.background import BackgroundRun
 from app.settings import Settings
 from app.storage import queue
 from app.storage.database import Database
@@ -98,12 +98,12 @@ class Leases:
 
     def start(
         self,
-        leased: Callable[[], Sequence[LeasedRun]],
-        volatile: Callable[[], Sequence[Heartbeat]],
+        background: Callable[[], Sequence[BackgroundRun]],
+        foreground: Callable[[], Sequence[Heartbeat]],
         recovered: Callable[[], None],
     ) -> None:
-        """Start to prolong those of `leased` and `volatile` runs; `recovered` is called after an outage."""
-        self._leased, self._volatile, self._recovered = leased, volatile, recovered
+        """Start to prolong those of `background` and `foreground` runs; `recovered` is called after an outage."""
+        self._background, self._foreground, self._recovered = background, foreground, recovered
         self._tasks = [asyncio.create_task(self._beat_forever()), asyncio.create_task(self._refresh_forever())]
 
     async def close(self) -> None:
@@ -128,14 +128,14 @@ class Leases:
 
     async def _beat(self) -> None:
         """One heartbeat, also without runs: it shows what other processes could have done."""
-        leased = self._leased()
-        heartbeats = [*(run.heartbeat for run in leased), *self._volatile()]
+        background = self._background()
+        heartbeats = [*(run.heartbeat for run in background), *self._foreground()]
         begun_at = time.monotonic()  # leases count from no earlier than this
         async with self._database.autocommit() as tx:
             standing, clock = await queue.beat(tx, heartbeats, self.owner.lease_s)
             was_on_time = self.watch.is_on_time
             self.watch.beaten(begun_at, time.monotonic(), clock)
-            for run in leased:
+            for run in background:
                 if (run.claim.tenant_id, run.claim.response_id) not in standing:
                     run.stop()
             if not was_on_time:
@@ -146,4 +146,4 @@ class Leases:
         """Apart from the heartbeat, which must not wait for a Redis that does not answer."""
         while True:
             await asyncio.sleep(self.owner.lease_s / BEATS_PER_LEASE)
-            await self._logs.refresh([run.log for run in self._leased() if run.log and not run.log.fenced])
+            await self._logs.refresh([run.log for run in self._background() if run.log and not run.log.fenced])

@@ -2,12 +2,12 @@
 
 Every run takes these steps, new or recovered, in the foreground or in the background:
 
-    begin     volatile: open the upstream and insert the row; leased: recover what earlier owners recorded
+    begin     foreground: open the upstream and insert the row; background: recover what earlier owners recorded
     turns     tools listed and approved calls made, then (prompt → upstream → items → tools)* → outcome
     close     status, usage and error
     commit    the row, with all that ends with it
     finish    the terminal event, for readers
-    publish   leased: every event is in Redis, the row of the queue goes
+    publish   background: every event is in Redis, the row of the queue goes
 
 A turn whose calls this server makes, or rejects, is followed by another, in which the model reads what came of them. A turn that
 ends in calls for the client, or in calls that need approval, ends the run; so does one without calls.
@@ -56,7 +56,7 @@ class Turns(Struct):
 
 
 class Run(Protocol):
-    """What differs between volatile and leased runs."""
+    """What differs between foreground and background runs."""
 
     attempts: int
     """How many owners the run has had."""

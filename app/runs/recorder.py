@@ -1,6 +1,6 @@
 """The single writer of one response: number, fold, encode once, append.
 
-The row commits before the terminal event is sent, and the items of a leased run before readers see that they are done.
+The row commits before the terminal event is sent, and the items of a background run before readers see that they are done.
 """
 
 import time
@@ -15,7 +15,7 @@ from app.wire.resources import Response, Usage
 
 
 class Journal(Protocol):
-    """Where the events of a leased run survive their process and Redis."""
+    """Where the events of a background run survive their process and Redis."""
 
     async def checkpoint(self, entries: Sequence[Entry], usage: Usage | None) -> None:
         """Commit events, and the usage of the turns before. Raises Fenced."""
@@ -23,7 +23,7 @@ class Journal(Protocol):
 
 
 FIRST_EVENTS = 2
-"""Events that only say that a volatile run has begun."""
+"""Events that only say that a foreground run has begun."""
 
 ITEM_DONE = str(ItemDone.__struct_config__.tag)
 
@@ -66,7 +66,7 @@ class Recorder:
         self.is_committing = False
         """Whether a checkpoint is under way: its outcome is unknown."""
         self.has_output = False
-        """Whether a volatile run that is closed has recorded more than its first two events."""
+        """Whether a foreground run that is closed has recorded more than its first two events."""
         self._bytes_left, self._events_left = bytes_max, events_max
         self._upstream_bytes_left = bytes_max
         """What the upstream may still send, whatever comes of it."""
@@ -84,7 +84,7 @@ class Recorder:
         return time.monotonic() - self._begun
 
     async def begin(self) -> None:
-        """Record the first events of a volatile run: created, in_progress."""
+        """Record the first events of a foreground run: created, in_progress."""
         await self.record([Created(response=self.response), InProgress(response=self.response)])
 
     async def record(self, events: Iterable[Event], *, checkpoint: bool = False, ends_turn: bool = False) -> None:

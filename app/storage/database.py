@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from app.errors import DatabaseUnavailable, OutcomeUnknown
 from app.settings import Settings
-from app.storage.addresses import connector
+from app.storage.urls import connector
 
 Row = Mapping[str, Any]
 """A row, by column name."""

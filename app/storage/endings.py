@@ -29,14 +29,14 @@ _OUTPUT = """
          as new (position, id, body)
 """
 
-_VOLATILE = {
+_FOREGROUND = {
     "response": _RESPONSE.format(in_flight=IN_FLIGHT, owned=""),
     "output": _OUTPUT,
     "lease": "delete from runs where tenant_id = :tenant_id and response_id = :id",
 }
 """The end of a foreground run."""
 
-_LEASED = {
+_BACKGROUND = {
     "run": """
         update runs set state = 'sealed', request = null, secrets = null
         where tenant_id = :tenant_id and response_id = :id and lease = :epoch and state in ('running', 'cancelled')
@@ -60,10 +60,10 @@ def _with(parts: dict[str, str], result: str) -> Query:
     return Query(text(f"with {', '.join(f'{name} as ({sql})' for name, sql in parts.items())} {result}"))
 
 
-_END_VOLATILE = _with(_VOLATILE, "select exists (select from response) as ended")
+_END_FOREGROUND = _with(_FOREGROUND, "select exists (select from response) as ended")
 
-_END_LEASED = _with(
-    _LEASED,
+_END_BACKGROUND = _with(
+    _BACKGROUND,
     """
     select exists (select from run) as ended,
            exists (select from runs where tenant_id = :tenant_id and response_id = :id and lease = :epoch
@@ -72,13 +72,13 @@ _END_LEASED = _with(
 )
 
 
-async def end_volatile(tx: Tx, tenant_id: str, response: Response) -> bool:
+async def end_foreground(tx: Tx, tenant_id: str, response: Response) -> bool:
     """End a foreground response whose row is inserted. False if another process has ended it, or it is deleted."""
-    row = await tx.one(_END_VOLATILE, tenant_id=tenant_id, **_binds(response))
+    row = await tx.one(_END_FOREGROUND, tenant_id=tenant_id, **_binds(response))
     return row is not None and bool(row["ended"])
 
 
-async def end_leased(tx: Tx, tenant_id: str, response: Response, epoch: int, archive: Pages) -> bool:
+async def end_background(tx: Tx, tenant_id: str, response: Response, epoch: int, archive: Pages) -> bool:
     """End a background response, with all its events. False if the lease is lost."""
     binds = {
         "tenant_id": tenant_id,
@@ -87,10 +87,10 @@ async def end_leased(tx: Tx, tenant_id: str, response: Response, epoch: int, arc
         "pages": [frames for _, frames in archive],
         **_binds(response),
     }
-    row = await tx.one(_END_LEASED, **binds)
+    row = await tx.one(_END_BACKGROUND, **binds)
     if row and not (row["ended"] or row["known"]):
         # Perhaps it is, by an attempt of ours whose commit the first look could not see yet.
-        row = await tx.one(_END_LEASED, **binds)
+        row = await tx.one(_END_BACKGROUND, **binds)
     return row is not None and bool(row["ended"] or row["known"])
 
 

@@ -10,7 +10,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisGone
 
 from app.settings import Settings
-from app.storage.addresses import redis_address
+from app.storage.urls import redis_address
 
 RETRY_S = 0.1
 """Between attempts while Redis is away."""

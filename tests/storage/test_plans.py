@@ -113,8 +113,8 @@ async def test_a_response_costs_its_own_output(filled):
 
 BY_ID = {
     "insert": responses._INSERT,
-    "finish": endings._END_VOLATILE,
-    "seal": endings._END_LEASED,
+    "finish": endings._END_FOREGROUND,
+    "seal": endings._END_BACKGROUND,
     "begin": responses._BEGIN,
     "chain": contexts._CHAIN,
     "get": responses._GET,

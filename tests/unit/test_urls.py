@@ -4,7 +4,7 @@ import asyncpg
 import pytest
 
 from app.settings import SettingsError
-from app.storage.addresses import connector, redis_address
+from app.storage.urls import connector, redis_address
 
 
 @pytest.fixture

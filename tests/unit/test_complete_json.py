@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.domain.wholeness import WholeObject
+from app.domain.complete_json import WholeObject
 from app.wire.decoding import NESTING_MAX, json_object, nests_too_deeply
 
 JSON = st.recursive(

@@ -59,8 +59,8 @@ class Found(Struct, frozen=True):
     """Whether others may have been sent, and lost with Redis."""
 
 
-class LeasedRuns(Struct, frozen=True):
-    """What a leased run needs."""
+class BackgroundRuns(Struct, frozen=True):
+    """What a background run needs."""
 
     database: Database
     planner: Planner
@@ -69,15 +69,15 @@ class LeasedRuns(Struct, frozen=True):
     pipeline: Pipeline
     logs: RedisLogs
 
-    def claimed(self, claim: Claim) -> "LeasedRun":
+    def claimed(self, claim: Claim) -> "BackgroundRun":
         """The run of a claim."""
-        return LeasedRun(self, claim)
+        return BackgroundRun(self, claim)
 
 
-class LeasedRun:
+class BackgroundRun:
     """One claimed run of this process."""
 
-    def __init__(self, runs: LeasedRuns, claim: Claim) -> None:
+    def __init__(self, runs: BackgroundRuns, claim: Claim) -> None:
         self._runs, self._settings = runs, runs.pipeline.settings
         self.claim = claim
         self.attempts = claim.epoch - claim.handed_over
@@ -291,7 +291,7 @@ class LeasedRun:
         async for attempt in self._runs.database.retrying(forever=True):
             with attempt:
                 async with self._runs.database.begin() as tx:
-                    if not await endings.end_leased(tx, claim.tenant_id, closed, claim.epoch, archive):
+                    if not await endings.end_background(tx, claim.tenant_id, closed, claim.epoch, archive):
                         raise Fenced
         return closed
 
@@ -324,5 +324,5 @@ class LeasedRun:
             if body is not None:
                 error = ServerError("The server that made this response has died.")
                 closed = close_response(body, Outcome("failed", error=error), usage=None, now=int(time.time()))
-                await endings.end_volatile(tx, claim.tenant_id, closed)
+                await endings.end_foreground(tx, claim.tenant_id, closed)
         log.warning("An abandoned response was ended.", action="run_abandoned")

@@ -1,7 +1,7 @@
 """Foreground runs: they live in the memory of one process and end with it. What is inserted before their end has a lease, so
 that another process ends it if this one dies.
 
-A run is a task of `VolatileRuns`; a connection only reads its log.
+A run is a task of `ForegroundRuns`; a connection only reads its log.
 """
 
 import asyncio
@@ -46,26 +46,26 @@ FIRST_EPOCH = 1
 """A foreground run has one owner."""
 
 
-class VolatileRuns:
+class ForegroundRuns:
     """Every foreground run of this process."""
 
     def __init__(self, settings: Settings, database: Database, pipeline: Pipeline, owner: Owner) -> None:
         self.settings, self.database, self.pipeline, self.owner = settings, database, pipeline, owner
         self.is_closing = False
-        self._runs: set[VolatileRun] = set()
+        self._runs: set[ForegroundRun] = set()
 
     def __len__(self) -> int:
         return len(self._runs)
 
-    def start(self, plan: RunPlan, response: Response, backlog: Backlog | None) -> "VolatileRun":
+    def start(self, plan: RunPlan, response: Response, backlog: Backlog | None) -> "ForegroundRun":
         """Start a run. `backlog` is that of a stream's client."""
-        run = VolatileRun(self, plan, response, backlog)
+        run = ForegroundRun(self, plan, response, backlog)
         self._runs.add(run)
         run.task = asyncio.create_task(run.make(), name=response.id)
         run.task.add_done_callback(lambda _: run.task_ended())
         return run
 
-    def discard(self, run: "VolatileRun") -> None:
+    def discard(self, run: "ForegroundRun") -> None:
         """Nothing is left to do for this run."""
         self._runs.discard(run)
 
@@ -90,12 +90,12 @@ class VolatileRuns:
         await asyncio.gather(*late, return_exceptions=True)
 
 
-class VolatileRun:
+class ForegroundRun:
     """One foreground run, and what its reader waits for."""
 
     attempts = 1
 
-    def __init__(self, runs: VolatileRuns, plan: RunPlan, response: Response, backlog: Backlog | None) -> None:
+    def __init__(self, runs: ForegroundRuns, plan: RunPlan, response: Response, backlog: Backlog | None) -> None:
         self._runs, self._plan = runs, plan
         self.tenant_id = plan.tenant_id
         self.left_out = plan.context.toolbox.left_out
@@ -290,7 +290,7 @@ class VolatileRun:
             return failed
 
     async def _store_unless_closed(self, closed: Response) -> Response:
-        """Only `VolatileRuns.close` breaks off a run whose outcome is decided, when its time is over."""
+        """Only `ForegroundRuns.close` breaks off a run whose outcome is decided, when its time is over."""
         try:
             return await self._store(closed)
         except asyncio.CancelledError as error:
@@ -306,14 +306,14 @@ class VolatileRun:
                     await self._insert(closed, None)
                     return closed
                 async with database.autocommit() as tx:
-                    if await endings.end_volatile(tx, tenant_id, closed):
+                    if await endings.end_foreground(tx, tenant_id, closed):
                         return closed
                     return responses.response_of(await responses.get_response(tx, tenant_id, closed.id))
         raise AssertionError("stamina gives up by raising")
 
     def _ended_as(self, failed: Response) -> Callable[[Tx], Awaitable[object]]:
         """Writes the end that the client knows of a response which could not be stored in time."""
-        return lambda tx: endings.end_volatile(tx, self.tenant_id, failed)
+        return lambda tx: endings.end_foreground(tx, self.tenant_id, failed)
 
     async def _insert_late(self, plan: RunPlan, failed: Response) -> None:
         """Insert a response that has no row yet. Until then there must be room for its context."""
