@@ -327,7 +327,7 @@ def test_a_choice_that_needs_a_server_that_can_t_be_listed_fails(server, client,
 
 def test_a_choice_of_a_tool_that_the_server_does_not_have_is_refused(client, mcp):
     choice = {"type": "mcp", "server_label": "box", "name": "nothing"}
-    with pytest.raises(openai.BadRequestError, match="no such tool") as refused:
+    with pytest.raises(openai.BadRequestError, match="no tool of this name") as refused:
         client.responses.create(model="m", input="x", tools=[mcp()], tool_choice=choice)
     assert refused.value.param == "tool_choice"
     with pytest.raises(openai.BadRequestError, match="not found in 'tools'"):

@@ -466,7 +466,7 @@ FAILURES = {
         said="the provider broke down",
     ),
     "output without end": Failure(
-        [text("half"), forever(size(100_000), every_ms=0)],
+        [text("half"), forever(size(1_000_000), every_ms=0)],
         "half",
         500,
         said="more output than REPRISE_RUN_OUTPUT_BYTES_MAX",
