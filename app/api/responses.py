@@ -50,7 +50,7 @@ class ResponsesController(Controller):
     @post(status_code=200)
     async def create(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[Any]:
         """Make a response: JSON when it is done, SSE while it is made, or later, in the background."""
-        started: list[ForegroundRun] = []
+        started: list[tuple[ForegroundRun, dict[str, str]]] = []
         with ExitStack() as taking:
             raw = await taking.enter_context(services.bodies.reading(request)).read()
             create = await offload(len(raw), decode_create, raw, services.catalog.passed_on)
@@ -61,7 +61,7 @@ class ResponsesController(Controller):
             async def begin() -> resources.Response | None:
                 run = await services.admission.start(caller, create)
                 taking.close()
-                started.append(run)
+                started.append((run, _left_out(run.left_out)))
                 if not create.stream:
                     return await run.finished()
                 await run.opened()
@@ -70,11 +70,10 @@ class ResponsesController(Controller):
             try:
                 made = await while_connected(request.receive, begin())
             except (ClientDisconnected, asyncio.CancelledError):
-                for run in started:
+                for run, _ in started:
                     run.reader_disconnected()
                 raise
-        [run] = started
-        headers = _left_out(run.left_out)
+        [(run, headers)] = started
         if made:
             return _reply(services, made, create.include, headers, is_new=True)
         return _stream(services, services.following.follow(run), create, headers)

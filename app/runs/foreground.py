@@ -173,7 +173,9 @@ class ForegroundRun:
             _settle(waited, ServerError(NOT_BEGUN))
         if not self._late_needs_plan:
             self._plan.room.release()
-        del self._plan  # its context: readers may stay for long
+        del self._plan, self._tools  # and the context with them: readers may stay for long
+        if self.error:
+            self.error.__traceback__ = self.error.__context__ = None  # their frames have it, too
         if not self.late:
             self._runs.discard(self)
 

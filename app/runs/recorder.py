@@ -183,4 +183,5 @@ class Recorder:
             self.next_number -= 1
             self._deferred.append(self._stamp(TERMINAL[stored.status](response=stored)))
         self._fold = Fold(stored)
-        self._send(self._deferred)
+        batch, self._deferred = self._deferred, []
+        self._send(batch)

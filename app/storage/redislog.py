@@ -249,11 +249,12 @@ class RedisLogs:
         self._tasks = [asyncio.create_task(loop) for loop in loops]
 
     async def close(self) -> None:
-        """Publish the last notifications, stop, and close every connection."""
+        """Publish the last notifications, stop, and close every connection. Redis may be unavailable."""
         await self._notifications.send()
         await break_off(self._tasks)
-        await self._blocking.aclose()
-        await self.client.aclose()
+        for client in (self._blocking, self.client):
+            with contextlib.suppress(RedisError, OSError):  # TLS closes with an answer
+                await client.aclose()
 
     def key(self, response_id: str) -> str:
         """The name of a response's stream."""
