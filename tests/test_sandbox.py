@@ -660,10 +660,14 @@ async def test_no_memory_escapes_the_limit(sandbox: OverHttp, way: str) -> None:
 
 BOMB = """
 import os, sys, time
+full = False
 while True:
     try: os.fork()
-    except OSError: time.sleep(float(sys.argv[1]))
+    except OSError:
+        full = full or not print('full', flush=True)
+        time.sleep(float(sys.argv[1]))
 """
+"""Forks for ever; a process that can't says so, once, and pauses before it tries again."""
 
 
 async def test_a_fork_bomb_is_bounded(sandbox: OverHttp) -> None:
@@ -684,8 +688,11 @@ except BlockingIOError as error:
     # The cell is one too; and where the server does not run as root, so are the two of the isolation, on most kernels.
     assert int(made) in ((23,) if os.getuid() == 0 else (21, 22, 23))
     assert not processes(marker)
-    endless = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {BOMB!r}, '0', {marker!r}]); time.sleep(1)"
-    assert (await bounded(sandbox, endless))["exit_code"] == 0
+    # The cell ends as soon as the limit is reached; the others fork on.
+    command = f"[sys.executable, '-c', {BOMB!r}, '0', {marker!r}]"
+    endless = f"import subprocess, sys; print(subprocess.Popen({command}, stdout=subprocess.PIPE).stdout.readline())"
+    ran = await bounded(sandbox, endless)
+    assert (ran["exit_code"], ran["stdout"]) == (0, "b'full\\n'\n")
     assert not processes(marker)
 
 

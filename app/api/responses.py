@@ -85,7 +85,7 @@ class ResponsesController(Controller):
         headers = _left_out(queued.left_out)
         if not create.stream:
             return _reply(services, queued.response, (), headers, is_new=True)
-        followed = services.following.follow_stored(caller.tenant_id, queued.response.id, queued.events, is_new=True)
+        followed = services.following.follow_stored(caller.tenant_id, queued.response.id, queued.entries, is_new=True)
         return _stream(services, followed, create, headers)
 
     @get()
@@ -142,7 +142,9 @@ class ResponsesController(Controller):
                 raise InvalidRequest(
                     f"This response cannot be streamed because it was not created with {wanted}=true.", param="stream"
                 )
-        followed = services.following.follow_stored(caller.tenant_id, response_id, events, after=after)
+        followed = services.following.follow_stored(
+            caller.tenant_id, response_id, events.entries, is_archived=events.archived, after=after
+        )
         return _event_stream(services, followed, query.include, obfuscate=bool(query.include_obfuscation), headers={})
 
     @delete("/{response_id:str}", status_code=200)

@@ -17,11 +17,10 @@ from app.settings import Settings
 from app.storage import queue
 from app.storage.backlog import Backlogs
 from app.storage.database import Database, Tx
-from app.storage.journal import StoredEvents
 from app.storage.notifications import RunQueued
 from app.storage.queue import Queued
 from app.storage.redislog import RedisLogs
-from app.wire.events import Created, encode_event
+from app.wire.events import Created, Entry, encode_event
 from app.wire.events import Queued as QueuedEvent
 from app.wire.requests import CreateResponse, without_secrets
 from app.wire.resources import Response
@@ -38,7 +37,7 @@ class Enqueued(Struct, frozen=True):
     """A background response that is stored with its place in the queue, and its first events."""
 
     response: Response
-    events: StoredEvents
+    entries: list[Entry]
     left_out: tuple[str, ...]
     """Declared tools that the model does not see."""
 
@@ -113,8 +112,7 @@ class Admission:
 
         await insert(self._database, plan, response.id, response, queued, refuse=refuse)
         self._logs.notify(RunQueued())
-        events = StoredEvents(status="queued", background=True, streamed=True, archived=False, entries=entries)
-        return Enqueued(response, events, plan.context.toolbox.left_out)
+        return Enqueued(response, entries, plan.context.toolbox.left_out)
 
 
 def _open(plan: RunPlan) -> Response:

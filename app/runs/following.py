@@ -53,12 +53,19 @@ class Following:
         return Followed(batches, run.log.backlog, run.reader_disconnected, response_id=response_id)
 
     def follow_stored(
-        self, tenant_id: str, response_id: str, events: StoredEvents, *, after: int = -1, is_new: bool = False
+        self,
+        tenant_id: str,
+        response_id: str,
+        entries: list[Entry],
+        *,
+        is_archived: bool = False,
+        after: int = -1,
+        is_new: bool = False,
     ) -> Followed:
         """The events of a background response after a number, beginning with these from Postgres; then what Redis holds, and what
         comes. The run continues without its readers."""
         backlog = self._backlogs.open()
-        batches = self._batches(tenant_id, response_id, after, events, backlog)
+        batches = self._batches(tenant_id, response_id, after, entries, is_archived, backlog)
         return Followed(batches, backlog, _ignore_disconnect, after, response_id if is_new else None)
 
     async def stored(self, tenant_id: str, response_id: str, after: int) -> StoredEvents:
@@ -78,14 +85,12 @@ class Following:
             raise ServerError("The server is shutting down.")
 
     async def _batches(
-        self, tenant_id: str, response_id: str, after: int, events: StoredEvents, backlog: Backlog
+        self, tenant_id: str, response_id: str, after: int, fresh: list[Entry], ended: bool, backlog: Backlog
     ) -> AsyncIterator[Sequence[Entry]]:
         """Numbers are trusted, not transport: what does not follow the last number is read from Postgres, and so is a stream that
         is silent or unavailable. A slow reader costs no more than its backlog and a page: what does not fit is read again."""
         cursor, silent_s = after, 0.0
-        fresh, ended = events.entries, events.archived
         begins = _last(fresh, after)
-        del events  # it may be large, and a reader may stay for long
         async with self._logs.reading(response_id, begins, backlog, silence_s=self._poll_s) as reader:
             fresh = reader.hand_out(fresh)
             while fresh or not ended:

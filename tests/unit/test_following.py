@@ -15,7 +15,6 @@ from app.errors import ServerError
 from app.runs.following import Following
 from app.settings import Settings
 from app.storage.backlog import Backlogs
-from app.storage.journal import StoredEvents
 from app.storage.redishub import Batch
 from app.wire.events import Completed, Created, Entry, InProgress, TextDelta, encode_event
 from tests.unit.build import request
@@ -103,8 +102,7 @@ async def follow(
     """The numbers of each batch that a reader gets."""
     settings = msgspec.structs.replace(Settings(), poll_s=0.001, keepalive_s=0.002)
     following = Following(settings, postgres, redis, Backlogs(settings))  # type: ignore[arg-type]
-    first = StoredEvents("in_progress", background=True, streamed=True, archived=archived, entries=events(*stored))
-    followed = following.follow_stored("tenant", "resp_1", first, after=after)
+    followed = following.follow_stored("tenant", "resp_1", events(*stored), is_archived=archived, after=after)
     return [[entry.sequence_number for entry in got] async for got in followed.batches]
 
 
@@ -178,8 +176,7 @@ async def test_a_silent_run_gives_empty_batches():
 async def test_readers_are_released_when_the_process_ends():
     settings = Settings()
     following = Following(settings, Postgres(NOTHING), Redis([batch(0, 1)]), Backlogs(settings))  # type: ignore[arg-type]
-    first = StoredEvents("queued", background=True, streamed=True, archived=False, entries=[])
-    followed = following.follow_stored("tenant", "resp_1", first)
+    followed = following.follow_stored("tenant", "resp_1", [])
     got = aiter(followed.batches)
     assert [entry.sequence_number for entry in await anext(got)] == [0, 1]
     following.release()

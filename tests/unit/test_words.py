@@ -2,15 +2,11 @@
 
 import re
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-
-NOT_YET = {}
-"""Files and folders that are not rewritten yet. Each goes as soon as it is."""
 
 WORDS = (
     "said",
@@ -90,7 +86,6 @@ def found_in(text: str) -> Iterator[tuple[int, str]]:
         yield text.count("\n", 0, match.start()) + 1, " ".join(match[0].split())
 
 
-@cache
 def findings() -> dict[str, list[str]]:
     """`file:line: word` of every file that has words on the list, those that are right taken out."""
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "app").rglob("*.py")]
@@ -103,11 +98,6 @@ def findings() -> dict[str, list[str]]:
         if words := [f"{name}:{line}: {word}" for line, word in found_in(text)]:
             found[name] = words
     return found
-
-
-def is_in(file: str, place: str) -> bool:
-    """Whether a file is a place of `NOT_YET`, or lies in it."""
-    return file == place or file.startswith(f"{place}/")
 
 
 @pytest.mark.parametrize(
@@ -126,15 +116,8 @@ def test_words_are_found_in_identifiers_comments_and_texts(text: str, words: lis
 
 
 def test_words_that_this_project_does_not_use_are_nowhere() -> None:
-    words = [
-        word for file, words in findings().items() if not any(is_in(file, place) for place in NOT_YET) for word in words
-    ]
+    words = [word for words in findings().values() for word in words]
     assert words == [], "use the field's words, or list the phrase in RIGHT with its reason"
-
-
-def test_what_is_rewritten_is_not_excepted_any_more() -> None:
-    clean = {place for place in NOT_YET if not any(is_in(file, place) for file in findings())}
-    assert clean == set(), "take these out of NOT_YET"
 
 
 def test_every_phrase_that_is_right_is_still_there() -> None:
