@@ -64,8 +64,8 @@ class Upstream:
         return Stream(self)
 
 
-def start(*, fails: bool) -> tuple[ForegroundRun, "weakref.ref[Room]"]:
-    """A stream that is not stored, and a weak reference to a part of its plan."""
+def start(*, fails: bool) -> tuple[ForegroundRuns, ForegroundRun, "weakref.ref[Room]"]:
+    """A stream that is not stored among the runs of its process, and a weak reference to a part of its plan."""
     settings = Settings()
     programs: Any = SimpleNamespace(release=lambda *_: None)
     pipeline = Pipeline(settings, Guard.from_settings(settings), programs)
@@ -90,7 +90,7 @@ def start(*, fails: bool) -> tuple[ForegroundRun, "weakref.ref[Room]"]:
         size=10,
     )
     response = open_response(asked, id="resp_1", created_at=1)
-    return runs.start(plan, response, Backlogs(settings).open()), weakref.ref(room)
+    return runs, runs.start(plan, response, Backlogs(settings).open()), weakref.ref(room)
 
 
 async def ended(run: ForegroundRun) -> str:
@@ -106,17 +106,18 @@ async def ended(run: ForegroundRun) -> str:
 
 @pytest.mark.parametrize("fails", [False, True])
 async def test_a_run_that_has_ended_keeps_no_context_while_it_is_read(fails: bool):
-    run, plan = start(fails=fails)
+    runs, run, plan = start(fails=fails)
+    assert len(runs) == 1
     assert await ended(run) == ("failed" if fails else "completed")
     gc.collect()
-    assert plan() is None
+    assert (len(runs), plan()) == (0, None)
     assert run.log
     types = [entry.type async for batch in run.log.read(silence_s=5) for entry in batch]
     assert types[-1] == ("response.failed" if fails else "response.completed")
 
 
 async def test_an_event_that_was_sent_is_kept_in_the_log_alone():
-    run, _ = start(fails=False)
+    _, run, _ = start(fails=False)
     await ended(run)
     assert run.log
     last = [entry async for batch in run.log.read(silence_s=5) for entry in batch][-1]
