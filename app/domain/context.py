@@ -1,7 +1,7 @@
 """Request + chain → Context: what a run starts from. Every 400 about state happens here."""
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TypeGuard
 
@@ -9,6 +9,7 @@ from msgspec import UNSET, Struct
 from msgspec.structs import replace
 
 from app.domain.approvals import was_asked
+from app.domain.compaction import is_compaction, is_instruction, newest_compaction, open_compacted
 from app.domain.hosted import Kind
 from app.domain.lifecycle import IN_FLIGHT
 from app.domain.sealed import SIGNATURE_DIGITS, TenantSeal
@@ -20,6 +21,8 @@ from app.wire.decoding import json_object
 from app.wire.items import (
     AdditionalTools,
     AnyItem,
+    Compaction,
+    CompactionTrigger,
     CustomToolCall,
     CustomToolCallOutput,
     FunctionCall,
@@ -50,6 +53,7 @@ PREFIXES = {
     "custom_tool_call_output": "ctco",
     "reasoning": "rs",
     "additional_tools": "at",
+    "compaction": "cmp",
     "mcp_list_tools": "mcpl",
     "mcp_approval_request": "mcpr",
     "mcp_approval_response": "mcpa",
@@ -65,13 +69,13 @@ NO_ORIGINS: Mapping[str, str] = MappingProxyType({})
 
 
 class Context(Struct, frozen=True):
-    """What a run starts from: every item that the model sees, in order, and its toolbox."""
+    """What a run starts from: every item, in order, and the model's toolbox."""
 
     items: tuple[AnyItem, ...]
     input: tuple[AnyItem, ...]
     """The new ones among them: this request's own, with their ids."""
     answers: Mapping[int, AnyItem]
-    """Position of a call in `items` → the output that answers it."""
+    """Position of a call in `items` → the output that answers it. Left out are pairs that a compaction item stands for."""
     approved: tuple[McpApprovalRequest, ...]
     """Calls that this request's input approves: they are made before the first turn."""
     decisions: tuple[tuple[str, bool], ...]
@@ -82,6 +86,18 @@ class Context(Struct, frozen=True):
     """Hosted tools that have a tool server."""
     origins: Mapping[str, str]
     """A declared MCP server's label → the suffix of the ids of its own lists."""
+
+    @property
+    def visible(self) -> list[tuple[int, AnyItem]]:
+        """The items that the model sees, with their positions: all of them, or the newest compaction item and what follows it.
+        Of what precedes that, instructions stay before it; calls that are answered after it come right after it."""
+        start = newest_compaction(self.items)
+        if start < 0:
+            return list(enumerate(self.items))
+        instructions = (at for at in range(start) if is_instruction(self.items[at]))
+        calls = sorted(at for at in self.answers if at < start)
+        positions = (*instructions, start, *calls, *range(start + 1, len(self.items)))
+        return [(at, self.items[at]) for at in positions]
 
 
 def references(request: CreateResponse) -> list[str]:
@@ -122,13 +138,16 @@ def resolve(
     stored approval requests of this tenant that the input answers; `seal` is the tenant's.
 
     Raises InvalidRequest for an unknown reference, a duplicate item, an unanswered call, an output without its call, an
-    approval that was not requested, reasoning that this server did not seal.
+    approval that was not requested, reasoning or a compaction that this server did not seal, or no context to compact.
     """
     _refuse_unsealed(request.input, seal)
-    given = [_dereference(item, referenced) for item in request.input]
+    given = [_dereference(item, referenced) for item in request.input if not isinstance(item, CompactionTrigger)]
     _refuse_duplicates(chain, given)
     fresh = tuple(normalise(item, new_id) for item in given)
     every = (*chain, *fresh)
+    _refuse_sealed_by_others(every, seal)
+    if request.compacts and not every:
+        raise InvalidRequest("There is nothing to compact: the context holds no items.", param="input")
     decided = _decided(every, fresh, requests or {}, seal)
     _refuse_undeclared(request, decided)
     return _context(request, every, fresh, decided, hosted, origins)
@@ -148,6 +167,7 @@ def restore(
     """The context of a run that another worker continues: `stored` are its stored items, `own` its own input among them,
     `earlier` the output of earlier owners."""
     every = (*stored, *earlier)
+    _refuse_sealed_by_others(every, seal)
     return _context(request, every, (), _decided(every, own, requests, seal, earlier), hosted, origins)
 
 
@@ -246,11 +266,25 @@ def _is_same_json(one: str, other: str) -> bool:
 def _refuse_unsealed(given: Sequence[AnyItem], seal: TenantSeal) -> None:
     for index, item in enumerate(given):
         if isinstance(item, Reasoning) and item.encrypted_content and seal.open(item.encrypted_content) is None:
-            raise InvalidRequest(
-                f"The encrypted content of item '{item.id}' could not be verified: this server did not make it.",
-                param=f"input[{index}].encrypted_content",
-                code="invalid_encrypted_content",
-            )
+            raise _unsealed(item, f"input[{index}].encrypted_content")
+        if is_compaction(item) and open_compacted(item, seal.open) is None:
+            raise _unsealed(item, f"input[{index}].encrypted_content")
+
+
+def _refuse_sealed_by_others(every: Sequence[AnyItem], seal: TenantSeal) -> None:
+    """A stored compaction item, too, must be readable: its key may be lost."""
+    newest = newest_compaction(every)
+    item = every[newest] if newest >= 0 else None
+    if isinstance(item, Compaction) and open_compacted(item, seal.open) is None:
+        raise _unsealed(item, "input")
+
+
+def _unsealed(item: Reasoning | Compaction, param: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"The encrypted content of item '{item.id}' could not be verified: this server did not make it.",
+        param=param,
+        code="invalid_encrypted_content",
+    )
 
 
 def _dereference(item: AnyItem, referenced: Mapping[str, AnyItem]) -> AnyItem:
@@ -311,27 +345,56 @@ def _normal_message(message: Message) -> Message:
 def pair(items: Sequence[AnyItem]) -> dict[int, AnyItem]:
     """Position of each call → its output. Ids may repeat in a long context, so an output answers the earliest call
     before it that is still open. A request for approval is answered by its call; by the client's decision where there is
-    none. Raises InvalidRequest for an unpaired call or output."""
-    open_calls: dict[str, deque[int]] = {}
-    answers: dict[int, AnyItem] = {}
-    requests: dict[str | None, int] = {}
+    none. What a compaction item stands for needs no partner, and has none unless that follows the item. Raises InvalidRequest for
+    another call or output that is unpaired."""
+    start = newest_compaction(items)
+    pairs = _Pairs()
     for position, item in enumerate(items):
+        if position == start:
+            pairs.compact()
+        elif not pairs.take(position, item) and position > start:
+            _refuse_orphan(item)
+    for call_id, positions in pairs.open_calls.items():
+        if positions:
+            _refuse_unanswered(call_id, items[positions[0]])
+    return pairs.answers
+
+
+class _Pairs:
+    """Calls and their outputs, item by item."""
+
+    def __init__(self) -> None:
+        self.answers: dict[int, AnyItem] = {}
+        self.open_calls: dict[str, deque[int]] = {}
+        self._compacted: dict[str, deque[int]] = {}
+        """Those among the open calls that a compaction item stands for."""
+        self._requests: dict[str | None, int] = {}
+
+    def take(self, position: int, item: AnyItem) -> bool:
+        """Take one more item. False for an output without its call."""
         if isinstance(item, McpApprovalRequest):
-            requests[item.id] = position
+            self._requests[item.id] = position
         elif isinstance(item, McpApprovalResponse | McpCall):
-            if item.approval_request_id in requests:
-                answers[requests[item.approval_request_id]] = item
+            if item.approval_request_id in self._requests:
+                self.answers[self._requests[item.approval_request_id]] = item
         elif call_id := _called(item):
-            open_calls.setdefault(call_id, deque()).append(position)
+            self.open_calls.setdefault(call_id, deque()).append(position)
         elif call_id := _answered(item):
-            if not open_calls.get(call_id):
-                _refuse_orphan(item)
-                continue
-            answers[open_calls[call_id].popleft()] = item
-    for call_id, positions in open_calls.items():
-        if positions and isinstance(items[positions[0]], Call):
-            raise InvalidRequest(f"No tool output found for {_kind(items[positions[0]])} {call_id}.", param="input")
-    return answers
+            calls = self.open_calls.get(call_id) or self._compacted.get(call_id)
+            if not calls:
+                return False
+            self.answers[calls.popleft()] = item
+        return True
+
+    def compact(self) -> None:
+        """A compaction item stands here: only calls that are still open may have a partner that follows."""
+        self.answers, self._compacted, self.open_calls = {}, self.open_calls, {}
+
+
+def _refuse_unanswered(call_id: str, call: AnyItem) -> None:
+    """A call for the client must have an output."""
+    if isinstance(call, Call):
+        raise InvalidRequest(f"No tool output found for {_kind(call)} {call_id}.", param="input")
 
 
 def _refuse_orphan(output: AnyItem) -> None:
@@ -363,7 +426,3 @@ def _opaque_call_id(item: AnyItem) -> str | None:
     if item.type == "local_shell_call_output":
         return call_id_of(item) or item.id
     return call_id_of(item) or type_of(item).removesuffix("_output").removesuffix("_call")
-
-
-Unseal = Callable[[str], str | None]
-"""Opens `encrypted_content`; None for what another server sealed."""

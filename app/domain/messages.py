@@ -11,8 +11,10 @@ import msgspec
 from msgspec import Struct
 
 from app.domain.chat_template import fitted, short_call_id, with_reasoning
-from app.domain.context import Context, Unseal
+from app.domain.compaction import message_of, open_compacted
+from app.domain.context import Context
 from app.domain.dialect import WRAPPED_INPUT, Dialect
+from app.domain.sealed import Unseal
 from app.domain.tool_transcript import answer_for_model, asked_of_model
 from app.domain.toolbox import Toolbox
 from app.domain.tools.server_tool import parse_arguments
@@ -21,6 +23,7 @@ from app.ids import are_siblings, place_among_siblings
 from app.wire.chat import ChatMessage
 from app.wire.items import (
     AnyItem,
+    Compaction,
     Content,
     CustomToolCall,
     CustomToolCallOutput,
@@ -49,7 +52,7 @@ Recall = Literal["auto", "current_turn", "all_turns"]
 
 
 def messages(context: Context, dialect: Dialect, unseal: Unseal, recall: Recall = "auto") -> list[ChatMessage]:
-    """Instructions and every item, as chat messages.
+    """Instructions and every item that the model sees, as chat messages.
 
     With `auto` all reasoning goes back, because chat templates leave out what their models do not want; except reasoning in the
     content, which they may not recognize: it goes back in the turn where it was made.
@@ -60,8 +63,11 @@ def messages(context: Context, dialect: Dialect, unseal: Unseal, recall: Recall 
     if recall == "auto":
         recall = "current_turn" if dialect.reasoning == "think" else "all_turns"
     turn = _AssistantTurn(dialect, unseal, context, _last_asked(context) if recall == "current_turn" else 0)
-    for position, item in enumerate(context.items):
+    for position, item in context.visible:
         match item:
+            case Compaction() if compacted := open_compacted(item, unseal):
+                made += turn.end()
+                made.append(_message(message_of(compacted), dialect))
             case Message(role="user" | "system" | "developer"):
                 made += turn.end()
                 made.append(_message(item, dialect))
@@ -252,7 +258,7 @@ def _refusal(parts: Sequence[Content] | None) -> str:
 def _reasoning_text(item: Reasoning, unseal: Unseal) -> str:
     if item.content:
         return "".join(part.text for part in item.content)
-    if item.encrypted_content and (text := unseal(item.encrypted_content)) is not None:
+    if item.encrypted_content and (text := unseal(item.encrypted_content, "seal")) is not None:
         return text
     return "\n".join(part.text for part in item.summary)
 

@@ -4,9 +4,10 @@ from typing import Any
 
 import msgspec
 
-from app.domain.context import Context, Unseal
+from app.domain.context import Context
 from app.domain.dialect import WRAPPED_INPUT, Dialect
 from app.domain.messages import messages, truncate
+from app.domain.sealed import Unseal
 from app.domain.toolbox import Offer, Toolbox
 from app.errors import UnsupportedParameter
 from app.wire.chat import ChatMessage

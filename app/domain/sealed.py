@@ -7,8 +7,8 @@ import base64
 import binascii
 import hashlib
 import hmac
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import msgspec
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
@@ -16,6 +16,13 @@ from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 KEY_BYTES = 32
 
 SIGNATURE_DIGITS = 32
+
+Purpose = Literal["seal", "compaction"]
+"""What a tenant's text is sealed for: reasoning, or a compaction item. What is sealed for one opens for no other."""
+
+
+Unseal = Callable[[str, Purpose], str | None]
+"""Opens sealed content; None for what another server sealed."""
 
 
 class Seal:
@@ -48,18 +55,21 @@ class TenantSeal:
     def __init__(self, keys: Sequence[bytes], shared: Sequence[Fernet], tenant_id: str) -> None:
         """The first of `keys` seals; `shared` open what was sealed before each tenant had a key."""
         self._keys, self._shared, self._tenant_id = keys, shared, tenant_id
+        self._fernets: dict[Purpose, MultiFernet] = {}
 
-    @cached_property
-    def _fernet(self) -> MultiFernet:
-        return MultiFernet([*(_fernet(self._derived(key, "seal")) for key in self._keys), *self._shared])
+    def _fernet(self, purpose: Purpose) -> MultiFernet:
+        if purpose not in self._fernets:
+            own = [_fernet(self._derived(key, purpose)) for key in self._keys]
+            self._fernets[purpose] = MultiFernet([*own, *(self._shared if purpose == "seal" else ())])
+        return self._fernets[purpose]
 
-    def close(self, text: str) -> str:
+    def close(self, text: str, purpose: Purpose = "seal") -> str:
         """The sealed form of `text`."""
-        return self._fernet.encrypt(text.encode()).decode()
+        return self._fernet(purpose).encrypt(text.encode()).decode()
 
-    def open(self, sealed: str) -> str | None:
-        """The text, or None if this server did not seal it for this tenant."""
-        return _opened(self._fernet, sealed)
+    def open(self, sealed: str, purpose: Purpose = "seal") -> str | None:
+        """The text, or None if this server did not seal it for this tenant and purpose."""
+        return _opened(self._fernet(purpose), sealed)
 
     def sign(self, *texts: str) -> str:
         """SIGNATURE_DIGITS hex digits that only this server can make of these texts, for this tenant."""

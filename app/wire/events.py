@@ -198,6 +198,10 @@ class CustomInputDone(OfItem, tag="response.custom_tool_call_input.done"):
     input: str
 
 
+class Compacting(OfItem, tag="response.compaction.compacting"):
+    """The model makes the summary; no event has any of it."""
+
+
 STAGES: dict[str, tuple[str, ...]] = {
     "mcp_list_tools": ("in_progress", "completed", "failed"),
     "mcp_call": ("in_progress", "completed", "failed"),

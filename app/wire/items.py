@@ -8,10 +8,10 @@ Optional fields are `UNSET`, never null, where strict clients reject a null.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import UNSET, Raw, Struct, UnsetType, field
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType, field
 
 from app.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
 from app.wire.carried import (
@@ -38,6 +38,8 @@ ItemStatus = Literal[
 Detail = Literal["low", "high", "auto", "original"]
 CALL_ID_CHARS_MAX = 64
 """The API takes no longer call ids."""
+SEALED_CHARS_MAX = 10_485_760
+"""The API's own limit of a compaction item's content."""
 
 
 class Part(Struct, tag_field="type", kw_only=True, forbid_unknown_fields=True):
@@ -258,6 +260,18 @@ class AdditionalTools(Item, tag="additional_tools"):
     tools: list[AnyTool] = []
 
 
+class Compaction(Item, tag="compaction"):
+    """Stands for all of the context before it. `encrypted_content` is the sealed summary; empty if that was broken off, and then
+    the item stands for nothing."""
+
+    encrypted_content: Annotated[str, Meta(max_length=SEALED_CHARS_MAX)]
+    created_by: str | UnsetType | None = UNSET
+
+
+class CompactionTrigger(Item, tag="compaction_trigger"):
+    """The last item of an input: it asks for a compaction instead of an answer. Never stored itself."""
+
+
 class OpaqueItem(Struct):
     """An item that we carry and do not read: `fields` is its whole object, `type` and `id` included."""
 
@@ -283,6 +297,8 @@ AnyItem = (
     | ImageGenerationCall
     | ItemReference
     | AdditionalTools
+    | Compaction
+    | CompactionTrigger
     | OpaqueItem
 )
 
@@ -324,6 +340,8 @@ _STRUCTS: tuple[type[Item], ...] = (
     CodeInterpreterCall,
     ImageGenerationCall,
     ItemReference,
+    Compaction,
+    CompactionTrigger,
 )
 # A tagged Struct decoded alone accepts a missing tag, which is what messages and references without `type` need.
 _DECODERS: dict[str, msgspec.json.Decoder[Any]] = {

@@ -14,7 +14,7 @@ from msgspec.structs import asdict, replace
 
 from app.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
 from app.wire.decoding import Json, check_text, decode, missing, unknown
-from app.wire.items import ID_CHARS_MAX, AnyItem, InputText, Message, decode_item
+from app.wire.items import ID_CHARS_MAX, AnyItem, CompactionTrigger, InputText, Message, decode_item
 from app.wire.keys import suggestion
 from app.wire.tools import AnyTool, McpTool, ToolChoice, decode_tool_choice, decode_tools
 
@@ -166,6 +166,11 @@ class CreateResponse(Struct, kw_only=True, frozen=True):
         return frozenset(self.body.include or ())
 
     @property
+    def compacts(self) -> bool:
+        """Whether the run makes a compaction item instead of an answer."""
+        return bool(self.input) and isinstance(self.input[-1], CompactionTrigger)
+
+    @property
     def generate(self) -> bool:
         """False for a prewarm: the response is made without calling the model."""
         options = self.body.prompt_cache_options
@@ -302,7 +307,14 @@ def _decode_input(body: Body) -> list[AnyItem]:
         return [Message(role="user", content=[InputText(text=given)])]
     if not given and body.previous_response_id is None and not body.instructions:
         raise InvalidParameter("Invalid 'input': it holds no items.", param="input", code="empty_array")
-    return [decode_item(item, f"input[{index}]") for index, item in enumerate(given)]
+    items = [decode_item(item, f"input[{index}]") for index, item in enumerate(given)]
+    for index, item in enumerate(items[:-1]):
+        if isinstance(item, CompactionTrigger):
+            raise InvalidParameter(
+                f"Invalid value for 'input[{index}]': a compaction trigger must be the last item of the input.",
+                param=f"input[{index}]",
+            )
+    return items
 
 
 def _refuse_unsupported(body: Body) -> None:

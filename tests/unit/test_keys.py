@@ -105,7 +105,7 @@ def _samples(hint: Any) -> list[Any]:
 
 
 PLAIN = {str: "x", int: 1, float: 0.5, bool: True, object: {}, type(None): None}
-UNOFFERED = "additional_tools program program_output compaction compaction_trigger configuration_update".split()
+UNOFFERED = "additional_tools program program_output configuration_update".split()
 """Types of items that are refused, or that hold a tool which is."""
 
 

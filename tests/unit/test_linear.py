@@ -174,7 +174,7 @@ def prompted(items: list[dict[str, Any]], dialect: Dialect | None = None, halvin
     asked = request(input=items, **body)
     context = resolve(asked, [], {}, counting(), seal=SEAL)
     speaks = dialect or Dialect()
-    return lambda: chat_request(asked, context, model="m", dialect=speaks, unseal=lambda _: None, halvings=halvings)
+    return lambda: chat_request(asked, context, model="m", dialect=speaks, unseal=lambda *_: None, halvings=halvings)
 
 
 def calls(n: int, *, one_id: bool = False, **more: Any) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from tests.unit.build import assistant, call, context, function, output, plain, 
 PLAIN = Dialect()
 
 
-def unseal(sealed: str) -> str | None:
+def unseal(sealed: str, purpose: str = "seal") -> str | None:
     """Opens what this test sealed."""
     return sealed.removeprefix("sealed ") if sealed.startswith("sealed ") else None
 
