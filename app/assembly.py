@@ -33,7 +33,7 @@ from app.runs.leases import Leases
 from app.runs.pipeline import Pipeline
 from app.runs.plan import Planner
 from app.settings import Settings, SettingsError
-from app.setup import OTHER_KEY, open_seal
+from app.setup import OTHER_KEY, compaction_prompt, open_seal
 from app.storage import key_fingerprint, tenants
 from app.storage.backlog import Backlogs
 from app.storage.database import Database
@@ -91,7 +91,7 @@ class Core(Struct, frozen=True):
 @asynccontextmanager
 async def core(settings: Settings, catalog: Catalog, *, claims: bool) -> AsyncIterator[Core]:
     """Everything below the API, closed at the end. Raises SettingsError."""
-    seal = open_seal(settings)
+    seal, prompt = open_seal(settings), compaction_prompt(settings)
     database = Database(settings)
     heartbeats = Database(
         msgspec.structs.replace(settings, database_pool_size=1),
@@ -101,7 +101,7 @@ async def core(settings: Settings, catalog: Catalog, *, claims: bool) -> AsyncIt
     logs = RedisLogs(settings)
     planner = Planner(settings, database, catalog, upstreams, seal)
     programs: ToolPrograms = Programs(settings)
-    pipeline = Pipeline(settings, Guard.from_settings(settings), programs)
+    pipeline = Pipeline(settings, Guard.from_settings(settings), programs, prompt)
     leases = Leases(settings, heartbeats, logs)
     background = BackgroundRuns(database, planner, catalog, seal, pipeline, logs)
     try:

@@ -82,7 +82,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Literal["configured", "caller"], _about("whose key the upstream gets: the configured one, or the caller's own")
     ] = "configured"
     secret_key: Annotated[
-        str, _about("seals reasoning; 32 bytes in base64; not set: made once in the data directory")
+        str, _about("seals reasoning and compactions; 32 bytes in base64; not set: made once in the data directory")
+    ] = ""
+    compaction_prompt: Annotated[
+        str, _about("file with the text that asks a model for the summary of a compaction; not set: the project's own")
     ] = ""
     old_secret_keys: Annotated[
         str, _about("former secret keys, and future ones: what they seal can be opened; comma-separated")
@@ -145,7 +148,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         int, _about("stored responses and items that one process reads for replies at once; more wait", ge=1024)
     ] = 32 * 1024 * 1024
     foreground_runs_max: Annotated[int, _about("concurrent foreground runs of one process; beyond: 429", ge=1)] = 1_000
-    turns_max: Annotated[int, _about("upstream completions in one run", ge=1)] = 32
+    turns_max: Annotated[int, _about("upstream completions in one run, without those of compactions", ge=1)] = 32
+    compaction_bytes_max: Annotated[
+        int,
+        _about(
+            "a compaction's summary; longer: the run fails. The user's last messages are kept beside it up to this size",
+            ge=1024,
+            le=2 * 1024 * 1024,
+        ),
+    ] = 1024 * 1024
     run_duration_max_s: Annotated[float, _about("duration of a run", gt=0)] = 3_600.0
     turn_calls_max: Annotated[int, _about("calls in one completion; more: the run fails", ge=1)] = 1_000
     run_output_bytes_max: Annotated[

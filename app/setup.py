@@ -17,6 +17,20 @@ OTHER_KEY = (
     "REPRISE_OLD_SECRET_KEYS; if the key is lost, `reprise rekey` gives up what it has sealed."
 )
 
+COMPACTION_PROMPT = Path(__file__).with_name("compaction_prompt.md")
+
+
+def compaction_prompt(settings: Settings) -> str:
+    """The text that asks a model for a summary. Raises SettingsError."""
+    path = Path(settings.compaction_prompt) if settings.compaction_prompt else COMPACTION_PROMPT
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeError) as error:
+        raise SettingsError(f"REPRISE_COMPACTION_PROMPT can't be read: {error}.") from None
+    if not text:
+        raise SettingsError(f"REPRISE_COMPACTION_PROMPT: {path} is empty.")
+    return text
+
 
 def missing_servers(settings: Settings) -> frozenset[str]:
     """The servers without an address in the settings: POSTGRES, VALKEY."""

@@ -47,8 +47,8 @@ _PROGRESS = frozenset(
     f"{call}.{moment}"
     for call in "mcp_list_tools mcp_call web_search_call file_search_call code_interpreter_call image_generation_call".split()
     for moment in "in_progress searching interpreting generating completed failed".split()
-)
-"""Kinds of event that only report the progress of a call."""
+) | {"compaction.compacting"}
+"""Kinds of event that only report the progress of an item."""
 
 _TEXTS = {
     "output_text": ("content", "output_text", "text"),

@@ -3,6 +3,7 @@
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from app.domain.context import Context
 from app.domain.dialect import WRAPPED_INPUT, Dialect
@@ -11,6 +12,7 @@ from app.domain.sealed import Unseal
 from app.domain.toolbox import Offer, Toolbox
 from app.errors import UnsupportedParameter
 from app.wire.chat import ChatMessage
+from app.wire.items import InputText, Message
 from app.wire.requests import CreateResponse, JsonObjectFormat, JsonSchemaFormat
 from app.wire.tools import CustomTool, FunctionTool, Grammar
 
@@ -47,6 +49,15 @@ def chat_request(
         | request.extra
     )
     return msgspec.json.encode(body)
+
+
+def summary_turn(request: CreateResponse, context: Context, prompt: str) -> tuple[CreateResponse, Context]:
+    """The request and the context of the turn in which the model makes a summary: the same messages and tools, which the upstream's
+    cache of the prompt knows, and then what asks for the summary. It is plain text, without calls."""
+    body = replace(request.body, text=None, include=None, top_logprobs=None)
+    asked = Message(role="user", content=[InputText(text=prompt)])
+    toolbox = replace(context.toolbox, mode="none", only=None)
+    return replace(request, body=body), replace(context, items=(*context.items, asked), toolbox=toolbox)
 
 
 def _sampling(request: CreateResponse, dialect: Dialect, output_tokens_max: int | None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 from redis.exceptions import RedisError
 
+from app.domain.compaction import newest_compaction
 from app.domain.context import waits_for_client
 from app.domain.lifecycle import Outcome, close_response
 from app.domain.recovery import Recovered, recover
@@ -259,6 +260,8 @@ class BackgroundRun:
         try:
             secrets = open_secrets(self._runs.seal, claim.secrets)
             request = with_secrets(await self._request(), secrets.tools)
+            if request.compacts and newest_compaction(made) >= 0:
+                return Outcome("completed")  # the former owner died before it could record that
             plan = await self._runs.planner.restore(
                 claim.tenant_id, claim.response_id, secrets.key, request, made, self._room
             )

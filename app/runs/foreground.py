@@ -203,7 +203,7 @@ class ForegroundRun:
         """Neither waits for the other. A stream's head waits only so long for the upstream's answer. Approvals are used up only
         after the upstream has accepted the request."""
         plan, settings = self._plan, self._runs.settings
-        opening = model.open(plan.context) if plan.begins_with_upstream else None
+        opening = model.open_first() if plan.begins_with_upstream else None
         try:
             if opening:
                 if inserts_first(plan) and not plan.context.decisions:

@@ -4,14 +4,14 @@
 """
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from msgspec.structs import replace
 
 from app.domain.citations import NO_SOURCES, sources_of
 from app.domain.context import Context
 from app.domain.lifecycle import add_usage, outcome_of
-from app.domain.prompt import chat_request
+from app.domain.prompt import chat_request, summary_turn
 from app.domain.think import ThinkSplitter
 from app.domain.turn import Turn
 from app.errors import (
@@ -29,7 +29,9 @@ from app.outbound.upstream import ChunkStream, Upstream
 from app.runs.plan import RunPlan
 from app.runs.recorder import Recorder
 from app.storage.backlog import Backlog
+from app.wire.events import Event, TextDelta
 from app.wire.items import ItemStatus, call_id_of
+from app.wire.requests import CreateResponse
 
 TRUNCATIONS_MAX = 20
 """Halvings of a context before giving up; more than any context can take."""
@@ -44,33 +46,48 @@ class ModelTurns:
         recorder: Recorder,
         *,
         calls_max: int,
+        summary_prompt: str,
         call_ids: Collection[str] = (),
         reader: Backlog | None = None,
     ) -> None:
         """`calls_max` limits the calls of one turn; `call_ids` are taken already. The run waits for its `reader`, if it has one
         that can't read later."""
         self._plan, self._recorder, self._reader = plan, recorder, reader
-        self._calls_max = calls_max
+        self._calls_max, self._summary_prompt = calls_max, summary_prompt
         # Clients distinguish calls by their ids, along the whole chain.
         self._call_ids = {*call_ids, *filter(None, map(call_id_of, plan.context.items))}
         self.opening: asyncio.Task[ChunkStream] | None = None
         """The upstream's answer to the next turn, if it is requested already."""
+        self._summary_tokens = 0
+        """Of the output tokens so far, those of summaries."""
 
     @property
     def tokens_left(self) -> int | None:
-        """What `max_output_tokens` leaves for further turns; None for no limit."""
+        """What `max_output_tokens` leaves for further turns; None for no limit. Summaries do not count."""
         most, usage = self._plan.request.body.max_output_tokens, self._recorder.usage
-        return most - usage.output_tokens if most and usage else most
+        return most - usage.output_tokens + self._summary_tokens if most and usage else most
 
     @property
     def is_spent(self) -> bool:
         """Whether `max_output_tokens` leaves nothing."""
         return self.tokens_left is not None and self.tokens_left <= 0
 
+    def open_first(self) -> "asyncio.Task[ChunkStream]":
+        """Request the first turn of the plan, which may make a summary. The task raises ApiError."""
+        plan = self._plan
+        return self.open_summary(plan.context) if plan.compacts_first else self.open(plan.context)
+
     def open(self, context: Context) -> "asyncio.Task[ChunkStream]":
         """Request the next turn. The task raises ApiError."""
+        return self._begin(self._plan.request, context, self.tokens_left)
+
+    def open_summary(self, context: Context) -> "asyncio.Task[ChunkStream]":
+        """Request the turn that makes a summary. The task raises ApiError."""
+        return self._begin(*summary_turn(self._plan.request, context, self._summary_prompt), None)
+
+    def _begin(self, request: CreateResponse, context: Context, tokens_max: int | None) -> "asyncio.Task[ChunkStream]":
         if self.opening is None:
-            self.opening = asyncio.create_task(self._open(context))
+            self.opening = asyncio.create_task(self._open(request, context, tokens_max))
         return self.opening
 
     async def close(self) -> None:
@@ -82,32 +99,34 @@ class ModelTurns:
             if isinstance(result, ChunkStream):
                 await result.close()
 
-    async def _open(self, context: Context) -> ChunkStream:
+    async def _open(self, request: CreateResponse, context: Context, tokens_max: int | None) -> ChunkStream:
         """The answer of the first route whose upstream is in order."""
         failed: ApiError | None = None
         for upstream, route in self._plan.routes:
             try:
-                return await self._open_route(context, upstream, route.model)
+                return await self._open_route(request, context, tokens_max, upstream, route.model)
             except (UpstreamUnavailable, UpstreamBusy, UpstreamGarbled, UpstreamStalled) as error:
                 failed = error
         assert failed is not None
         raise failed
 
-    async def _open_route(self, context: Context, upstream: Upstream, model: str) -> ChunkStream:
+    async def _open_route(
+        self, request: CreateResponse, context: Context, tokens_max: int | None, upstream: Upstream, model: str
+    ) -> ChunkStream:
         """With `truncation: auto`, a context that is too long loses its older half until the upstream takes it."""
         plan = self._plan
-        taken = {name: value for name, value in plan.request.extra.items() if upstream.entry.takes(name)}
+        taken = {name: value for name, value in request.extra.items() if upstream.entry.takes(name)}
         refused: UpstreamRefused | None = None
         for halvings in range(TRUNCATIONS_MAX):
             body = await offload(
                 plan.size,
                 chat_request,
-                replace(plan.request, extra=taken),
+                replace(request, extra=taken),
                 context,
                 model=model,
                 dialect=upstream.dialect_for(model),
                 unseal=plan.seal.open,
-                output_tokens_max=self.tokens_left,
+                output_tokens_max=tokens_max,
                 halvings=halvings,
             )
             if body is None:
@@ -115,7 +134,7 @@ class ModelTurns:
             try:
                 return await upstream.open(model, body, plan.caller_key)
             except UpstreamRefused as error:
-                if plan.request.body.truncation != "auto" or error.code != CONTEXT_TOO_LONG:
+                if request.body.truncation != "auto" or error.code != CONTEXT_TOO_LONG:
                     raise
                 refused = error
         assert refused is not None
@@ -139,12 +158,36 @@ class ModelTurns:
         try:
             await self._read(stream, turn)
         finally:
-            stream.upstream.record_reasoning_form(stream.model, turn.reasoning_form)
             self._recorder.next_output_index = turn.output_index
-            self._recorder.usage = add_usage(self._recorder.usage, turn.usage)
-            self.opening = None
-            await asyncio.shield(stream.close())
+            await self._end(stream, turn)
         return turn
+
+    async def summarize(self, context: Context) -> tuple[str, Turn]:
+        """One turn of the model, which is not recorded, but for its usage: its text, and the turn. Raises ApiError."""
+        stream = await self.open_summary(context)
+        self._recorder.upstream = stream.upstream.name
+        turn = Turn(
+            context.toolbox,
+            new_id,
+            splitter=ThinkSplitter(stream.upstream.dialect.think),
+            calls_max=self._calls_max,
+        )
+        texts: list[str] = []
+        try:
+            async for chunks in stream:
+                texts += _texts(event for chunk in chunks for event in turn.feed(chunk))
+                self._recorder.count_upstream(stream.read_bytes)
+            texts += _texts(turn.close())
+        finally:
+            self._summary_tokens += (turn.usage and turn.usage.completion_tokens) or 0
+            await self._end(stream, turn)
+        return "".join(texts), turn
+
+    async def _end(self, stream: ChunkStream, turn: Turn) -> None:
+        stream.upstream.record_reasoning_form(stream.model, turn.reasoning_form)
+        self._recorder.usage = add_usage(self._recorder.usage, turn.usage)
+        self.opening = None
+        await asyncio.shield(stream.close())
 
     async def _read(self, stream: ChunkStream, turn: Turn) -> None:
         status: ItemStatus = "incomplete"
@@ -161,3 +204,7 @@ class ModelTurns:
                 status = "completed"
         finally:
             await self._recorder.record(turn.close(status), ends_turn=True)
+
+
+def _texts(events: Iterable[Event]) -> list[str]:
+    return [event.delta for event in events if isinstance(event, TextDelta)]

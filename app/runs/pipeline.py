@@ -3,7 +3,8 @@
 Every run takes these steps, new or recovered, in the foreground or in the background:
 
     begin     foreground: open the upstream and insert the row; background: recover what earlier owners recorded
-    turns     tools listed and approved calls made, then (prompt → upstream → items → tools)* → outcome
+    turns     tools listed and approved calls made, then (prompt → upstream → items → tools)* → outcome; before a turn whose
+              context is too long, or in place of an answer, a compaction
     close     status, usage and error
     commit    the row, with all that ends with it
     finish    the terminal event, for readers
@@ -22,11 +23,13 @@ from typing import Protocol
 import structlog
 from msgspec import Struct
 
+from app.domain.context import Context
 from app.domain.lifecycle import Outcome, close_response, outcome_of
 from app.domain.toolbox import NeedsApproval
 from app.errors import ApiError, DatabaseUnavailable, Fenced, RunTooLong, ServerError
 from app.outbound.guard import Guard
 from app.outbound.mcp import ToolPrograms
+from app.runs.compacting import Compacting
 from app.runs.model_turn import ModelTurns
 from app.runs.plan import RunPlan
 from app.runs.recorder import Recorder
@@ -53,6 +56,7 @@ class Turns(Struct):
     tools: Tools
     model: ModelTurns
     rounds: ToolRounds
+    compacting: Compacting
 
 
 class Run(Protocol):
@@ -92,8 +96,9 @@ class Run(Protocol):
 class Pipeline:
     """Makes responses."""
 
-    def __init__(self, settings: Settings, guard: Guard, programs: ToolPrograms) -> None:
+    def __init__(self, settings: Settings, guard: Guard, programs: ToolPrograms, summary_prompt: str) -> None:
         self.settings, self._guard, self._programs = settings, guard, programs
+        self._summary_prompt = summary_prompt
 
     async def make(self, run: Run) -> None:
         """Make a response. Raises Fenced, DatabaseUnavailable and CancelledError if another worker continues the run."""
@@ -113,8 +118,16 @@ class Pipeline:
     ) -> Turns:
         """The turns of a planned run; its sessions with tool servers are to be closed."""
         tools = Tools(plan, self._guard, self._programs, self.settings)
-        model = ModelTurns(plan, recorder, calls_max=self.settings.turn_calls_max, call_ids=call_ids, reader=reader)
-        return Turns(plan, recorder, tools, model, ToolRounds(plan, recorder, tools))
+        model = ModelTurns(
+            plan,
+            recorder,
+            calls_max=self.settings.turn_calls_max,
+            summary_prompt=self._summary_prompt,
+            call_ids=call_ids,
+            reader=reader,
+        )
+        compacting = Compacting(plan, recorder, model, bytes_max=self.settings.compaction_bytes_max)
+        return Turns(plan, recorder, tools, model, ToolRounds(plan, recorder, tools), compacting)
 
     async def _outcome(self, run: Run, turns: Turns) -> Outcome:
         run.turns = turns
@@ -151,14 +164,17 @@ class Pipeline:
     async def _take_turns(self, turns: Turns) -> Outcome:
         """Raises ApiError; the events until then are recorded."""
         plan, recorder, model, rounds = turns.plan, turns.recorder, turns.model, turns.rounds
-        context = plan.context
         if not plan.request.generate:
             return Outcome("completed")
-        if model.opening is None:
-            context = await rounds.prepare(context)
-            if model.is_spent:  # by earlier owners
-                return Outcome("incomplete", reason="max_output_tokens")
+        context = await self._prepare(turns)
+        if plan.request.compacts:
+            return await turns.compacting.answer(context)
+        if model.is_spent:  # by earlier owners
+            return Outcome("incomplete", reason="max_output_tokens")
         for left in reversed(range(self.settings.turns_max)):
+            context, ended = await turns.compacting.fit(context)
+            if ended:
+                return ended
             output = len(recorder.response.output)
             turn = await model.follow(context)
             outcome = outcome_of(turn.finish_reason)
@@ -173,7 +189,18 @@ class Pipeline:
             if model.is_spent:
                 return Outcome("incomplete", reason="max_output_tokens")
             context = rounds.proceed(context, made)
+            turns.compacting.follow(turn.usage, made)
         return Outcome("incomplete", reason="max_turns")
+
+    async def _prepare(self, turns: Turns) -> Context:
+        """The context of the first turn, with what comes of lists and approved calls; a turn that is requested already, or makes a
+        summary only, needs none."""
+        plan = turns.plan
+        if turns.model.opening or (plan.request.compacts and not plan.context.approved):
+            return plan.context
+        context = await turns.rounds.prepare(plan.context)
+        turns.compacting.add(context.items[len(plan.context.items) :])
+        return context
 
 
 def log_ended(response: Response, recorder: Recorder, attempts: int) -> None:

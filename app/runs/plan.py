@@ -7,6 +7,7 @@ from msgspec import Struct
 
 from app.domain import limits
 from app.domain.approvals import signing
+from app.domain.compaction import can_compact
 from app.domain.context import Context, answered_requests, check_parent, references, resolve, restore
 from app.domain.hosted import HostedRoute, Kind
 from app.domain.item_builders import OutputOptions
@@ -52,6 +53,10 @@ class RunPlan(Struct, frozen=True):
     """The operator's, by name."""
     size: int
     """Bytes of the request and of what it continues."""
+    compact_threshold: int | None = None
+    """Tokens of a context that is compacted before the next turn; None for none."""
+    context_tokens: int = 0
+    """Those of the context, where there is a threshold."""
 
     def refuse_unanswerable(self) -> None:
         """Raises UnsupportedParameter for what the first upstream can't be asked: before a run is queued for it."""
@@ -71,7 +76,17 @@ class RunPlan(Struct, frozen=True):
     @property
     def begins_with_upstream(self) -> bool:
         """Whether nothing is to be listed or called before the first turn."""
-        return self.request.generate and not (self.context.toolbox.unlisted or self.context.approved)
+        unlisted = self.context.toolbox.unlisted and not self.request.compacts
+        return self.request.generate and not (unlisted or self.context.approved)
+
+    @property
+    def compacts_first(self) -> bool:
+        """Whether the first turn makes a summary."""
+        return self.request.compacts or self.is_over(self.context, self.context_tokens)
+
+    def is_over(self, context: Context, tokens: int) -> bool:
+        """Whether a context of so many tokens is to be compacted."""
+        return self.compact_threshold is not None and tokens > self.compact_threshold and can_compact(context.items)
 
 
 class _Found(Struct):

@@ -157,7 +157,10 @@ def test_an_old_key_opens_it_and_a_lost_one_does_not():
     assert open_compacted(held, lost.of("tenant").open) is None
 
 
-@pytest.mark.parametrize("sealed", ["x", SEAL.close('{"summary":"s"}'), "gAAAA" + "A" * 1000])
+FORGED = ("x", SEAL.close('{"summary":"s"}'), "gAAAA" + "A" * 1000)
+
+
+@pytest.mark.parametrize("sealed", FORGED, ids=["no-token", "for-reasoning", "forged"])
 def test_what_this_server_did_not_seal_is_refused_with_its_path(sealed: str):
     with pytest.raises(InvalidRequest) as refused:
         context(user("a"), {"type": "compaction", "encrypted_content": sealed})

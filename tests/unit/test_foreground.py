@@ -68,7 +68,7 @@ def start(*, fails: bool) -> tuple[ForegroundRuns, ForegroundRun, "weakref.ref[R
     """A stream that is not stored among the runs of its process, and a weak reference to a part of its plan."""
     settings = Settings()
     programs: Any = SimpleNamespace(release=lambda *_: None)
-    pipeline = Pipeline(settings, Guard.from_settings(settings), programs)
+    pipeline = Pipeline(settings, Guard.from_settings(settings), programs, "Summarize.")
     runs = ForegroundRuns(settings, None, pipeline, Owner("worker_1", 10.0))  # type: ignore[arg-type]
     asked = request(store=False, stream=True)
     room = Room(Rooms(1 << 20, waiting_max=4))

@@ -55,7 +55,7 @@ class MemoryRun:
 
 def pipeline() -> Pipeline:
     settings = Settings()
-    return Pipeline(settings, Guard.from_settings(settings), None)  # type: ignore[arg-type]  # no programs
+    return Pipeline(settings, Guard.from_settings(settings), None, "Summarize.")  # type: ignore[arg-type]  # no programs
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ GOOD: dict[str, tuple[str, Any]] = {
     "openai_api_key": ("sk", "sk"),
     "upstream_auth": ("caller", "caller"),
     "secret_key": ("AAAA", "AAAA"),
+    "compaction_prompt": ("prompt.md", "prompt.md"),
     "old_secret_keys": ("AAAA,BBBB", "AAAA,BBBB"),
     "on_disconnect": ("finish", "finish"),
     "log_level": ("debug", "debug"),

@@ -139,6 +139,8 @@ class Upstream(Threaded):
         super().__init__(port)
         self.requests: list[Recorded] = []
         self.connections: set[Connection] = set()
+        self.scripts: dict[str, str] = {}
+        """A user message's text → the script that answers it, where the text is not the test's own."""
         self._models, self._api_key, self._keep = models, api_key, keep_requests
         self._no_usage_option, self._no_content_parts = no_usage_option, no_content_parts
         self._gates: dict[str, Gate] = {}
@@ -177,6 +179,7 @@ class Upstream(Threaded):
         for one in gates.values():
             self._loop.call_soon_threadsafe(one.opened.set)
         self._counts.clear()
+        self.scripts.clear()
         self.requests.clear()
 
     def count(self, record: Recorded, step: Step) -> int:
@@ -226,7 +229,9 @@ class Upstream(Threaded):
             no_content_parts=self._no_content_parts or model.endswith("-strict"),
         )
         with contextlib.suppress(Answered):
-            await Reply(record, wire, self.gate, self.count).run(steps_of(record.said, record.turn))
+            await Reply(record, wire, self.gate, self.count).run(
+                steps_of(self.scripts.get(record.said, record.said), record.turn)
+            )
 
     async def serve(self, ready: concurrent.futures.Future[None]) -> None:
         """Listen in the running loop until `stop`; `ready` says when, or why not."""

@@ -1,0 +1,219 @@
+"""Compaction: by a trigger, by a threshold, by the endpoint; what the model gets afterwards, and what stays stored."""
+
+import openai
+import pytest
+
+from app.domain.compaction import HEADING, MESSAGES_HEADING
+from app.settings import Settings
+from app.setup import compaction_prompt
+from tests.api.streams import events_of, types_of
+from tests.replay import replay
+from tests.upstream import answer, call, calling, cut, error, finish, gate, reasoning, script, status, text, usage
+from tests.waiting import until
+
+PROMPT = compaction_prompt(Settings())
+TRIGGER = {"type": "compaction_trigger"}
+TOOL = {"type": "function", "name": "look", "parameters": {"type": "object", "properties": {}}, "strict": False}
+ENDED = {"completed", "incomplete", "failed", "cancelled"}
+
+
+@pytest.fixture
+def summary(upstream):
+    """Sets the script of the turns that make a summary, by default `The summary.`, and gives their requests."""
+    first = len(upstream.asked(PROMPT))
+
+    def requests(*turn):
+        if turn:
+            upstream.scripts[PROMPT] = script(list(turn))
+        return [record.body for record in upstream.asked(PROMPT)[first:]]
+
+    requests(*answer("The summary."), usage(100, 20))
+    yield requests
+    upstream.scripts.pop(PROMPT)
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def summed(*last, summary="The summary."):
+    """The message that stands for what was compacted; `last` are the user's last messages."""
+    kept = f"\n\n{MESSAGES_HEADING}\n\n" + "\n\n".join(last) if last else ""
+    return user(f"{HEADING}\n\n{summary}{kept}")
+
+
+def seen(upstream, said):
+    """The messages of the one request with this last user message."""
+    [record] = upstream.asked(said if isinstance(said, str) else said["content"])
+    return record.body["messages"]
+
+
+def ended(client, response_id):
+    until(lambda: client.responses.retrieve(response_id).status in ENDED, "the response has ended")
+    return client.responses.retrieve(response_id)
+
+
+# -- The trigger ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_trigger_makes_one_compaction_item_which_the_chain_continues_from(client, http, upstream, said, summary):
+    first = client.responses.create(model="m", input=said, instructions="be brief")
+    made = client.responses.create(model="m", input=[TRIGGER], previous_response_id=first.id, instructions="be kind")
+    [item] = made.output
+    assert (made.status, item.type, item.id[:4]) == ("completed", "compaction", "cmp_")
+    assert (made.usage.input_tokens, made.usage.output_tokens) == (100, 20)
+    assert "summary" not in item.encrypted_content
+    [asked] = summary()
+    assert asked["messages"] == [
+        {"role": "system", "content": "be kind"},
+        user(said),
+        {"role": "assistant", "content": f"ok: {said}"},
+        user(PROMPT),
+    ]
+    assert client.responses.retrieve(made.id).to_dict() == made.to_dict()
+    more = client.responses.create(model="m", input=f"more {said}", previous_response_id=made.id)
+    assert seen(upstream, f"more {said}") == [summed(said), user(f"more {said}")]
+    listed = client.responses.input_items.list(more.id, order="asc").data
+    assert [one.type for one in listed] == ["message", "message", "compaction", "message"]
+    assert listed[2].to_dict() == item.to_dict()
+
+
+def test_what_was_compacted_is_there_and_can_be_continued_from(client, upstream, said, summary):
+    first = client.responses.create(model="m", input=said)
+    made = client.responses.create(model="m", input=[TRIGGER], previous_response_id=first.id)
+    stands_for = client.responses.input_items.list(made.id, order="asc").data
+    assert [one.content[0].text for one in stands_for] == [said, f"ok: {said}"]
+    client.responses.create(model="m", input=f"undo {said}", previous_response_id=first.id)
+    assert [one["content"] for one in seen(upstream, f"undo {said}")] == [said, f"ok: {said}", f"undo {said}"]
+
+
+def test_what_is_streamed_is_what_is_stored(server, client, http, said, summary):
+    body = {"model": "m", "input": [user(said), TRIGGER], "stream": True}
+    events = events_of(http.post("/responses", json=body))
+    kinds = ["output_item.added", "compaction.compacting", "output_item.done"]
+    assert types_of(events) == ["created", "in_progress", *kinds, "completed"]
+    added, compacting, done = events[2:5]
+    assert added["item"] == {**done["item"], "encrypted_content": ""}
+    assert (compacting["item_id"], compacting["output_index"]) == (done["item"]["id"], 0)
+    response = replay(events)
+    assert http.get(f"/responses/{response['id']}").json() == response
+    with client.responses.stream(model="m", input=[user(said), TRIGGER]) as stream:
+        typed = [event.type for event in stream]
+        assert "response.compaction.compacting" in typed
+        assert stream.get_final_response().output[0].type == "compaction"
+
+
+def test_a_background_run_makes_one_too(client, http, upstream, said, summary):
+    body = {"model": "m", "input": [user(said), TRIGGER], "stream": True, "background": True}
+    response = replay(events_of(http.post("/responses", json=body)))
+    assert [item["type"] for item in response["output"]] == ["compaction"]
+    again = replay(events_of(http.get(f"/responses/{response['id']}?stream=true")))
+    assert again == response == http.get(f"/responses/{response['id']}").json()
+    client.responses.create(model="m", input=f"more {said}", previous_response_id=response["id"])
+    assert seen(upstream, f"more {said}") == [summed(said), user(f"more {said}")]
+
+
+def test_a_client_that_keeps_the_history_itself_sends_the_item_back(client, upstream, said, summary):
+    """As Codex does: instructions as messages, tools, nothing stored, and the item at the end of what it keeps."""
+    history = [{"role": "developer", "content": "be brief"}, user(f"old {said}"), user(said)]
+    asking = {"tools": [TOOL], "parallel_tool_calls": True, "store": False, "reasoning": {"summary": "auto"}}
+    made = client.responses.create(model="m", input=[*history, TRIGGER], **asking, max_output_tokens=16)
+    [asked] = summary()
+    assert (asked["tool_choice"], len(asked["tools"]), "max_tokens" in asked) == ("none", 1, False)
+    [item] = made.output
+    given = [*history, item.to_dict(), user(f"next {said}")]
+    client.responses.create(model="m", input=given, **asking)
+    assert seen(upstream, f"next {said}") == [
+        {"role": "system", "content": "be brief"},
+        summed(f"old {said}", said),
+        user(f"next {said}"),
+    ]
+
+
+def test_the_summary_is_plain_text_whatever_the_answer_is_to_be(client, said, summary):
+    summary(reasoning("Hm."), *answer("The summary."))
+    options = {"text": {"format": {"type": "json_object"}}, "tool_choice": "required", "top_logprobs": 2}
+    made = client.responses.create(model="m", input=[user(said), TRIGGER], tools=[TOOL], **options)
+    assert [item.type for item in made.output] == ["compaction"]
+    [asked] = summary()
+    assert not {"response_format", "logprobs"} & asked.keys() and asked["tool_choice"] == "none"
+
+
+def test_a_call_must_be_answered_first(client, said, summary):
+    called = client.responses.create(model="m", input=script(calling("look")), tools=[TOOL])
+    with pytest.raises(openai.BadRequestError, match="No tool output found"):
+        client.responses.create(model="m", input=[TRIGGER], previous_response_id=called.id)
+    output = {"type": "function_call_output", "call_id": "call_1", "output": "nothing"}
+    made = client.responses.create(model="m", input=[output, TRIGGER], previous_response_id=called.id, tools=[TOOL])
+    assert [item.type for item in made.output] == ["compaction"]
+
+
+# -- When it fails ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_upstream_that_refuses_the_summary_is_the_status_of_the_request(http, said, summary, stream):
+    summary(status(400, {"error": {"message": "too long", "code": "context_length_exceeded"}}))
+    reply = http.post("/responses", json={"model": "m", "input": [user(said), TRIGGER], "stream": stream})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+@pytest.mark.parametrize(
+    ("turn", "ends"),
+    [
+        ([text("The"), cut()], "failed"),
+        ([text("The"), error("no")], "failed"),
+        ([call("look", {}, id="c"), finish("tool_calls")], "failed"),
+        ([text(" "), finish()], "failed"),
+        ([text("x" * (1 << 20)), text("x"), finish()], "failed"),
+        ([text("The"), finish("length")], "incomplete"),
+    ],
+)
+def test_a_summary_that_is_not_whole_ends_the_run_and_stands_for_nothing(
+    client, http, upstream, said, summary, turn, ends
+):
+    summary(*turn)
+    body = {"model": "m", "input": [user(said), TRIGGER], "stream": True}
+    response = replay(events_of(http.post("/responses", json=body)))
+    assert (response["status"], response["output"][0]["encrypted_content"]) == (ends, "")
+    assert http.get(f"/responses/{response['id']}").json() == response
+    client.responses.create(model="m", input=f"more {said}", previous_response_id=response["id"])
+    assert [one["content"] for one in seen(upstream, f"more {said}")] == [said, f"more {said}"]
+    given = [user(said), *response["output"], user(f"again {said}")]
+    client.responses.create(model="m", input=given)
+    assert [one["content"] for one in seen(upstream, f"again {said}")] == [said, f"again {said}"]
+
+
+def test_it_can_be_cancelled(client, upstream, said, summary):
+    summary(text("The "), gate("cancelled summary"), text("summary."), finish())
+    queued = client.responses.create(model="m", input=[user(said), TRIGGER], background=True)
+    upstream.wait_reached("cancelled summary")
+    cancelled = client.responses.cancel(queued.id)
+    assert (cancelled.status, [item.encrypted_content for item in cancelled.output]) == ("cancelled", [""])
+
+
+# -- What clients send back -------------------------------------------------------------------------------------------------
+
+
+def test_an_item_may_stand_anywhere_and_the_newest_counts(client, upstream, said, summary):
+    old = client.responses.create(model="m", input=[user("old"), TRIGGER], store=False).output[0].to_dict()
+    summary(*answer("Another."))
+    new = client.responses.create(model="m", input=[user("new"), TRIGGER], store=False).output[0].to_dict()
+    del new["id"]
+    client.responses.create(model="m", input=[user("a"), old, user("b"), new, user("c"), user(said)])
+    assert seen(upstream, said) == [summed("new", summary="Another."), user("c"), user(said)]
+
+
+def test_an_item_that_was_changed_or_is_too_long_is_refused_with_its_path(http, said, summary):
+    body = {"model": "m", "input": [user(said), TRIGGER], "store": False}
+    [item] = http.post("/responses", json=body).json()["output"]
+    sealed = item["encrypted_content"]
+    changed = {**item, "encrypted_content": sealed[:50] + ("A" if sealed[50] != "A" else "B") + sealed[51:]}
+    long = {**item, "encrypted_content": "g" * 10_485_761}
+    for given, code in ((changed, "invalid_encrypted_content"), (long, "invalid_value")):
+        refused = http.post("/responses", json={"model": "m", "input": [user("a"), given, user("b")]})
+        assert refused.status_code == 400
+        assert (refused.json()["error"]["code"], refused.json()["error"]["param"]) == (
+            code,
+            "input[1].encrypted_content",
+        )
