@@ -27,6 +27,7 @@ from app.runs.admission import Admission
 from app.runs.background import BackgroundRuns
 from app.runs.cancellation import Cancellation
 from app.runs.claims import Claims
+from app.runs.counting import TokenCounts
 from app.runs.following import Following
 from app.runs.foreground import ForegroundRuns
 from app.runs.leases import Leases
@@ -181,6 +182,7 @@ def _services(settings: Settings, catalog: Catalog, made: Core, foreground: Fore
         catalog=catalog,
         upstreams=made.upstreams,
         admission=Admission(settings, made.database, made.planner, made.seal, foreground, made.logs, backlogs),
+        counts=TokenCounts(settings, made.planner),
         following=Following(settings, made.database, made.logs, backlogs),
         cancellation=Cancellation(settings, made.database, made.logs, made.background, made.leases.owner),
         claims=made.claims,

@@ -5,6 +5,7 @@
         InvalidParameter          a value has the wrong type, form or range
         UnsupportedParameter      a parameter, tool or item of the API that this server does not offer
         PreviousResponseNotFound  `previous_response_id` is unknown, deleted, another tenant's
+        TokensNotCounted          the upstream has nothing that counts the tokens of this request
         BodyTooLarge 413          the body is over REPRISE_BODY_BYTES_MAX
         HeadTooLarge 431          the headers are over a limit
         UriTooLong 414            the request line is
@@ -109,6 +110,12 @@ class PreviousResponseNotFound(InvalidRequest):
 
     def __init__(self, response_id: str) -> None:
         super().__init__(f"Previous response with id '{response_id}' not found.", param="previous_response_id")
+
+
+class TokensNotCounted(InvalidRequest):
+    """The upstream has nothing that counts the tokens of this request."""
+
+    code = "token_count_not_available"
 
 
 class BodyTooLarge(InvalidRequest):

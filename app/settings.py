@@ -148,6 +148,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         int, _about("stored responses and items that one process reads for replies at once; more wait", ge=1024)
     ] = 32 * 1024 * 1024
     foreground_runs_max: Annotated[int, _about("concurrent foreground runs of one process; beyond: 429", ge=1)] = 1_000
+    token_counts_max: Annotated[
+        int, _about("concurrent counts of one process by `/v1/responses/input_tokens`; beyond: 429", ge=1)
+    ] = 100
+    token_counts_cached_max: Annotated[int, _about("counts that one process remembers", ge=0)] = 10_000
+    token_counts_cached_s: Annotated[float, _about("how long a count is remembered", ge=0)] = 3_600.0
+    token_count_bytes_max: Annotated[
+        int,
+        _about(
+            "an upstream's list of a prompt's tokens, or its prompt as text; longer: they are counted in another way",
+            ge=1024,
+        ),
+    ] = 8 * 1024 * 1024
     turns_max: Annotated[int, _about("upstream completions in one run, without those of compactions", ge=1)] = 32
     compaction_bytes_max: Annotated[
         int,

@@ -15,6 +15,7 @@ from app.rooms import Rooms
 from app.runs.admission import Admission, Caller
 from app.runs.cancellation import Cancellation
 from app.runs.claims import Claims
+from app.runs.counting import TokenCounts
 from app.runs.following import Following
 from app.settings import Settings
 from app.storage.backlog import Backlogs
@@ -29,6 +30,7 @@ class Services(Struct, frozen=True):
     catalog: Catalog
     upstreams: Mapping[str, Upstream]
     admission: Admission
+    counts: TokenCounts
     following: Following
     cancellation: Cancellation
     claims: Claims

@@ -24,6 +24,10 @@ Lack = Literal[
 ReasoningForm = Literal["reasoning_content", "reasoning", "think", "parts"]
 """Where a message holds its reasoning: under one of two keys, in its content between `<think>` tags or as a part of it."""
 
+Counter = Literal["input_tokens", "tokenize", "apply_template", "usage"]
+"""What counts the tokens of a chat request: `POST /chat/completions/input_tokens` below the base URL, `POST /tokenize` or
+`POST /apply-template` beside its `/v1` (`app/outbound/tokens.py`), or the usage of a completion of one token."""
+
 PassedOn = Literal["prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "user"]
 
 
@@ -55,6 +59,8 @@ class Dialect(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     passed on as they are."""
     call_id_format: Literal["any", "nine_alphanumerics"] = "any"
     """What the ids of calls in the history look like."""
+    count_tokens: tuple[Counter, ...] = ("usage",)
+    """What counts the tokens of a request: the first that can. Without `usage` nothing is generated for a count."""
 
     def demand(self, feature: Lack, param: str) -> None:
         """Raises UnsupportedParameter if this upstream lacks what the parameter needs."""
@@ -82,8 +88,12 @@ Preset = Literal["plain", "openai", "vllm", "llama.cpp", "sglang", "ollama", "mi
 PRESETS: dict[Preset, Dialect] = {
     "plain": Dialect(),
     "openai": HOSTED,
-    "vllm": Dialect(reasoning="reasoning"),
-    "llama.cpp": Dialect(reasoning="reasoning_content", lacks=frozenset({"tool_choice_named"})),
+    "vllm": Dialect(reasoning="reasoning", count_tokens=("tokenize", "usage")),
+    "llama.cpp": Dialect(
+        reasoning="reasoning_content",
+        lacks=frozenset({"tool_choice_named"}),
+        count_tokens=("input_tokens", "apply_template", "usage"),
+    ),
     "sglang": Dialect(reasoning="reasoning_content"),
     "ollama": Dialect(reasoning="reasoning", lacks=frozenset({"tool_choice_required", "parallel_tool_calls"})),
     "mistral": Dialect(

@@ -191,9 +191,8 @@ class Upstream:
             api_key=entry.key or NO_KEY,
             http_client=self._http,
         )
-        query = sdk.base_url.query or None
-        self._chat = sdk.base_url.join("chat/completions").copy_with(query=query)
-        self._models = sdk.base_url.join("models").copy_with(query=query)
+        self._base = sdk.base_url
+        self._chat, self._models = self._url("chat/completions"), self._url("models")
         keys_in_url = (value for name, value in sdk.base_url.params.multi_items() if KEY_NAME.search(name))
         self._secrets = [*keys_in_url, *secrets_of(entry.headers)]
         sdk_headers = {**sdk.auth_headers, **sdk.default_headers}
@@ -209,6 +208,13 @@ class Upstream:
         self._opened = stamina.retry(
             on=self._backoff, attempts=self._attempts_max, timeout=None, wait_initial=0.1, wait_jitter=0.1, wait_max=2.0
         )(self._open)
+
+    def _url(self, path: str) -> httpx2.URL:
+        """The URL of a path below the base URL or, with a slash before it, beside its `/v1`."""
+        base = self._base
+        if path.startswith("/"):
+            base, path = base.copy_with(path=base.path.removesuffix("/v1/") + "/"), path[1:]
+        return base.join(path).copy_with(query=self._base.query or None)
 
     async def find_dialect(self, caller_key: str | None) -> None:
         """Detect the dialect, unless it is known. If the upstream does not answer in DETECT_TIMEOUT_S, the plain dialect is used, and
@@ -313,16 +319,26 @@ class Upstream:
     async def list_models(self, caller_key: str | None) -> list[ModelEntry]:
         """The models that the upstream lists. Raises ApiError."""
         response = await self._ask("GET", self._models, caller_key)
+        raw = await self._whole(response, self.line_bytes_max)
+        try:
+            return read_models(raw)
+        except NO_JSON:
+            raise UpstreamGarbled(f"Upstream '{self.name}' sent no list of models.") from None
+
+    async def post(self, path: str, body: bytes, caller_key: str | None, *, bytes_max: int) -> bytes:
+        """The answer of another endpoint than the chat's, which is below the base URL or, with a slash before its path, beside its
+        `/v1`. Raises ApiError, UpstreamGarbled also for an answer of more than `bytes_max`."""
+        response = await self._ask("POST", self._url(path), caller_key, body)
+        return await self._whole(response, bytes_max)
+
+    async def _whole(self, response: httpx2.Response, bytes_max: int) -> bytes:
         try:
             async with asyncio.timeout(self._answer_timeout_s):
-                raw = await _read(response, self.line_bytes_max)
-            return read_models(raw)
+                return await _read(response, bytes_max)
         except TimeoutError:
             raise UpstreamStalled("The upstream did not finish its answer.") from None
         except (httpx2.HTTPError, OSError) as error:
             raise UpstreamUnavailable(f"Upstream '{self.name}' broke off its answer.") from error
-        except NO_JSON:
-            raise UpstreamGarbled(f"Upstream '{self.name}' sent no list of models.") from None
         finally:
             await response.aclose()
 

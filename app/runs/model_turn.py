@@ -5,23 +5,15 @@
 
 import asyncio
 from collections.abc import Collection, Iterable
-
-from msgspec.structs import replace
+from functools import partial
 
 from app.domain.citations import NO_SOURCES, sources_of
 from app.domain.context import Context
 from app.domain.lifecycle import add_usage, outcome_of
-from app.domain.prompt import chat_request, summary_turn
+from app.domain.prompt import summary_turn
 from app.domain.think import ThinkSplitter
 from app.domain.turn import Turn
-from app.errors import (
-    ApiError,
-    UpstreamBusy,
-    UpstreamGarbled,
-    UpstreamRefused,
-    UpstreamStalled,
-    UpstreamUnavailable,
-)
+from app.errors import UpstreamGarbled, UpstreamRefused
 from app.ids import new_id, siblings
 from app.offload import offload
 from app.outbound.failures import CONTEXT_TOO_LONG
@@ -101,31 +93,22 @@ class ModelTurns:
 
     async def _open(self, request: CreateResponse, context: Context, tokens_max: int | None) -> ChunkStream:
         """The answer of the first route whose upstream is in order."""
-        failed: ApiError | None = None
-        for upstream, route in self._plan.routes:
-            try:
-                return await self._open_route(request, context, tokens_max, upstream, route.model)
-            except (UpstreamUnavailable, UpstreamBusy, UpstreamGarbled, UpstreamStalled) as error:
-                failed = error
-        assert failed is not None
-        raise failed
+        return await self._plan.first_in_order(partial(self._open_route, request, context, tokens_max))
 
     async def _open_route(
         self, request: CreateResponse, context: Context, tokens_max: int | None, upstream: Upstream, model: str
     ) -> ChunkStream:
         """With `truncation: auto`, a context that is too long loses its older half until the upstream takes it."""
         plan = self._plan
-        taken = {name: value for name, value in request.extra.items() if upstream.entry.takes(name)}
         refused: UpstreamRefused | None = None
         for halvings in range(TRUNCATIONS_MAX):
             body = await offload(
                 plan.size,
-                chat_request,
-                replace(request, extra=taken),
+                plan.chat_request,
+                request,
                 context,
-                model=model,
-                dialect=upstream.dialect_for(model),
-                unseal=plan.seal.open,
+                upstream,
+                model,
                 output_tokens_max=tokens_max,
                 halvings=halvings,
             )

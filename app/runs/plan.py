@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import TypeVar
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from app.domain import limits
 from app.domain.approvals import signing
@@ -13,7 +14,15 @@ from app.domain.hosted import HostedRoute, Kind
 from app.domain.item_builders import OutputOptions
 from app.domain.prompt import chat_request
 from app.domain.sealed import Seal, TenantSeal
-from app.errors import InvalidParameter, InvalidRequest
+from app.errors import (
+    ApiError,
+    InvalidParameter,
+    InvalidRequest,
+    UpstreamBusy,
+    UpstreamGarbled,
+    UpstreamStalled,
+    UpstreamUnavailable,
+)
 from app.ids import NewId, new_id
 from app.offload import offload
 from app.outbound.catalog import Catalog, Route
@@ -61,8 +70,40 @@ class RunPlan(Struct, frozen=True):
     def refuse_unanswerable(self) -> None:
         """Raises UnsupportedParameter for what the first upstream can't be asked: before a run is queued for it."""
         upstream, route = self.routes[0]
-        dialect = upstream.dialect_for(route.model)
-        chat_request(self.request, self.context, model=route.model, dialect=dialect, unseal=self.seal.open)
+        self.chat_request(self.request, self.context, upstream, route.model)
+
+    def chat_request(
+        self,
+        request: CreateResponse,
+        context: Context,
+        upstream: Upstream,
+        model: str,
+        *,
+        output_tokens_max: int | None = None,
+        halvings: int = 0,
+    ) -> bytes | None:
+        """The body of a request to an upstream, in its dialect (`domain/prompt.py`). Raises UnsupportedParameter."""
+        taken = {name: value for name, value in request.extra.items() if upstream.entry.takes(name)}
+        return chat_request(
+            replace(request, extra=taken),
+            context,
+            model=model,
+            dialect=upstream.dialect_for(model),
+            unseal=self.seal.open,
+            output_tokens_max=output_tokens_max,
+            halvings=halvings,
+        )
+
+    async def first_in_order(self, ask: Callable[[Upstream, str], Awaitable[T]]) -> T:
+        """What `ask` gets from the upstream and the model of the first route that is in order. Raises ApiError."""
+        failed: ApiError | None = None
+        for upstream, route in self.routes:
+            try:
+                return await ask(upstream, route.model)
+            except (UpstreamUnavailable, UpstreamBusy, UpstreamGarbled, UpstreamStalled) as error:
+                failed = error
+        assert failed is not None
+        raise failed
 
     def ids_of_requests(self, new_id: NewId, label: str, name: str, arguments: str) -> NewId:
         """Gives an id to the request to approve this call: a signed one, where the request is not stored."""

@@ -70,7 +70,11 @@ def _below(place: inspect.Type, key: str | None) -> list[inspect.Type]:
             return [inspect.LiteralType((tag,))]
         case inspect.StructType(fields=fields):
             return [field.type for field in fields if field.encode_name == key]
-        case inspect.ListType(item_type=item) | inspect.FrozenSetType(item_type=item):
+        case (
+            inspect.ListType(item_type=item)
+            | inspect.FrozenSetType(item_type=item)
+            | inspect.VarTupleType(item_type=item)
+        ):
             return [item]
         case inspect.DictType(value_type=value):
             return [value]

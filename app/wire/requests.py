@@ -199,6 +199,12 @@ _KEYS = msgspec.json.Decoder(dict[str, Raw])
 _BODY = msgspec.json.Decoder(Body)
 _INPUT = msgspec.json.Decoder(str | list[Raw] | None)
 _KNOWN = frozenset(Body.__struct_fields__)
+_COUNTED = frozenset(
+    "model input instructions previous_response_id conversation tools tool_choice text reasoning truncation "
+    "parallel_tool_calls personality".split()
+)
+"""The parameters of a count: those of a create that shape its prompt, and one of its own."""
+_PERSONALITY = msgspec.json.Decoder(Annotated[str, Meta(max_length=64)] | None)
 _ESCAPES = re.compile(
     rb"\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[dD][89a-fA-F][0-9a-fA-F]{2}"
 )
@@ -211,13 +217,26 @@ def decode_create(raw: bytes, passed_on: Collection[str]) -> CreateResponse:
     `passed_on` names the parameters beyond the API that the catalog lets through. Raises InvalidRequest, with the
     parameter's path, for everything that is wrong whatever the state.
     """
+    return _decode_request(raw, passed_on, _KNOWN)
+
+
+def decode_count(raw: bytes, passed_on: Collection[str]) -> CreateResponse:
+    """The body of `POST /v1/responses/input_tokens`, as the create whose prompt is counted. `personality` has no effect. Raises as
+    `decode_create`."""
+    return _decode_request(raw, passed_on, _COUNTED)
+
+
+def _decode_request(raw: bytes, passed_on: Collection[str], known: Collection[str]) -> CreateResponse:
     check_text(raw)
     raw = mend_surrogates(raw)
     keys = _decode_keys(raw)
-    extra = {key: value for key, value in keys.items() if key not in _KNOWN and key not in HINTS}
+    extra = {key: value for key, value in keys.items() if key not in known and key not in HINTS}
     for key in extra:
-        if key not in passed_on:
-            raise unknown(key, MOVED.get(key) or suggestion(Body, "", key))
+        if key in _KNOWN or key not in passed_on:
+            near = MOVED.get(key) or suggestion(Body, "", key)
+            raise unknown(key, near if near and near.partition(".")[0] in known else None)
+    if "personality" in known:
+        decode(_PERSONALITY, keys.get("personality", NOTHING), "personality")
     body = decode(_BODY, raw)
     _refuse_unsupported(body)
     if not body.model:

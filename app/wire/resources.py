@@ -109,6 +109,11 @@ class Deleted(Struct):
     deleted: bool = True
 
 
+class InputTokens(Struct):
+    input_tokens: int
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+
+
 class Model(Struct):
     id: str
     created: int = 0

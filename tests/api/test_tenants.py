@@ -74,6 +74,7 @@ def create(http, **body):
         ("DELETE", f"/responses/{UNKNOWN}"),
         ("GET", f"/responses/{UNKNOWN}/input_items"),
         ("POST", f"/responses/{UNKNOWN}/cancel"),
+        ("POST", "/responses/input_tokens"),
         ("GET", "/models"),
         ("GET", "/models/scripted"),
     ],
@@ -311,3 +312,18 @@ def test_another_tenant_s_sealed_reasoning_is_not_opened(a, b):
     reply = b.post("/responses", json=body)
     assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_encrypted_content")
     create(a, **body)
+
+
+def test_a_count_continues_no_response_of_another_tenant(a, b):
+    first = create(a)["id"]
+    body = {"model": "m", "input": "more", "previous_response_id": first}
+    reply = b.post("/responses/input_tokens", json=body)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "previous_response_not_found")
+    assert a.post("/responses/input_tokens", json=body).json()["input_tokens"] == 4
+
+
+def test_a_count_is_remembered_for_its_tenant_only(a, b, upstream, name):
+    body = {"model": "m", "input": name}
+    counts = [http.post("/responses/input_tokens", json=body).json()["input_tokens"] for http in (a, b, a, b)]
+    assert counts == [1, 1, 1, 1]
+    assert len(upstream.asked(name)) == 2

@@ -223,6 +223,10 @@ SERVER = '[tool_servers.s]\nurl = "http://x/mcp"\n'
             ONE + 'dialect = { lacks = ["everything"] }',
             r"\[upstreams\.a\]: .*'everything'.*; it may be content_parts, .*strict",
         ),
+        (
+            ONE + 'dialect = { count_tokens = ["tokenise"] }',
+            r"\[upstreams\.a\]: .*'tokenise'.*; it may be apply_template, input_tokens, tokenize, usage",
+        ),
         (ONE + 'dialect = { reasoning = "loud" }', "it may be none, parts, reasoning, reasoning_content, same, think"),
         (ONE + "atempts_max = 3", r"\[upstreams\.a\]: .*`atempts_max`.*did you mean `attempts_max`"),
         (ONE + '[[models]]\nname = "m"\nroute = []', r"\[\[models\]\] 'm': .*`route`.*did you mean `routes`"),

@@ -27,6 +27,7 @@ from app.domain.lifecycle import open_response
 from app.domain.prompt import chat_request
 from app.domain.recovery import recover
 from app.domain.think import ThinkSplitter, Where
+from app.domain.token_count import completion, tokenize
 from app.domain.tool_transcript import answer_for_model
 from app.domain.toolbox import ByHost, open_toolbox
 from app.domain.tools.answers import Answer, error_text
@@ -222,6 +223,12 @@ def nested_names(n: int) -> Work:
     return lambda: sources.cited("a" * n)
 
 
+def counted(n: int) -> Work:
+    message = {"role": "user", "content": [{"type": "text", "text": "x"}] * 2}
+    body = msgspec.json.encode({"model": "m", "messages": [message] * n, **dict.fromkeys(words(n))})
+    return lambda: (tokenize(body), completion(body, max_tokens=1))
+
+
 LACKING = Dialect(lacks=frozenset({"later_system_messages", "content_parts"}))
 FITTED = Dialect(lacks=frozenset({"repeated_roles", "parallel_calls_in_history"}), call_id_format="nine_alphanumerics")
 PART = {"type": "input_text", "text": "x"}
@@ -245,6 +252,7 @@ CONTEXT: dict[str, tuple[int, Make]] = {
     "prompt of one role": (500, lambda n: prompted([{"role": "user", "content": [PART] * 2}, user("y")] * n, FITTED)),
     "prompt of calls one by one": (400, lambda n: prompted(calls(n), FITTED)),
     "halved ten times": (1200, lambda n: prompted([user("x")] * n, halvings=10)),
+    "a count": (1000, counted),
     "long arguments": (40_000, lambda n: prompted(calls(1, arguments=json.dumps({"a": '"\\' * n})))),
     "sources": (1000, lambda n: partial(sources_of, [item(one) for one in searched(n)] * 3)),
     "citations": (300, cited),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from app.errors import TEXT_CHARS_MAX, InvalidRequest, UnsupportedParameter
 from app.wire.items import InputText, Message
-from app.wire.requests import INPUT_CHARS_MAX, decode_create, mend_surrogates
+from app.wire.requests import INPUT_CHARS_MAX, Body, decode_count, decode_create, mend_surrogates
 from app.wire.tools import AllowedTools, CustomTool, FunctionTool, HostedTool, NamedTool, NamespaceTool
 from tests.unit.build import function, request
 
@@ -271,3 +271,27 @@ def test_only_halves_are_replaced(raw: bytes, mended: bytes):
 def test_a_request_with_half_a_pair_is_taken():
     made = decode_create(rb'{"model":"m","input":"cut \ud83d"}', ())
     assert made.input == [Message(role="user", content=[InputText(text="cut �")])]
+
+
+COUNTED = {
+    "model", "input", "instructions", "previous_response_id", "conversation", "tools", "tool_choice", "text", "reasoning",
+    "truncation", "parallel_tool_calls",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(set(Body.__struct_fields__) - COUNTED))
+def test_a_count_takes_only_what_shapes_the_prompt(name: str):
+    raw = json.dumps({"model": "m", "input": "hi", name: None}).encode()
+    decode_create(raw, ())
+    with pytest.raises(InvalidRequest) as caught:
+        decode_count(raw, {name})
+    assert (caught.value.code, caught.value.param) == ("unknown_parameter", name)
+
+
+def test_a_count_is_decoded_as_the_create_that_it_counts():
+    raw = json.dumps({"model": "m", "input": "hi", "instructions": "Be brief.", "top_k": 5}).encode()
+    assert decode_count(raw, PASSED_ON) == decode_create(raw, PASSED_ON)
+
+
+def test_a_create_has_no_personality():
+    assert refused(personality="friendly").code == "unknown_parameter"

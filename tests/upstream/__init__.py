@@ -14,7 +14,7 @@ without one, as some real servers do. The response head leaves with the first by
 alone).
 
 Steps are JSON objects, built by text, reasoning, refusal, size, call, delta, chunk, raw, junk, finish, usage, no_usage,
-usage_in_finish, error, status, stall, gate, cut, no_done, split, coalesce, repeat, forever, note; whole turns by answer
+usage_in_finish, error, status, stall, gate, cut, no_done, split, coalesce, repeat, forever, note, endpoint; whole turns by answer
 and calling. Inside `repeat` and `forever`, "{i}" in a text stands for the number of the round, so that a lost or
 doubled chunk is seen; "{t}" anywhere for the monotonic clock at that moment, in seconds; "{key}" in an error for the
 authorization that the request came with.
@@ -32,6 +32,7 @@ from tests.upstream.script import (
     coalesce,
     cut,
     delta,
+    endpoint,
     error,
     finish,
     forever,
@@ -67,6 +68,7 @@ __all__ = [
     "coalesce",
     "cut",
     "delta",
+    "endpoint",
     "error",
     "finish",
     "forever",

@@ -236,7 +236,7 @@ class Reply:
                 await self._perform_rounds(count, steps, step.get("every_ms", 0))
             case {"forever": list(steps)}:
                 await self._perform_rounds(None, steps, step.get("every_ms", 10))
-            case {"note": _}:
+            case {"note": _} | {"endpoint": _}:
                 pass
             case _:
                 return False

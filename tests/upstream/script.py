@@ -170,6 +170,12 @@ def note(content: str) -> Step:
     return {"note": content}
 
 
+def endpoint(path: str, body: Any = None, *, code: int = 200, gate: str | None = None) -> Step:
+    """What an endpoint that counts tokens answers, when it is asked for this turn: with a gate, once that is open. Nothing in a
+    completion."""
+    return {"endpoint": path, "code": code, "body": body, "waits_at": gate}
+
+
 def usage_of(prompt: int, completion: int) -> dict[str, Any]:
     """A usage object."""
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

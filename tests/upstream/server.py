@@ -16,7 +16,7 @@ import msgspec
 from tests.threaded import Threaded
 from tests.upstream.reply import Answered, Cut, Gate, Recorded, Reply, Wire
 from tests.upstream.script import Step
-from tests.upstream.strictness import Refused, asked_turn, check_request, steps_of
+from tests.upstream.strictness import Refused, asked_turn, check_request, steps_of, text_of
 
 
 class Connection(asyncio.Protocol):
@@ -211,6 +211,8 @@ class Upstream(Threaded):
                         {"id": name, "object": "model", "created": 0, "owned_by": "tests"} for name in self._models
                     ]
                     await wire.whole(200, {"object": "list", "data": models})
+                case "POST", [*_, "tokenize" | "apply-template" | "input_tokens"]:
+                    await self._answer_count(record, wire)
                 case "POST", ["gates", name]:
                     self.gate(name).opened.set()
                     await wire.whole(200, {"opened": name})
@@ -232,6 +234,29 @@ class Upstream(Threaded):
             await Reply(record, wire, self.gate, self.count).run(
                 steps_of(self.scripts.get(record.said, record.said), record.turn)
             )
+
+    async def _answer_count(self, record: Recorded, wire: Wire) -> None:
+        """The endpoints of engines that count tokens, which are words here; a script may have another answer."""
+        path = record.path.partition("?")[0]
+        for step in steps_of(record.said, record.turn):
+            if step.get("endpoint") == path:
+                if step["waits_at"]:
+                    await self.gate(step["waits_at"]).go_through()
+                await wire.whole(step["code"], step["body"])
+                return
+        texts = [text_of(message.get("content")) for message in record.body.get("messages", ())]
+        words = (record.body.get("content") or " ".join(texts)).split()
+        tokens = list(range(len(words)))
+        answers = {
+            "/tokenize": {"count": len(words), "max_model_len": 4096, "tokens": tokens}
+            if "messages" in record.body
+            else {"tokens": tokens},
+            "/apply-template": {"prompt": " ".join(words)},
+            "/v1/chat/completions/input_tokens": {"object": "response.input_tokens", "input_tokens": len(words)},
+        }
+        if path not in answers:
+            raise Refused(f"Invalid URL ({record.method} {record.path})", status=404)
+        await wire.whole(200, answers[path])
 
     async def serve(self, ready: concurrent.futures.Future[None]) -> None:
         """Listen in the running loop until `stop`; `ready` says when, or why not."""

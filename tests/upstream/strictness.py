@@ -11,7 +11,7 @@ from tests.upstream.script import Step, answer
 # Every step holds exactly one of these keys; what else it holds are options of that step.
 VERBS = frozenset(
     "text reasoning_content reasoning refusal size call delta chunk raw junk finish usage usage_in_finish error status "
-    "stall gate cut done split coalesce repeat forever note".split()
+    "stall gate cut done split coalesce repeat forever note endpoint".split()
 )
 
 

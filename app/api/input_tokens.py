@@ -1,0 +1,25 @@
+"""`/v1/responses/input_tokens`: how long a prompt would be."""
+
+from contextlib import ExitStack
+from typing import Any
+
+from litestar import Request, Response, post
+from litestar.enums import MediaType
+
+from app.api.connected import while_connected
+from app.api.services import Services
+from app.offload import offload
+from app.runs.admission import Caller
+from app.wire.requests import decode_count
+from app.wire.resources import InputTokens, encode
+
+
+@post("/v1/responses/input_tokens", status_code=200)
+async def input_tokens(request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[bytes]:
+    """The tokens that the model would read if a response was created with these parameters."""
+    with ExitStack() as taking:
+        raw = await taking.enter_context(services.bodies.reading(request)).read()
+        counted = await offload(len(raw), decode_count, raw, services.catalog.passed_on)
+        del raw
+        count = await while_connected(request.receive, services.counts.count(caller, counted, taking.close))
+    return Response(encode(InputTokens(count)), media_type=MediaType.JSON)

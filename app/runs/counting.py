@@ -1,0 +1,43 @@
+"""How many tokens a create would send to the model: the plan of a create that is never made."""
+
+from collections.abc import Callable
+
+from app.errors import TooManyRequests
+from app.offload import offload
+from app.outbound.tokens import ChatRequest, TokenCounter
+from app.outbound.upstream import Upstream
+from app.runs.admission import Caller
+from app.runs.plan import Planner, RunPlan
+from app.settings import Settings
+from app.wire.requests import CreateResponse
+
+
+class TokenCounts:
+    """The counts that this process makes."""
+
+    def __init__(self, settings: Settings, planner: Planner) -> None:
+        self._planner, self._counter = planner, TokenCounter(settings)
+        self._counts_max = settings.token_counts_max
+        self._counting = 0
+
+    async def count(self, caller: Caller, request: CreateResponse, planned: Callable[[], None]) -> int:
+        """The tokens of the first turn's prompt, before any truncation: nothing is stored, listed or called. `planned` is called as
+        soon as the context has room of its own. Raises ApiError."""
+        if self._counting >= self._counts_max:
+            raise TooManyRequests("Too many tokens are being counted; please try again.", headers={"Retry-After": "1"})
+        self._counting += 1
+        try:
+            plan = await self._planner.plan(caller.tenant_id, caller.key, request)
+            with plan.room:
+                planned()
+                return await self._count(plan)
+        finally:
+            self._counting -= 1
+
+    async def _count(self, plan: RunPlan) -> int:
+        async def ask(upstream: Upstream, model: str) -> int:
+            body = await offload(plan.size, plan.chat_request, plan.request, plan.context, upstream, model)
+            assert body is not None
+            return await self._counter.count(plan.tenant_id, ChatRequest(upstream, model, body, plan.caller_key))
+
+        return await plan.first_in_order(ask)
