@@ -147,6 +147,18 @@ def usage(setup: Setup) -> None:
     assert counted.total_tokens == counted.input_tokens + counted.output_tokens
 
 
+@feature("`input_tokens` counts what a create uses")
+def counted(setup: Setup) -> None:
+    given: dict[str, Any] = {"instructions": "Be brief.", "tools": [ECHO], "extra_body": NO_THOUGHT}
+    first = setup.create()
+    found = setup.client.responses.input_tokens.count(
+        model=MODEL, input="And then?", previous_response_id=first.id, **given
+    )
+    used = _input_tokens(setup.create("And then?", previous_response_id=first.id, **given))
+    if found.input_tokens != used:
+        raise Differs(f"{found.input_tokens} are counted, {used} are used")
+
+
 @feature("usage: cached tokens")
 def cached(setup: Setup) -> None:
     first = setup.create("A long beginning that stays the same. " * 10)
