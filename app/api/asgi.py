@@ -8,6 +8,7 @@ from litestar import Litestar
 from litestar.di import Provide
 from litestar.types import ASGIApp
 
+from app.api.compactions import CompactionsController
 from app.api.input_tokens import input_tokens
 from app.api.models import ModelsController
 from app.api.operations import home, livez, readyz
@@ -21,7 +22,15 @@ Lifespan = Callable[[Any], AbstractAsyncContextManager[None]]
 def build(services: Services, lifespan: Lifespan) -> ASGIApp:
     """The application around services that `assembly` has built."""
     app = Litestar(
-        route_handlers=[ResponsesController, input_tokens, ModelsController, home, livez, readyz],
+        route_handlers=[
+            ResponsesController,
+            CompactionsController,
+            input_tokens,
+            ModelsController,
+            home,
+            livez,
+            readyz,
+        ],
         dependencies={
             "services": Provide(lambda: services, sync_to_thread=False),
             "caller": Provide(provide_caller),

@@ -1,6 +1,5 @@
 """`/v1/responses`: create, retrieve, list, delete, input items."""
 
-import asyncio
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -12,7 +11,7 @@ from litestar import Controller, Request, Response, delete, get, post
 from litestar.enums import MediaType
 
 from app.api import queries
-from app.api.connected import ClientDisconnected, while_connected
+from app.api.connected import run_while_connected
 from app.api.replies import json_reply
 from app.api.services import Services
 from app.api.sse import EventStream
@@ -50,7 +49,6 @@ class ResponsesController(Controller):
     @post(status_code=200)
     async def create(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[Any]:
         """Make a response: JSON when it is done, SSE while it is made, or later, in the background."""
-        started: list[tuple[ForegroundRun, dict[str, str]]] = []
         with ExitStack() as taking:
             raw = await taking.enter_context(services.bodies.reading(request)).read()
             create = await offload(len(raw), decode_create, raw, services.catalog.passed_on)
@@ -58,22 +56,16 @@ class ResponsesController(Controller):
                 return await self._create_in_background(caller, create, raw, services)
             del raw  # the response may take long
 
-            async def begin() -> resources.Response | None:
-                run = await services.admission.start(caller, create)
+            async def read(run: ForegroundRun) -> tuple[resources.Response | None, dict[str, str]]:
                 taking.close()
-                started.append((run, _left_out(run.left_out)))
+                headers = _left_out(run.left_out)
                 if not create.stream:
-                    return await run.finished()
+                    return await run.finished(), headers
                 await run.opened()
-                return None
+                return None, headers
 
-            try:
-                made = await while_connected(request.receive, begin())
-            except (ClientDisconnected, asyncio.CancelledError):
-                for run, _ in started:
-                    run.reader_disconnected()
-                raise
-        [(run, headers)] = started
+            start = partial(services.admission.start, caller, create)
+            run, (made, headers) = await run_while_connected(request.receive, start, read)
         if made:
             return _reply(services, made, create.include, headers, is_new=True)
         return _stream(services, services.following.follow(run), create, headers)

@@ -79,6 +79,11 @@ def is_from_user(item: AnyItem) -> TypeGuard[Message]:
     return isinstance(item, Message) and item.role == "user"
 
 
+def retained(items: Sequence[AnyItem]) -> list[AnyItem]:
+    """The messages to the model among items, which a compacted window shows before its compaction item."""
+    return [item for item in items if is_instruction(item) or is_from_user(item)]
+
+
 def can_compact(items: Sequence[AnyItem]) -> bool:
     """Whether a summary would replace anything: after the newest compaction item there is more than messages to the model."""
     stays = (AdditionalTools, McpListTools, Compaction)

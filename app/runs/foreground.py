@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import structlog
 
+from app.domain.context import Context
 from app.domain.lifecycle import Outcome, close_response
 from app.errors import RESPONSE_ID_HEADER, ApiError, DatabaseUnavailable, ServerError
 from app.offload import offload
@@ -122,6 +123,11 @@ class ForegroundRun:
         self._tools: Tools | None = None
         self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def context(self) -> Context:
+        """What it starts from, until its task has ended."""
+        return self._plan.context
 
     # -- Readers ----------------------------------------------------------------------------------------------------------
 

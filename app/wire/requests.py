@@ -217,16 +217,17 @@ def decode_create(raw: bytes, passed_on: Collection[str]) -> CreateResponse:
     `passed_on` names the parameters beyond the API that the catalog lets through. Raises InvalidRequest, with the
     parameter's path, for everything that is wrong whatever the state.
     """
-    return _decode_request(raw, passed_on, _KNOWN)
+    return decode_request(raw, passed_on, _KNOWN)
 
 
 def decode_count(raw: bytes, passed_on: Collection[str]) -> CreateResponse:
     """The body of `POST /v1/responses/input_tokens`, as the create whose prompt is counted. `personality` has no effect. Raises as
     `decode_create`."""
-    return _decode_request(raw, passed_on, _COUNTED)
+    return decode_request(raw, passed_on, _COUNTED)
 
 
-def _decode_request(raw: bytes, passed_on: Collection[str], known: Collection[str]) -> CreateResponse:
+def decode_request(raw: bytes, passed_on: Collection[str], known: Collection[str]) -> CreateResponse:
+    """A body that has only the parameters `known`, as a create request. Raises as `decode_create`."""
     check_text(raw)
     raw = mend_surrogates(raw)
     keys = _decode_keys(raw)

@@ -2,13 +2,29 @@
 
 import openai
 import pytest
+from agents import SQLiteSession
+from agents.memory import OpenAIResponsesCompactionSession
 
 from app.domain.compaction import HEADING, MESSAGES_HEADING
 from app.settings import Settings
 from app.setup import compaction_prompt
 from tests.api.streams import events_of, types_of
 from tests.replay import replay
-from tests.upstream import answer, call, calling, cut, error, finish, gate, reasoning, script, status, text, usage
+from tests.upstream import (
+    answer,
+    call,
+    calling,
+    cut,
+    error,
+    finish,
+    gate,
+    no_usage,
+    reasoning,
+    script,
+    status,
+    text,
+    usage,
+)
 from tests.waiting import until
 
 PROMPT = compaction_prompt(Settings())
@@ -217,3 +233,115 @@ def test_an_item_that_was_changed_or_is_too_long_is_refused_with_its_path(http, 
             code,
             "input[1].encrypted_content",
         )
+
+
+# -- The endpoint -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_context_is_compacted_to_a_window_for_a_new_chain(client, http, upstream, said, summary):
+    history = [
+        {"role": "system", "content": "be brief"},
+        user("old"),
+        {"role": "assistant", "content": "b"},
+        user(said),
+    ]
+    made = client.responses.compact(model="m", input=history, instructions="be kind")
+    assert (made.object, made.id[:5]) == ("response.compaction", "resp_")
+    assert (made.usage.input_tokens, made.usage.output_tokens) == (100, 20)
+    outline = [(item.type, getattr(item, "role", None), getattr(item, "status", None)) for item in made.output]
+    assert outline == [("message", role, "completed") for role in ("system", "user", "user")] + [
+        ("compaction", None, None)
+    ]
+    [asked] = summary()
+    assert [one["content"] for one in asked["messages"]] == ["be kind", "be brief", "old", "b", said, PROMPT]
+    window = http.post("/responses/compact", json={"model": "m", "input": history}).json()["output"]
+    client.responses.create(model="m", input=[*window, user(f"next {said}")])
+    system = {"role": "system", "content": "be brief"}
+    assert seen(upstream, f"next {said}") == [system, summed(said), user(f"next {said}")]
+    again = client.responses.compact(model="m", input=[*window, user(f"next {said}")])
+    assert [item.type for item in again.output] == ["message"] * 4 + ["compaction"]
+
+
+def test_a_stored_chain_is_compacted_and_nothing_is_stored(client, upstream, said, summary):
+    first = client.responses.create(model="m", input=said)
+    made = client.responses.compact(model="m", previous_response_id=first.id, input="and this")
+    assert [item.content[0].text for item in made.output[:-1]] == [said, "and this"]
+    assert client.responses.compact(model="m", previous_response_id=first.id).output[-1].type == "compaction"
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.responses.create(model="m", input="more", previous_response_id=made.id)
+    assert refused.value.code == "previous_response_not_found"
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(made.id)
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "param"),
+    [
+        ({"model": None}, "missing_required_parameter", "model"),
+        ({}, "missing_required_parameter", "input"),
+        ({"instructions": "x"}, None, "input"),
+        ({"input": "x", "tools": []}, "unknown_parameter", "tools"),
+        ({"input": "x", "conversation": "conv_1"}, "unknown_parameter", "conversation"),
+        ({"input": "x", "stream": False}, "unknown_parameter", "stream"),
+        ({"input": "x", "instruction": "y"}, "unknown_parameter", "instruction"),
+        ({"input": "x", "prompt_cache_key": "k" * 65}, "invalid_value", "prompt_cache_key"),
+        (
+            {"input": "x", "image": {"context_compression": "enabled"}},
+            "unsupported_parameter",
+            "image.context_compression",
+        ),
+        ({"input": [{"role": "king", "content": "x"}]}, "invalid_value", "input[0].role"),
+        ({"input": [TRIGGER, user("x")]}, "invalid_value", "input[0]"),
+        ({"previous_response_id": "resp_x"}, "previous_response_not_found", "previous_response_id"),
+    ],
+    ids=str,
+)
+def test_a_bad_compaction_is_refused_before_any_work(http, given, code, param):
+    reply = http.post("/responses/compact", json={"model": "m", **given})
+    assert (reply.json()["error"]["code"], reply.json()["error"]["param"]) == (code, param)
+
+
+def test_hints_of_a_compaction_are_taken(http, said, summary):
+    hints = {
+        "service_tier": "auto",
+        "prompt_cache_key": "k",
+        "prompt_cache_retention": "24h",
+        "prompt_cache_options": {"ttl": "30m", "prewarm": True},
+        "image": {"context_compression": "auto"},
+    }
+    reply = http.post("/responses/compact", json={"model": "m", "input": [user(said), TRIGGER], **hints})
+    assert [item["type"] for item in reply.json()["output"]] == ["message", "compaction"]
+
+
+@pytest.mark.parametrize(
+    ("turn", "answered"),
+    [
+        ([status(400, {"error": {"message": "no", "code": "context_length_exceeded"}})], 400),
+        ([text("The"), cut()], 502),
+        ([text("The"), finish("length")], 502),
+    ],
+)
+def test_a_compaction_without_a_whole_summary_is_an_error(http, said, summary, turn, answered):
+    summary(*turn)
+    assert http.post("/responses/compact", json={"model": "m", "input": said}).status_code == answered
+
+
+def test_an_upstream_that_reports_no_usage_leaves_zeros(client, said, summary):
+    summary(*answer("The summary."), no_usage())
+    assert client.responses.compact(model="m", input=said).usage.total_tokens == 0
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Pydantic serializer"
+)  # of the SDK's types, which have no user messages in an output
+async def test_the_agents_sdk_compacts_its_session(server, upstream, said, summary):
+    async with server.async_client() as client:
+        store = SQLiteSession(said)
+        session = OpenAIResponsesCompactionSession(said, store, client=client, model="gpt-m", compaction_mode="input")
+        await session.add_items([user(said), {"role": "assistant", "content": "b"}])
+        await session.run_compaction({"force": True})
+        kept = await session.get_items()
+        store.close()
+        assert [item["type"] for item in kept] == ["message", "compaction"]
+        await client.responses.create(model="m", input=[*kept, user(f"next {said}")])
+    assert seen(upstream, f"next {said}") == [summed(said), user(f"next {said}")]
