@@ -6,13 +6,14 @@
         UnsupportedParameter      a parameter, tool or item of the API that this server does not offer
         PreviousResponseNotFound  `previous_response_id` is unknown, deleted, another tenant's
         TokensNotCounted          the upstream has nothing that counts the tokens of this request
-        BodyTooLarge 413          the body is over REPRISE_BODY_BYTES_MAX
+        BodyTooLarge 413          the body is over REPRISE_BODY_BYTES_MAX, or a prompt with its variables
         HeadTooLarge 431          the headers are over a limit
         UriTooLong 414            the request line is
         RequestTooSlow 408        the headers or the body did not arrive in time
       AuthenticationFailed 401    the key is missing, unknown or revoked
       ForeignSite 403             a web page of another site calls a server that has no keys
       NotFound 404                an unknown id or path; another tenant's id looks the same
+        PromptNotFound            the catalog has no such prompt, or no such version of it
       MethodNotAllowed 405        the path exists, the method does not
       TooManyRequests 429         a limit of this server is reached
       ServerError 500             a bug in this server
@@ -174,6 +175,18 @@ class ResponseNotFound(NotFound):
 
     def __init__(self, response_id: str) -> None:
         super().__init__(f"Response with id '{response_id}' not found.")
+
+
+class PromptNotFound(NotFound):
+    """The catalog has no such prompt, or no such version of it."""
+
+    code = "prompt_not_found"
+
+    def __init__(self, prompt_id: str, version: str | None = None) -> None:
+        message, param = f"Prompt with id '{prompt_id}' not found.", "prompt.id"
+        if version is not None:
+            message, param = f"Prompt with id '{prompt_id}' has no version '{version}'.", "prompt.version"
+        super().__init__(message, param=param)
 
 
 class MethodNotAllowed(ApiError):

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from app.domain.dialect import Dialect
-from app.errors import InvalidRequest, UnsupportedParameter
+from app.errors import ApiError, UnsupportedParameter
 from app.outbound.catalog_file import load_catalog
 from app.settings import Settings, load, variable
 from app.wire.requests import Body, decode_create
@@ -88,12 +88,13 @@ def _with_venv(env: dict[str, str]) -> dict[str, str]:
 
 
 def test_the_catalog_is_a_valid_one(catalog_file):
-    [toml], [tools] = snippets("toml", DOCS / "catalog.md"), snippets("toml", DOCS / "tools.md")
-    settings = load({"REPRISE_CATALOG": catalog_file(toml)})
+    [toml, prompts], [tools] = snippets("toml", DOCS / "catalog.md"), snippets("toml", DOCS / "tools.md")
+    settings = load({"REPRISE_CATALOG": catalog_file(toml + prompts)})
     catalog = load_catalog(settings, {"SPARE_KEY": "k"})
     assert [route.model for route in catalog.routes("qwen3-32b")] == ["qwen3-32b", "qwen3-8b"]
     assert catalog.routes("spare@llama-3")[0].upstream == "spare"
     assert catalog.upstreams["local"].speaks == Dialect(reasoning="reasoning_content", lacks=frozenset({"json_object"}))
+    assert catalog.prompts["greeting"].default_version == "1"
     served = load_catalog(load({"REPRISE_CATALOG": catalog_file(tools)}), {})
     assert {kind: route.server for kind, route in served.hosted.items()} == {
         "web_search": "search",
@@ -138,7 +139,7 @@ def test_what_is_not_offered_is_refused_and_what_is_refused_is_listed(demo):
             decode_create(msgspec.json.encode({"model": "m", "input": "hi", name: {"id": "x"}}), ())
         except UnsupportedParameter as error:
             refused.add(error.param)
-        except InvalidRequest:
+        except ApiError:
             pass
     assert {f"`{name}`" for name in refused} <= set(re.findall(r"`\w+`", listed))
     paths = re.findall(r"`(/[\w/]+)`", listed)

@@ -15,6 +15,7 @@ from app.api.connected import run_while_connected
 from app.api.replies import json_reply
 from app.api.services import Services
 from app.api.sse import EventStream
+from app.domain.prompt_templates import fill_in
 from app.errors import InvalidParameter, InvalidRequest
 from app.offload import offload
 from app.rooms import Room
@@ -51,7 +52,9 @@ class ResponsesController(Controller):
         """Make a response: JSON when it is done, SSE while it is made, or later, in the background."""
         with ExitStack() as taking:
             raw = await taking.enter_context(services.bodies.reading(request)).read()
-            create = await offload(len(raw), decode_create, raw, services.catalog.passed_on)
+            prompts, bytes_max = services.catalog.prompts, services.settings.body_bytes_max
+            filling_in = partial(fill_in, prompts=prompts, bytes_max=bytes_max)
+            create = await offload(len(raw), decode_create, raw, services.catalog.passed_on, filling_in)
             if create.background:
                 return await self._create_in_background(caller, create, raw, services)
             del raw  # the response may take long

@@ -36,6 +36,7 @@ from app.wire.items import (
     Message,
     OpaqueItem,
     OutputText,
+    PromptedMessage,
     Reasoning,
     call_id_of,
     type_of,
@@ -80,7 +81,7 @@ class Context(Struct, frozen=True):
     """Calls that this request's input approves: they are made before the first turn."""
     decisions: tuple[tuple[str, bool], ...]
     """Every approval request that this request's input answers, and how."""
-    instructions: str | None
+    instructions: str | Sequence[PromptedMessage] | None
     toolbox: Toolbox
     hosted: frozenset[Kind]
     """Hosted tools that have a tool server."""
@@ -194,7 +195,7 @@ def _context(
         answers=pair(items),
         approved=tuple(asked for asked in decided.values() if asked and request.generate),
         decisions=() if not request.generate else tuple((id, asked is not None) for id, asked in decided.items()),
-        instructions=request.body.instructions,
+        instructions=request.instructions,
         toolbox=open_toolbox(request.tools, added, request.tool_choice, listed=listed, hosted=hosted),
         hosted=hosted,
         origins=origins,

@@ -37,6 +37,7 @@ from app.wire.items import (
     McpListTools,
     Message,
     OpaqueItem,
+    PromptedMessage,
     Reasoning,
     Refusal,
     ServerCallItem,
@@ -59,7 +60,7 @@ def messages(context: Context, dialect: Dialect, unseal: Unseal, recall: Recall 
     """
     made: list[ChatMessage] = []
     if context.instructions:
-        made.append({"role": "developer" if dialect.developer_role else "system", "content": context.instructions})
+        made += _instructions(context.instructions, dialect)
     if recall == "auto":
         recall = "current_turn" if dialect.reasoning == "think" else "all_turns"
     turn = _AssistantTurn(dialect, unseal, context, _last_asked(context) if recall == "current_turn" else 0)
@@ -190,7 +191,13 @@ class _AssistantTurn:
         return made + attached
 
 
-def _message(item: Message, dialect: Dialect) -> ChatMessage:
+def _instructions(given: str | Sequence[PromptedMessage], dialect: Dialect) -> list[ChatMessage]:
+    if isinstance(given, str):
+        return [{"role": "developer" if dialect.developer_role else "system", "content": given}]
+    return [_message(one, dialect) for one in given]
+
+
+def _message(item: Message | PromptedMessage, dialect: Dialect) -> ChatMessage:
     role = "system" if item.role == "developer" and not dialect.developer_role else item.role
     return {"role": role, "content": _content(item.content if isinstance(item.content, list) else [], dialect)}
 

@@ -18,6 +18,10 @@
     tool = "search"
     arguments = { q = "$query", limit = 10 }
 
+    [prompts.greeting.versions.1]              # a template for requests; app/domain/prompt_templates.py fills it in
+    instructions = "Greet {{name}}."
+    variables = { name = "string" }
+
 A model that no entry names goes to the `default` upstream, or to the only one; `local@qwen3` names an upstream directly.
 """
 
@@ -32,6 +36,7 @@ from msgspec import Meta, Struct
 
 from app.domain.dialect import PRESETS, Dialect, Preset, preset_of_host
 from app.domain.hosted import HostedRoute, Kind
+from app.domain.prompt_templates import Prompt
 from app.errors import NotFound
 from app.outbound.toolserver import Shared, ToolServer
 
@@ -140,6 +145,7 @@ class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
     default: str = ""
     tool_servers: dict[str, ToolServerEntry] = {}
     hosted: dict[Kind, HostedRoute] = {}
+    prompts: dict[str, Prompt] = {}
     refuse_missing_tools: bool | None = None
     """Whether a hosted tool without a `[hosted]` entry is a 400, or hidden from the model. Default: a 400 if the answer depends on it,
     else hidden."""

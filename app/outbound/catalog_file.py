@@ -13,7 +13,9 @@ from msgspec.structs import replace
 
 from app.domain.dialect import PRESETS, Dialect
 from app.domain.hosted import HostedRoute, Kind
+from app.domain.prompt_templates import Prompt, PromptVersion
 from app.domain.tools.table import HOSTED, KINDS
+from app.errors import ApiError
 from app.outbound.catalog import KEY, Catalog, ModelEntry, ToolServerEntry, UpstreamEntry
 from app.settings import SWITCHES, Settings, SettingsError
 from app.wire.keys import choices, nearest, suggestion
@@ -65,6 +67,7 @@ def _read(path: Path) -> Catalog:
         raise SettingsError(f"{path}: {error}") from None
     _read_switches(raw)
     _fill_in_presets(path, raw)
+    _encode_tools(raw)
     _refuse_unknown_kinds(path, raw)
     for entry, value, type_ in _entries(raw):
         _convert(path, value, type_, entry)
@@ -106,6 +109,25 @@ def _fill_in_presets(path: Path, raw: Mapping[str, Any]) -> None:
         upstream["dialect"] = {**base, **dialect, **added}
 
 
+def _encode_tools(raw: Mapping[str, Any]) -> None:
+    """The tools of prompts become JSON, which the API's own decoder reads."""
+    for _, version in _versions(raw):
+        if isinstance(version.get("tools"), list):
+            version["tools"] = [msgspec.Raw(msgspec.json.encode(tool)) for tool in version["tools"]]
+        if "tool_choice" in version:
+            version["tool_choice"] = msgspec.Raw(msgspec.json.encode(version["tool_choice"]))
+
+
+def _versions(raw: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each version of a prompt, and the name of its entry."""
+    prompts = raw.get("prompts")
+    for id, prompt in prompts.items() if isinstance(prompts, dict) else ():
+        versions = prompt.get("versions") if isinstance(prompt, dict) else None
+        for number, version in versions.items() if isinstance(versions, dict) else ():
+            if isinstance(version, dict):
+                yield f"[prompts.{id}.versions.{number}]", version
+
+
 def _refuse_unknown_kinds(path: Path, raw: Mapping[str, Any]) -> None:
     hosted, known = raw.get("hosted"), HOSTED.keys()
     for kind in hosted if isinstance(hosted, dict) else ():
@@ -119,8 +141,14 @@ def _refuse_unknown_kinds(path: Path, raw: Mapping[str, Any]) -> None:
 
 def _entries(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Each entry with its type: errors of the whole catalog do not name the entry."""
+    yield from ((entry, version, PromptVersion) for entry, version in _versions(raw))
     types = {field.name: field.type for field in msgspec.structs.fields(Catalog)}
-    sections = {"upstreams": UpstreamEntry, "tool_servers": ToolServerEntry, "hosted": types["hosted"].__args__[1]}
+    sections = {
+        "upstreams": UpstreamEntry,
+        "tool_servers": ToolServerEntry,
+        "hosted": types["hosted"].__args__[1],
+        "prompts": Prompt,
+    }
     for section, type_ in sections.items():
         entries = raw.get(section)
         for name, value in entries.items() if isinstance(entries, dict) else ():
@@ -160,6 +188,7 @@ def _faults(catalog: Catalog) -> Iterator[str]:
     yield from _faults_of_models(catalog)
     yield from _faults_of_headers(catalog)
     yield from _faults_of_tools(catalog)
+    yield from _faults_of_prompts(catalog)
 
 
 def _faults_of_names(catalog: Catalog) -> Iterator[str]:
@@ -258,6 +287,19 @@ def _faults_of_arguments(kind: Kind, route: HostedRoute) -> Iterator[str]:
         for text in _texts(value):
             if text.startswith("$") or any(one["name"] in known for one in _PLACEHOLDER.finditer(text)):
                 yield f"hosted '{kind}': '{text}' in '{name}' is not filled in: a placeholder is a whole argument"
+
+
+def _faults_of_prompts(catalog: Catalog) -> Iterator[str]:
+    for id, prompt in catalog.prompts.items():
+        if prompt.default and prompt.default not in prompt.versions:
+            yield f"[prompts.{id}]: 'default' names an unknown version '{prompt.default}'; there are {', '.join(prompt.versions)}"
+        for number, version in prompt.versions.items():
+            try:
+                if version.model is not None:
+                    catalog.routes(version.model)
+                yield from (f"[prompts.{id}.versions.{number}]: {fault}" for fault in version.faults())
+            except ApiError as error:
+                yield f"[prompts.{id}.versions.{number}]: {error.message.removesuffix('.')}"
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -22,7 +22,7 @@ from app.storage.queue import Queued
 from app.storage.redislog import RedisLogs
 from app.wire.events import Created, Entry, encode_event
 from app.wire.events import Queued as QueuedEvent
-from app.wire.requests import CreateResponse, without_secrets
+from app.wire.requests import CreateResponse, as_stored
 from app.wire.resources import Response
 
 
@@ -95,7 +95,7 @@ class Admission:
             encode_event(Created(response=response)),
             encode_event(QueuedEvent(response=response, sequence_number=1)),
         ]
-        stored, tool_secrets = without_secrets(raw, plan.request)
+        stored, tool_secrets = as_stored(raw, plan.request)
         queued = Queued(
             request=stored,
             secrets=seal_secrets(self._seal, Secrets(caller.key, tool_secrets)),

@@ -279,7 +279,15 @@ class BackgroundRun:
             stored = await queue.load_request(tx, self.claim)
         if stored is None:
             raise Fenced
-        return await offload(len(stored), decode_create, stored.encode(), self._runs.catalog.passed_on)
+        instructions = self.recorder.response.instructions
+        prompted = instructions if isinstance(instructions, list) else []
+        return await offload(
+            len(stored),
+            decode_create,
+            stored.encode(),
+            self._runs.catalog.passed_on,
+            lambda body: (body, prompted),  # as at admission, whatever the catalog has now
+        )
 
     def interrupted(self) -> Outcome | None:
         """The outcome of a run that is cancelled now; None if another worker continues it."""

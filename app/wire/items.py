@@ -117,6 +117,13 @@ class Message(Item, tag="message"):
     phase: str | UnsetType | None = UNSET
 
 
+class PromptedMessage(Struct, tag_field="type", tag="message"):
+    """A message of a prompt, in the place of instructions. It is no item, so it has no id."""
+
+    role: Role
+    content: list[Content]
+
+
 class FunctionCall(Item, tag="function_call"):
     call_id: str
     name: str

@@ -15,7 +15,7 @@ LIKENESS = 0.7
 NAME_CHARS_MAX = 64
 """A longer name resembles none of the API's, and is slow to compare."""
 
-_STEP = re.compile(r"\.(?P<key>[^.\[]+)|\[")
+_STEP = re.compile(r"\.(?P<key>[^.\[\]]+)|\[")
 
 
 @cache

@@ -5,16 +5,24 @@ the known ones as one Struct. Items, tools and `tool_choice` stay raw until thei
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 from msgspec.structs import asdict, replace
 
-from app.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
+from app.errors import InvalidParameter, InvalidRequest, PromptNotFound, UnsupportedParameter
 from app.wire.decoding import Json, check_text, decode, missing, unknown
-from app.wire.items import ID_CHARS_MAX, AnyItem, CompactionTrigger, InputText, Message, decode_item
+from app.wire.items import (
+    ID_CHARS_MAX,
+    AnyItem,
+    CompactionTrigger,
+    InputText,
+    Message,
+    PromptedMessage,
+    decode_item,
+)
 from app.wire.keys import suggestion
 from app.wire.tools import AnyTool, McpTool, ToolChoice, decode_tool_choice, decode_tools
 
@@ -90,21 +98,18 @@ class AccessPrograms(Struct, forbid_unknown_fields=True):
     cyber: str | None = None
 
 
-class Body(Struct, kw_only=True):
-    """The known top-level keys of `POST /v1/responses`, with the API's ranges."""
+class PromptReference(Struct, omit_defaults=True, forbid_unknown_fields=True):
+    """The operator's prompt that a request is made from, and the values of its variables."""
+
+    id: str
+    version: str | None = None
+    variables: dict[str, Raw] | None = None
+
+
+class PromptParameters(Struct, kw_only=True):
+    """The parameters that a prompt may set; what a request gives wins."""
 
     model: str | None = None
-    input: Raw = NOTHING
-    instructions: str | None = None
-    previous_response_id: str | None = None
-    conversation: Raw = NOTHING
-    prompt: Raw = NOTHING
-    store: bool | None = None
-    background: bool | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    include: list[Include] | None = None
-    metadata: Annotated[Metadata, Meta(max_length=16)] | None = None
     max_output_tokens: Annotated[int, Meta(ge=16)] | None = None
     max_tool_calls: Annotated[int, Meta(ge=1)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
@@ -118,6 +123,22 @@ class Body(Struct, kw_only=True):
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
     truncation: Literal["auto", "disabled"] | None = None
+
+
+class Body(PromptParameters, kw_only=True):
+    """The known top-level keys of `POST /v1/responses`, with the API's ranges."""
+
+    input: Raw = NOTHING
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    conversation: Raw = NOTHING
+    prompt: PromptReference | None = None
+    store: bool | None = None
+    background: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    include: list[Include] | None = None
+    metadata: Annotated[Metadata, Meta(max_length=16)] | None = None
     context_management: Raw = NOTHING
     moderation: Raw = NOTHING
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"] | None = None
@@ -142,8 +163,15 @@ class CreateResponse(Struct, kw_only=True, frozen=True):
     tool_choice: ToolChoice
     extra: dict[str, Raw]
     """Parameters beyond the API that go to the upstream as they are."""
+    prompted: list[PromptedMessage] = []
+    """The messages of the prompt."""
     size: int = 0
-    """Bytes of the body."""
+    """Bytes of the body, and of the prompt's messages."""
+
+    @property
+    def instructions(self) -> str | list[PromptedMessage] | None:
+        """What stands before all items: the request's own instructions, or the messages of its prompt."""
+        return self.body.instructions if self.body.instructions is not None else self.prompted or None
 
     @property
     def store(self) -> bool:
@@ -211,13 +239,22 @@ _ESCAPES = re.compile(
 _LONE_SURROGATE_CHARS = len(r"\ud83d")
 
 
-def decode_create(raw: bytes, passed_on: Collection[str]) -> CreateResponse:
+FillIn = Callable[[Body], tuple[Body, list[PromptedMessage]]]
+"""Gives a body what its prompt sets, and the prompt's messages. Raises PromptNotFound, InvalidRequest."""
+
+
+def _no_prompts(body: Body) -> tuple[Body, list[PromptedMessage]]:
+    assert body.prompt
+    raise PromptNotFound(body.prompt.id)
+
+
+def decode_create(raw: bytes, passed_on: Collection[str], fill_in: FillIn = _no_prompts) -> CreateResponse:
     """The body of `POST /v1/responses`.
 
-    `passed_on` names the parameters beyond the API that the catalog lets through. Raises InvalidRequest, with the
-    parameter's path, for everything that is wrong whatever the state.
+    `passed_on` names the parameters beyond the API that the catalog lets through; `fill_in` has the prompts. Raises
+    InvalidRequest, with the parameter's path, for everything that is wrong whatever the state; PromptNotFound.
     """
-    return decode_request(raw, passed_on, _KNOWN)
+    return decode_request(raw, passed_on, _KNOWN, fill_in)
 
 
 def decode_count(raw: bytes, passed_on: Collection[str]) -> CreateResponse:
@@ -226,7 +263,9 @@ def decode_count(raw: bytes, passed_on: Collection[str]) -> CreateResponse:
     return decode_request(raw, passed_on, _COUNTED)
 
 
-def decode_request(raw: bytes, passed_on: Collection[str], known: Collection[str]) -> CreateResponse:
+def decode_request(
+    raw: bytes, passed_on: Collection[str], known: Collection[str], fill_in: FillIn = _no_prompts
+) -> CreateResponse:
     """A body that has only the parameters `known`, as a create request. Raises as `decode_create`."""
     check_text(raw)
     raw = mend_surrogates(raw)
@@ -240,6 +279,9 @@ def decode_request(raw: bytes, passed_on: Collection[str], known: Collection[str
         decode(_PERSONALITY, keys.get("personality", NOTHING), "personality")
     body = decode(_BODY, raw)
     _refuse_unsupported(body)
+    prompted: list[PromptedMessage] = []
+    if body.prompt:
+        body, prompted = fill_in(body)
     if not body.model:
         raise missing("model")
     if not is_model_name(body.model):
@@ -253,7 +295,8 @@ def decode_request(raw: bytes, passed_on: Collection[str], known: Collection[str
         tools=decode_tools(body.tools or []),
         tool_choice=decode_tool_choice(body.tool_choice),
         extra=extra,
-        size=len(raw),
+        prompted=prompted,
+        size=len(raw) + (len(msgspec.json.encode(prompted)) if prompted else 0),
     )
 
 
@@ -268,22 +311,36 @@ class ToolSecrets(Struct, omit_defaults=True):
 _TOOLS = msgspec.json.Decoder(list[dict[str, Raw]])
 
 
-def without_secrets(raw: bytes, request: CreateResponse) -> tuple[bytes, dict[str, ToolSecrets]]:
-    """The body of a create request as it may be stored, and apart from it the secrets of its MCP servers, by label."""
+def as_stored(raw: bytes, request: CreateResponse) -> tuple[bytes, dict[str, ToolSecrets]]:
+    """The body of a create request as it may be stored, and apart from it the secrets of its MCP servers, by label.
+
+    It holds the parameters that its prompt has set; the prompt's messages are those of the response.
+    """
     secrets = {
         tool.server_label: ToolSecrets(tool.authorization, tool.headers, tool.server_url)
         for tool in request.tools
         if isinstance(tool, McpTool) and (tool.authorization or tool.headers or tool.server_url)
     }
-    if not secrets:
+    if not secrets and not request.body.prompt:
         return raw, {}
-    keys = _KEYS.decode(mend_surrogates(raw))
-    tools = _TOOLS.decode(keys["tools"])
-    for tool, fields in zip(request.tools, tools, strict=True):
-        if isinstance(tool, McpTool):
-            for name in ToolSecrets.__struct_fields__:
-                fields.pop(name, None)
-    return msgspec.json.encode({**keys, "tools": tools}), secrets
+    keys = _KEYS.decode(mend_surrogates(raw)) | _prompted_keys(request.body)
+    if secrets:
+        tools = _TOOLS.decode(keys["tools"])
+        for tool, fields in zip(request.tools, tools, strict=True):
+            if isinstance(tool, McpTool):
+                for name in ToolSecrets.__struct_fields__:
+                    fields.pop(name, None)
+        keys["tools"] = Raw(msgspec.json.encode(tools))
+    return msgspec.json.encode(keys), secrets
+
+
+def _prompted_keys(body: Body) -> dict[str, Raw]:
+    """The keys that a prompt may set, and the prompt without its variables."""
+    if not body.prompt:
+        return {}
+    values = {name: getattr(body, name) for name in PromptParameters.__struct_fields__}
+    values["prompt"] = replace(body.prompt, variables=None)
+    return {name: Raw(msgspec.json.encode(value)) for name, value in values.items() if value is not None}
 
 
 def with_secrets(request: CreateResponse, secrets: Mapping[str, ToolSecrets]) -> CreateResponse:
@@ -318,14 +375,14 @@ def is_model_name(name: str) -> bool:
 def _decode_input(body: Body) -> list[AnyItem]:
     given = decode(_INPUT, body.input, "input")
     if given is None:
-        if body.previous_response_id is None and body.instructions is None:
+        if body.previous_response_id is None and body.instructions is None and body.prompt is None:
             raise missing("input")
         return []
     if isinstance(given, str):
         if len(given) > INPUT_CHARS_MAX:
             raise InvalidParameter(f"'input' is longer than {INPUT_CHARS_MAX} characters.", param="input")
         return [Message(role="user", content=[InputText(text=given)])]
-    if not given and body.previous_response_id is None and not body.instructions:
+    if not given and body.previous_response_id is None and not body.instructions and body.prompt is None:
         raise InvalidParameter("Invalid 'input': it holds no items.", param="input", code="empty_array")
     items = [decode_item(item, f"input[{index}]") for index, item in enumerate(given)]
     for index, item in enumerate(items[:-1]):
@@ -341,7 +398,6 @@ def _refuse_unsupported(body: Body) -> None:
     """Parameters of the API that this server does not offer; harmless values of them pass."""
     refused: dict[str, bool] = {
         "conversation": _given(body.conversation),
-        "prompt": _given(body.prompt),
         "context_management": _given(body.context_management),
         "moderation": _given(body.moderation),
         "multi_agent": _given(body.multi_agent),

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from app.wire.requests import AccessPrograms, Image, PromptCacheOptions, ReasoningConfig
+from app.wire.items import PromptedMessage
+from app.wire.requests import AccessPrograms, Image, PromptCacheOptions, PromptReference, ReasoningConfig
 
 Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 
@@ -62,7 +63,7 @@ class Response(Struct, kw_only=True):
     completed_at: int | None = None
     error: ResponseError | None = None
     incomplete_details: IncompleteDetails | None = None
-    instructions: str | None = None
+    instructions: str | list[PromptedMessage] | None = None
     max_output_tokens: int | None = None
     max_tool_calls: int | None = None
     model: str
@@ -70,6 +71,7 @@ class Response(Struct, kw_only=True):
     parallel_tool_calls: bool = True
     previous_response_id: str | None = None
     conversation: None = None
+    prompt: PromptReference | UnsetType = UNSET
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | UnsetType = UNSET
     prompt_cache_options: PromptCacheOptions | UnsetType = UNSET

@@ -279,6 +279,47 @@ SERVER = '[tool_servers.s]\nurl = "http://x/mcp"\n'
             ONE + SERVER + '[hosted.web_search]\nserver = "s"\ntool = "t"\nfields = { ur = "link" }',
             "hosted 'web_search': there is no field 'ur'; there are url, title, text",
         ),
+        *(
+            (ONE + f"[prompts.p.versions.{version}\n{fields}", message)
+            for version, fields, message in (
+                (
+                    "1]",
+                    'instructions = "Hi {{you}}"',
+                    r"\[prompts\.p\.versions\.1\]: '\{\{you\}\}' in 'instructions' is not among",
+                ),
+                ("1]", 'instructions = "x"\nvariables = { you = "string" }', "the variable 'you' stands nowhere in"),
+                (
+                    "1]",
+                    'instructions = "{{a}}"\nvariables = { a = "text" }',
+                    r"\[prompts\.p\.versions\.1\]: .*; it may be input_file,",
+                ),
+                (
+                    "1]",
+                    'instructions = "{{a}}"\nvariables = { a = "input_file" }',
+                    "'a' is no text, so .* the role 'developer'",
+                ),
+                ("1]", 'instructions = "x"\ntemperatur = 1.0', "did you mean `temperature`"),
+                ("1]", 'instructions = "x"\ntemperature = 3.0', r"\[prompts\.p\.versions\.1\]: .*temperature"),
+                (
+                    "1]",
+                    'instructions = "x"\ntools = [{ type = "functoin" }]',
+                    r"\[prompts\.p\.versions\.1\]: .*tools\[0\]\.type",
+                ),
+                ("1]", 'instructions = "x"\ntool_choice = "some"', r"\[prompts\.p\.versions\.1\]: .*'tool_choice'"),
+                ("1]", 'model = "x"', r"\[prompts\.p\.versions\.1\]: .*`instructions`"),
+                ("one]", 'instructions = "x"', "versions"),
+                ("1]", 'instructions = "x"\n[prompts.p]\ndefault = "2"', "an unknown version '2'; there are 1"),
+                (
+                    "1]",
+                    'instructions = [{ role = "tool", content = "x" }]',
+                    "it may be assistant, developer, system, user",
+                ),
+            )
+        ),
+        (
+            TWO + '[prompts.p.versions.1]\nmodel = "q"\ninstructions = "x"',
+            r"\[prompts\.p\.versions\.1\]: The model 'q' does not exist",
+        ),
         ('[upstreams."a@b"]\nbase_url = "http://x/v1"', "neither spaces nor '@'"),
         (ONE + '[tool_servers."a b"]\nurl = "http://x"', "letters, digits, '_' and '-'"),
     ],

@@ -25,6 +25,7 @@ from app.domain.fold import Fold
 from app.domain.hosted import HostedRoute
 from app.domain.lifecycle import open_response
 from app.domain.prompt import chat_request
+from app.domain.prompt_templates import Prompt, fill_in
 from app.domain.recovery import recover
 from app.domain.think import ThinkSplitter, Where
 from app.domain.token_count import completion, tokenize
@@ -55,7 +56,7 @@ from app.wire.events import (
 )
 from app.wire.items import CallError, FileSearchCall, McpApprovalRequest, McpCall, WebSearchCall
 from app.wire.redaction import Redaction
-from app.wire.requests import decode_create, without_secrets
+from app.wire.requests import as_stored, decode_create
 from app.wire.tools import decode_tool_choice, decode_tools
 from tests.unit.build import (
     SEAL,
@@ -444,11 +445,22 @@ def raw_body(raw: bytes) -> Work:
     return refused(lambda: decode_create(raw, frozenset({"top_k"})))
 
 
+def templated(template: str, variables: dict[str, str]) -> Work:
+    entry = {
+        "versions": {
+            "1": {"instructions": template, "variables": {"v": "string", **dict.fromkeys(variables, "string")}}
+        }
+    }
+    fill = partial(fill_in, prompts={"p": msgspec.convert(entry, Prompt)}, bytes_max=1 << 30)
+    raw = msgspec.json.encode({"model": "m", "prompt": {"id": "p", "variables": {"v": "x", **variables}}})
+    return lambda: decode_create(raw, (), fill)
+
+
 def without(n: int) -> Work:
     fields = {"model": "m", "input": "x", "tools": [server(name, authorization="x") for name in words(n)]}
     raw = msgspec.json.encode(fields)
     asked = decode_create(raw, frozenset())
-    return lambda: without_secrets(raw, asked)
+    return lambda: as_stored(raw, asked)
 
 
 def ran(n: int) -> Work:
@@ -475,6 +487,10 @@ READ: dict[str, tuple[int, Make]] = {
         lambda n: raw_body(b'{"model": "m", "input": "' + "ä".encode() * n + b'"}'),
     ),
     "secrets taken out": (500, without),
+    "variables": (2000, lambda n: templated("{{v}}", dict.fromkeys(words(n), "x"))),
+    "a value that looks like variables": (4000, lambda n: templated("{{v}}", {"v": "{{v}}" * n})),
+    "a variable that stands often": (4000, lambda n: templated("{{v}}" * n, {"v": "x"})),
+    "braces": (40_000, lambda n: templated("{{ " * n, {})),
     "a long wrong value": (40_000, lambda n: body(truncation=" - at `$" * n)),
     "a long message": (40_000, lambda n: lambda: invalid(" - at `$.a" * n, "input")),
     "arguments": (8000, lambda n: partial(parse_arguments, json.dumps({"a": ["{["] * n}))),
