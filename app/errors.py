@@ -23,6 +23,7 @@
         TooMuchUnread 503         clients leave more unread than REPRISE_UNREAD_BYTES_MAX
       UpstreamError 502           the upstream failed
         UpstreamRefused           its own 4xx, passed on with its status
+          ContextTooLong 400      the prompt does not fit into its model's context
         UpstreamBusy 429          its 429, passed on with Retry-After
         UpstreamUnavailable       it can't be reached, answers 5xx, or breaks off
         UpstreamStalled 504       it sent nothing for longer than a timeout
@@ -276,6 +277,15 @@ class UpstreamRefused(UpstreamError):
     def event_code(self) -> str:
         """`invalid_prompt` is a code that clients do not retry."""
         return self.code or "invalid_prompt"
+
+
+class ContextTooLong(UpstreamRefused):
+    """The prompt does not fit into the model's context."""
+
+    def __init__(self, message: str, *, share_over: float | None = None) -> None:
+        """`share_over` is how much of the prompt is too much, from 0 to 1, if the upstream has counted."""
+        super().__init__(message, param="input", code="context_length_exceeded")
+        self.share_over = share_over
 
 
 class UpstreamBusy(UpstreamError):

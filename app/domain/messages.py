@@ -331,16 +331,3 @@ def _with_attachments(texts: list[str], others: Sequence[Content], call_id: str)
     note = f"The output of tool call {call_id} has {len(others)} attachment(s); they follow in the next user message."
     heading = {"type": "text", "text": f"Attachments of tool call {call_id}:"}
     return "\n".join([*texts, note]), [heading, *map(_part, others)]
-
-
-def truncate(made: Sequence[ChatMessage]) -> list[ChatMessage] | None:
-    """For `truncation: auto`: without the older half of the exchanges; None when nothing more can go.
-
-    System messages and the last exchange stay. An exchange begins with a user message, so no tool message is orphaned.
-    """
-    starts = [index for index, message in enumerate(made) if message["role"] == "user"]
-    if len(starts) < 2:
-        return None
-    cut = starts[len(starts) // 2]
-    kept = [message for message in made[:cut] if message["role"] in {"system", "developer"}]
-    return [*kept, *made[cut:]]

@@ -7,11 +7,10 @@ from msgspec.structs import replace
 
 from app.domain.context import Context
 from app.domain.dialect import WRAPPED_INPUT, Dialect
-from app.domain.messages import messages, truncate
+from app.domain.messages import messages
 from app.domain.sealed import Unseal
 from app.domain.toolbox import Offer, Toolbox
 from app.errors import UnsupportedParameter
-from app.wire.chat import ChatMessage
 from app.wire.items import InputText, Message
 from app.wire.requests import CreateResponse, JsonObjectFormat, JsonSchemaFormat
 from app.wire.tools import CustomTool, FunctionTool, Grammar
@@ -25,21 +24,12 @@ def chat_request(
     dialect: Dialect,
     unseal: Unseal,
     output_tokens_max: int | None = None,
-    halvings: int = 0,
-) -> bytes | None:
-    """The body of the upstream's `POST /chat/completions`; `output_tokens_max` is what this turn may still use.
-
-    `halvings` is how often the older half of the exchanges is dropped; None when that many can't be. Raises
-    UnsupportedParameter for what the upstream can't be asked.
-    """
+) -> bytes:
+    """The body of the upstream's `POST /chat/completions`; `output_tokens_max` is what this turn may still use. Raises
+    UnsupportedParameter for what the upstream can't be asked."""
     reasoning = request.body.reasoning
     recall = (reasoning.context if reasoning else None) or "auto"
-    chat: list[ChatMessage] | None = messages(context, dialect, unseal, recall)
-    for _ in range(halvings):
-        chat = truncate(chat) if chat else None
-    if chat is None:
-        return None
-    body: dict[str, Any] = {"model": model, "messages": chat, "stream": True}
+    body: dict[str, Any] = {"model": model, "messages": messages(context, dialect, unseal, recall), "stream": True}
     if "stream_options" not in dialect.lacks:
         body["stream_options"] = {"include_usage": True}
     body |= (

@@ -17,6 +17,7 @@ from msgspec import Struct
 from app.errors import (
     ApiError,
     AuthenticationFailed,
+    ContextTooLong,
     UpstreamBusy,
     UpstreamGarbled,
     UpstreamRefused,
@@ -24,7 +25,6 @@ from app.errors import (
 )
 from app.outbound.masking import Mask
 
-CONTEXT_TOO_LONG = "context_length_exceeded"
 MODEL_NOT_FOUND = "model_not_found"
 NO_CREDIT = "insufficient_quota"
 INVALID = "invalid_request_error"
@@ -42,7 +42,7 @@ _STATUSES = {
     "badrequesterror": 400,
     "invalid_request_error": 400,
     "exceed_context_size_error": 400,
-    CONTEXT_TOO_LONG: 400,
+    "context_length_exceeded": 400,
     "contextwindowexceedederror": 400,
     "unprocessableentityerror": 422,
     "validation": 422,
@@ -68,10 +68,23 @@ _STATUSES = {
 
 _TOO_LONG = re.compile(
     r"maximum (context|model) length|context (length|window|size)|exceeds? the available context|ContextWindowExceeded"
-    r"|prompt is too long|longer than the max|exceeds the maximum number of tokens|`inputs` tokens \+",
+    r"|tokens exceed the configured limit|prompt is too long|longer than the max|exceeds the maximum number of tokens|`inputs` tokens \+",
     re.IGNORECASE,
 )
-_TOO_LONG_TYPES = frozenset({CONTEXT_TOO_LONG, "exceed_context_size_error", "contextwindowexceedederror"})
+_TOO_LONG_TYPES = frozenset({"context_length_exceeded", "exceed_context_size_error", "contextwindowexceedederror"})
+_TOKENS_MAX = re.compile(
+    r"(?:maximum (?:context|model) length (?:is|of)|configured limit of|context (?:size|length) \(|tokens >) ?(?P<max>\d{1,15})"
+    r"|with (?P<of_model>\d{1,15}) maximum context",
+    re.IGNORECASE,
+)
+_TOKENS = re.compile(
+    r"(?:requested(?: a total of)?|resulted in|prompt contains|too long:|(?:request|input) \() ?(?P<tokens>\d{1,15}) tokens"
+    r"|request has (?P<input>\d{1,15}) input tokens(?: plus (?P<output>\d{1,15}))?",
+    re.IGNORECASE,
+)
+_PROMPT_TOKENS = re.compile(r"(\d{1,15}) (?:in the messages|tokens from the input)", re.IGNORECASE)
+_LEAST = "at least"
+"""A prompt was counted only so far."""
 _TOO_LONG_STATUSES = frozenset({400, 413, 422, 500})
 _NO_MODEL = re.compile(
     r"\bmodel\b.{0,300}(not found|does not exist|doesn't exist|not exist\b)|(invalid model name|no such model|unknown model)",
@@ -110,6 +123,8 @@ class _ErrorObject(Struct, frozen=True):
     status: int | None = None
     has_reasons: bool = False
     """It lists what was wrong with the content, as OpenRouter's moderation does."""
+    tokens: tuple[int, int] | None = None
+    """Those of the prompt and those of the context, as llama.cpp counts them."""
 
 
 def refused(status: int, headers: Mapping[str, str], raw: bytes, context: ErrorContext) -> ApiError:
@@ -148,7 +163,7 @@ def _error(status: int, found: _ErrorObject, context: ErrorContext, failed: str)
         code = NO_CREDIT if NO_CREDIT in {found.code, found.type} else None
         return UpstreamBusy(found.message or "The upstream is busy.", code=code)
     if _is_too_long(status, found):
-        return UpstreamRefused(found.message or "The context is too long.", param="input", code=CONTEXT_TOO_LONG)
+        return _too_long(found)
     if status < 502 and _NO_MEDIA.search(found.message):
         return UpstreamRefused(found.message, param=found.param or "input", code=_own_code(found))
     if status >= 500 and status != 501:
@@ -179,6 +194,35 @@ def _is_too_long(status: int, found: _ErrorObject) -> bool:
     return status in _TOO_LONG_STATUSES and bool(_TOO_LONG.search(found.message))
 
 
+def _too_long(found: _ErrorObject) -> ContextTooLong:
+    """With the upstream's counts, in its message too."""
+    message = found.message or "The context is too long."
+    if found.tokens:
+        prompt, most = found.tokens
+        if str(prompt) not in message or str(most) not in message:
+            message += f" (The prompt has {prompt} tokens, the model's context {most}.)"
+        return ContextTooLong(message, share_over=_share(prompt, prompt, most))
+    return ContextTooLong(message, share_over=_share_over(message))
+
+
+def _share_over(message: str) -> float | None:
+    """The share of the prompt that is too much, from the counts in a message."""
+    most, given = _TOKENS_MAX.search(message), _TOKENS.search(message)
+    if not most or not given or _LEAST in message:
+        return None
+    asked = sum(int(count) for count in given.groups() if count)
+    prompt = _PROMPT_TOKENS.search(message) or re.match(r"(\d+)", given["input"] or "")
+    return _share(int(prompt[1]) if prompt else asked, asked, int(most["max"] or most["of_model"]))
+
+
+def _share(prompt: int, asked: int, most: int) -> float | None:
+    return min((asked - most) / prompt, 1.0) if 0 < most < asked and prompt else None
+
+
+def _counts(prompt: Any, most: Any) -> tuple[int, int] | None:
+    return (prompt, most) if type(prompt) is type(most) is int and min(prompt, most) > 0 else None
+
+
 def _own_code(found: _ErrorObject) -> str | None:
     """The upstream's code, if it adds to the status and the type."""
     is_more = re.fullmatch(r"[a-z][a-z0-9_.-]*", found.code) and found.code not in {found.type, INVALID}
@@ -202,6 +246,7 @@ def _read(body: Any) -> _ErrorObject:
         code="" if _status(code) else _text(code),
         status=next(filter(None, map(_status, numbers)), None),
         has_reasons=isinstance(metadata, dict) and bool(metadata.get("reasons")),
+        tokens=_counts(inner.get("n_prompt_tokens"), inner.get("n_ctx")),
     )
 
 

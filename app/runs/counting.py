@@ -37,7 +37,6 @@ class TokenCounts:
     async def _count(self, plan: RunPlan) -> int:
         async def ask(upstream: Upstream, model: str) -> int:
             body = await offload(plan.size, plan.chat_request, plan.request, plan.context, upstream, model)
-            assert body is not None
             return await self._counter.count(plan.tenant_id, ChatRequest(upstream, model, body, plan.caller_key))
 
         return await plan.first_in_order(ask)

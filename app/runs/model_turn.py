@@ -12,11 +12,11 @@ from app.domain.context import Context
 from app.domain.lifecycle import add_usage, outcome_of
 from app.domain.prompt import summary_turn
 from app.domain.think import ThinkSplitter
+from app.domain.truncation import later_start, truncated
 from app.domain.turn import Turn
-from app.errors import UpstreamGarbled, UpstreamRefused
+from app.errors import ContextTooLong, UpstreamGarbled
 from app.ids import new_id, siblings
 from app.offload import offload
-from app.outbound.failures import CONTEXT_TOO_LONG
 from app.outbound.upstream import ChunkStream, Upstream
 from app.runs.plan import RunPlan
 from app.runs.recorder import Recorder
@@ -25,8 +25,11 @@ from app.wire.events import Event, TextDelta
 from app.wire.items import ItemStatus, call_id_of
 from app.wire.requests import CreateResponse
 
-TRUNCATIONS_MAX = 20
-"""Halvings of a context before giving up; more than any context can take."""
+REFUSALS_MAX = 20
+"""Of a context that begins later each time."""
+
+COUNTED_REFUSALS_MAX = 2
+"""Refusals whose counts decide how much is left out; then it is half each time, as the counts have not sufficed."""
 
 
 class ModelTurns:
@@ -50,6 +53,8 @@ class ModelTurns:
         self._call_ids = {*call_ids, *filter(None, map(call_id_of, plan.context.items))}
         self.opening: asyncio.Task[ChunkStream] | None = None
         """The upstream's answer to the next turn, if it is requested already."""
+        self._starts: dict[tuple[str, str], int] = {}
+        """Upstream and model → the position at which the context begins that they take."""
         self._summary_tokens = 0
         """Of the output tokens so far, those of summaries."""
 
@@ -98,30 +103,25 @@ class ModelTurns:
     async def _open_route(
         self, request: CreateResponse, context: Context, tokens_max: int | None, upstream: Upstream, model: str
     ) -> ChunkStream:
-        """With `truncation: auto`, a context that is too long loses its older half until the upstream takes it."""
-        plan = self._plan
-        refused: UpstreamRefused | None = None
-        for halvings in range(TRUNCATIONS_MAX):
+        """With `truncation: auto`, a context that is too long begins later, also in the next turns, until the upstream takes it."""
+        plan, at, refusals = self._plan, (upstream.name, model), 0
+        while True:
+            start = self._starts.get(at, 0)
+            begun = await offload(plan.size, truncated, context, start) if start else context
             body = await offload(
-                plan.size,
-                plan.chat_request,
-                request,
-                context,
-                upstream,
-                model,
-                output_tokens_max=tokens_max,
-                halvings=halvings,
+                plan.size, plan.chat_request, request, begun, upstream, model, output_tokens_max=tokens_max
             )
-            if body is None:
-                break
             try:
                 return await upstream.open(model, body, plan.caller_key)
-            except UpstreamRefused as error:
-                if request.body.truncation != "auto" or error.code != CONTEXT_TOO_LONG:
+            except ContextTooLong as error:
+                refusals += 1
+                if request.body.truncation != "auto" or refusals == REFUSALS_MAX:
                     raise
-                refused = error
-        assert refused is not None
-        raise refused
+                share = error.share_over if refusals <= COUNTED_REFUSALS_MAX else None
+                later = await offload(plan.size, later_start, request, context, start, share)
+                if later is None:
+                    raise
+                self._starts[at] = later
 
     async def follow(self, context: Context) -> Turn:
         """Record one turn of the model from its first chunk to its last. Raises ApiError, Fenced, DatabaseUnavailable."""

@@ -80,8 +80,7 @@ class RunPlan(Struct, frozen=True):
         model: str,
         *,
         output_tokens_max: int | None = None,
-        halvings: int = 0,
-    ) -> bytes | None:
+    ) -> bytes:
         """The body of a request to an upstream, in its dialect (`domain/prompt.py`). Raises UnsupportedParameter."""
         taken = {name: value for name, value in request.extra.items() if upstream.entry.takes(name)}
         return chat_request(
@@ -91,7 +90,6 @@ class RunPlan(Struct, frozen=True):
             dialect=upstream.dialect_for(model),
             unseal=self.seal.open,
             output_tokens_max=output_tokens_max,
-            halvings=halvings,
         )
 
     async def first_in_order(self, ask: Callable[[Upstream, str], Awaitable[T]]) -> T:

@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from app.errors import UpstreamBusy, UpstreamGarbled, UpstreamRefused, UpstreamUnavailable
+from app.errors import ContextTooLong, UpstreamBusy, UpstreamGarbled, UpstreamRefused, UpstreamUnavailable
 from app.outbound.failures import ErrorContext, KeyRefused, failed_in_stream, refused
 from app.outbound.masking import Mask
 
@@ -34,6 +34,58 @@ def test_engines_own_words_become_the_apis(status, error, expected):
     assert isinstance(made, UpstreamRefused)
     assert (made.status, made.code) == expected
     assert made.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("words", "share"),
+    [
+        (
+            (
+                "This model's maximum context length is 100 tokens. However, you requested 260 tokens (200 in the messages, 60 in the "
+                "completion). Please reduce the length of the messages or completion."
+            ),
+            0.8,
+        ),
+        ("This model's maximum context length is 100 tokens. However, your messages resulted in 125 tokens.", 0.2),
+        ("This model's maximum context length is 100 tokens. However, your request has 125 input tokens.", 0.2),
+        (
+            "This model's maximum context length is 100 tokens. However, your request has 80 input tokens plus 40 'max_tokens'.",
+            0.25,
+        ),
+        ("Input tokens exceed the configured limit of 100 tokens. Your messages resulted in 200 tokens.", 0.5),
+        ("request (200 tokens) exceeds the available context size (100 tokens), try increasing it", 0.5),
+        ("Prompt contains 200 tokens and 0 draft tokens, too large for model with 100 maximum context length", 0.5),
+        ("prompt is too long: 200 tokens > 100 maximum", 0.5),
+        ("The input (200 tokens) is longer than the model's context length (100 tokens).", 0.5),
+        (
+            (
+                "Requested token count exceeds the model's maximum context length of 100 tokens. You requested a total of 130 tokens: "
+                "120 tokens from the input messages and 10 tokens for the completion."
+            ),
+            0.25,
+        ),
+        ("This model's maximum context length is 9 tokens; your prompt contains at least 10 input tokens.", None),
+        ("This model's maximum context length is 100 tokens. However, your messages resulted in 90 tokens.", None),
+        ("This model's maximum context length is 100 tokens.", None),
+        ("the request exceeds the available context size", None),
+    ],
+)
+def test_an_upstreams_counts_say_how_much_of_a_prompt_is_too_much(words, share):
+    made = refused(400, {}, msgspec.json.encode({"error": {"message": words}}), OURS)
+    assert isinstance(made, ContextTooLong)
+    assert made.share_over == (None if share is None else pytest.approx(share))
+    assert made.message == words
+
+
+def test_counts_beside_the_message_are_in_it():
+    error = {"message": "too long", "type": "exceed_context_size_error", "n_prompt_tokens": 5000, "n_ctx": 4000}
+    made = refused(400, {}, msgspec.json.encode({"error": error}), OURS)
+    assert isinstance(made, ContextTooLong)
+    assert made.message == "too long (The prompt has 5000 tokens, the model's context 4000.)"
+    assert made.share_over == pytest.approx(0.2)
+    for wrong in ({"n_ctx": "x"}, {"n_prompt_tokens": 0}, {"n_ctx": True}):
+        made = refused(400, {}, msgspec.json.encode({"error": error | wrong}), OURS)
+        assert (made.message, made.share_over) == ("too long", None)
 
 
 @pytest.mark.parametrize(

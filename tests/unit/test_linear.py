@@ -36,6 +36,7 @@ from app.domain.tools.file_search import queries_of
 from app.domain.tools.mcp import Mcp
 from app.domain.tools.server_tool import parse_arguments
 from app.domain.tools.web_search import WebSearch
+from app.domain.truncation import later_start, truncated
 from app.domain.turn import Turn
 from app.errors import ApiError
 from app.outbound.upstream import LineBuffer
@@ -172,11 +173,17 @@ def resolved(items: list[dict[str, Any]], chain: Sequence[dict[str, Any]] = (), 
     return lambda: resolve(asked, earlier, {}, counting(), seal=SEAL)
 
 
-def prompted(items: list[dict[str, Any]], dialect: Dialect | None = None, halvings: int = 0, **body: Any) -> Work:
+def prompted(items: list[dict[str, Any]], dialect: Dialect | None = None, **body: Any) -> Work:
     asked = request(input=items, **body)
     context = resolve(asked, [], {}, counting(), seal=SEAL)
     speaks = dialect or Dialect()
-    return lambda: chat_request(asked, context, model="m", dialect=speaks, unseal=lambda *_: None, halvings=halvings)
+    return lambda: chat_request(asked, context, model="m", dialect=speaks, unseal=lambda *_: None)
+
+
+def shortened(items: list[dict[str, Any]]) -> Work:
+    asked = request(input=items)
+    context = resolve(asked, [], {}, counting(), seal=SEAL)
+    return lambda: truncated(context, later_start(asked, context, 0, None) or 0)
 
 
 def calls(n: int, *, one_id: bool = False, **more: Any) -> list[dict[str, Any]]:
@@ -252,7 +259,8 @@ CONTEXT: dict[str, tuple[int, Make]] = {
     ),
     "prompt of one role": (500, lambda n: prompted([{"role": "user", "content": [PART] * 2}, user("y")] * n, FITTED)),
     "prompt of calls one by one": (400, lambda n: prompted(calls(n), FITTED)),
-    "halved ten times": (1200, lambda n: prompted([user("x")] * n, halvings=10)),
+    "a later start": (500, lambda n: shortened([user("x"), assistant("y"), *calls(2)] * n)),
+    "a later start after calls of one turn": (500, lambda n: shortened([*calls(n), user("x")])),
     "a count": (1000, counted),
     "long arguments": (40_000, lambda n: prompted(calls(1, arguments=json.dumps({"a": '"\\' * n})))),
     "sources": (1000, lambda n: partial(sources_of, [item(one) for one in searched(n)] * 3)),

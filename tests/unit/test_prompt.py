@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from app.domain.dialect import HOSTED, PRESETS, Dialect
-from app.domain.messages import messages, truncate
+from app.domain.messages import messages
 from app.domain.prompt import chat_request
 from app.errors import UnsupportedParameter
 from app.ids import siblings
@@ -37,7 +37,6 @@ def asked(*items: dict[str, Any], dialect: Dialect = PLAIN, **body: Any) -> dict
         unseal=unseal,
         output_tokens_max=body.get("max_output_tokens"),
     )
-    assert raw is not None
     made: dict[str, Any] = msgspec.json.decode(raw)
     return made
 
@@ -517,42 +516,6 @@ def test_what_no_chat_message_can_say_is_left_out():
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "yes"},
     ]
-
-
-# -- Truncation -------------------------------------------------------------------------------------------------------------
-
-
-def test_truncation_keeps_calls_with_their_outputs_and_what_the_system_said():
-    made = said(
-        user("one"),
-        call("c1"),
-        output("c1"),
-        assistant("1"),
-        user("two"),
-        call("c2"),
-        output("c2"),
-        assistant("2"),
-        user("three"),
-        instructions="be brief",
-    )
-    halved = truncate(made)
-    assert halved == [
-        {"role": "system", "content": "be brief"},
-        {"role": "user", "content": "two"},
-        turn(tool_call("c2")),
-        tool("c2"),
-        {"role": "assistant", "content": "2"},
-        {"role": "user", "content": "three"},
-    ]
-    assert truncate(halved) == [halved[0], {"role": "user", "content": "three"}]
-
-
-def test_the_last_exchange_can_t_go():
-    assert truncate(said(user("one"), assistant("1"), instructions="x")) is None
-    given = context(user("one"))
-    options: dict[str, Any] = {"model": "up", "dialect": PLAIN, "unseal": unseal}
-    assert chat_request(request(), given, **options, halvings=1) is None
-    assert chat_request(request(), given, **options, halvings=2) is None
 
 
 # -- Parameters -------------------------------------------------------------------------------------------------------------
