@@ -161,6 +161,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = 8 * 1024 * 1024
     turns_max: Annotated[int, _about("upstream completions in one run, without those of compactions", ge=1)] = 32
+    compact_threshold_tokens: Annotated[
+        int,
+        _about(
+            "tokens of a context beyond which `context_management` compacts, unless the request has its own", ge=1000
+        ),
+    ] = 100_000
     compaction_bytes_max: Annotated[
         int,
         _about(

@@ -15,14 +15,19 @@ from app.wire.items import (
     AdditionalTools,
     AnyItem,
     Compaction,
+    CustomToolCall,
+    FunctionCall,
     InputAudio,
     InputFile,
     InputImage,
     InputText,
     McpListTools,
     Message,
+    Reasoning,
     encode_item,
 )
+from app.wire.requests import CreateResponse
+from app.wire.resources import Usage
 
 HEADING = "The conversation so far was replaced by this summary of it:"
 MESSAGES_HEADING = "The user's last messages before the summary, word for word:"
@@ -32,6 +37,9 @@ BYTES_PER_TOKEN = 4
 
 MEDIA_TOKENS = 1_000
 """What an image, a file or a sound is estimated at, whatever its size."""
+
+MADE_BY_MODEL = (Message, Reasoning, FunctionCall, CustomToolCall)
+"""Items of outputs whose tokens the upstream has counted."""
 
 
 class Compacted(Struct, omit_defaults=True):
@@ -128,3 +136,18 @@ def estimated_tokens(items: Sequence[AnyItem]) -> int:
         media += len(found)
         size += len(encode_item(item)) - sum(len(msgspec.json.encode(part)) for part in found)
     return size // BYTES_PER_TOKEN + media * MEDIA_TOKENS
+
+
+def context_tokens(request: CreateResponse, visible: Sequence[AnyItem]) -> int:
+    """The estimated tokens of all that the model reads: what it sees of the context, instructions and declared tools."""
+    declared = sum(len(bytes(tool)) for tool in request.body.tools or ()) + len(
+        (request.body.instructions or "").encode()
+    )
+    return estimated_tokens(visible) + declared // BYTES_PER_TOKEN
+
+
+def counted_tokens(usage: Usage | None, output: Sequence[AnyItem]) -> int | None:
+    """The tokens of a response's context and output, by its usage; None where that says too little: a response of several turns
+    has the sum of all."""
+    took_one_turn = bool(output) and all(isinstance(item, MADE_BY_MODEL) for item in output)
+    return usage.total_tokens if usage and took_one_turn else None

@@ -5,7 +5,14 @@ from collections.abc import Sequence
 import msgspec
 from msgspec.structs import replace
 
-from app.domain.compaction import Compacted, estimated_tokens, last_messages, seal_compacted
+from app.domain.compaction import (
+    MADE_BY_MODEL,
+    Compacted,
+    context_tokens,
+    estimated_tokens,
+    last_messages,
+    seal_compacted,
+)
 from app.domain.context import Context, proceed
 from app.domain.lifecycle import Outcome, outcome_of
 from app.domain.tools.server_tool import item_done
@@ -17,11 +24,8 @@ from app.runs.plan import RunPlan
 from app.runs.recorder import Recorder
 from app.wire.chat import ChatUsage
 from app.wire.events import Compacting as CompactingEvent
-from app.wire.events import ItemAdded
-from app.wire.items import AnyItem, Compaction, CustomToolCall, FunctionCall, Message, Reasoning
-
-COUNTED = (Message, Reasoning, FunctionCall, CustomToolCall)
-"""Items that the model makes, whose tokens the upstream has counted."""
+from app.wire.events import Event, ItemAdded
+from app.wire.items import AnyItem, Compaction
 
 
 class Compacting:
@@ -38,7 +42,7 @@ class Compacting:
             self.add(made)
             return
         self._tokens = (usage.prompt_tokens or 0) + (usage.completion_tokens or 0)
-        self.add([item for item in made if not isinstance(item, COUNTED)])
+        self.add([item for item in made if not isinstance(item, MADE_BY_MODEL)])
 
     def add(self, items: Sequence[AnyItem]) -> None:
         """Count items that no upstream has counted."""
@@ -64,9 +68,10 @@ class Compacting:
         recorder, index = self._recorder, self._recorder.next_output_index
         recorder.next_output_index += 1
         item = Compaction(id=new_id("cmp"), encrypted_content="")
-        await recorder.record(
-            [ItemAdded(output_index=index, item=item), CompactingEvent(item_id=item.id, output_index=index)]
-        )
+        begun: list[Event] = [ItemAdded(output_index=index, item=item)]
+        if self._plan.request.compacts:  # the API has this event for triggers only
+            begun.append(CompactingEvent(item_id=item.id, output_index=index))
+        await recorder.record(begun)
         try:
             compacted, outcome = await self._summarize(context)
             if compacted:
@@ -76,9 +81,9 @@ class Compacting:
             await recorder.record([item_done(index, item)], checkpoint=True)
         if not compacted:
             return context, outcome
-        context = await offload(self._plan.size, proceed, context, self._plan.request, [item])
-        self._tokens = 0
-        self.add([item for _, item in context.visible])
+        made = await offload(self._plan.size, proceed, context, self._plan.request, [item])
+        context = replace(made, toolbox=context.toolbox)  # `tool_choice` may be fulfilled
+        self._tokens = context_tokens(self._plan.request, [one for _, one in context.visible])
         return context, outcome
 
     async def _summarize(self, context: Context) -> tuple[Compacted | None, Outcome]:

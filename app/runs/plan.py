@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from app.domain import limits
 from app.domain.approvals import signing
-from app.domain.compaction import can_compact
+from app.domain.compaction import can_compact, context_tokens, counted_tokens, estimated_tokens, newest_compaction
 from app.domain.context import Context, answered_requests, check_parent, references, resolve, restore
 from app.domain.hosted import HostedRoute, Kind
 from app.domain.item_builders import OutputOptions
@@ -31,11 +31,13 @@ from app.outbound.mcp import ToolServer
 from app.outbound.upstream import Upstream
 from app.rooms import Room, Rooms
 from app.settings import Settings
-from app.storage import approvals, contexts
+from app.storage import approvals, contexts, responses
 from app.storage.contexts import Chain, Place, StoredItem
 from app.storage.database import Database, Tx
+from app.storage.tables import OUTPUT_POSITION
 from app.wire.items import AnyItem, McpApprovalRequest, decode_stored_item
 from app.wire.requests import CreateResponse
+from app.wire.resources import Usage
 
 T = TypeVar("T")
 
@@ -138,6 +140,8 @@ class _Found(Struct):
     earlier_bytes: int = 0
     referenced: dict[str, str] = {}
     requests: dict[str, McpApprovalRequest] = {}
+    tokens: int = 0
+    """Those of the context, where it may be compacted."""
 
 
 class Planner:
@@ -173,8 +177,11 @@ class Planner:
         room = self.room()
         try:
             found = await self._find(tenant_id, request, room)
+            usage = await self._parent_usage(tenant_id, request)
             size = request.size + found.bytes
             context = await offload(size, self._resolve, self._seal.of(tenant_id), servers, request, found)
+            turn = found.parent.turn if found.parent else None
+            found.tokens = await offload(size, _tokens, request, context, turn, found.earlier, usage)
         except BaseException:
             room.release()
             raise
@@ -231,10 +238,12 @@ class Planner:
             context = await offload(
                 size, restore, request, stored, own, made, seal=seal, requests=requests, hosted=hosted, origins=origins
             )
+            usage = await self._parent_usage(tenant_id, request)
+            found = _Found(tokens=await offload(size, _tokens, request, context, chain.place.turn - 1, rows, usage))
         except BaseException:
             room.release()
             raise
-        return self._plan(tenant_id, request, context, routes, caller_key, servers, size, room, _Found())
+        return self._plan(tenant_id, request, context, routes, caller_key, servers, size, room, found)
 
     async def _find(self, tenant_id: str, request: CreateResponse, room: Room) -> "_Found":
         """What is stored of a new request's context, once there is room for all of it."""
@@ -268,6 +277,15 @@ class Planner:
             await room.take(request.size, wait_s=wait_s)
             return _Found()
         return await self._fitting(room, read, request.size, given=given, wait_s=wait_s)
+
+    async def _parent_usage(self, tenant_id: str, request: CreateResponse) -> Usage | None:
+        """The usage of what a request continues, where the context may be compacted."""
+        previous = request.body.previous_response_id
+        if previous is None or not request.body.context_management:
+            return None
+        async with self._database.autocommit() as tx:
+            parent = await responses.load_body(tx, tenant_id, previous)
+        return parent.usage if parent else None
 
     async def _fitting(
         self,
@@ -322,6 +340,7 @@ class Planner:
         found: "_Found",
     ) -> RunPlan:
         reasoning, seal = request.body.reasoning, self._seal.of(tenant_id)
+        management = request.body.context_management or ()
         # A client that keeps the history itself has to keep the reasoning, too.
         is_sealed = not request.store or "reasoning.encrypted_content" in request.include
         options = OutputOptions(
@@ -343,6 +362,10 @@ class Planner:
             hosted=self._catalog.hosted,
             tool_servers=self._declared.operators,
             size=size,
+            compact_threshold=min(
+                (one.compact_threshold or self._settings.compact_threshold_tokens for one in management), default=None
+            ),
+            context_tokens=found.tokens,
         )
 
 
@@ -362,6 +385,21 @@ def _origins(servers: Mapping[str, ToolServer], seal: TenantSeal) -> dict[str, s
 
 def _decoded(items: Sequence[StoredItem]) -> list[AnyItem]:
     return [decode_stored_item(item.body.encode()) for item in items]
+
+
+def _tokens(
+    request: CreateResponse, context: Context, turn: int | None, earlier: Sequence[StoredItem], usage: Usage | None
+) -> int:
+    """The tokens of a context that may be compacted: as counted for its parent, which was at this turn, and estimated for what has
+    been added; or else all are estimated."""
+    if not request.body.context_management:
+        return 0
+    last = {row.id for row in earlier if row.turn == turn and row.position >= OUTPUT_POSITION}
+    places = [at for at, item in enumerate(context.items) if item.id in last]
+    counted = counted_tokens(usage, [context.items[at] for at in places])
+    if counted is None or newest_compaction(context.items) > places[-1]:
+        return context_tokens(request, [item for _, item in context.visible])
+    return counted + estimated_tokens(context.items[places[-1] + 1 :])
 
 
 def _refuse_untaken(request: CreateResponse, upstreams: Sequence[Upstream]) -> None:

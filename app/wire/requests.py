@@ -98,6 +98,11 @@ class AccessPrograms(Struct, forbid_unknown_fields=True):
     cyber: str | None = None
 
 
+class ContextManagement(Struct, forbid_unknown_fields=True):
+    type: Literal["compaction"]
+    compact_threshold: Annotated[int, Meta(ge=1000)] | None = None
+
+
 class PromptReference(Struct, omit_defaults=True, forbid_unknown_fields=True):
     """The operator's prompt that a request is made from, and the values of its variables."""
 
@@ -139,7 +144,7 @@ class Body(PromptParameters, kw_only=True):
     stream_options: StreamOptions | None = None
     include: list[Include] | None = None
     metadata: Annotated[Metadata, Meta(max_length=16)] | None = None
-    context_management: Raw = NOTHING
+    context_management: list[ContextManagement] | None = None
     moderation: Raw = NOTHING
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"] | None = None
     prompt_cache_key: str | None = None
@@ -398,7 +403,6 @@ def _refuse_unsupported(body: Body) -> None:
     """Parameters of the API that this server does not offer; harmless values of them pass."""
     refused: dict[str, bool] = {
         "conversation": _given(body.conversation),
-        "context_management": _given(body.context_management),
         "moderation": _given(body.moderation),
         "multi_agent": _given(body.multi_agent),
         "image.context_compression": body.image is not None and body.image.context_compression == "enabled",

@@ -19,6 +19,7 @@ from tests.upstream import (
     finish,
     gate,
     no_usage,
+    note,
     reasoning,
     script,
     status,
@@ -345,3 +346,98 @@ async def test_the_agents_sdk_compacts_its_session(server, upstream, said, summa
         assert [item["type"] for item in kept] == ["message", "compaction"]
         await client.responses.create(model="m", input=[*kept, user(f"next {said}")])
     assert seen(upstream, f"next {said}") == [summed(said), user(f"next {said}")]
+
+
+# -- The threshold ----------------------------------------------------------------------------------------------------------
+
+
+def managed(threshold=1000):
+    """A request's wish for compaction beyond so many tokens."""
+    return {"context_management": [{"type": "compaction", "compact_threshold": threshold}]}
+
+
+def long_chain(client, said, tokens=1500):
+    """The id of a response whose upstream has counted so many tokens of context and answer."""
+    turns = script([note(said), text("ok"), finish(), usage(tokens - 10, 10)])
+    return client.responses.create(model="m", input=turns).id
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_context_over_the_threshold_is_compacted_before_the_answer(client, http, upstream, said, summary, background):
+    previous = long_chain(client, said)
+    body = {"model": "m", "input": said, "previous_response_id": previous, **managed(), "stream": True}
+    events = events_of(http.post("/responses", json={**body, "background": background}))
+    response = replay(events)
+    assert [item["type"] for item in response["output"]] == ["compaction", "message"]
+    assert "compaction.compacting" not in types_of(events)
+    [asked] = summary()
+    assert [one["content"] for one in asked["messages"][1:]] == ["ok", said, PROMPT]
+    assert seen(upstream, summed(said)) == [summed(said)]
+    answered = upstream.asked(summed(said)["content"])[0]
+    assert response["usage"]["input_tokens"] > 100
+    assert http.get(f"/responses/{response['id']}").json() == response
+    client.responses.create(model="m", input=f"more {said}", previous_response_id=response["id"], **managed())
+    assert len(summary()) == 1
+    more = seen(upstream, f"more {said}")
+    assert [one["role"] for one in more] == ["user", "assistant", "user"] and more[0] == answered.body["messages"][0]
+
+
+def test_a_json_reply_and_a_chain_without_storage_are_compacted_too(client, upstream, said, summary):
+    history = [user("x" * 4000), {"role": "assistant", "content": "y" * 400}, user(said)]
+    made = client.responses.create(model="m", input=history, store=False, **managed())
+    assert [item.type for item in made.output] == ["compaction", "message"]
+    given = [*history, *(item.to_dict() for item in made.output), user(f"next {said}")]
+    again = client.responses.create(model="m", input=given, store=False, **managed())
+    assert [item.type for item in again.output] == ["message"]
+    assert seen(upstream, f"next {said}")[0] == summed(said)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "management"),
+    [(900, managed()), (2000, managed(10_000)), (2000, {}), (2000, {"context_management": [{"type": "compaction"}]})],
+    ids=["below", "its-own", "none", "the-setting-s"],
+)
+def test_a_context_below_the_threshold_is_left_as_it_is(client, said, summary, tokens, management):
+    previous = long_chain(client, said, tokens)
+    made = client.responses.create(model="m", input="x", previous_response_id=previous, **management)
+    assert ([item.type for item in made.output], summary()) == (["message"], [])
+
+
+def test_messages_to_the_model_alone_are_not_compacted(client, said, summary):
+    made = client.responses.create(model="m", input=[user("x" * 8000), user(said)], **managed())
+    assert ([item.type for item in made.output], summary()) == (["message"], [])
+
+
+def test_a_context_that_grows_within_a_run_is_compacted_before_the_next_turn(
+    client, http, upstream, mcp, said, summary
+):
+    turns = script([note(said), call("add", {"a": 1, "b": 2}, id="c"), finish("tool_calls"), usage(1500, 5)])
+    upstream.scripts[summed(turns)["content"]] = script([text("It is 3."), finish(), usage(60, 5)])
+    body = {"model": "m", "input": turns, "tools": [mcp()], "tool_choice": "required", "max_output_tokens": 16}
+    response = replay(events_of(http.post("/responses", json={**body, **managed(), "stream": True})))
+    kinds = [item["type"] for item in response["output"]]
+    assert (response["status"], kinds) == ("completed", ["mcp_list_tools", "mcp_call", "compaction", "message"])
+    [asked] = summary()
+    assert [one["role"] for one in asked["messages"]] == ["user", "assistant", "tool", "user"]
+    [last] = upstream.asked(summed(turns)["content"])
+    assert (last.body["messages"], last.body.get("tool_choice")) == ([summed(turns)], None)
+    assert last.body["max_tokens"] == 11  # the summary does not count
+    assert (response["usage"]["input_tokens"], response["usage"]["output_tokens"]) == (1660, 30)
+    client.responses.create(model="m", input=f"more {said}", previous_response_id=response["id"])
+    assert [one["role"] for one in seen(upstream, f"more {said}")] == ["user", "assistant", "user"]
+
+
+@pytest.mark.parametrize(
+    ("turn", "ends"), [([text("The"), cut()], "failed"), ([text("The"), finish("length")], "incomplete")]
+)
+def test_a_summary_that_fails_ends_the_run_before_its_answer(http, client, said, summary, turn, ends):
+    summary(*turn)
+    body = {"model": "m", "input": said, "previous_response_id": long_chain(client, said), **managed(), "stream": True}
+    response = replay(events_of(http.post("/responses", json=body)))
+    assert (response["status"], [item["type"] for item in response["output"]]) == (ends, ["compaction"])
+
+
+def test_an_upstream_that_refuses_the_first_summary_is_the_status_of_the_request(http, client, said, summary):
+    summary(status(400, {"error": {"message": "too long", "code": "context_length_exceeded"}}))
+    body = {"model": "m", "input": said, "previous_response_id": long_chain(client, said), **managed(), "stream": True}
+    assert http.post("/responses", json=body).status_code == 400

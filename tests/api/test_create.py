@@ -500,7 +500,6 @@ def test_encrypted_reasoning_comes_where_it_is_needed_and_does_not_show_the_text
     [
         ({"conversation": "conv_1"}, "conversation"),
         ({"conversation": {"id": "conv_1"}}, "conversation"),
-        ({"context_management": [{"type": "compaction", "compact_threshold": 1000}]}, "context_management"),
         ({"moderation": {"model": "omni-moderation-latest"}}, "moderation"),
         ({"multi_agent": {"enabled": True}}, "multi_agent"),
         ({"image": {"context_compression": "enabled"}}, "image.context_compression"),

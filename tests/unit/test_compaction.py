@@ -10,6 +10,8 @@ from app.domain.compaction import (
     MESSAGES_HEADING,
     Compacted,
     can_compact,
+    context_tokens,
+    counted_tokens,
     estimated_tokens,
     last_messages,
     newest_compaction,
@@ -21,7 +23,8 @@ from app.domain.messages import messages
 from app.domain.sealed import KEY_BYTES, Seal
 from app.errors import InvalidRequest
 from app.wire.items import Compaction, InputText, Message
-from tests.unit.build import SEAL, assistant, call, context, item, output, plain, user
+from app.wire.resources import InputTokensDetails, OutputTokensDetails, Usage
+from tests.unit.build import SEAL, assistant, call, context, function, item, output, plain, request, user
 
 IMAGE = {"type": "input_image", "image_url": "data:image/png;base64," + "A" * 40_000}
 REQUEST = {"type": "mcp_approval_request", "id": "mcpr_1", "server_label": "s", "name": "t", "arguments": "{}"}
@@ -222,3 +225,24 @@ def test_the_estimate_is_a_quarter_of_the_bytes_and_does_not_count_those_of_imag
     assert MEDIA_TOKENS <= estimated_tokens([image]) <= MEDIA_TOKENS + 30
     shown = item(output("c", [{"type": "input_text", "text": "x"}, IMAGE]))
     assert MEDIA_TOKENS <= estimated_tokens([shown]) <= MEDIA_TOKENS + 60
+
+
+def test_a_whole_context_is_estimated_with_its_instructions_and_tools():
+    asked = request(instructions="x" * 400, tools=[function("f", description="y" * 400)])
+    assert 200 <= context_tokens(asked, []) <= 240
+
+
+@pytest.mark.parametrize(
+    ("output", "counted"),
+    [
+        ([assistant("x")], 30),
+        ([{"type": "reasoning", "summary": []}, call("c")], 30),
+        ([], None),
+        ([assistant("x"), {"type": "web_search_call", "id": "ws_1"}], None),
+        ([compaction(), assistant("x")], None),
+    ],
+)
+def test_the_usage_of_a_response_counts_its_context_if_that_took_one_turn(output: list[Any], counted: int | None):
+    usage = Usage(20, InputTokensDetails(), 10, OutputTokensDetails(), 30)
+    assert counted_tokens(usage, [item(one) for one in output]) == counted
+    assert counted_tokens(None, [item(one) for one in output]) is None

@@ -187,7 +187,6 @@ def test_a_bad_parameter_is_refused_with_its_path(body: dict[str, Any], param: s
     [
         ({"background": True, "store": False}, "background"),
         ({"conversation": "conv_1"}, "conversation"),
-        ({"context_management": [{"type": "compaction"}]}, "context_management"),
         ({"moderation": {"model": "x"}}, "moderation"),
         ({"multi_agent": {"enabled": True}}, "multi_agent"),
         ({"image": {"context_compression": "enabled"}}, "image.context_compression"),
