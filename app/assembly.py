@@ -21,6 +21,7 @@ from app.outbound.catalog_file import load_catalog
 from app.outbound.guard import Guard
 from app.outbound.mcp import ToolPrograms
 from app.outbound.programs import Programs
+from app.outbound.tokens import TokenCounter
 from app.outbound.upstream import Upstream
 from app.rooms import Rooms
 from app.runs.admission import Admission
@@ -67,6 +68,7 @@ class Core(Struct, frozen=True):
     database: Database
     upstreams: Mapping[str, Upstream]
     planner: Planner
+    counter: TokenCounter
     seal: Seal
     pipeline: Pipeline
     logs: RedisLogs
@@ -102,7 +104,8 @@ async def core(settings: Settings, catalog: Catalog, *, claims: bool) -> AsyncIt
     logs = RedisLogs(settings)
     planner = Planner(settings, database, catalog, upstreams, seal)
     programs: ToolPrograms = Programs(settings)
-    pipeline = Pipeline(settings, Guard.from_settings(settings), programs, prompt)
+    counter = TokenCounter(settings)
+    pipeline = Pipeline(settings, Guard.from_settings(settings), programs, counter, prompt)
     leases = Leases(settings, heartbeats, logs)
     background = BackgroundRuns(database, planner, catalog, seal, pipeline, logs)
     try:
@@ -112,6 +115,7 @@ async def core(settings: Settings, catalog: Catalog, *, claims: bool) -> AsyncIt
             database=database,
             upstreams=upstreams,
             planner=planner,
+            counter=counter,
             seal=seal,
             pipeline=pipeline,
             logs=logs,
@@ -182,7 +186,7 @@ def _services(settings: Settings, catalog: Catalog, made: Core, foreground: Fore
         catalog=catalog,
         upstreams=made.upstreams,
         admission=Admission(settings, made.database, made.planner, made.seal, foreground, made.logs, backlogs),
-        counts=TokenCounts(settings, made.planner),
+        counts=TokenCounts(settings, made.planner, made.counter),
         following=Following(settings, made.database, made.logs, backlogs),
         cancellation=Cancellation(settings, made.database, made.logs, made.background, made.leases.owner),
         claims=made.claims,

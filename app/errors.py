@@ -282,10 +282,11 @@ class UpstreamRefused(UpstreamError):
 class ContextTooLong(UpstreamRefused):
     """The prompt does not fit into the model's context."""
 
-    def __init__(self, message: str, *, share_over: float | None = None) -> None:
-        """`share_over` is how much of the prompt is too much, from 0 to 1, if the upstream has counted."""
+    def __init__(self, message: str, *, tokens_max: int | None = None, share_over: float | None = None) -> None:
+        """`tokens_max` is the size of the context, and `share_over` how much of the prompt is too much, from 0 to 1, as far as the
+        upstream has named them."""
         super().__init__(message, param="input", code="context_length_exceeded")
-        self.share_over = share_over
+        self.tokens_max, self.share_over = tokens_max, share_over
 
 
 class UpstreamBusy(UpstreamError):

@@ -15,6 +15,9 @@ from app.domain.context import Context
 from app.wire.items import AnyItem
 from app.wire.requests import CreateResponse
 
+BYTES_PER_TOKEN_MIN = 2
+"""Of a chat request: what has fewer bytes for each token of the model's context fits into it, most likely."""
+
 
 def truncated(context: Context, start: int) -> Context:
     """The context from this position on, with what stays of what precedes it."""
@@ -68,6 +71,11 @@ def later_start(request: CreateResponse, context: Context, start: int, share: fl
             dropped += tokens
     wanted = left_out[possible[-1]] / 2 if share is None else share * whole
     return next((at for at in possible if left_out[at] >= wanted), possible[-1])
+
+
+def estimated_prompt(request: CreateResponse, context: Context) -> int:
+    """The tokens of a prompt that nothing has counted."""
+    return estimated_tokens([item for _, item in context.visible]) + _tokens_beside_items(request)
 
 
 def _tokens_beside_items(request: CreateResponse) -> int:

@@ -33,6 +33,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from app.domain.dialect import PRESETS, Dialect, Preset, preset_of_host
 from app.domain.hosted import HostedRoute, Kind
@@ -83,6 +84,8 @@ class UpstreamEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     answer_timeout_s: Seconds | None = None
     idle_timeout_s: Seconds | None = None
     attempts_max: Annotated[int, Meta(ge=1)] | None = None
+    context_tokens: Annotated[int, Meta(ge=1)] | None = None
+    """The size of its models' context, if it does not refuse what is longer."""
 
     def takes(self, parameter: str) -> bool:
         """Whether a parameter beyond the API goes to this upstream."""
@@ -110,10 +113,11 @@ class UpstreamEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Route(Struct, frozen=True, forbid_unknown_fields=True):
-    """An upstream, and the model's name there (default: the requested name)."""
+    """An upstream, the model's name there (default: the requested name), and the size of its context (default: the upstream's)."""
 
     upstream: str
     model: str = ""
+    context_tokens: Annotated[int, Meta(ge=1)] | None = None
 
 
 class ModelEntry(Struct, frozen=True, forbid_unknown_fields=True):
@@ -153,7 +157,7 @@ class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
     def routes(self, model: str) -> list[Route]:
         """The routes to a model, in order. Raises NotFound."""
         if entry := next((entry for entry in self.models if fnmatchcase(model, entry.name)), None):
-            return [Route(route.upstream, route.model or model) for route in entry.routes]
+            return [replace(route, model=route.model or model) for route in entry.routes]
         upstream, at, name = model.partition("@")
         if at and upstream in self.upstreams:
             return [Route(upstream, name)]

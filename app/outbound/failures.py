@@ -201,18 +201,20 @@ def _too_long(found: _ErrorObject) -> ContextTooLong:
         prompt, most = found.tokens
         if str(prompt) not in message or str(most) not in message:
             message += f" (The prompt has {prompt} tokens, the model's context {most}.)"
-        return ContextTooLong(message, share_over=_share(prompt, prompt, most))
-    return ContextTooLong(message, share_over=_share_over(message))
+        return ContextTooLong(message, tokens_max=most, share_over=_share(prompt, prompt, most))
+    named = _TOKENS_MAX.search(message)
+    most = int(named["max"] or named["of_model"]) if named else 0
+    return ContextTooLong(message, tokens_max=most or None, share_over=_share_over(message, most))
 
 
-def _share_over(message: str) -> float | None:
+def _share_over(message: str, most: int) -> float | None:
     """The share of the prompt that is too much, from the counts in a message."""
-    most, given = _TOKENS_MAX.search(message), _TOKENS.search(message)
-    if not most or not given or _LEAST in message:
+    given = _TOKENS.search(message)
+    if not given or _LEAST in message:
         return None
     asked = sum(int(count) for count in given.groups() if count)
     prompt = _PROMPT_TOKENS.search(message) or re.match(r"(\d+)", given["input"] or "")
-    return _share(int(prompt[1]) if prompt else asked, asked, int(most["max"] or most["of_model"]))
+    return _share(int(prompt[1]) if prompt else asked, asked, most)
 
 
 def _share(prompt: int, asked: int, most: int) -> float | None:

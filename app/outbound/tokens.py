@@ -16,11 +16,12 @@ that as `content` answers `{"tokens": […]}`. A completion tokenizes its prompt
 An endpoint that is missing, refuses the request or answers with something else is passed over for what the dialect names next.
 """
 
+import asyncio
 import hashlib
 import math
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Annotated, TypeVar
 
@@ -30,7 +31,7 @@ from msgspec import Meta, Raw, Struct
 
 from app.domain.dialect import Counter
 from app.domain.token_count import completion, is_text, tokenize
-from app.errors import TokensNotCounted, UpstreamGarbled, UpstreamRefused, UpstreamUnavailable
+from app.errors import ApiError, TokensNotCounted, UpstreamGarbled, UpstreamRefused, UpstreamUnavailable
 from app.offload import offload
 from app.outbound.failures import NO_JSON
 from app.outbound.upstream import Upstream
@@ -41,6 +42,9 @@ from app.wire.odd_chunks import COUNT_MAX
 T = TypeVar("T")
 
 log = structlog.get_logger()
+
+SOON_S = 5.0
+"""How long a response waits for a count."""
 
 ONE_TOKEN = 1
 
@@ -99,17 +103,35 @@ class TokenCounter:
 
     async def count(self, tenant_id: str, request: ChatRequest) -> int:
         """The tokens of a request. Raises ApiError, TokensNotCounted where nothing counts them."""
+        count = await self._counted(tenant_id, request, request.upstream.dialect.count_tokens)
+        if count is None:
+            raise TokensNotCounted(
+                f"The tokens of this request can't be counted: upstream '{request.upstream.name}' has nothing that counts them.",
+                param="model",
+            )
+        return count
+
+    async def count_without_output(self, tenant_id: str, request: ChatRequest) -> int | None:
+        """The tokens of a request, if an endpoint counts them within SOON_S, without a completion."""
+        endpoints = [name for name in request.upstream.dialect.count_tokens if name != "usage"]
+        try:
+            async with asyncio.timeout(SOON_S):
+                return await self._counted(tenant_id, request, endpoints)
+        except (ApiError, TimeoutError) as error:
+            _log_failure(request.upstream, error)
+            return None
+
+    async def _counted(self, tenant_id: str, request: ChatRequest, counters: Sequence[Counter]) -> int | None:
         key = await offload(len(request.body), request.content_hash, tenant_id)
         count = self._remembered.get(key)
-        if count is None:
-            count = await self._count(request)
+        if count is None and (count := await self._first(request, counters)) is not None:
             self._remembered.add(key, count)
         return count
 
-    async def _count(self, request: ChatRequest) -> int:
-        upstream = request.upstream
+    async def _first(self, request: ChatRequest, counters: Sequence[Counter]) -> int | None:
+        """The count of the first counter that can; None if none can."""
         failed: UpstreamUnavailable | None = None
-        for name in upstream.dialect.count_tokens:
+        for name in counters:
             try:
                 count = await self._counters[name](request)
             except UpstreamUnavailable as error:
@@ -117,10 +139,9 @@ class TokenCounter:
             else:
                 if count is not None:
                     return count
-        raise failed or TokensNotCounted(
-            f"The tokens of this request can't be counted: upstream '{upstream.name}' has nothing that counts them.",
-            param="model",
-        )
+        if failed:
+            raise failed
+        return None
 
     async def _input_tokens(self, request: ChatRequest) -> int | None:
         found = await self._ask(request, "chat/completions/input_tokens", request.body, _InputTokens)
@@ -148,13 +169,7 @@ class TokenCounter:
             raw = await upstream.post(path, body, request.caller_key, bytes_max=self._bytes_max)
             return await offload(len(raw), msgspec.json.decode, raw, type=type_)
         except (UpstreamRefused, UpstreamGarbled, *NO_JSON) as error:
-            log.info(
-                "An upstream's endpoint did not count tokens.",
-                action="tokens_not_counted",
-                upstream=upstream.name,
-                path=path,
-                error=describe(error),
-            )
+            _log_failure(upstream, error, path)
             return None
 
     async def _usage(self, request: ChatRequest) -> int | None:
@@ -177,6 +192,16 @@ class TokenCounter:
             await stream.close()
         usage = next((chunk.usage for chunk in chunks if chunk.usage), None)
         return usage.prompt_tokens or None if usage else None
+
+
+def _log_failure(upstream: Upstream, error: Exception, path: str | None = None) -> None:
+    log.info(
+        "An upstream's endpoint did not count tokens.",
+        action="tokens_not_counted",
+        upstream=upstream.name,
+        path=path,
+        error=describe(error),
+    )
 
 
 class RememberedCounts:

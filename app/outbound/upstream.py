@@ -165,6 +165,7 @@ class Upstream:
         """The plain one until it is detected, unless the catalog names it."""
         self.dialect_name = entry.dialect_name
         self._forms: dict[str, ReasoningForm] = {}
+        self._context_tokens: dict[str, int] = {}
         self._detection: asyncio.Task[None] | None = None
         self._detect_at = 0.0
         self.passes_caller = settings.upstream_auth == "caller"
@@ -265,6 +266,18 @@ class Upstream:
             self._forms[model] = form
             if len(self._forms) > FORMS_MAX:
                 del self._forms[next(iter(self._forms))]
+
+    def context_tokens(self, model: str) -> int | None:
+        """The size of a model's context, if the upstream has named it."""
+        return self._context_tokens.get(model)
+
+    def record_context_tokens(self, model: str, tokens: int | None) -> None:
+        """Remember the size of a model's context, for the last FORMS_MAX models."""
+        if tokens:
+            self._context_tokens.pop(model, None)
+            self._context_tokens[model] = tokens
+            if len(self._context_tokens) > FORMS_MAX:
+                del self._context_tokens[next(iter(self._context_tokens))]
 
     async def open(self, model: str, body: bytes, caller_key: str | None) -> "ChunkStream":
         """Send a chat request; returns the stream when it has content.

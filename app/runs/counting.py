@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from app.errors import TooManyRequests
 from app.offload import offload
+from app.outbound.catalog import Route
 from app.outbound.tokens import ChatRequest, TokenCounter
 from app.outbound.upstream import Upstream
 from app.runs.admission import Caller
@@ -15,8 +16,8 @@ from app.wire.requests import CreateResponse
 class TokenCounts:
     """The counts that this process makes."""
 
-    def __init__(self, settings: Settings, planner: Planner) -> None:
-        self._planner, self._counter = planner, TokenCounter(settings)
+    def __init__(self, settings: Settings, planner: Planner, counter: TokenCounter) -> None:
+        self._planner, self._counter = planner, counter
         self._counts_max = settings.token_counts_max
         self._counting = 0
 
@@ -35,8 +36,8 @@ class TokenCounts:
             self._counting -= 1
 
     async def _count(self, plan: RunPlan) -> int:
-        async def ask(upstream: Upstream, model: str) -> int:
-            body = await offload(plan.size, plan.chat_request, plan.request, plan.context, upstream, model)
-            return await self._counter.count(plan.tenant_id, ChatRequest(upstream, model, body, plan.caller_key))
+        async def ask(upstream: Upstream, route: Route) -> int:
+            body = await offload(plan.size, plan.chat_request, plan.request, plan.context, upstream, route.model)
+            return await self._counter.count(plan.tenant_id, ChatRequest(upstream, route.model, body, plan.caller_key))
 
         return await plan.first_in_order(ask)

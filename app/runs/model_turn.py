@@ -1,4 +1,4 @@
-"""One completion of an upstream after the other: routes and failover, truncation, chunks to events.
+"""One completion of an upstream after the other: routes and failover, chunks to events.
 
 `ModelTurns` is the only owner of the upstream's stream: it opens, reads and closes it.
 """
@@ -12,24 +12,18 @@ from app.domain.context import Context
 from app.domain.lifecycle import add_usage, outcome_of
 from app.domain.prompt import summary_turn
 from app.domain.think import ThinkSplitter
-from app.domain.truncation import later_start, truncated
 from app.domain.turn import Turn
-from app.errors import ContextTooLong, UpstreamGarbled
+from app.errors import UpstreamGarbled
 from app.ids import new_id, siblings
-from app.offload import offload
-from app.outbound.upstream import ChunkStream, Upstream
+from app.outbound.tokens import TokenCounter
+from app.outbound.upstream import ChunkStream
+from app.runs.fitting import Fitting
 from app.runs.plan import RunPlan
 from app.runs.recorder import Recorder
 from app.storage.backlog import Backlog
 from app.wire.events import Event, TextDelta
 from app.wire.items import ItemStatus, call_id_of
 from app.wire.requests import CreateResponse
-
-REFUSALS_MAX = 20
-"""Of a context that begins later each time."""
-
-COUNTED_REFUSALS_MAX = 2
-"""Refusals whose counts decide how much is left out; then it is half each time, as the counts have not sufficed."""
 
 
 class ModelTurns:
@@ -39,6 +33,7 @@ class ModelTurns:
         self,
         plan: RunPlan,
         recorder: Recorder,
+        counter: TokenCounter,
         *,
         calls_max: int,
         summary_prompt: str,
@@ -48,13 +43,12 @@ class ModelTurns:
         """`calls_max` limits the calls of one turn; `call_ids` are taken already. The run waits for its `reader`, if it has one
         that can't read later."""
         self._plan, self._recorder, self._reader = plan, recorder, reader
+        self._fitting = Fitting(plan, counter)
         self._calls_max, self._summary_prompt = calls_max, summary_prompt
         # Clients distinguish calls by their ids, along the whole chain.
         self._call_ids = {*call_ids, *filter(None, map(call_id_of, plan.context.items))}
         self.opening: asyncio.Task[ChunkStream] | None = None
         """The upstream's answer to the next turn, if it is requested already."""
-        self._starts: dict[tuple[str, str], int] = {}
-        """Upstream and model → the position at which the context begins that they take."""
         self._summary_tokens = 0
         """Of the output tokens so far, those of summaries."""
 
@@ -98,30 +92,7 @@ class ModelTurns:
 
     async def _open(self, request: CreateResponse, context: Context, tokens_max: int | None) -> ChunkStream:
         """The answer of the first route whose upstream is in order."""
-        return await self._plan.first_in_order(partial(self._open_route, request, context, tokens_max))
-
-    async def _open_route(
-        self, request: CreateResponse, context: Context, tokens_max: int | None, upstream: Upstream, model: str
-    ) -> ChunkStream:
-        """With `truncation: auto`, a context that is too long begins later, also in the next turns, until the upstream takes it."""
-        plan, at, refusals = self._plan, (upstream.name, model), 0
-        while True:
-            start = self._starts.get(at, 0)
-            begun = await offload(plan.size, truncated, context, start) if start else context
-            body = await offload(
-                plan.size, plan.chat_request, request, begun, upstream, model, output_tokens_max=tokens_max
-            )
-            try:
-                return await upstream.open(model, body, plan.caller_key)
-            except ContextTooLong as error:
-                refusals += 1
-                if request.body.truncation != "auto" or refusals == REFUSALS_MAX:
-                    raise
-                share = error.share_over if refusals <= COUNTED_REFUSALS_MAX else None
-                later = await offload(plan.size, later_start, request, context, start, share)
-                if later is None:
-                    raise
-                self._starts[at] = later
+        return await self._plan.first_in_order(partial(self._fitting.open, request, context, tokens_max))
 
     async def follow(self, context: Context) -> Turn:
         """Record one turn of the model from its first chunk to its last. Raises ApiError, Fenced, DatabaseUnavailable."""

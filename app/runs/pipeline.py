@@ -29,6 +29,7 @@ from app.domain.toolbox import NeedsApproval
 from app.errors import ApiError, DatabaseUnavailable, Fenced, RunTooLong, ServerError
 from app.outbound.guard import Guard
 from app.outbound.mcp import ToolPrograms
+from app.outbound.tokens import TokenCounter
 from app.runs.compacting import Compacting
 from app.runs.model_turn import ModelTurns
 from app.runs.plan import RunPlan
@@ -96,8 +97,10 @@ class Run(Protocol):
 class Pipeline:
     """Makes responses."""
 
-    def __init__(self, settings: Settings, guard: Guard, programs: ToolPrograms, summary_prompt: str) -> None:
-        self.settings, self._guard, self._programs = settings, guard, programs
+    def __init__(
+        self, settings: Settings, guard: Guard, programs: ToolPrograms, counter: TokenCounter, summary_prompt: str
+    ) -> None:
+        self.settings, self._guard, self._programs, self._counter = settings, guard, programs, counter
         self._summary_prompt = summary_prompt
 
     async def make(self, run: Run) -> None:
@@ -121,6 +124,7 @@ class Pipeline:
         model = ModelTurns(
             plan,
             recorder,
+            self._counter,
             calls_max=self.settings.turn_calls_max,
             summary_prompt=self._summary_prompt,
             call_ids=call_ids,

@@ -94,12 +94,12 @@ class RunPlan(Struct, frozen=True):
             output_tokens_max=output_tokens_max,
         )
 
-    async def first_in_order(self, ask: Callable[[Upstream, str], Awaitable[T]]) -> T:
-        """What `ask` gets from the upstream and the model of the first route that is in order. Raises ApiError."""
+    async def first_in_order(self, ask: Callable[[Upstream, Route], Awaitable[T]]) -> T:
+        """What `ask` gets from the upstream of the first route that is in order. Raises ApiError."""
         failed: ApiError | None = None
         for upstream, route in self.routes:
             try:
-                return await ask(upstream, route.model)
+                return await ask(upstream, route)
             except (UpstreamUnavailable, UpstreamBusy, UpstreamGarbled, UpstreamStalled) as error:
                 failed = error
         assert failed is not None

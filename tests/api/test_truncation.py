@@ -1,15 +1,69 @@
 """`truncation: auto`: what of a long context reaches the upstream, once that has refused the whole."""
 
+from collections.abc import Callable, Iterator, Mapping
+
 import openai
 import pytest
 
-from tests.upstream import answer, call, calling, finish, note, script, status
+from tests.servers import Served
+from tests.upstream import Upstream, answer, call, calling, endpoint, finish, note, script, status
 from tests.waiting import until
 
+CATALOG = """
+default = "plain"
 
-def too_long(tokens, tokens_max=100, times=1):
-    words = f"This model's maximum context length is {tokens_max} tokens. However, your messages resulted in {tokens} tokens."
+[upstreams.plain]
+base_url = "{base}"
+dialect = "plain"
+
+[upstreams.vllm]
+base_url = "{base}"
+dialect = "vllm"
+
+[upstreams.silent]
+base_url = "{base}"
+dialect = "plain"
+context_tokens = 4_000
+
+[[models]]
+name = "small"
+routes = [{{ upstream = "silent", context_tokens = 2_000 }}]
+"""
+
+
+@pytest.fixture(scope="module")
+def server(
+    base_env: Mapping[str, str],
+    new_database: Callable[[], str],
+    upstream: Upstream,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Served]:
+    """A server with upstreams that refuse long prompts, and one that is known to cut them."""
+    path = tmp_path_factory.mktemp("truncation") / "catalog.toml"
+    path.write_text(CATALOG.format(base=upstream.base_url))
+    with Served({**base_env, "REPRISE_CATALOG": str(path), "DATABASE_URL": new_database()}) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Served) -> Iterator[openai.OpenAI]:
+    with server.client() as made:
+        yield made
+
+
+def refusal(words, times=1):
     return status(400, {"error": {"message": words, "type": "BadRequestError", "code": 400}}, times=times)
+
+
+def too_long(tokens, times=1):
+    words = f"This model's maximum context length is 100 tokens. However, your messages resulted in {tokens} tokens."
+    return refusal(words, times)
+
+
+def at_least(tokens_max):
+    """A refusal before the whole prompt is counted."""
+    words = f"This model's maximum context length is {tokens_max} tokens. However, your prompt contains at least {tokens_max + 1}."
+    return refusal(words)
 
 
 def history(turns):
@@ -30,10 +84,10 @@ def questions(record):
     return [message["content"] for message in record.body["messages"] if message["role"] == "user"][:-1]
 
 
-def make(client, given, turns=10, **options):
+def make(client, given, turns=10, model="scripted", **options):
     asked = {"role": "user", "content": given}
     return client.responses.create(
-        model="scripted", input=[*history(turns), asked], instructions="Be brief.", truncation="auto", **options
+        model=model, input=[*history(turns), asked], instructions="Be brief.", truncation="auto", **options
     )
 
 
@@ -109,3 +163,50 @@ def test_without_auto_the_refusal_is_the_client_s_with_its_counts(client, upstre
         client.responses.create(model="scripted", input=asked)
     assert caught.value.code == "context_length_exceeded"
     assert len(upstream.asked(given)) == 1
+
+
+# -- Sizes that are known ---------------------------------------------------------------------------------------------------
+
+
+def asked(upstream, given):
+    """The path and the number of earlier questions of each request."""
+    return [(record.path.rpartition("/")[2], len(questions(record))) for record in upstream.asked(given)]
+
+
+def test_a_size_that_a_refusal_names_is_learned_and_later_prompts_are_counted_first(client, upstream, said):
+    words = len(f"Be brief. {said}".split()) + 10 * 5  # of which there are five in each turn, and the script has one
+    given = script([note(said), at_least(words - 12), *answer("Fine.")])
+    assert make(client, given, model="vllm@learned").output_text == "Fine."
+    assert asked(upstream, given)[0] == ("completions", 10)
+    assert {path for path, _ in asked(upstream, given)[1:-1]} == {"tokenize"}
+    path, left = asked(upstream, given)[-1]
+    assert (path, 0 < left < 10) == ("completions", True)
+    again = script([note(f"again {said}"), *answer("Fine.")])
+    make(client, again, model="vllm@learned")
+    *counts, (path, left) = asked(upstream, again)
+    assert (path, 0 < left < 10) == ("completions", True)
+    assert counts == [("tokenize", 10), ("tokenize", left)]
+
+
+def test_a_prompt_that_can_not_be_counted_is_sent_and_halved(client, upstream, said):
+    missing = endpoint("/tokenize", {"detail": "Not Found"}, code=404)
+    given = script([note(said), missing, at_least(50), *answer("Fine.")])
+    assert make(client, given, model="vllm@uncounted").output_text == "Fine."
+    chats = [left for path, left in asked(upstream, given) if path == "completions"]
+    assert chats == [10, 5]
+
+
+@pytest.mark.parametrize(("model", "left"), [("silent@m", 6), ("small", 2)])
+def test_where_the_catalog_knows_the_size_a_longer_prompt_is_not_sent(client, upstream, said, model, left):
+    given = script([note(said), *answer("Fine.")])
+    assert make(client, given, model=model).output_text == "Fine."
+    assert asked(upstream, given) == [("completions", left)]
+    with_auto = script([note(f"short {said}"), *answer("Fine.")])
+    make(client, with_auto, turns=1, model=model)
+    assert asked(upstream, with_auto) == [("completions", 1)]
+
+
+def test_without_auto_nothing_is_left_out_whatever_the_catalog_knows(client, upstream, said):
+    given = script([note(said), *answer("Fine.")])
+    client.responses.create(model="silent@m", input=[*history(10), {"role": "user", "content": given}])
+    assert asked(upstream, given) == [("completions", 10)]

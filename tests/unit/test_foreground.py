@@ -16,6 +16,7 @@ from app.domain.lifecycle import open_response
 from app.errors import ApiError, UpstreamUnavailable
 from app.ids import new_id
 from app.outbound.guard import Guard
+from app.outbound.tokens import TokenCounter
 from app.rooms import Room, Rooms
 from app.runs.foreground import ForegroundRun, ForegroundRuns
 from app.runs.pipeline import Pipeline
@@ -68,7 +69,7 @@ def start(*, fails: bool) -> tuple[ForegroundRuns, ForegroundRun, "weakref.ref[R
     """A stream that is not stored among the runs of its process, and a weak reference to a part of its plan."""
     settings = Settings()
     programs: Any = SimpleNamespace(release=lambda *_: None)
-    pipeline = Pipeline(settings, Guard.from_settings(settings), programs, "Summarize.")
+    pipeline = Pipeline(settings, Guard.from_settings(settings), programs, TokenCounter(settings), "Summarize.")
     runs = ForegroundRuns(settings, None, pipeline, Owner("worker_1", 10.0))  # type: ignore[arg-type]
     asked = request(store=False, stream=True)
     room = Room(Rooms(1 << 20, waiting_max=4))

@@ -8,6 +8,7 @@ import pytest
 from app.domain.lifecycle import Outcome, open_response
 from app.errors import DatabaseUnavailable, ServerError
 from app.outbound.guard import Guard
+from app.outbound.tokens import TokenCounter
 from app.runs.pipeline import Pipeline, Turns
 from app.runs.recorder import Recorder
 from app.settings import Settings
@@ -55,7 +56,7 @@ class MemoryRun:
 
 def pipeline() -> Pipeline:
     settings = Settings()
-    return Pipeline(settings, Guard.from_settings(settings), None, "Summarize.")  # type: ignore[arg-type]  # no programs
+    return Pipeline(settings, Guard.from_settings(settings), None, TokenCounter(settings), "Summarize.")  # type: ignore[arg-type]  # no programs
 
 
 @pytest.mark.parametrize(

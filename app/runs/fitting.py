@@ -1,0 +1,94 @@
+"""Prompts that fit into a model's context. With `truncation: auto`, a context that is too long begins later.
+
+The upstream's refusal decides, with its counts. Where the size of the model's context is known, from the catalog or an earlier refusal,
+a long prompt is counted before it is sent, if an endpoint does that without generating; if none does, a size from the catalog is
+compared with an estimate, as upstreams that cut prompts silently refuse none.
+"""
+
+from app.domain.context import Context
+from app.domain.truncation import BYTES_PER_TOKEN_MIN, estimated_prompt, later_start, truncated
+from app.errors import ContextTooLong
+from app.offload import offload
+from app.outbound.catalog import Route
+from app.outbound.tokens import ChatRequest, TokenCounter
+from app.outbound.upstream import ChunkStream, Upstream
+from app.runs.plan import RunPlan
+from app.wire.requests import CreateResponse
+
+REFUSALS_MAX = 20
+"""Of a context that begins later each time."""
+
+COUNTED_REFUSALS_MAX = 2
+"""Refusals whose counts decide how much is left out; then it is half each time, as the counts have not sufficed."""
+
+
+class Fitting:
+    """Opens an upstream with a prompt that it takes."""
+
+    def __init__(self, plan: RunPlan, counter: TokenCounter) -> None:
+        self._plan, self._counter = plan, counter
+        self._starts: dict[tuple[str, str], int] = {}
+        """Upstream and model → the position at which the context begins that they take."""
+
+    async def open(
+        self, request: CreateResponse, context: Context, tokens_max: int | None, upstream: Upstream, route: Route
+    ) -> ChunkStream:
+        """The upstream's answer. What did not fit in an earlier turn is not sent again. Raises ApiError."""
+        plan, refusals = self._plan, 0
+        at = upstream.name, route.model
+        while True:
+            begun = await self._begun(context, self._starts.get(at, 0))
+            body = await offload(
+                plan.size, plan.chat_request, request, begun, upstream, route.model, output_tokens_max=tokens_max
+            )
+            if request.body.truncation != "auto":
+                return await upstream.open(route.model, body, plan.caller_key)
+            share = await self._share_over(request, begun, body, tokens_max, upstream, route)
+            if share and await self._begin_later(at, request, context, share):
+                continue
+            try:
+                return await upstream.open(route.model, body, plan.caller_key)
+            except ContextTooLong as error:
+                refusals += 1
+                upstream.record_context_tokens(route.model, error.tokens_max)
+                share = None
+                if refusals <= COUNTED_REFUSALS_MAX:
+                    share = error.share_over or await self._share_over(
+                        request, begun, body, tokens_max, upstream, route
+                    )
+                if refusals == REFUSALS_MAX or not await self._begin_later(at, request, context, share):
+                    raise
+
+    async def _begun(self, context: Context, start: int) -> Context:
+        return await offload(self._plan.size, truncated, context, start) if start else context
+
+    async def _begin_later(
+        self, at: tuple[str, str], request: CreateResponse, context: Context, share: float | None
+    ) -> bool:
+        """Leave out this share of the prompt, or half of what can be; returns whether anything is left out."""
+        start = self._starts.get(at, 0)
+        later = await offload(self._plan.size, later_start, request, context, start, share)
+        if later is not None:
+            self._starts[at] = later
+        return later is not None
+
+    async def _share_over(
+        self,
+        request: CreateResponse,
+        context: Context,
+        body: bytes,
+        tokens_max: int | None,
+        upstream: Upstream,
+        route: Route,
+    ) -> float | None:
+        """How much of a prompt is too much, from 0 to 1; None if that is nothing, or unknown."""
+        given = route.context_tokens or upstream.entry.context_tokens
+        size = given or upstream.context_tokens(route.model)
+        if size is None or len(body) <= size * BYTES_PER_TOKEN_MIN:
+            return None
+        asked = ChatRequest(upstream, route.model, body, self._plan.caller_key)
+        tokens = await self._counter.count_without_output(self._plan.tenant_id, asked)
+        if tokens is None and given:
+            tokens = await offload(self._plan.size, estimated_prompt, request, context)
+        room = max(size - (tokens_max or 0), size // 2)
+        return (tokens - room) / tokens if tokens and tokens > room else None
