@@ -441,3 +441,30 @@ def test_an_upstream_that_refuses_the_first_summary_is_the_status_of_the_request
     summary(status(400, {"error": {"message": "too long", "code": "context_length_exceeded"}}))
     body = {"model": "m", "input": said, "previous_response_id": long_chain(client, said), **managed(), "stream": True}
     assert http.post("/responses", json=body).status_code == 400
+
+
+# -- Approvals --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_an_approval_request_can_be_answered_after_a_compaction(
+    client, upstream, toolserver, mcp, name, said, summary, together
+):
+    tools = [mcp(require_approval="always", options={"tools": "add"})]
+    first = client.responses.create(
+        model="m", input=script([note(said), *calling("add", {"a": 1, "b": 2})]), tools=tools
+    )
+    approval = {"type": "mcp_approval_response", "approval_request_id": first.output[-1].id, "approve": True}
+    if together:  # the call is made before the summary
+        made = client.responses.create(model="m", input=[approval, TRIGGER], previous_response_id=first.id, tools=tools)
+        assert [item.type for item in made.output] == ["mcp_call", "compaction"]
+        assert [one["role"] for one in summary()[0]["messages"]] == ["user", "assistant", "tool", "user"]
+    else:
+        made = client.responses.create(model="m", input=[TRIGGER], previous_response_id=first.id, tools=tools)
+        assert [item.type for item in made.output] == ["compaction"]
+        more = client.responses.create(model="m", input=[approval], previous_response_id=made.id, tools=tools)
+        assert [item.type for item in more.output] == ["mcp_call", "message"]
+        shown = seen(upstream, {"content": upstream.requests[-1].said})
+        assert [one["role"] for one in shown] == ["user", "assistant", "tool"]
+        assert shown[0]["content"].startswith(HEADING) and shown[2]["content"] == "3"
+    assert len(toolserver.calls(name)) == 1

@@ -75,6 +75,7 @@ def create(http, **body):
         ("GET", f"/responses/{UNKNOWN}/input_items"),
         ("POST", f"/responses/{UNKNOWN}/cancel"),
         ("POST", "/responses/input_tokens"),
+        ("POST", "/responses/compact"),
         ("GET", "/models"),
         ("GET", "/models/scripted"),
     ],
@@ -327,3 +328,17 @@ def test_a_count_is_remembered_for_its_tenant_only(a, b, upstream, name):
     counts = [http.post("/responses/input_tokens", json=body).json()["input_tokens"] for http in (a, b, a, b)]
     assert counts == [1, 1, 1, 1]
     assert len(upstream.asked(name)) == 2
+
+
+def test_another_tenant_s_compaction_is_not_opened_nor_its_chain_compacted(a, b):
+    asked = [{"role": "user", "content": "a secret"}, {"type": "compaction_trigger"}]
+    made = create(a, input=asked)
+    body = {"model": "m", "input": [*made["output"], {"role": "user", "content": "Repeat it."}]}
+    reply = b.post("/responses", json=body)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_encrypted_content")
+    for given in (body, {"model": "m", "previous_response_id": made["id"]}):
+        assert b.post("/responses/compact", json=given).status_code == 400
+        assert a.post("/responses/compact", json=given).status_code == 200
+    reference = [{"type": "item_reference", "id": made["output"][0]["id"]}, {"role": "user", "content": "Repeat it."}]
+    assert b.post("/responses", json={"model": "m", "input": reference}).status_code == 400
+    create(a, input=reference)

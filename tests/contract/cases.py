@@ -45,6 +45,8 @@ class Case:
     body: Mapping[str, Any] = field(default_factory=dict)
     before: Sequence[Mapping[str, Any]] = ()
     """Items in front of the script."""
+    after: Sequence[Mapping[str, Any]] = ()
+    """Items that follow it."""
     used: tuple[int, ...] | None = None
     """Input and output tokens, where the script says them; none of them where it says that there are none."""
 
@@ -52,7 +54,7 @@ class Case:
     def request(self) -> dict[str, Any]:
         """The body of the create request."""
         asked = {"role": "user", "content": script(*self.turns)}
-        return {"model": "scripted", "input": [*self.before, asked], **self.body}
+        return {"model": "scripted", "input": [*self.before, asked, *self.after], **self.body}
 
 
 _MADE_UP = re.compile(r"^call_[0-9a-f]{36}$")
@@ -60,6 +62,8 @@ _MADE_UP = re.compile(r"^call_[0-9a-f]{36}$")
 
 def outline(item: Mapping[str, Any]) -> str:
     """An item in one line; a call id that the server made up is a question mark."""
+    if item["type"] == "compaction":
+        return "compacts"
     mark = "" if item["status"] == "completed" else f"[{item['status']}] "
     id = "?" if _MADE_UP.match(item.get("call_id", "")) else item.get("call_id")
     name = ".".join(part for part in (item.get("namespace"), item.get("name")) if part)
@@ -572,5 +576,6 @@ CASES: dict[str, Case] = {
     ),
     "every parameter": Case(turns=[calling("f", {"a": 1}, id="c1")], made=TWO_CALLS[:1], body=EVERYTHING),
     "history": Case(turns=[answer("And now?")], made=["says And now?"], before=HISTORY, body=F),
+    "compaction": Case(turns=[answer("Hi")], made=["compacts"], after=[{"type": "compaction_trigger"}]),
     "not stored": Case(turns=[answer("Secret.")], made=["says Secret."], body={"store": False}),
 }

@@ -119,7 +119,8 @@ NOT_TO_BE_SPLIT = {
 SPLITTABLE = [
     name
     for name, case in CASES.items()
-    if not any(NOT_TO_BE_SPLIT.keys() & step.keys() for steps in case.turns for step in steps)
+    if not case.after  # another message is the last: the script does not answer
+    and not any(NOT_TO_BE_SPLIT.keys() & step.keys() for steps in case.turns for step in steps)
 ]
 
 

@@ -60,6 +60,8 @@ def _is_broken_off(item: Event) -> bool:
             return True
         case "mcp_list_tools":
             return bool(item.get("error"))
+        case "compaction":
+            return not item["encrypted_content"]
     return bool(item["status"] == "incomplete")
 
 

@@ -6,6 +6,10 @@ import time
 
 import pytest
 
+from app.domain.compaction import Compacted, message_of
+from app.settings import Settings
+from app.setup import compaction_prompt
+from app.wire.items import InputText, Message
 from tests.faults.client import Follower, begin, get
 from tests.faults.cluster import frozen, locked
 from tests.faults.stream_oracle import closed_as, rounds_of, text_of
@@ -294,3 +298,38 @@ def test_two_workers_race_and_make_each_response_once(cluster, upstream):
         response = get(cluster.urls[0], response_id)
         assert (response["status"], text_of(response)) == ("completed", f"answer {number}")
         assert len(upstream.asked(said)) == 1
+
+
+COMPACTING = {"context_management": [{"type": "compaction", "compact_threshold": 1000}]}
+PROMPT = compaction_prompt(Settings())
+
+
+def test_a_worker_killed_after_a_compaction_or_in_it_is_replaced(cluster, upstream, check, said):
+    """A whole compaction stands, whoever continues from it; one that was broken off is made again."""
+    cluster.ensure(workers=2)
+    upstream.scripts[PROMPT] = script([text("The "), gate("mid-summary"), text("summary."), finish()])
+    after = (
+        message_of(Compacted("The summary.", [Message(role="user", content=[InputText(text=said)])])).content[0].text
+    )
+    upstream.scripts[after] = script([text("The "), gate("after-compaction"), text("answer."), finish()])
+    history = [{"role": "user", "content": "x" * 4000}, {"role": "assistant", "content": "y" * 400}]
+    response_id = begin(cluster.urls[0], [*history, {"role": "user", "content": said}], **COMPACTING)
+    follower = Follower(cluster.urls, response_id)
+    upstream.wait_reached("mid-summary", 20)
+    follower.wait_for("response.output_item.added")
+    cluster.kill_owner(response_id)
+    upstream.open("mid-summary")
+    upstream.wait_reached("after-compaction", 20)
+    cluster.ensure(workers=2)
+    cluster.kill_owner(response_id)
+    upstream.open("after-compaction")
+    response = check(follower)
+    assert [item["type"] for item in response["output"]] == ["compaction", "message"]
+    assert text_of(response) == "The answer."
+    assert (len(upstream.asked(PROMPT)), len(upstream.asked(after))) == (2, 2)
+    sealed = [
+        event["item"]["encrypted_content"]
+        for event in follower.seen
+        if event["type"] == "response.output_item.done" and event["item"]["type"] == "compaction"
+    ]
+    assert [bool(content) for content in sealed] == [False, True]
