@@ -140,10 +140,11 @@ def estimated_tokens(items: Sequence[AnyItem]) -> int:
 
 def context_tokens(request: CreateResponse, visible: Sequence[AnyItem]) -> int:
     """The estimated tokens of all that the model reads: what it sees of the context, instructions and declared tools."""
-    declared = sum(len(bytes(tool)) for tool in request.body.tools or ()) + len(
-        (request.body.instructions or "").encode()
-    )
-    return estimated_tokens(visible) + declared // BYTES_PER_TOKEN
+    given = request.instructions
+    prompted = [Message(role=one.role, content=one.content) for one in given] if isinstance(given, list) else []
+    declared = sum(len(bytes(tool)) for tool in request.body.tools or ())
+    declared += len(given.encode()) if isinstance(given, str) else 0
+    return estimated_tokens([*prompted, *visible]) + declared // BYTES_PER_TOKEN
 
 
 def counted_tokens(usage: Usage | None, output: Sequence[AnyItem]) -> int | None:

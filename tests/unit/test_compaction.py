@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from app.domain.compaction import (
     HEADING,
@@ -22,7 +23,7 @@ from app.domain.dialect import Dialect
 from app.domain.messages import messages
 from app.domain.sealed import KEY_BYTES, Seal
 from app.errors import InvalidRequest
-from app.wire.items import Compaction, InputText, Message
+from app.wire.items import Compaction, InputImage, InputText, Message, PromptedMessage
 from app.wire.resources import InputTokensDetails, OutputTokensDetails, Usage
 from tests.unit.build import SEAL, assistant, call, context, function, item, output, plain, request, user
 
@@ -230,6 +231,15 @@ def test_the_estimate_is_a_quarter_of_the_bytes_and_does_not_count_those_of_imag
 def test_a_whole_context_is_estimated_with_its_instructions_and_tools():
     asked = request(instructions="x" * 400, tools=[function("f", description="y" * 400)])
     assert 200 <= context_tokens(asked, []) <= 240
+
+
+def test_the_messages_of_a_prompt_are_estimated_as_those_of_a_context():
+    prompted = [
+        PromptedMessage("developer", [InputText(text="x" * 400)]),
+        PromptedMessage("user", [InputImage(image_url=IMAGE["image_url"])]),
+    ]
+    asked = replace(request(), prompted=prompted)
+    assert MEDIA_TOKENS + 100 <= context_tokens(asked, []) <= MEDIA_TOKENS + 150
 
 
 @pytest.mark.parametrize(
