@@ -51,6 +51,7 @@ async def examine(environ: Mapping[str, str]) -> AsyncIterator[Finding]:
     """Try the parts one after the other; a part that depends on a bad one is skipped."""
     try:
         settings = _with_short_waits(load(environ))
+        setup.compaction_prompt(settings)
     except SettingsError as error:
         yield Finding("settings", False, str(error))
         return

@@ -77,6 +77,8 @@ def test_a_database_url_may_say_all_that_libpq_knows(base_env, new_database):
         ("REPRISE_PORT", "eighty", "REPRISE_PORT='eighty' is not valid: "),
         ("REPRISE_OLD_SECRET_KEYS", "short", "REPRISE_OLD_SECRET_KEYS is not valid: "),
         ("REPRISE_CATALOG", "/nowhere/catalog.toml", "/nowhere/catalog.toml"),
+        ("REPRISE_COMPACTION_PROMPT", "/nowhere/prompt.md", "REPRISE_COMPACTION_PROMPT can't be read: "),
+        ("REPRISE_COMPACTION_PROMPT", "/dev/null", "/dev/null is empty"),
         ("DATABASE_URL", "nonsense", "DATABASE_URL is not valid: expected postgresql://USER:PASSWORD@HOST/NAME, "),
         ("DATABASE_URL", "postgresql://h/d?channel_binding=require", "DATABASE_URL asks for channel_binding=require"),
         ("REDIS_URL", "redis://h:port", "REDIS_URL is not valid: "),
@@ -167,8 +169,17 @@ def secret(byte):
     return base64.b64encode(bytes([byte] * 32)).decode()
 
 
-def test_a_process_with_another_secret_key_refuses_to_start_unless_it_knows_the_former_one(base_env, new_database):
-    env = {**base_env, "DATABASE_URL": new_database(), "REPRISE_PORT": "0"}
+def test_a_process_with_another_secret_key_refuses_to_start_unless_it_knows_the_former_one(
+    base_env, new_database, upstream, tmp_path
+):
+    prompt = tmp_path / "prompt.md"
+    prompt.write_text("Sum it up, please.\n")
+    env = {
+        **base_env,
+        "DATABASE_URL": new_database(),
+        "REPRISE_PORT": "0",
+        "REPRISE_COMPACTION_PROMPT": str(prompt),
+    }
     first, second = ({**env, "REPRISE_SECRET_KEY": secret(number)} for number in (1, 2))
     with Served(first) as served, served.client() as client:
         thought = client.responses.create(
@@ -177,6 +188,10 @@ def test_a_process_with_another_secret_key_refuses_to_start_unless_it_knows_the_
             store=False,
             include=["reasoning.encrypted_content"],
         ).output[0]
+        compacted = client.responses.create(
+            model="m", input=[{"role": "user", "content": "Hello"}, {"type": "compaction_trigger"}]
+        )
+        assert len(upstream.asked("Sum it up, please.")) == 1
         assert refused(second, "worker") == OTHER_KEY
         assert findings(second)["secret key"] == (False, OTHER_KEY)
     with (
@@ -184,6 +199,11 @@ def test_a_process_with_another_secret_key_refuses_to_start_unless_it_knows_the_
         served.client() as client,
     ):
         client.responses.create(model="m", input=[thought.to_dict(), {"role": "user", "content": "And now?"}])
+        client.responses.create(model="m", input="And now?", previous_response_id=compacted.id)
+        window = [item.to_dict() for item in compacted.output]
+        made = client.responses.create(model="m", input=[*window, {"role": "user", "content": "Then?"}])
+        assert "ok: Sum it up, please." in upstream.asked("Then?")[0].body["messages"][0]["content"]
+        assert made.output_text == "ok: Then?"
     assert refused(first, "serve") == OTHER_KEY, "the newer key has taken its place"
     assert reprise(first, "rekey").returncode == 0
     assert findings(first)["secret key"][0]

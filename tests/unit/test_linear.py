@@ -19,6 +19,7 @@ from msgspec import Raw
 from app.domain.approvals import was_asked
 from app.domain.calls import hosted_call
 from app.domain.citations import Sources, sources_of
+from app.domain.compaction import Compacted, estimated_tokens, last_messages, seal_compacted
 from app.domain.context import pair, proceed, resolve
 from app.domain.dialect import Dialect
 from app.domain.fold import Fold
@@ -177,7 +178,7 @@ def prompted(items: list[dict[str, Any]], dialect: Dialect | None = None, **body
     asked = request(input=items, **body)
     context = resolve(asked, [], {}, counting(), seal=SEAL)
     speaks = dialect or Dialect()
-    return lambda: chat_request(asked, context, model="m", dialect=speaks, unseal=lambda *_: None)
+    return lambda: chat_request(asked, context, model="m", dialect=speaks, unseal=SEAL.open)
 
 
 def shortened(items: list[dict[str, Any]]) -> Work:
@@ -237,6 +238,7 @@ def counted(n: int) -> Work:
     return lambda: (tokenize(body), completion(body, max_tokens=1))
 
 
+COMPACTION = {"type": "compaction", "encrypted_content": seal_compacted(Compacted("x"), SEAL)}
 LACKING = Dialect(lacks=frozenset({"later_system_messages", "content_parts"}))
 FITTED = Dialect(lacks=frozenset({"repeated_roles", "parallel_calls_in_history"}), call_id_format="nine_alphanumerics")
 PART = {"type": "input_text", "text": "x"}
@@ -246,6 +248,11 @@ CONTEXT: dict[str, tuple[int, Make]] = {
     "a long chain": (500, lambda n: resolved([user("x")], [{**user("x"), "id": name} for name in words(n)])),
     "calls of one id": (1000, lambda n: partial(pair, [item(one) for one in calls(n, one_id=True)])),
     "calls that nobody answers": (500, lambda n: refused(resolved(calls(n)[:-1]))),
+    "compactions": (100, lambda n: resolved([user("x"), assistant("y"), COMPACTION] * n)),
+    "calls that are answered after a compaction": (400, lambda n: prompted([*calls(n)[:n], COMPACTION, *calls(n)[n:]])),
+    "calls before a compaction": (400, lambda n: prompted([*calls(n), COMPACTION])),
+    "an estimate": (500, lambda n: partial(estimated_tokens, [item(one) for one in calls(n)])),
+    "last messages": (500, lambda n: partial(last_messages, [item(user("x"))] * n, SEAL.open)),
     "references": (500, referenced),
     "approvals": (500, approved),
     "the next turn": (500, grown),
