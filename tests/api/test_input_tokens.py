@@ -206,6 +206,12 @@ def test_tools_that_are_not_listed_yet_do_not_count(client, upstream, toolserver
     assert toolserver.asked(name) == []
 
 
+def test_a_trigger_of_a_compaction_does_not_count(client, said):
+    trigger = {"type": "compaction_trigger"}
+    asked = {"role": "user", "content": said}
+    assert counted(client, "vllm@m", [asked, trigger]) == counted(client, "plain@m", [asked]) == len(said.split())
+
+
 # -- Parameters -------------------------------------------------------------------------------------------------------------
 
 

@@ -149,6 +149,17 @@ def _body(random: Random, known: Known, mark: str) -> dict[str, Any]:
     return {"model": "m", **random.choice(shapes)}
 
 
+COUNTED = frozenset(
+    "model input instructions previous_response_id tools tool_choice text reasoning truncation parallel_tool_calls".split()
+)
+
+
+def _count(random: Random, known: Known, mark: str) -> Sent:
+    body = {key: value for key, value in _body(random, known, mark).items() if key in COUNTED}
+    headers = {"content-type": "application/json"}
+    return Sent("POST", "/v1/responses/input_tokens", body={**body, "personality": "friendly"}, headers=headers)
+
+
 def valid(random: Random, known: Known, mark: str) -> Sent:
     """One valid request; most are creates."""
     ended, item = random.choice(known.responses), random.choice(known.items)
@@ -174,6 +185,7 @@ def valid(random: Random, known: Known, mark: str) -> Sent:
         Sent("GET", "/v1/responses", random.sample(lists, random.randint(0, 8))),
         Sent("POST", f"/v1/responses/{quote(background)}/cancel"),
         Sent("DELETE", f"/v1/responses/{quote(random.choice(known.doomed))}"),
+        _count(random, known, mark),
         Sent("GET", "/v1/models"),
         Sent("GET", "/v1/models/scripted"),
     ]
