@@ -199,3 +199,13 @@ def test_a_wrong_variable_is_a_400_with_its_path(client, variables, param):
     with pytest.raises(openai.BadRequestError) as caught:
         client.responses.create(prompt={"id": "greeting", "variables": variables}, input="Hi")
     assert caught.value.param == param
+
+
+async def test_an_agent_of_the_agents_sdk_leaves_its_model_and_instructions_to_the_prompt(served, said, heard):
+    from agents import Agent, OpenAIProvider, RunConfig, Runner
+
+    async with served.async_client() as own:
+        config = RunConfig(model_provider=OpenAIProvider(openai_client=own), tracing_disabled=True)
+        result = await Runner.run(Agent(name="Greeter", prompt=GREETING), said, run_config=config)
+    assert result.final_output == f"ok: {said}"
+    assert (heard()["model"], heard()["messages"][0]["content"]) == ("greeter", "Greet Ada.")
