@@ -19,7 +19,7 @@ from app.api import asgi, queries
 from app.domain.toolbox import open_toolbox
 from app.domain.tools import table
 from app.errors import ApiError, UnsupportedParameter
-from app.wire import events, items, requests, tools
+from app.wire import compactions, events, items, requests, tools
 from app.wire.decoding import decode
 
 PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
@@ -94,18 +94,24 @@ def handlers() -> dict[str, HTTPRouteHandler]:
     }
 
 
-def queried(handler: HTTPRouteHandler) -> set[str]:
-    """The query parameters that an endpoint parses."""
-    parsed = re.findall(r"queries\.parse\(request, queries\.(\w+)\)", inspect.getsource(handler.fn))
-    return {name for one in parsed for name in getattr(queries, one).__struct_fields__}
+BODIES = {"decode_count": requests._COUNTED, "decode_compact": compactions.PARAMETERS}
+"""What decodes the body of an endpoint, and its parameters; those of a create have a table of their own."""
+
+
+def parameters_of(handler: HTTPRouteHandler) -> set[str]:
+    """The parameters that an endpoint reads, in its query or its body."""
+    source = inspect.getsource(handler.fn)
+    queried = re.findall(r"queries\.parse\(request, queries\.(\w+)\)", source)
+    known = {name for one in queried for name in getattr(queries, one).__struct_fields__}
+    return known.union(*(names for decoder, names in BODIES.items() if decoder in source))
 
 
 @pytest.mark.filterwarnings("ignore::litestar.exceptions.LitestarDeprecationWarning")
-def test_every_endpoint_has_a_row_with_its_query():
+def test_every_endpoint_has_a_row_with_its_parameters():
     made = handlers()
     assert len(made) > 10
     page = {name: set(re.findall(r"`(\w+)`", cells[0])) for name, (_, cells) in rows("Endpoints").items()}
-    assert page == {name: queried(handler) for name, handler in made.items()}
+    assert page == {name: parameters_of(handler) for name, handler in made.items()}
 
 
 # -- Create ------------------------------------------------------------------------------------------------------------------
