@@ -170,11 +170,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     compaction_bytes_max: Annotated[
         int,
         _about(
-            "a compaction's summary; longer: the run fails. The user's last messages are kept beside it up to this size",
+            "a compaction's summary; longer: the run fails",
             ge=1024,
-            le=2 * 1024 * 1024,
+            le=1024 * 1024,
         ),
-    ] = 1024 * 1024
+    ] = 512 * 1024
     run_duration_max_s: Annotated[float, _about("duration of a run", gt=0)] = 3_600.0
     turn_calls_max: Annotated[int, _about("calls in one completion; more: the run fails", ge=1)] = 1_000
     run_output_bytes_max: Annotated[

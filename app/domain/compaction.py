@@ -9,9 +9,11 @@ from typing import TypeGuard
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from app.domain.sealed import TenantSeal, Unseal
 from app.wire.items import (
+    SEALED_CHARS_MAX,
     AdditionalTools,
     AnyItem,
     Compaction,
@@ -32,6 +34,13 @@ from app.wire.resources import Usage
 HEADING = "The conversation so far was replaced by this summary of it:"
 MESSAGES_HEADING = "The user's last messages before the summary, word for word:"
 
+LEFT_OUT = "(What was attached here is too large to be kept.)"
+
+MEDIA = (InputImage, InputFile, InputAudio)
+
+COMPACTED_BYTES_MAX = SEALED_CHARS_MAX * 3 // 4 - 1024
+"""Of what an item holds, so that its sealed form, in base64, is not too long."""
+
 BYTES_PER_TOKEN = 4
 """Of JSON, where tokens are estimated."""
 
@@ -51,6 +60,22 @@ class Compacted(Struct, omit_defaults=True):
 
 
 _COMPACTED = msgspec.json.Decoder(Compacted)
+
+
+def fitting(summary: str, messages: list[Message]) -> Compacted:
+    """A summary with the user's last messages, as far as an item may hold them: if they are too long, without their images, files and
+    sounds; if they still are, none of them."""
+    for kept in (messages, [_without_media(message) for message in messages]):
+        compacted = Compacted(summary, kept)
+        if len(msgspec.json.encode(compacted)) <= COMPACTED_BYTES_MAX:
+            return compacted
+    return Compacted(summary)
+
+
+def _without_media(message: Message) -> Message:
+    parts = message.content if isinstance(message.content, list) else []
+    kept = [InputText(text=LEFT_OUT) if isinstance(part, MEDIA) else part for part in parts]
+    return replace(message, content=kept)
 
 
 def seal_compacted(compacted: Compacted, seal: TenantSeal) -> str:
@@ -132,7 +157,7 @@ def estimated_tokens(items: Sequence[AnyItem]) -> int:
     size = media = 0
     for item in items:
         parts = getattr(item, "content", None) or getattr(item, "output", None)
-        found = [part for part in parts if isinstance(part, InputImage | InputFile | InputAudio)] if parts else []
+        found = [part for part in parts if isinstance(part, MEDIA)] if parts else []
         media += len(found)
         size += len(encode_item(item)) - sum(len(msgspec.json.encode(part)) for part in found)
     return size // BYTES_PER_TOKEN + media * MEDIA_TOKENS

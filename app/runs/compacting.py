@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import msgspec
 from msgspec.structs import replace
 
 from app.domain.compaction import (
@@ -10,6 +9,7 @@ from app.domain.compaction import (
     Compacted,
     context_tokens,
     estimated_tokens,
+    fitting,
     last_messages,
     seal_compacted,
 )
@@ -32,7 +32,7 @@ class Compacting:
     """The compactions of one run."""
 
     def __init__(self, plan: RunPlan, recorder: Recorder, model: ModelTurns, *, bytes_max: int) -> None:
-        """`bytes_max` limits a summary, and the user's messages beside it."""
+        """`bytes_max` limits a summary."""
         self._plan, self._recorder, self._model, self._bytes_max = plan, recorder, model, bytes_max
         self._tokens = plan.context_tokens
 
@@ -87,15 +87,11 @@ class Compacting:
         return context, outcome
 
     async def _summarize(self, context: Context) -> tuple[Compacted | None, Outcome]:
-        summary, turn = await self._model.summarize(context)
+        summary, turn = await self._model.summarize(context, self._bytes_max)
         outcome = outcome_of(turn.finish_reason)
         if outcome.status != "completed":
             return None, outcome
         if not summary.strip():
             raise UpstreamGarbled("The upstream made no summary of the context.")
-        if len(summary.encode()) > self._bytes_max:
-            raise UpstreamGarbled(f"The upstream made a summary of more than {self._bytes_max} bytes.")
         kept = last_messages(context.items, self._plan.seal.open)
-        if len(msgspec.json.encode(kept)) > self._bytes_max:
-            kept = []
-        return Compacted(summary.strip(), kept), outcome
+        return fitting(summary.strip(), kept), outcome

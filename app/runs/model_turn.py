@@ -116,8 +116,9 @@ class ModelTurns:
             await self._end(stream, turn)
         return turn
 
-    async def summarize(self, context: Context) -> tuple[str, Turn]:
-        """One turn of the model, which is not recorded, but for its usage: its text, and the turn. Raises ApiError."""
+    async def summarize(self, context: Context, bytes_max: int) -> tuple[str, Turn]:
+        """One turn of the model, which is not recorded, but for its usage: its text, and the turn. Raises ApiError; UpstreamGarbled
+        for a longer text."""
         stream = await self.open_summary(context)
         self._recorder.upstream = stream.upstream.name
         turn = Turn(
@@ -127,10 +128,14 @@ class ModelTurns:
             calls_max=self._calls_max,
         )
         texts: list[str] = []
+        left = bytes_max
         try:
             async for chunks in stream:
-                texts += _texts(event for chunk in chunks for event in turn.feed(chunk))
+                texts += (more := _texts(event for chunk in chunks for event in turn.feed(chunk)))
                 self._recorder.count_upstream(stream.read_bytes)
+                left -= sum(len(text.encode()) for text in more)
+                if left < 0:
+                    raise UpstreamGarbled(f"The upstream made a summary of more than {bytes_max} bytes.")
             texts += _texts(turn.close())
         finally:
             self._summary_tokens += (turn.usage and turn.usage.completion_tokens) or 0

@@ -6,7 +6,9 @@ import pytest
 from msgspec.structs import replace
 
 from app.domain.compaction import (
+    COMPACTED_BYTES_MAX,
     HEADING,
+    LEFT_OUT,
     MEDIA_TOKENS,
     MESSAGES_HEADING,
     Compacted,
@@ -14,6 +16,7 @@ from app.domain.compaction import (
     context_tokens,
     counted_tokens,
     estimated_tokens,
+    fitting,
     last_messages,
     newest_compaction,
     open_compacted,
@@ -23,7 +26,7 @@ from app.domain.dialect import Dialect
 from app.domain.messages import messages
 from app.domain.sealed import KEY_BYTES, Seal
 from app.errors import InvalidRequest
-from app.wire.items import Compaction, InputImage, InputText, Message, PromptedMessage
+from app.wire.items import SEALED_CHARS_MAX, Compaction, InputImage, InputText, Message, PromptedMessage
 from app.wire.resources import InputTokensDetails, OutputTokensDetails, Usage
 from tests.unit.build import SEAL, assistant, call, context, function, item, output, plain, request, user
 
@@ -256,3 +259,20 @@ def test_the_usage_of_a_response_counts_its_context_if_that_took_one_turn(output
     usage = Usage(20, InputTokensDetails(), 10, OutputTokensDetails(), 30)
     assert counted_tokens(usage, [item(one) for one in output]) == counted
     assert counted_tokens(None, [item(one) for one in output]) is None
+
+
+def test_an_item_is_no_longer_than_the_api_allows():
+    big = {**IMAGE, "image_url": "data:image/png;base64," + "A" * 8_000_000}
+    [text] = context(user("x")).items
+    [shown] = context({"role": "user", "content": [{"type": "input_text", "text": "see"}, big]}).items
+    [long] = context(user("\n" * 4_500_000)).items
+    assert isinstance(text, Message) and isinstance(shown, Message) and isinstance(long, Message)
+    assert fitting("s", [text]).messages == [text]
+    [kept] = fitting("s", [shown]).messages
+    assert [plain(part)["text"] for part in kept.content] == ["see", LEFT_OUT]
+    assert fitting("s", [long]).messages == []
+    most = Compacted("s" * (COMPACTED_BYTES_MAX - 14))
+    assert len(plain(most)["summary"]) > 7_000_000
+    sealed = seal_compacted(most, SEAL)
+    assert open_compacted(Compaction(encrypted_content=sealed), SEAL.open) == most
+    assert SEALED_CHARS_MAX - 2000 < len(sealed) <= SEALED_CHARS_MAX
