@@ -18,6 +18,7 @@ from app.runs.foreground import ForegroundRun
 from app.wire import resources
 from app.wire.compactions import CompactedResponse, decode_compact
 from app.wire.items import AnyItem, encode_item
+from app.wire.redaction import Redaction
 from app.wire.resources import InputTokensDetails, OutputTokensDetails, Usage, encode
 
 NO_USAGE = Usage(0, InputTokensDetails(), 0, OutputTokensDetails(), 0)
@@ -55,7 +56,7 @@ def _encoded(messages: list[AnyItem], made: resources.Response) -> bytes:
         CompactedResponse(
             id=made.id,
             created_at=made.created_at,
-            output=[*(msgspec.Raw(encode_item(message)) for message in messages), *made.output],
+            output=[*(msgspec.Raw(encode_item(message)) for message in messages), *Redaction(()).output(made.output)],
             usage=made.usage or NO_USAGE,
         )
     )

@@ -326,6 +326,8 @@ def normalise(item: AnyItem, new_id: NewId) -> AnyItem:
             return replace(item, status=item.status or "completed", namespace=item.namespace or UNSET)
         case FunctionCallOutput() | CustomToolCallOutput():
             return replace(item, status=item.status or "completed")
+        case Compaction():
+            return replace(item, summary=UNSET)
         case Reasoning():
             return replace(
                 item,

@@ -76,7 +76,7 @@ class Compacting:
             compacted, outcome = await self._summarize(context)
             if compacted:
                 sealed = await offload(self._plan.size, seal_compacted, compacted, self._plan.seal)
-                item = replace(item, encrypted_content=sealed)
+                item = replace(item, encrypted_content=sealed, summary=compacted.summary)
         finally:
             await recorder.record([item_done(index, item)], checkpoint=True)
         if not compacted:

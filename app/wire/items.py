@@ -269,9 +269,10 @@ class AdditionalTools(Item, tag="additional_tools"):
 
 class Compaction(Item, tag="compaction"):
     """Stands for all of the context before it. `encrypted_content` is the sealed summary; empty if that was broken off, and then
-    the item stands for nothing."""
+    the item stands for nothing. `summary` is for readers that ask for it; the hosted API does not have this key."""
 
     encrypted_content: Annotated[str, Meta(max_length=SEALED_CHARS_MAX)]
+    summary: str | UnsetType | None = UNSET
     created_by: str | UnsetType | None = UNSET
 
 

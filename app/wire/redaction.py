@@ -1,4 +1,4 @@
-"""What readers get of the items of hosted tools.
+"""What readers get of the items of hosted tools, and of compactions.
 
 Stored items and recorded events are whole: they hold what the model has read. A reader gets results, sources and outputs only
 where `include` asks for them, so they are removed when bytes are written out; everything else is passed on unchanged.
@@ -15,6 +15,7 @@ HIDDEN = {
     "web_search_call": ("results", "web_search_call.results"),
     "file_search_call": ("results", "file_search_call.results"),
     "code_interpreter_call": ("outputs", "code_interpreter_call.outputs"),
+    "compaction": ("summary", "compaction.summary"),
 }
 """Item type → the key that is hidden, and the value of `include` that shows it."""
 
@@ -50,6 +51,9 @@ class Redaction:
                 fields["action"] = _without_sources(fields["action"])
             if type_ in self._hidden:
                 fields.pop("results", None)
+        elif type_ == "compaction":
+            if type_ in self._hidden:
+                fields.pop("summary", None)
         elif type_ in self._hidden and fields.get(self._hidden[type_]) is not None:
             fields[self._hidden[type_]] = Raw(b"null")
         return msgspec.json.encode(fields)

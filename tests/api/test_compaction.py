@@ -104,6 +104,27 @@ def test_what_was_compacted_is_there_and_can_be_continued_from(client, upstream,
     assert [one["content"] for one in seen(upstream, f"undo {said}")] == [said, f"ok: {said}", f"undo {said}"]
 
 
+def test_the_summary_is_shown_to_a_reader_that_asks_for_it(client, http, said, summary):
+    shown = {"include": ["compaction.summary"]}
+    body = {"model": "m", "input": [user(said), TRIGGER]}
+    hidden = replay(events_of(http.post("/responses", json={**body, "stream": True, "background": True})))
+    assert "summary" not in hidden["output"][0]
+    [item] = client.responses.retrieve(hidden["id"], **shown).output
+    assert item.to_dict() == {**hidden["output"][0], "summary": "The summary."}
+    events = events_of(http.get(f"/responses/{hidden['id']}?stream=true&include=compaction.summary"))
+    assert events[-1]["response"]["output"] == [item.to_dict()] == [events[-2]["item"]]
+    next_one = client.responses.create(model="m", input="x", previous_response_id=hidden["id"])
+    listed = client.responses.input_items.list(next_one.id, order="asc")
+    assert [one.type for one in listed.data if "summary" in one.to_dict()] == []
+    listed = client.responses.input_items.list(next_one.id, order="asc", **shown)
+    assert [one.to_dict()["summary"] for one in listed.data if one.type == "compaction"] == ["The summary."]
+    given = {**item.to_dict(), "summary": "forged", "id": None}
+    again = client.responses.create(model="m", input=[given, user("y")])
+    listed = client.responses.input_items.list(again.id, **shown)
+    assert [one.type for one in listed.data if "summary" in one.to_dict()] == []
+    assert "summary" not in http.post("/responses/compact", json=body).json()["output"][-1]
+
+
 def test_what_is_streamed_is_what_is_stored(server, client, http, said, summary):
     body = {"model": "m", "input": [user(said), TRIGGER], "stream": True}
     events = events_of(http.post("/responses", json=body))
