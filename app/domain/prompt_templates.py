@@ -20,8 +20,7 @@ from app.errors import BodyTooLarge, PromptNotFound
 from app.wire.decoding import decode, missing, not_among, unknown
 from app.wire.items import Content, InputFile, InputImage, InputText, PromptedMessage, Role
 from app.wire.keys import nearest
-from app.wire.requests import NOTHING, Body, PromptParameters, PromptReference
-from app.wire.tools import decode_tool_choice, decode_tools
+from app.wire.requests import NOTHING, Body, PromptParameters, PromptReference, decode_create
 
 VariableType = Literal["string", "input_text", "input_image", "input_file"]
 TEXTUAL: frozenset[VariableType] = frozenset({"string", "input_text"})
@@ -55,7 +54,7 @@ class PromptVersion(PromptParameters, kw_only=True, forbid_unknown_fields=True):
         return self.instructions
 
     def faults(self) -> Iterator[str]:
-        """What is wrong with it. Raises InvalidRequest for its tools."""
+        """What is wrong with its text. Raises InvalidRequest for a parameter that no request may have."""
         used = {name for message in self.messages for name in _VARIABLE.findall(message.content)}
         for name in sorted(used - self.variables.keys()):
             yield f"'{{{{{name}}}}}' in 'instructions' is not among 'variables'"
@@ -65,8 +64,8 @@ class PromptVersion(PromptParameters, kw_only=True, forbid_unknown_fields=True):
             for name in _VARIABLE.findall(message.content) if message.role != "user" else ():
                 if self.variables.get(name, "string") not in TEXTUAL:
                     yield f"'{name}' is no text, so it can't stand in a message of the role '{message.role}'"
-        decode_tools(self.tools or [])
-        decode_tool_choice(self.tool_choice)
+        given = {name: getattr(self, name) for name in PromptParameters.__struct_fields__}
+        decode_create(msgspec.json.encode({**given, "model": self.model or "any", "input": "any"}), ())
 
 
 class Prompt(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

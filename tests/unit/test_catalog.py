@@ -306,6 +306,11 @@ SERVER = '[tool_servers.s]\nurl = "http://x/mcp"\n'
                     r"\[prompts\.p\.versions\.1\]: .*tools\[0\]\.type",
                 ),
                 ("1]", 'instructions = "x"\ntool_choice = "some"', r"\[prompts\.p\.versions\.1\]: .*'tool_choice'"),
+                (
+                    "1]",
+                    'instructions = "x"\nreasoning = { mode = "pro" }',
+                    r"\[prompts\.p\.versions\.1\]: .*'reasoning\.mode'",
+                ),
                 ("1]", 'model = "x"', r"\[prompts\.p\.versions\.1\]: .*`instructions`"),
                 ("one]", 'instructions = "x"', "versions"),
                 ("1]", 'instructions = "x"\n[prompts.p]\ndefault = "2"', "an unknown version '2'; there are 1"),
