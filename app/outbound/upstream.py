@@ -9,7 +9,9 @@ and the key go only to the operator's URL, and limits count the bytes in memory.
 
 import asyncio
 import codecs
+import math
 import re
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import closing
 from contextvars import ContextVar
@@ -62,6 +64,9 @@ TAIL_WAIT_S = 2.0
 DETECT_TIMEOUT_S, DETECT_INTERVAL_S = 2.0, 10.0
 
 FORMS_MAX = 1_000
+
+CONTEXT_TOKENS_S = 600.0
+"""How long the size of a context is believed: an engine may be started again with another one."""
 
 BROKEN_OFF = "The upstream broke off its answer."
 
@@ -165,7 +170,7 @@ class Upstream:
         """The plain one until it is detected, unless the catalog names it."""
         self.dialect_name = entry.dialect_name
         self._forms: dict[str, ReasoningForm] = {}
-        self._context_tokens: dict[str, int] = {}
+        self._context_tokens: dict[str, tuple[int, float]] = {}
         self._detection: asyncio.Task[None] | None = None
         self._detect_at = 0.0
         self.passes_caller = settings.upstream_auth == "caller"
@@ -268,14 +273,15 @@ class Upstream:
                 del self._forms[next(iter(self._forms))]
 
     def context_tokens(self, model: str) -> int | None:
-        """The size of a model's context, if the upstream has named it."""
-        return self._context_tokens.get(model)
+        """The size of a model's context, if the upstream has named it in the last CONTEXT_TOKENS_S."""
+        tokens, named_s = self._context_tokens.get(model, (None, -math.inf))
+        return tokens if time.monotonic() - named_s < CONTEXT_TOKENS_S else None
 
     def record_context_tokens(self, model: str, tokens: int | None) -> None:
         """Remember the size of a model's context, for the last FORMS_MAX models."""
         if tokens:
             self._context_tokens.pop(model, None)
-            self._context_tokens[model] = tokens
+            self._context_tokens[model] = tokens, time.monotonic()
             if len(self._context_tokens) > FORMS_MAX:
                 del self._context_tokens[next(iter(self._context_tokens))]
 

@@ -15,11 +15,11 @@ from app.outbound.upstream import ChunkStream, Upstream
 from app.runs.plan import RunPlan
 from app.wire.requests import CreateResponse
 
-REFUSALS_MAX = 20
-"""Of a context that begins later each time."""
+LATER_MAX = 20
+"""How often a context may begin later."""
 
-COUNTED_REFUSALS_MAX = 2
-"""Refusals whose counts decide how much is left out; then it is half each time, as the counts have not sufficed."""
+COUNTED_MAX = 3
+"""How often counts decide how much is left out; then it is half each time, as the counts have not sufficed."""
 
 
 class Fitting:
@@ -29,35 +29,46 @@ class Fitting:
         self._plan, self._counter = plan, counter
         self._starts: dict[tuple[str, str], int] = {}
         """Upstream and model → the position at which the context begins that they take."""
+        self._sizes: dict[tuple[str, str], int] = {}
+        """Upstream and model → the size of the context, if a refusal has named it."""
 
     async def open(
         self, request: CreateResponse, context: Context, tokens_max: int | None, upstream: Upstream, route: Route
     ) -> ChunkStream:
         """The upstream's answer. What did not fit in an earlier turn is not sent again. Raises ApiError."""
-        plan, refusals = self._plan, 0
-        at = upstream.name, route.model
-        while True:
+        plan, at = self._plan, (upstream.name, route.model)
+        is_auto = request.body.truncation == "auto"
+        for later in range(LATER_MAX + 1):
             begun = await self._begun(context, self._starts.get(at, 0))
             body = await offload(
                 plan.size, plan.chat_request, request, begun, upstream, route.model, output_tokens_max=tokens_max
             )
-            if request.body.truncation != "auto":
-                return await upstream.open(route.model, body, plan.caller_key)
-            share = await self._share_over(request, begun, body, tokens_max, upstream, route)
-            if share and await self._begin_later(at, request, context, share):
+            share = await self._share_over(request, begun, body, tokens_max, upstream, route) if is_auto else None
+            is_counted = later < COUNTED_MAX
+            if (
+                share
+                and later < LATER_MAX
+                and await self._begin_later(at, request, context, share if is_counted else None)
+            ):
                 continue
             try:
                 return await upstream.open(route.model, body, plan.caller_key)
             except ContextTooLong as error:
-                refusals += 1
-                upstream.record_context_tokens(route.model, error.tokens_max)
-                share = None
-                if refusals <= COUNTED_REFUSALS_MAX:
-                    share = error.share_over or await self._share_over(
-                        request, begun, body, tokens_max, upstream, route
-                    )
-                if refusals == REFUSALS_MAX or not await self._begin_later(at, request, context, share):
+                if not is_auto or later == LATER_MAX:
                     raise
+                self._learn(at, upstream, error, tokens_max)
+                share = error.share_over or await self._share_over(request, begun, body, tokens_max, upstream, route)
+                if not await self._begin_later(at, request, context, share if is_counted else None):
+                    raise
+        raise AssertionError("the last one is sent, and taken or refused")
+
+    def _learn(self, at: tuple[str, str], upstream: Upstream, error: ContextTooLong, tokens_max: int | None) -> None:
+        """Remember the size that a refusal names: in this run; in later ones, too, unless the request had a limit for its output, which
+        some engines subtract."""
+        if error.tokens_max:
+            self._sizes[at] = error.tokens_max
+        if tokens_max is None:
+            upstream.record_context_tokens(at[1], error.tokens_max)
 
     async def _begun(self, context: Context, start: int) -> Context:
         return await offload(self._plan.size, truncated, context, start) if start else context
@@ -83,7 +94,7 @@ class Fitting:
     ) -> float | None:
         """How much of a prompt is too much, from 0 to 1; None if that is nothing, or unknown."""
         given = route.context_tokens or upstream.entry.context_tokens
-        size = given or upstream.context_tokens(route.model)
+        size = given or self._sizes.get((upstream.name, route.model)) or upstream.context_tokens(route.model)
         if size is None or len(body) <= size * BYTES_PER_TOKEN_MIN:
             return None
         asked = ChatRequest(upstream, route.model, body, self._plan.caller_key)

@@ -70,7 +70,13 @@ def server(
         down = f"http://127.0.0.1:{free.getsockname()[1]}/v1"  # bound and not listening
         path = tmp_path_factory.mktemp("counts") / "catalog.toml"
         path.write_text(CATALOG.format(base=upstream.base_url, down=down))
-        env = {"REPRISE_CATALOG": str(path), "REPRISE_TOKEN_COUNT_BYTES_MAX": "4096", "REPRISE_TOKEN_COUNTS_MAX": "1"}
+        env = {
+            "REPRISE_CATALOG": str(path),
+            "REPRISE_TOKEN_COUNT_BYTES_MAX": "4096",
+            "REPRISE_TOKEN_COUNTS_MAX": "1",
+            "REPRISE_CONTEXTS_BYTES_MAX": "1000000",
+            "REPRISE_CONTEXT_WAIT_S": "2",
+        }
         with Served({**base_env, **env, "DATABASE_URL": new_database()}) as running:
             yield running
 
@@ -376,6 +382,11 @@ def test_a_count_is_remembered_by_the_whole_request(client, upstream, said):
     assert counted(client, "vllm@n", said) == first
     assert counted(client, "llama@m", said) == first
     assert [record.body["model"] for record in upstream.asked(said)] == ["m", "m", "n", "m"]
+
+
+def test_the_room_of_a_counted_context_is_released(client, said):
+    for number in range(3):
+        assert counted(client, "vllm@m", f"{number} {said} " + "x" * 600_000) == len(said.split()) + 2
 
 
 def test_a_failed_count_is_not_remembered(client, upstream, said):

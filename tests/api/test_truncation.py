@@ -188,6 +188,14 @@ def test_a_size_that_a_refusal_names_is_learned_and_later_prompts_are_counted_fi
     assert counts == [("tokenize", 10), ("tokenize", left)]
 
 
+def test_a_size_from_which_the_limit_of_an_output_may_be_subtracted_is_not_learned(client, upstream, said):
+    given = script([note(said), at_least(60), *answer("Fine.")])
+    make(client, given, model="vllm@limited", max_output_tokens=100)
+    again = script([note(f"again {said}"), *answer("Fine.")])
+    make(client, again, model="vllm@limited")
+    assert asked(upstream, again) == [("completions", 10)]
+
+
 def test_a_prompt_that_can_not_be_counted_is_sent_and_halved(client, upstream, said):
     missing = endpoint("/tokenize", {"detail": "Not Found"}, code=404)
     given = script([note(said), missing, at_least(50), *answer("Fine.")])

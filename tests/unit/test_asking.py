@@ -38,3 +38,14 @@ def test_the_reasoning_of_so_many_models_is_remembered_and_those_heard_last_stay
         "same",
         "same",
     ]
+
+
+def test_the_size_of_a_context_is_believed_for_a_while(monkeypatch):
+    upstream = Upstream("u", UpstreamEntry(base_url="http://h/v1"), Settings())
+    upstream.record_context_tokens("m", 4096)
+    upstream.record_context_tokens("m", None)
+    assert (upstream.context_tokens("m"), upstream.context_tokens("n")) == (4096, None)
+    upstream.record_context_tokens("m", 8192)
+    assert upstream.context_tokens("m") == 8192
+    monkeypatch.setattr("app.outbound.upstream.CONTEXT_TOKENS_S", 0)
+    assert upstream.context_tokens("m") is None
