@@ -160,8 +160,9 @@ def test_keys_without_effect_are_listed():
 
 
 def test_every_value_of_include_has_a_row():
-    known = set(literals(requests.Include)) | set(get_args(response_includable.ResponseIncludable))
-    assert set(words("Values of include")) == known
+    made, sent = set(literals(requests.Include)), set(get_args(response_includable.ResponseIncludable))
+    assert set(words("Values of include")) == made | sent
+    assert {name for name, word in words("Values of include").items() if word == "beyond"} == made - sent
 
 
 # -- Items, parts, tools -----------------------------------------------------------------------------------------------------
