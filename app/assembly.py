@@ -183,6 +183,7 @@ def _services(settings: Settings, catalog: Catalog, made: Core, foreground: Fore
     return Services(
         settings=settings,
         database=made.database,
+        seal=made.seal,
         catalog=catalog,
         upstreams=made.upstreams,
         admission=Admission(settings, made.database, made.planner, made.seal, foreground, made.logs, backlogs),

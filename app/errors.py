@@ -120,6 +120,18 @@ class TokensNotCounted(InvalidRequest):
     code = "token_count_not_available"
 
 
+class ConversationLocked(InvalidRequest):
+    """400, not 409, which SDKs repeat at once; the Agents SDK waits and repeats this code."""
+
+    code = "conversation_locked"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Another process is currently operating on this conversation. Please retry in a few seconds.",
+            param="conversation",
+        )
+
+
 class BodyTooLarge(InvalidRequest):
     """The body is over the limit."""
 
@@ -188,6 +200,20 @@ class PromptNotFound(NotFound):
         if version is not None:
             message, param = f"Prompt with id '{prompt_id}' has no version '{version}'.", "prompt.version"
         super().__init__(message, param=param)
+
+
+class ConversationNotFound(NotFound):
+    """An unknown conversation."""
+
+    def __init__(self, conversation_id: str) -> None:
+        super().__init__(f"Conversation with id '{conversation_id}' not found.")
+
+
+class ItemNotFound(NotFound):
+    """An item that is not in the conversation."""
+
+    def __init__(self, item_id: str) -> None:
+        super().__init__(f"Item with id '{item_id}' not found.")
 
 
 class MethodNotAllowed(ApiError):

@@ -9,6 +9,7 @@ from litestar.di import Provide
 from litestar.types import ASGIApp
 
 from app.api.compactions import CompactionsController
+from app.api.conversations import ConversationsController
 from app.api.input_tokens import input_tokens
 from app.api.models import ModelsController
 from app.api.operations import home, livez, readyz
@@ -25,6 +26,7 @@ def build(services: Services, lifespan: Lifespan) -> ASGIApp:
         route_handlers=[
             ResponsesController,
             CompactionsController,
+            ConversationsController,
             input_tokens,
             ModelsController,
             home,

@@ -29,7 +29,7 @@ class Retrieve(Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class ItemPage(Struct, forbid_unknown_fields=True, frozen=True):
-    """`GET /v1/responses/{id}/input_items`: the page after `after`, or the one that ends before `before`."""
+    """The items of a response or a conversation: the page after `after`, or the one that ends before `before`."""
 
     after: str | None = None
     before: str | None = None
@@ -49,6 +49,21 @@ class ResponsePage(Struct, forbid_unknown_fields=True, frozen=True):
     metadata: dict[str, str] = {}
     created_after: Annotated[int, Meta(ge=0, lt=2**62)] = 0
     created_before: Annotated[int, Meta(ge=0, le=2**62)] = 2**62
+
+
+class ConversationPage(Struct, forbid_unknown_fields=True, frozen=True):
+    """`GET /v1/conversations`."""
+
+    after: str | None = None
+    limit: Limit = 20
+    order: Order = "desc"
+    metadata: dict[str, str] = {}
+
+
+class Included(Struct, forbid_unknown_fields=True, frozen=True):
+    """What the reply holds beyond the defaults."""
+
+    include: list[Include] = []
 
 
 class Nothing(Struct, forbid_unknown_fields=True, frozen=True):

@@ -1,42 +1,35 @@
 """`/v1/responses`: create, retrieve, list, delete, input items."""
 
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import structlog
 from litestar import Controller, Request, Response, delete, get, post
 from litestar.enums import MediaType
 
-from app.api import queries
+from app.api import pages, queries
 from app.api.connected import run_while_connected
 from app.api.replies import json_reply
 from app.api.services import Services
 from app.api.sse import EventStream
 from app.domain.prompt_templates import fill_in
-from app.errors import InvalidParameter, InvalidRequest
+from app.errors import InvalidRequest
 from app.offload import offload
-from app.rooms import Room
 from app.runs.admission import Caller
 from app.runs.following import Followed
 from app.runs.foreground import ForegroundRun
 from app.storage import contexts, responses
-from app.storage.contexts import StoredItem
 from app.storage.pages import Page
 from app.storage.responses import Stored
 from app.wire import resources
-from app.wire.items import OpaqueItem, decode_stored_item, encode_item
 from app.wire.redaction import Redaction
-from app.wire.requests import CreateResponse, Order, decode_create
+from app.wire.requests import CreateResponse, decode_create
 from app.wire.resources import Deleted, encode
 
-T = TypeVar("T")
-
 log = structlog.get_logger()
-
-OPPOSITE: dict[Order, Order] = {"asc": "desc", "desc": "asc"}
 
 LEFT_OUT_HEADER = "x-reprise-left-out-tools"
 """Names the declared tools that the model does not see, because no server here runs them."""
@@ -110,7 +103,7 @@ class ResponsesController(Controller):
                     bytes_max=bytes_max,
                 )
 
-        return await _read(services, read, _page_of_responses)
+        return await pages.read(services, read, _page_of_responses)
 
     @get("/{response_id:str}")
     async def retrieve(
@@ -125,7 +118,7 @@ class ResponsesController(Controller):
             async with services.database.autocommit() as tx:
                 return await responses.find_response(tx, caller.tenant_id, response_id, bytes_max=bytes_max)
 
-        return await _read(services, read, partial(_retrieved, include=query.include))
+        return await pages.read(services, read, partial(_retrieved, include=query.include))
 
     async def _replay(
         self, response_id: str, query: queries.Retrieve, caller: Caller, services: Services
@@ -160,25 +153,7 @@ class ResponsesController(Controller):
     ) -> Response[Any]:
         """The context that the response was made from: earlier inputs and outputs, and its own input."""
         query = queries.parse(request, queries.ItemPage)
-        if query.before is not None and query.after is not None:
-            raise InvalidParameter("Give 'after' or 'before', not both.", param="before")
-        backwards = query.before is not None
-
-        async def read(bytes_max: int) -> tuple[int, Page[StoredItem] | None]:
-            async with services.database.autocommit() as tx:
-                return await contexts.list_input_items(
-                    tx,
-                    caller.tenant_id,
-                    response_id,
-                    after=query.before if backwards else query.after,
-                    limit=query.limit,
-                    order=OPPOSITE[query.order] if backwards else query.order,
-                    page_bytes=services.settings.page_bytes_max,
-                    bytes_max=bytes_max,
-                    param="before" if backwards else "after",
-                )
-
-        return await _read(services, read, partial(_page_of_items, include=query.include, backwards=backwards))
+        return await pages.items(services, query, contexts.list_input_items, caller.tenant_id, response_id)
 
     @post("/{response_id:str}/cancel", status_code=200)
     async def cancel(self, response_id: str, caller: Caller, services: Services) -> Response[Any]:
@@ -232,45 +207,9 @@ def _reply(
     return json_reply(body, services.backlogs, headers, made=response.id if is_new else None, stored=response.store)
 
 
-async def _read(
-    services: Services, read: Callable[[int], Awaitable[tuple[int, T | None]]], write: Callable[[T], bytes]
-) -> Response[Any]:
-    """A reply with what is stored, once there is room for it."""
-    with Room(services.reads) as room:
-        found = await room.read(read, wait_s=services.settings.context_wait_s)
-        body = await offload(room.size, write, found)
-    return json_reply(body, services.backlogs)
-
-
 def _retrieved(stored: Stored, include: Collection[str]) -> bytes:
     return encode(_shown(responses.response_of(stored), include))
 
 
 def _page_of_responses(page: Page[tuple[str, Stored]]) -> bytes:
-    return _encoded_page([(id, _retrieved(stored, ())) for id, stored in page.rows], has_more=page.has_more)
-
-
-def _page_of_items(page: Page[StoredItem], include: Collection[str], *, backwards: bool) -> bytes:
-    """They come the other way round, if they were read `backwards` from a cursor."""
-    redaction = Redaction(include)
-    rows = [(item.id, redaction.item(_listed(item.body))) for item in page.rows]
-    return _encoded_page(rows[::-1] if backwards else rows, has_more=page.has_more)
-
-
-def _encoded_page(rows: Sequence[tuple[str, bytes]], *, has_more: bool) -> bytes:
-    return encode(
-        resources.Page(
-            data=[msgspec.Raw(body) for _, body in rows],
-            first_id=rows[0][0] if rows else None,
-            last_id=rows[-1][0] if rows else None,
-            has_more=has_more,
-        )
-    )
-
-
-def _listed(body: str) -> bytes:
-    """Items carry a status wherever they are listed."""
-    item = decode_stored_item(body.encode())
-    if not isinstance(item, OpaqueItem) and getattr(item, "status", "") is msgspec.UNSET:
-        return encode_item(msgspec.structs.replace(item, status="completed"))
-    return body.encode()
+    return pages.encoded([(id, _retrieved(stored, ())) for id, stored in page.rows], has_more=page.has_more)

@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from app.api.auth import Auth
 from app.api.bodies import Bodies
+from app.domain.sealed import Seal
 from app.outbound.catalog import Catalog
 from app.outbound.upstream import Upstream
 from app.rooms import Rooms
@@ -27,6 +28,7 @@ class Services(Struct, frozen=True):
 
     settings: Settings
     database: Database
+    seal: Seal
     catalog: Catalog
     upstreams: Mapping[str, Upstream]
     admission: Admission

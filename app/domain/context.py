@@ -101,9 +101,9 @@ class Context(Struct, frozen=True):
         return [(at, self.items[at]) for at in positions]
 
 
-def references(request: CreateResponse) -> list[str]:
-    """Ids of stored items that the input stands for."""
-    return [item.id for item in request.input if isinstance(item, ItemReference)]
+def references(given: Sequence[AnyItem]) -> list[str]:
+    """Ids of stored items that given ones stand for."""
+    return [item.id for item in given if isinstance(item, ItemReference)]
 
 
 def answered_requests(items: Sequence[AnyItem]) -> list[str]:
@@ -141,10 +141,8 @@ def resolve(
     Raises InvalidRequest for an unknown reference, a duplicate item, an unanswered call, an output without its call, an
     approval that was not requested, reasoning or a compaction that this server did not seal, or no context to compact.
     """
-    _refuse_unsealed(request.input, seal)
-    given = [_dereference(item, referenced) for item in request.input if not isinstance(item, CompactionTrigger)]
-    _refuse_duplicates(chain, given)
-    fresh = tuple(normalise(item, new_id) for item in given)
+    given = [item for item in request.input if not isinstance(item, CompactionTrigger)]
+    fresh = accept_items(given, chain, referenced, new_id, seal=seal)
     every = (*chain, *fresh)
     _refuse_sealed_by_others(every, seal)
     if request.compacts and not every:
@@ -152,6 +150,26 @@ def resolve(
     decided = _decided(every, fresh, requests or {}, seal)
     _refuse_undeclared(request, decided)
     return _context(request, every, fresh, decided, hosted, origins)
+
+
+def accept_items(
+    given: Sequence[AnyItem],
+    earlier: Sequence[AnyItem],
+    referenced: Mapping[str, AnyItem],
+    new_id: NewId,
+    *,
+    seal: TenantSeal,
+    param: str = "input",
+) -> tuple[AnyItem, ...]:
+    """Items that a client adds to earlier ones, as they are stored: references replaced by what they stand for. `param` is the
+    parameter that holds them.
+
+    Raises InvalidRequest for an unknown reference, a duplicate item, reasoning that this server did not seal.
+    """
+    _refuse_unsealed(given, seal, param)
+    found = [_dereference(item, referenced, param) for item in given]
+    _refuse_duplicates(earlier, found, param)
+    return tuple(normalise(item, new_id) for item in found)
 
 
 def restore(
@@ -264,12 +282,12 @@ def _is_same_json(one: str, other: str) -> bool:
     return given is not None and given == json_object(other)
 
 
-def _refuse_unsealed(given: Sequence[AnyItem], seal: TenantSeal) -> None:
+def _refuse_unsealed(given: Sequence[AnyItem], seal: TenantSeal, param: str) -> None:
     for index, item in enumerate(given):
         if isinstance(item, Reasoning) and item.encrypted_content and seal.open(item.encrypted_content) is None:
-            raise _unsealed(item, f"input[{index}].encrypted_content")
+            raise _unsealed(item, f"{param}[{index}].encrypted_content")
         if is_compaction(item) and open_compacted(item, seal.open) is None:
-            raise _unsealed(item, f"input[{index}].encrypted_content")
+            raise _unsealed(item, f"{param}[{index}].encrypted_content")
 
 
 def _refuse_sealed_by_others(every: Sequence[AnyItem], seal: TenantSeal) -> None:
@@ -288,7 +306,7 @@ def _unsealed(item: Reasoning | Compaction, param: str) -> InvalidRequest:
     )
 
 
-def _dereference(item: AnyItem, referenced: Mapping[str, AnyItem]) -> AnyItem:
+def _dereference(item: AnyItem, referenced: Mapping[str, AnyItem], param: str) -> AnyItem:
     if not isinstance(item, ItemReference):
         return item
     if found := referenced.get(item.id):
@@ -296,17 +314,17 @@ def _dereference(item: AnyItem, referenced: Mapping[str, AnyItem]) -> AnyItem:
     raise InvalidRequest(
         f"Item with id '{item.id}' not found. Items are not persisted when `store` is set to false. "
         "Try again with `store` set to true, or remove this item from your input.",
-        param="input",
+        param=param,
     )
 
 
-def _refuse_duplicates(chain: Sequence[AnyItem], given: Sequence[AnyItem]) -> None:
+def _refuse_duplicates(chain: Sequence[AnyItem], given: Sequence[AnyItem], param: str) -> None:
     seen = {item.id for item in chain}
     for item in given:
         if item.id and item.id in seen:
             raise InvalidRequest(
                 f"Duplicate item found with id {item.id}. Remove duplicate items from your input and try again.",
-                param="input",
+                param=param,
             )
         seen.add(item.id)
 

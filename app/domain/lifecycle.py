@@ -15,6 +15,7 @@ from app.errors import ApiError, UpstreamError
 from app.wire.chat import ChatUsage
 from app.wire.requests import (
     AnyFormat,
+    ConversationParam,
     CreateResponse,
     Image,
     JsonSchemaFormat,
@@ -112,6 +113,7 @@ def open_response(request: CreateResponse, *, id: str, created_at: int, left_out
         model=request.model,
         instructions=request.instructions,
         previous_response_id=body.previous_response_id,
+        conversation=ConversationParam(request.conversation_id) if request.conversation_id else None,
         store=request.store,
         reasoning=_reasoning_echo(body.reasoning),
         text=TextEcho(format=_format_echo(text.format), verbosity=text.verbosity or UNSET),

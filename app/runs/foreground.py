@@ -192,14 +192,12 @@ class ForegroundRun:
         try:
             await self._open(turns.model)
         except ApiError as error:
-            self._refuse(error)
-            await self._withdraw()
+            await self._refuse(error)
             return None
         except BaseException as error:
-            self._refuse(ServerError(NOT_BEGUN))
             if not isinstance(error, asyncio.CancelledError):
                 log.exception("A run could not begin.", action="run_refused")
-            await self._withdraw()
+            await self._refuse(ServerError(NOT_BEGUN))
             return None
         await self.recorder.begin()
         self._opened.set_result(None)
@@ -233,7 +231,17 @@ class ForegroundRun:
         self.is_leased = self.is_leased or owner is not None
         await insert(self._runs.database, self._plan, self.response.id, response, owner)
 
-    def _refuse(self, error: ApiError) -> None:
+    async def _refuse(self, error: ApiError) -> None:
+        """Give the reader the error, at once unless a conversation is locked: a client that repeats the request must find it free."""
+        parent = self._plan.parent
+        if parent and parent.conversation:
+            await self._withdraw()
+            self._settle_refused(error)
+        else:
+            self._settle_refused(error)
+            await self._withdraw()
+
+    def _settle_refused(self, error: ApiError) -> None:
         self.error = error
         if self.log:
             self.log.abandon()

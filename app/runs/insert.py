@@ -15,7 +15,7 @@ def inserts_first(plan: RunPlan) -> bool:
     """Whether the row of a foreground run is inserted before the model answers, and not with its end, which saves a commit.
 
     It must be there first if a client learns the response's id from a stream's first event, if a parent must not be deleted
-    meanwhile, or if tools run before the upstream has accepted the request.
+    meanwhile, if it locks a conversation, or if tools run before the upstream has accepted the request.
     """
     request = plan.request
     return request.store and bool(request.stream or plan.parent or not plan.begins_with_upstream)
@@ -33,7 +33,7 @@ async def insert(
     """Insert a response with its input, and the approvals that it uses up; without a response only these. `run` is given for
     one that is still to be made: by this owner, or by a worker that claims it. `refuse` may raise in the same transaction.
 
-    Raises DatabaseUnavailable, PreviousResponseNotFound, InvalidRequest.
+    Raises DatabaseUnavailable, PreviousResponseNotFound, ConversationLocked, InvalidRequest.
     """
     decisions = plan.context.decisions
     items = await offload(plan.size, encode_items, plan.context.input) if response else []

@@ -12,10 +12,12 @@ from app.domain.compaction import can_compact, context_tokens, counted_tokens, e
 from app.domain.context import Context, answered_requests, check_parent, references, resolve, restore
 from app.domain.hosted import HostedRoute, Kind
 from app.domain.item_builders import OutputOptions
+from app.domain.lifecycle import IN_FLIGHT
 from app.domain.prompt import chat_request
 from app.domain.sealed import Seal, TenantSeal
 from app.errors import (
     ApiError,
+    ConversationLocked,
     InvalidParameter,
     InvalidRequest,
     UpstreamBusy,
@@ -32,7 +34,7 @@ from app.outbound.upstream import Upstream
 from app.rooms import Room, Rooms
 from app.settings import Settings
 from app.storage import approvals, contexts, responses
-from app.storage.contexts import Chain, Place, StoredItem
+from app.storage.contexts import Chain, Parent, StoredItem
 from app.storage.database import Database, Tx
 from app.storage.tables import OUTPUT_POSITION
 from app.wire.items import AnyItem, McpApprovalRequest, decode_stored_item
@@ -52,7 +54,7 @@ class RunPlan(Struct, frozen=True):
     caller_key: str | None
     seal: TenantSeal
     options: OutputOptions
-    parent: Place | None
+    parent: Parent | None
     earlier_bytes: int
     """What the items of the parent's context take."""
     room: Room
@@ -135,7 +137,7 @@ class _Found(Struct):
 
     bytes: int = 0
     """What all of it takes."""
-    parent: Place | None = None
+    parent: Parent | None = None
     earlier: list[StoredItem] = []
     earlier_bytes: int = 0
     referenced: dict[str, str] = {}
@@ -226,7 +228,7 @@ class Planner:
             chain = await self._fitting(room, read, request.size, wait_s=None)
             rows, size = chain.items or [], request.size + chain.bytes
             stored = await offload(size, _decoded, rows)
-            own = [item for item, row in zip(stored, rows, strict=True) if row.turn == chain.place.turn]
+            own = [item for item, row in zip(stored, rows, strict=True) if row.turn == chain.parent.place.turn]
             requests: dict[str, McpApprovalRequest] = {}
             if answered := answered_requests(own):
                 async with self._database.autocommit() as tx:
@@ -247,16 +249,15 @@ class Planner:
 
     async def _find(self, tenant_id: str, request: CreateResponse, room: Room) -> "_Found":
         """What is stored of a new request's context, once there is room for all of it."""
-        previous, wanted = request.body.previous_response_id, references(request)
+        previous, conversation = request.body.previous_response_id, request.conversation_id
+        wanted = references(request.input)
         answered = answered_requests(request.input)
 
         async def read(bytes_max: int) -> tuple[int, _Found | None]:
             found = _Found()
             async with self._database.autocommit() as tx:
-                if previous is not None:
-                    chain = await self._chain(tx, tenant_id, previous, bytes_max)
-                    check_parent(previous, chain.status)
-                    found.parent, found.earlier = chain.place, chain.items or []
+                if chain := await self._continued(tx, tenant_id, request, bytes_max):
+                    found.parent, found.earlier = chain.parent, chain.items or []
                     found.bytes = found.earlier_bytes = chain.bytes
                 if wanted:
                     left = bytes_max - found.bytes
@@ -272,7 +273,7 @@ class Planner:
 
         given = len(bytes(request.body.input))
         wait_s = self._settings.context_wait_s
-        if previous is None and not wanted and not answered:
+        if previous is None and conversation is None and not wanted and not answered:
             self._check(given)
             await room.take(request.size, wait_s=wait_s)
             return _Found()
@@ -319,6 +320,22 @@ class Planner:
     async def _chain(self, tx: Tx, tenant_id: str, response_id: str, bytes_max: int) -> Chain:
         items_max = self._settings.context_items_max
         return await contexts.load_chain(tx, tenant_id, response_id, items_max=items_max, bytes_max=bytes_max)
+
+    async def _continued(self, tx: Tx, tenant_id: str, request: CreateResponse, bytes_max: int) -> Chain | None:
+        """What a new response continues. Raises ConversationLocked, unless it only reads the conversation."""
+        if (previous := request.body.previous_response_id) is not None:
+            chain = await self._chain(tx, tenant_id, previous, bytes_max)
+            check_parent(previous, chain.status)
+            return chain
+        if (conversation := request.conversation_id) is not None:
+            items_max = self._settings.context_items_max
+            chain = await contexts.load_conversation(
+                tx, tenant_id, conversation, items_max=items_max, bytes_max=bytes_max
+            )
+            if request.store and chain.status in IN_FLIGHT:
+                raise ConversationLocked
+            return chain
+        return None
 
     async def _routes(self, request: CreateResponse, caller_key: str | None) -> list[tuple[Upstream, Route]]:
         """The ways to the model, each to an upstream whose dialect is known as far as it can be."""

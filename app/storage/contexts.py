@@ -1,25 +1,51 @@
-"""The items of a response's context: what it continues, what is listed, what references stand for.
+"""The items of a context: what a response continues, what is listed, what references stand for.
 
-A context is a path of threads from the chain's root to the response; each thread on it belongs to it up to some turn.
+A context is a path of threads from its root to a turn; each thread on it belongs to it up to some item. The turn is that of a response,
+or the last one of a conversation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from msgspec import Struct
+from msgspec.structs import replace
 from sqlalchemy import text
 
-from app.errors import InvalidParameter, InvalidRequest, PreviousResponseNotFound, ResponseNotFound
+from app.errors import (
+    ConversationNotFound,
+    InvalidParameter,
+    InvalidRequest,
+    NotFound,
+    PreviousResponseNotFound,
+    ResponseNotFound,
+)
 from app.storage.database import Query, Row, Tx, storable
 from app.storage.pages import SHOWN, Page
-from app.storage.tables import IN_FLIGHT, OUTPUT_POSITION
+from app.storage.tables import IN_FLIGHT, LAST_POSITION, OUTPUT_POSITION
 from app.wire.requests import Order
 
 
 class Place(Struct, frozen=True):
-    """Where a response stands: a turn of a thread."""
+    """A turn of a thread: where a response stands, or what a conversation points to."""
 
     thread_id: str
     turn: int
+
+
+class Parent(Struct, frozen=True):
+    """What a new turn continues."""
+
+    place: Place
+    must_branch: bool = False
+    """Whether the thread's next turn is taken, or a conversation's."""
+    conversation: "Slot | None" = None
+
+
+class Slot(Struct, frozen=True):
+    """The right to be a conversation's next turn, as long as nothing has changed it since it was read."""
+
+    conversation_id: str
+    writer: str | None
+    """The response that took it last."""
 
 
 class StoredItem(Struct, frozen=True):
@@ -32,59 +58,101 @@ class StoredItem(Struct, frozen=True):
 
 
 class Chain(Struct, frozen=True):
-    """What a new response continues: its parent's place and status, and every item up to it."""
+    """What a new response continues: its parent, that one's status, and every item up to it."""
 
-    place: Place
+    parent: Parent
     status: str
+    """Of a conversation: that of its last writer."""
     bytes: int
     """What its items take as JSON."""
     items: list[StoredItem] | None
     """None where that is more than was asked for."""
 
 
-_PATH = """
-    with recursive target as (
-        select thread_id, turn, status, background, context_bytes from responses
-        where tenant_id = :tenant_id and id = :id and deleted_at is null
-    ), path (thread_id, turn_max) as (
-        select thread_id, turn from target
+_RESPONSE = f"""
+    select thread_id, turn, cast({{position_max}} as int) as position_max, status, context_bytes,
+           background or status not in {IN_FLIGHT} as is_visible,
+           cast(null as text) as writer, conversation_id is not null as must_branch
+    from responses where tenant_id = :tenant_id and id = :id and deleted_at is null
+"""
+
+CONVERSATION = f"""
+    select thread_id, turn, cast({LAST_POSITION} as int) as position_max, coalesce((
+               select status from responses response
+               where response.tenant_id = :tenant_id and response.id = conversation.writer
+           ), 'completed') as status, context_bytes, true as is_visible, writer,
+           (  -- ordered, so that it stays a look into the index of places, whatever the statistics say
+               select turn from responses response
+               where response.tenant_id = :tenant_id and response.thread_id = conversation.thread_id
+                 and response.turn > conversation.turn order by turn limit 1
+           ) is not null as must_branch
+    from conversations conversation
+    where conversation.tenant_id = :tenant_id and id = :id
+"""
+
+_WITH_OUTPUT = _RESPONSE.format(position_max=LAST_POSITION)
+_WITHOUT_OUTPUT = _RESPONSE.format(position_max=OUTPUT_POSITION - 1)
+
+
+def path(target: str) -> str:
+    """`path`: the threads of a context, each with the last item that belongs to it; and the items that are removed from it."""
+    return f"""
+    with recursive target as ({target}), path (thread_id, turn_max, position_max) as (
+        select thread_id, turn, position_max from target
         union all
-        select branch.parent_thread_id, branch.parent_turn
+        select branch.parent_thread_id, branch.parent_turn, coalesce(branch.parent_position, {LAST_POSITION})
         from path cross join lateral (
-            select parent_thread_id, parent_turn from branches
+            select parent_thread_id, parent_turn, parent_position from branches
             where tenant_id = :tenant_id and thread_id = path.thread_id limit 1
         ) branch
+    ), removed as materialized (
+        select removal.item_thread_id, removal.item_turn, removal.item_position
+        from path cross join lateral (
+            select item_thread_id, item_turn, item_position from removals
+            where tenant_id = :tenant_id and thread_id = path.thread_id and turn <= path.turn_max
+            order by turn
+        ) removal
     )
 """
-"""`path`: the threads of a context, each with the last turn that belongs to it."""
 
-_CHAIN = Query(
-    text(
-        _PATH
-        + """
+
+ON_PATH = """
+    (turn, position) <= (path.turn_max, path.position_max)
+    and (path.thread_id, turn, position) not in (select item_thread_id, item_turn, item_position from removed)
+"""
+"""The condition for an item of a thread on the path."""
+
+
+def _chain(target: str) -> Query:
+    return Query(
+        text(f"""
+    {path(target)}
     , measured as (
         select coalesce(context_bytes, (
             select coalesce(sum(octet_length(cast(item.body as text))), 0) from path cross join lateral (
                 select body from items
-                where tenant_id = :tenant_id and thread_id = path.thread_id and turn <= path.turn_max
+                where tenant_id = :tenant_id and thread_id = path.thread_id and {ON_PATH}
                 order by turn, position
             ) item
         )) as bytes from target
     )
-    select target.thread_id, target.turn as tip, target.status, measured.bytes,
+    select target.thread_id, target.turn as tip, target.status, target.writer, target.must_branch, measured.bytes,
            item.turn, item.position, item.id, item.body
     from target cross join measured cross join path
     left join lateral (  -- ordered, so that it stays a scan of the primary key for each thread, whatever the statistics say
         select turn, position, id, body from items
-        where tenant_id = :tenant_id and thread_id = path.thread_id and turn <= path.turn_max
+        where tenant_id = :tenant_id and thread_id = path.thread_id and {ON_PATH}
           and measured.bytes <= :bytes_max
         order by turn, position
     ) item on true
     order by item.turn, item.position
     limit :limit
-    """
+    """)
     )
-)
+
+
+_CHAIN = _chain(_WITH_OUTPUT)
+_CONVERSATION_CHAIN = _chain(CONVERSATION)
 
 _FIND_ITEMS = Query(
     text("""
@@ -100,20 +168,17 @@ _FIND_ITEMS = Query(
 )
 
 
-def _page_of_context(order: Order) -> Query:
+def _page_of_context(target: str, order: Order) -> Query:
     """One page of a context; each thread on the path gives at most a page, so a page costs the same however long the chain. All
     of its items are measured: together they are no more than a context."""
     direction, beyond = ("desc", "<") if order == "desc" else ("asc", ">")
     return Query(
-        text(
-            _PATH
-            + f"""
+        text(f"""
+    {path(target)}
     , cursor as (
         select item.turn, item.position
         from (select thread_id, turn, position from items where tenant_id = :tenant_id and id = :after offset 0) item
-        join path on item.thread_id = path.thread_id and item.turn <= path.turn_max
-        cross join target
-        where item.turn < target.turn or item.position < :output_position
+        join path on item.thread_id = path.thread_id and {ON_PATH}
         order by item.turn, item.position limit 1
     )
     , page as (
@@ -121,47 +186,62 @@ def _page_of_context(order: Order) -> Query:
         from target cross join lateral (
             select one.* from path cross join lateral (
                 select turn, position, id, body from items
-                where tenant_id = :tenant_id and thread_id = path.thread_id and turn <= path.turn_max
-                  and (turn < target.turn or position < :output_position)
+                where tenant_id = :tenant_id and thread_id = path.thread_id and {ON_PATH}
                   and (:after = '' or (turn, position) {beyond} (select turn, position from cursor))
                 order by turn {direction}, position {direction} limit cast(:limit as bigint) + 1
             ) one
             order by one.turn {direction}, one.position {direction} limit cast(:limit as bigint) + 1
         ) item
-        where target.background or target.status not in {IN_FLIGHT}
+        where target.is_visible
         window walk as (order by item.turn {direction}, item.position {direction})
     ), {SHOWN}
     select (:after = '' or exists (select from cursor)) as found, whole.bytes,
            whole.last < (select count(*) from page) as has_more, shown.turn, shown.position, shown.id, shown.body
     from target cross join whole left join shown on whole.bytes <= :bytes_max
-    where target.background or target.status not in {IN_FLIGHT}
+    where target.is_visible
     order by shown.number
-    """
-        ).bindparams(output_position=OUTPUT_POSITION)
+    """)
     )
 
 
-_PAGES = {"asc": _page_of_context("asc"), "desc": _page_of_context("desc")}
+_INPUT_PAGES = {order: _page_of_context(_WITHOUT_OUTPUT, order) for order in ("asc", "desc")}
+_CONVERSATION_PAGES = {order: _page_of_context(CONVERSATION, order) for order in ("asc", "desc")}
 
 
 async def load_chain(tx: Tx, tenant_id: str, response_id: str, *, items_max: int, bytes_max: int) -> Chain:
     """The context for what continues a response, in one indexed read; without its items, if they take more bytes than
     `bytes_max`. Raises PreviousResponseNotFound, or InvalidRequest if it has more items than `items_max`."""
-    if not storable(response_id):
-        raise PreviousResponseNotFound(response_id)
-    rows = await tx.all(_CHAIN, tenant_id=tenant_id, id=response_id, limit=items_max + 1, bytes_max=bytes_max)
+    rows = await _rows_of_chain(tx, _CHAIN, tenant_id, response_id, items_max, bytes_max)
     if not rows:
         raise PreviousResponseNotFound(response_id)
+    return _read_chain(rows, f"response '{response_id}'", items_max, bytes_max)
+
+
+async def load_conversation(tx: Tx, tenant_id: str, conversation_id: str, *, items_max: int, bytes_max: int) -> Chain:
+    """The same for a conversation's next response. Raises ConversationNotFound."""
+    rows = await _rows_of_chain(tx, _CONVERSATION_CHAIN, tenant_id, conversation_id, items_max, bytes_max)
+    if not rows:
+        raise ConversationNotFound(conversation_id)
+    chain = _read_chain(rows, f"conversation '{conversation_id}'", items_max, bytes_max)
+    return replace(chain, parent=replace(chain.parent, conversation=Slot(conversation_id, rows[0]["writer"])))
+
+
+async def _rows_of_chain(tx: Tx, query: Query, tenant_id: str, id: str, items_max: int, bytes_max: int) -> list[Row]:
+    if not storable(id):
+        return []
+    return await tx.all(query, tenant_id=tenant_id, id=id, limit=items_max + 1, bytes_max=bytes_max)
+
+
+def _read_chain(rows: list[Row], whose: str, items_max: int, bytes_max: int) -> Chain:
     if len(rows) > items_max:
         raise InvalidRequest(
-            f"The context of response '{response_id}' has more than {items_max} items.",
-            param="input",
-            code="context_length_exceeded",
+            f"The context of {whose} has more than {items_max} items.", param="input", code="context_length_exceeded"
         )
     head = rows[0]
     size = int(head["bytes"])
     stored = [_stored_item(row) for row in rows if row["id"] is not None] if size <= bytes_max else None
-    return Chain(Place(head["thread_id"], head["tip"]), head["status"], size, stored)
+    parent = Parent(Place(head["thread_id"], head["tip"]), head["must_branch"])
+    return Chain(parent, head["status"], size, stored)
 
 
 async def find_items(
@@ -174,38 +254,56 @@ async def find_items(
     return size, {row["id"]: row["body"] for row in rows if row["id"] is not None} if size <= bytes_max else None
 
 
-async def list_input_items(
-    tx: Tx,
-    tenant_id: str,
-    response_id: str,
-    *,
-    after: str | None,
-    limit: int,
-    order: Order,
-    page_bytes: int,
-    bytes_max: int,
-    param: str = "after",
-) -> tuple[int, Page[StoredItem] | None]:
-    """Up to `limit` items of a response's context (earlier inputs and outputs, and its own input) after the cursor, fewer if
-    they take more than `page_bytes`. First come their bytes; where they are more than `bytes_max`, the page does not come.
+class ItemPage(Struct, frozen=True, kw_only=True):
+    """Which items to list: up to `limit` of them after the cursor, fewer if they take more than `page_bytes`."""
 
-    Raises NotFound for the response, InvalidParameter for the cursor, which the client has given as `param`.
-    """
-    if not storable(response_id + (after or "")):
-        raise ResponseNotFound(response_id)
+    after: str | None
+    limit: int
+    order: Order
+    page_bytes: int
+    param: str = "after"
+    """How the client has given the cursor."""
+
+
+async def list_input_items(
+    tx: Tx, tenant_id: str, response_id: str, page: ItemPage, bytes_max: int
+) -> tuple[int, Page[StoredItem] | None]:
+    """Items of a response's context: earlier inputs and outputs, and its own input. First come their bytes; where they are more than
+    `bytes_max`, the page does not come. Raises ResponseNotFound, InvalidParameter for the cursor."""
+    return await _list(tx, _INPUT_PAGES, ResponseNotFound, tenant_id, response_id, page, bytes_max)
+
+
+async def list_conversation_items(
+    tx: Tx, tenant_id: str, conversation_id: str, page: ItemPage, bytes_max: int
+) -> tuple[int, Page[StoredItem] | None]:
+    """The same for a conversation's items. Raises ConversationNotFound, InvalidParameter for the cursor."""
+    return await _list(tx, _CONVERSATION_PAGES, ConversationNotFound, tenant_id, conversation_id, page, bytes_max)
+
+
+async def _list(
+    tx: Tx,
+    queries: Mapping[str, Query],
+    missing: Callable[[str], NotFound],
+    tenant_id: str,
+    id: str,
+    page: ItemPage,
+    bytes_max: int,
+) -> tuple[int, Page[StoredItem] | None]:
+    if not storable(id + (page.after or "")):
+        raise missing(id)
     rows = await tx.all(
-        _PAGES[order],
+        queries[page.order],
         tenant_id=tenant_id,
-        id=response_id,
-        after=after or "",
-        limit=limit,
-        page_bytes=page_bytes,
+        id=id,
+        after=page.after or "",
+        limit=page.limit,
+        page_bytes=page.page_bytes,
         bytes_max=bytes_max,
     )
     if not rows:
-        raise ResponseNotFound(response_id)
+        raise missing(id)
     if not rows[0]["found"]:
-        raise InvalidParameter(f"Item with id '{after}' not found.", param=param)
+        raise InvalidParameter(f"Item with id '{page.after}' not found.", param=page.param)
     size = int(rows[0]["bytes"])
     if size > bytes_max:
         return size, None

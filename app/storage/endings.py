@@ -15,11 +15,14 @@ from app.storage.journal import Pages
 from app.storage.tables import IN_FLIGHT
 from app.wire.resources import Response, encode
 
+APPENDED = frozenset({"completed", "incomplete"})
+"""How a response ends that becomes part of its conversation."""
+
 _RESPONSE = """
     update responses set status = :status, body = cast(:body as json),
                          context_bytes = context_bytes + cast(:own_bytes as bigint)
     where tenant_id = :tenant_id and id = :id and status in {in_flight} {owned}
-    returning thread_id, turn
+    returning thread_id, turn, context_bytes
 """
 
 _OUTPUT = """
@@ -29,9 +32,18 @@ _OUTPUT = """
          as new (position, id, body)
 """
 
+_CONVERSATION = """
+    update conversations conversation
+    set thread_id = response.thread_id, turn = response.turn, context_bytes = response.context_bytes
+    from response
+    where conversation.tenant_id = :tenant_id and conversation.id = :conversation_id and conversation.writer = :id
+"""
+"""The input and output are appended to the conversation."""
+
 _FOREGROUND = {
     "response": _RESPONSE.format(in_flight=IN_FLIGHT, owned=""),
     "output": _OUTPUT,
+    "conversation": _CONVERSATION,
     "lease": "delete from runs where tenant_id = :tenant_id and response_id = :id",
 }
 """The end of a foreground run."""
@@ -44,6 +56,7 @@ _BACKGROUND = {
     """,
     "response": _RESPONSE.format(in_flight=IN_FLIGHT, owned="and exists (select from run)"),
     "output": _OUTPUT,
+    "conversation": _CONVERSATION,
     "archive": """
         insert into event_archive (tenant_id, response_id, first_number, frames)
         select :tenant_id, :id, page.first_number, page.frames
@@ -95,7 +108,9 @@ async def end_background(tx: Tx, tenant_id: str, response: Response, epoch: int,
 
 
 def _binds(response: Response) -> dict[str, Any]:
+    conversation = response.conversation if response.status in APPENDED else None
     return {
+        "conversation_id": conversation.id if conversation else None,
         "id": response.id,
         "status": response.status,
         "body": encode(msgspec.structs.replace(response, output=[])).decode(),

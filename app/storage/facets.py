@@ -1,10 +1,12 @@
-"""What lists walk along: for each response and every facet of it a row, in the order of creation.
+"""What lists walk along: for each response or conversation and every facet of it a row, in the order of creation.
 
 A facet is a status, alone or with one or two more terms: the model, or an entry of the metadata. So a list with any two
 filters is the merge of one range per status, and reads what it shows, however many responses there are and whatever they
 match. With more terms than two it walks along the range of two, and looks at the rest in the rows.
 
-Postgres' trigger `keep_facets` writes the rows (migration 0007): no statement can forget them, and those of a deleted
+A conversation has the constant CONVERSATION in place of a status.
+
+Postgres' triggers `keep_facets` write the rows (migrations 0007 and 0012): no statement can forget them, and those of a deleted
 response are gone. Nothing in them ever changes but for the status of a background response, and the responses' own rows
 have no index over their status, so that ending one stays a cheap update in place.
 """
@@ -16,6 +18,8 @@ from itertools import islice
 from app.domain.lifecycle import NEXT
 
 STATUSES: tuple[str, ...] = tuple(NEXT)
+
+CONVERSATION = "conversation"
 
 _ENTRY = "\x02"
 _MODEL = "\x01"

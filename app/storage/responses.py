@@ -11,9 +11,16 @@ import msgspec
 from msgspec import Struct
 from sqlalchemy import text
 
-from app.errors import InvalidParameter, InvalidRequest, PreviousResponseNotFound, ResponseNotFound
+from app.errors import (
+    ConversationLocked,
+    InvalidParameter,
+    InvalidRequest,
+    PreviousResponseNotFound,
+    ResponseNotFound,
+)
 from app.ids import new_id, seconds_of
-from app.storage.contexts import Place
+from app.storage import threads
+from app.storage.contexts import Parent, Place
 from app.storage.database import Query, Row, Tx, storable
 from app.storage.facets import STATUSES, facets, terms_of
 from app.storage.items import item_rows
@@ -41,13 +48,19 @@ _INSERT = Query(
         select 1 from responses
         where tenant_id = :tenant_id and id = :previous_response_id and deleted_at is null
         for key share  -- a parent that is being deleted is either gone for us, or waits and then finds its child
+    ), conversation as (
+        update conversations set writer = :id
+        where tenant_id = :tenant_id and id = :conversation_id and thread_id = :from_thread_id and turn = :from_turn
+          and (writer is not distinct from :writer or writer = :id)  -- that of an earlier attempt
+        returning 1
     ), response as (
-        insert into responses (tenant_id, id, thread_id, turn, previous_response_id, status, background, model, metadata,
-                               created_at, body, context_bytes)
-        select :tenant_id, :id, :thread_id, :turn, :previous_response_id, :status, :background, :model,
+        insert into responses (tenant_id, id, thread_id, turn, previous_response_id, conversation_id, status, background,
+                               model, metadata, created_at, body, context_bytes)
+        select :tenant_id, :id, :thread_id, :turn, :previous_response_id, :conversation_id, :status, :background, :model,
                cast(:metadata as jsonb), :created_at, cast(:body as json),
                cast(:earlier_bytes as bigint) + cast(:own_bytes as bigint)
-        where cast(:previous_response_id as text) is null or exists (select from parent)
+        where (cast(:previous_response_id as text) is null or exists (select from parent))
+          and (cast(:conversation_id as text) is null or exists (select from conversation))
         on conflict do nothing
         returning 1
     ), item as (
@@ -82,20 +95,25 @@ async def insert_response(
     response: Response,
     input_items: Sequence[tuple[str, bytes]],
     *,
-    parent: Place | None,
+    parent: Parent | None,
     earlier_bytes: int,
     run: Owner | Queued | None,
 ) -> None:
     """Store a response with its input items (id, JSON) and, if it is finished, its output. `earlier_bytes` is what the items
     of its parent's context take.
 
-    It takes the next turn of its parent's thread, or a new thread when another response has that turn. `run` is given for
-    a response that is still to be made: by us, or by a worker that claims it. Raises PreviousResponseNotFound for a deleted parent.
+    It takes the next turn of its parent's thread, or a new thread when another response has that turn; and the slot of its
+    conversation. `run` is given for a response that is still to be made: by us, or by a worker that claims it. Raises
+    PreviousResponseNotFound for a deleted parent, ConversationLocked if the conversation has changed.
     """
-    place = Place(parent.thread_id, parent.turn + 1) if parent else Place(new_id("thread"), 1)
+    slot = parent.conversation if parent else None
     binds = {
         "tenant_id": tenant_id,
         "previous_response_id": response.previous_response_id if parent else None,
+        "conversation_id": slot.conversation_id if slot else None,
+        "from_thread_id": parent.place.thread_id if parent else None,
+        "from_turn": parent.place.turn if parent else None,
+        "writer": slot.writer if slot else None,
         "background": response.background,
         "model": response.model,
         "metadata": encode(response.metadata).decode(),
@@ -107,11 +125,15 @@ async def insert_response(
         "body": encode(msgspec.structs.replace(response, output=[])).decode(),
         **item_rows(input_items, response.output),
     }
-    if await _insert_at(tx, place, None, binds) or parent is None:
+    if parent is None:
+        await _insert_at(tx, Place(new_id("thread"), 1), None, binds)
+        return
+    turn = parent.place.turn + 1
+    if not parent.must_branch and await _insert_at(tx, Place(parent.place.thread_id, turn), None, binds):
         return
     # Its turn is taken, or its parent is gone: as a branch it fails only for the second reason.
-    if not await _insert_at(tx, Place(new_id("thread"), place.turn), parent, binds):
-        raise PreviousResponseNotFound(str(response.previous_response_id))
+    if not await _insert_at(tx, Place(new_id("thread"), turn), parent.place, binds):
+        raise ConversationLocked if slot else PreviousResponseNotFound(str(response.previous_response_id))
 
 
 def _run(run: Owner | Queued | None) -> dict[str, Any]:
@@ -325,19 +347,10 @@ async def load_body(tx: Tx, tenant_id: str, response_id: str) -> Response | None
 
 _LOCK = Query(
     text(f"""
-    select thread_id, turn, previous_response_id, deleted_at is not null as deleted,
-           status in {IN_FLIGHT} as in_flight
+    select thread_id, deleted_at is not null as deleted, status in {IN_FLIGHT} as in_flight
     from responses
     where tenant_id = :tenant_id and id = :id and (background or status not in {IN_FLIGHT})
     for update
-    """)
-)
-
-_HAS_CHILD = Query(
-    text("""
-    select exists (select from responses where tenant_id = :tenant_id and thread_id = :thread_id and turn = :turn + 1)
-        or exists (select from branches
-                   where tenant_id = :tenant_id and parent_thread_id = :thread_id and parent_turn = :turn) as has_child
     """)
 )
 
@@ -350,32 +363,15 @@ _TOMBSTONE = Query(
     """)
 )
 
-_PURGE = Query(
-    text("""
-    with item as (
-        delete from items where tenant_id = :tenant_id and thread_id = :thread_id and turn = :turn
-        returning id, position
-    ), approval as (
-        delete from approvals
-        where tenant_id = :tenant_id and request_id in (select id from item where position >= :output_position)
-    ), branch as (
-        delete from branches branch where tenant_id = :tenant_id and thread_id = :thread_id
-          and not exists (select from responses other
-                          where other.tenant_id = :tenant_id and other.thread_id = :thread_id and other.turn < :turn)
-    )
-    delete from responses where tenant_id = :tenant_id and id = :id returning 1
-    """).bindparams(output_position=OUTPUT_POSITION)
-)
-
-
 _WITHDRAW = Query(
     text("""
     with run as (
         delete from runs where tenant_id = :tenant_id and response_id = :id and lease = :epoch and state = 'running'
         returning 1
     )
-    select thread_id, turn, previous_response_id from responses
+    update responses set deleted_at = now()
     where tenant_id = :tenant_id and id = :id and status = 'in_progress' and exists (select from run)
+    returning thread_id
     """)
 )
 
@@ -385,11 +381,12 @@ async def withdraw_response(tx: Tx, tenant_id: str, response_id: str, epoch: int
     process has ended it. Needs a transaction."""
     row = await tx.one(_WITHDRAW, tenant_id=tenant_id, id=response_id, epoch=epoch)
     if row is not None:
-        await _purge(tx, tenant_id, response_id, row, await _lock_parent(tx, tenant_id, row))
+        await threads.purge(tx, tenant_id, row["thread_id"])
 
 
 async def delete_response(tx: Tx, tenant_id: str, response_id: str, *, again: bool = False) -> None:
-    """Delete a response: gone at once for everyone. Its items stay as long as a later response's context holds them.
+    """Delete a response: gone at once for everyone. Its items stay as long as a later response's context, or a conversation, holds
+    them.
 
     Needs a transaction. `again` if an earlier attempt may have deleted it. Raises NotFound, or InvalidRequest for one that is still being made.
     """
@@ -400,30 +397,8 @@ async def delete_response(tx: Tx, tenant_id: str, response_id: str, *, again: bo
         raise ResponseNotFound(response_id)
     if row["in_flight"]:
         raise InvalidRequest("Cannot delete an in-flight response.", param="response_id")
-    parent = await _lock_parent(tx, tenant_id, row)
     await tx.one(_TOMBSTONE, tenant_id=tenant_id, id=response_id)
-    await _purge(tx, tenant_id, response_id, row, parent)
-
-
-async def _lock_parent(tx: Tx, tenant_id: str, row: Row) -> Row | None:
-    """Always before the row itself is changed: a create that continues the parent has locked it, and waits for what becomes
-    of the turn after it."""
-    id = row["previous_response_id"]
-    return await tx.one(_LOCK, tenant_id=tenant_id, id=id) if id else None
-
-
-async def _purge(tx: Tx, tenant_id: str, id: str, row: Row, parent: Row | None) -> None:
-    """What nothing builds on any more goes for good, from this leaf towards the root, as far as it is deleted."""
-    while True:
-        place = {"tenant_id": tenant_id, "thread_id": row["thread_id"], "turn": row["turn"]}
-        child = await tx.one(_HAS_CHILD, **place)
-        if child is None or child["has_child"]:
-            return
-        await tx.one(_PURGE, id=id, **place)
-        if parent is None or not parent["deleted"]:
-            return
-        id, row = row["previous_response_id"], parent
-        parent = await _lock_parent(tx, tenant_id, row)
+    await threads.purge(tx, tenant_id, row["thread_id"])
 
 
 _RESPONSE = msgspec.json.Decoder(Response)

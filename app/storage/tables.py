@@ -3,6 +3,9 @@
 A chain is laid out as threads: a response that continues the tip of its thread takes the next `turn` of it, one that
 continues anything else opens a new thread, which `branches` ties to the turn it grew from. `turn` counts from the root of
 the chain, so it orders a whole context, and a context is one range of `items` per branch point on its way.
+
+A conversation is a pointer to a turn, as a branch of git is one to a commit. What changes it is a turn more, and moves the pointer: a
+response that has ended, items that a client adds, items that it removes. No turn changes, so responses and forks keep what they had.
 """
 
 from sqlalchemy import (
@@ -62,6 +65,7 @@ responses = Table(
     Column("thread_id", Text, nullable=False),
     Column("turn", Integer, nullable=False),
     Column("previous_response_id", Text),
+    Column("conversation_id", Text, comment="whose thread it is made in; nothing else continues that thread"),
     Column("status", Text, nullable=False),
     Column("background", Boolean, nullable=False),
     Column("model", Text, nullable=False),
@@ -87,7 +91,7 @@ facets = Table(
     Column("tenant_id", Text, primary_key=True),
     Column("facet", BigInteger, primary_key=True, autoincrement=False),
     Column("created_at", BigInteger, primary_key=True, autoincrement=False),
-    Column("response_id", Text, primary_key=True),
+    Column("response_id", Text, primary_key=True, comment="or the id of a conversation"),
 )
 
 items = Table(
@@ -110,7 +114,33 @@ branches = Table(
     Column("thread_id", Text, primary_key=True),
     Column("parent_thread_id", Text, nullable=False),
     Column("parent_turn", Integer, nullable=False),
+    Column("parent_position", Integer, comment="the last item of that turn that it has; null: the whole turn"),
     Index("branches_tenant_id_parent_idx", "tenant_id", "parent_thread_id", "parent_turn"),
+)
+
+conversations = Table(
+    "conversations",
+    metadata,
+    Column("tenant_id", Text, primary_key=True),
+    Column("id", Text, primary_key=True),
+    Column("created_at", BigInteger, nullable=False, comment="unix seconds"),
+    Column("metadata", JSONB, nullable=False),
+    Column("thread_id", Text, nullable=False),
+    Column("turn", Integer, nullable=False, comment="the last one that belongs to it; 0: it has no items"),
+    Column("context_bytes", BigInteger, comment="of its items; null where that was not counted yet"),
+    Column("writer", Text, comment="the response that took it last; it is locked while that one is in flight"),
+    Index("conversations_tenant_id_thread_id_idx", "tenant_id", "thread_id"),
+)
+
+removals = Table(
+    "removals",
+    metadata,
+    Column("tenant_id", Text, primary_key=True),
+    Column("thread_id", Text, primary_key=True),
+    Column("turn", Integer, primary_key=True, comment="contexts up to an earlier turn keep the item"),
+    Column("item_thread_id", Text, primary_key=True),
+    Column("item_turn", Integer, primary_key=True),
+    Column("item_position", Integer, primary_key=True),
 )
 
 runs = Table(
@@ -187,6 +217,9 @@ sealing = Table(
 
 OUTPUT_POSITION = 1_000_000
 """The `position` of a turn's first output item; a request holds far fewer input items."""
+
+LAST_POSITION = 2**31 - 1
+"""No `position` is higher."""
 
 IN_FLIGHT = "(" + ", ".join(f"'{status}'" for status in sorted(lifecycle.IN_FLIGHT)) + ")"
 """The statuses of responses that have not ended, as SQL's list: `status in (…)`."""

@@ -99,6 +99,12 @@ class AccessPrograms(Struct, forbid_unknown_fields=True):
     cyber: str | None = None
 
 
+class ConversationParam(Struct, forbid_unknown_fields=True):
+    """A conversation, as its id or an object with it stands for it."""
+
+    id: str
+
+
 class ContextManagement(Struct, forbid_unknown_fields=True):
     type: Literal["compaction"]
     compact_threshold: Annotated[int, Meta(ge=1000)] | None = None
@@ -193,6 +199,12 @@ class CreateResponse(Struct, kw_only=True, frozen=True):
     def background(self) -> bool:
         """Whether it is made without the client waiting."""
         return self.body.background is True
+
+    @property
+    def conversation_id(self) -> str | None:
+        """The conversation that the response continues."""
+        given = self.body.conversation
+        return given.id if isinstance(given, ConversationParam) else given
 
     @property
     def include(self) -> frozenset[str]:
@@ -380,15 +392,16 @@ def is_model_name(name: str) -> bool:
 
 def _decode_input(body: Body) -> list[AnyItem]:
     given = decode(_INPUT, body.input, "input")
+    continues = body.previous_response_id is not None or body.conversation is not None
     if given is None:
-        if body.previous_response_id is None and body.instructions is None and body.prompt is None:
+        if not continues and body.instructions is None and body.prompt is None:
             raise missing("input")
         return []
     if isinstance(given, str):
         if len(given) > INPUT_CHARS_MAX:
             raise InvalidParameter(f"'input' is longer than {INPUT_CHARS_MAX} characters.", param="input")
         return [Message(role="user", content=[InputText(text=given)])]
-    if not given and body.previous_response_id is None and not body.instructions and body.prompt is None:
+    if not given and not continues and not body.instructions and body.prompt is None:
         raise InvalidParameter("Invalid 'input': it holds no items.", param="input", code="empty_array")
     items = [decode_item(item, f"input[{index}]") for index, item in enumerate(given)]
     for index, item in enumerate(items[:-1]):
@@ -403,7 +416,6 @@ def _decode_input(body: Body) -> list[AnyItem]:
 def _refuse_unsupported(body: Body) -> None:
     """Parameters of the API that this server does not offer; harmless values of them pass."""
     refused: dict[str, bool] = {
-        "conversation": _given(body.conversation),
         "moderation": _given(body.moderation),
         "multi_agent": _given(body.multi_agent),
         "image.context_compression": body.image is not None and body.image.context_compression == "enabled",
@@ -414,11 +426,22 @@ def _refuse_unsupported(body: Body) -> None:
     for name, is_refused in refused.items():
         if is_refused:
             raise UnsupportedParameter(f"Unsupported parameter: '{name}' is not supported by this server.", param=name)
+    if body.conversation is not None and body.previous_response_id is not None:
+        raise InvalidParameter(
+            "Mutually exclusive parameters: give 'previous_response_id' or 'conversation', not both.",
+            param="conversation",
+            code="mutually_exclusive_parameters",
+        )
     if body.background and body.store is False:
         raise UnsupportedParameter("Background responses need 'store' to be true.", param="background")
     if body.stream_options is not None and not body.stream:
         raise InvalidParameter("'stream_options' is only allowed when 'stream' is true.", param="stream_options")
-    for key, value in (body.metadata or {}).items():
+    check_metadata(body.metadata or {})
+
+
+def check_metadata(metadata: Metadata) -> None:
+    """Raises InvalidParameter for what Postgres can't hold."""
+    for key, value in metadata.items():
         if "\0" in key + value:
             raise InvalidParameter("'metadata' may not contain NUL characters.", param="metadata")
 

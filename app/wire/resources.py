@@ -10,7 +10,14 @@ import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 from app.wire.items import PromptedMessage
-from app.wire.requests import AccessPrograms, Image, PromptCacheOptions, PromptReference, ReasoningConfig
+from app.wire.requests import (
+    AccessPrograms,
+    ConversationParam,
+    Image,
+    PromptCacheOptions,
+    PromptReference,
+    ReasoningConfig,
+)
 
 Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 
@@ -70,7 +77,7 @@ class Response(Struct, kw_only=True):
     output: list[Raw] = []
     parallel_tool_calls: bool = True
     previous_response_id: str | None = None
-    conversation: None = None
+    conversation: ConversationParam | None = None
     prompt: PromptReference | UnsetType = UNSET
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | UnsetType = UNSET

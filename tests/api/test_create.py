@@ -498,8 +498,6 @@ def test_encrypted_reasoning_comes_where_it_is_needed_and_does_not_show_the_text
 @pytest.mark.parametrize(
     ("given", "param"),
     [
-        ({"conversation": "conv_1"}, "conversation"),
-        ({"conversation": {"id": "conv_1"}}, "conversation"),
         ({"moderation": {"model": "omni-moderation-latest"}}, "moderation"),
         ({"multi_agent": {"enabled": True}}, "multi_agent"),
         ({"image": {"context_compression": "enabled"}}, "image.context_compression"),

@@ -6,7 +6,7 @@ import asyncpg
 import msgspec
 import pytest
 
-from app.storage import contexts, endings, journal, responses
+from app.storage import contexts, endings, journal, responses, threads
 from app.storage.database import Tx
 from app.storage.pages import BYTES_MAX
 from app.storage.tables import OUTPUT_POSITION
@@ -26,6 +26,8 @@ from generate_series(0, {OTHER_THREADS}) thread, generate_series(1, {TURNS}) tur
 insert into items (tenant_id, thread_id, turn, position, id, body)
 select tenant_id, thread_id, turn, position, id || '_' || position, '{{"type": "message"}}'
 from responses, unnest(array[0, {OUTPUT_POSITION}, {OUTPUT_POSITION + 1}]) position;
+insert into conversations (tenant_id, id, created_at, metadata, thread_id, turn)
+values ('t', 'conv_0', 0, '{{}}', 'thread_0', {TURNS}), ('t', 'conv_1', 0, '{{}}', 'thread_1', 1);
 analyze;
 """
 
@@ -79,13 +81,25 @@ async def test_a_context_that_was_never_counted_is_measured(filled):
 @pytest.mark.parametrize("order", ["asc", "desc"])
 async def test_a_page_costs_the_same_however_long_the_chain(filled, order):
     for turn in (1, TURNS):
-        read = await rows_read(filled, contexts._PAGES[order], id=f"resp_0_{turn}", after="", limit=20, **UNBOUNDED)
+        read = await rows_read(
+            filled, contexts._INPUT_PAGES[order], id=f"resp_0_{turn}", after="", limit=20, **UNBOUNDED
+        )
         assert read <= 20 + ITEMS_PER_TURN
+
+
+@pytest.mark.parametrize("order", ["asc", "desc"])
+async def test_a_page_of_a_conversation_costs_the_same_however_long_it_is(filled, order):
+    query = contexts._CONVERSATION_PAGES[order]
+    for after in ("", f"resp_0_{TURNS // 2}_0"):
+        assert await rows_read(filled, query, id="conv_0", after=after, limit=20, **UNBOUNDED) <= 20 + ITEMS_PER_TURN
+    assert await rows_read(filled, query, id="conv_1", after="", limit=20, **UNBOUNDED) == ITEMS_PER_TURN
 
 
 async def test_a_page_behind_a_cursor_costs_a_page(filled):
     cursor = f"resp_0_{TURNS // 2}_0"
-    read = await rows_read(filled, contexts._PAGES["desc"], id=f"resp_0_{TURNS}", after=cursor, limit=20, **UNBOUNDED)
+    read = await rows_read(
+        filled, contexts._INPUT_PAGES["desc"], id=f"resp_0_{TURNS}", after=cursor, limit=20, **UNBOUNDED
+    )
     assert read <= 20 + ITEMS_PER_TURN
 
 
@@ -93,9 +107,8 @@ async def test_a_page_behind_a_cursor_costs_a_page(filled):
 async def test_a_page_of_items_ends_with_its_bytes(filled, order):
     async def page(page_bytes: int, bytes_max: int = BYTES_MAX, after: str | None = None) -> Any:
         id = f"resp_0_{TURNS}"
-        return await contexts.list_input_items(
-            Tx(filled), "t", id, after=after, limit=20, order=order, page_bytes=page_bytes, bytes_max=bytes_max
-        )
+        asked = contexts.ItemPage(after=after, limit=20, order=order, page_bytes=page_bytes)
+        return await contexts.list_input_items(Tx(filled), "t", id, asked, bytes_max)
 
     _, whole = await page(BYTES_MAX)
     assert len(whole.rows) == 20
@@ -118,10 +131,13 @@ BY_ID = {
     "begin": responses._BEGIN,
     "chain": contexts._CHAIN,
     "get": responses._GET,
-    "page": contexts._PAGES["desc"],
+    "page": contexts._INPUT_PAGES["desc"],
     "events": journal._READ,
     "tombstone": responses._TOMBSTONE,
-    "purge": responses._PURGE,
+    "purge": threads._PURGE,
+    "forget": threads._FORGET,
+    "conversation's chain": contexts._CONVERSATION_CHAIN,
+    "conversation's page": contexts._CONVERSATION_PAGES["desc"],
     "withdraw": responses._WITHDRAW,
 }
 
@@ -150,7 +166,10 @@ async def test_the_first_plans_look_for_a_response_by_its_id(unknown, name):
     plan = await unknown.fetchval(f'explain (format json) execute "{name}" ({nothing})')
     (root,) = msgspec.json.decode(plan)
     scans = [
-        node for node in nodes(root["Plan"]) if node.get("Relation Name") == "responses" and "Scan" in node["Node Type"]
+        node
+        for node in nodes(root["Plan"])
+        if node.get("Relation Name") in {"responses", "conversations", "removals", "branches"}
+        and "Scan" in node["Node Type"]
     ]
     assert scans
     assert [node["Index Cond"] for node in scans if " AND " not in node["Index Cond"]] == []

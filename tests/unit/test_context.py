@@ -101,7 +101,7 @@ def test_items_without_ids_are_never_duplicates():
 
 def test_a_reference_is_the_item_that_it_names():
     stored = assistant("x", id="msg_a", status="completed")
-    assert references(request(input=[{"id": "msg_a"}, user("y")])) == ["msg_a"]
+    assert references(request(input=[{"id": "msg_a"}, user("y")]).input) == ["msg_a"]
     made = items({"type": "item_reference", "id": "msg_a"}, referenced={"msg_a": stored})
     assert made == [stored | {"content": [{"type": "output_text", "text": "x", "annotations": []}]}]
 

@@ -186,7 +186,6 @@ def test_a_bad_parameter_is_refused_with_its_path(body: dict[str, Any], param: s
     ("body", "param"),
     [
         ({"background": True, "store": False}, "background"),
-        ({"conversation": "conv_1"}, "conversation"),
         ({"moderation": {"model": "x"}}, "moderation"),
         ({"multi_agent": {"enabled": True}}, "multi_agent"),
         ({"image": {"context_compression": "enabled"}}, "image.context_compression"),

@@ -1,0 +1,185 @@
+"""`/v1/conversations`: create, retrieve, update, list, fork, delete; their items: create, list, retrieve, delete."""
+
+import time
+from typing import Any
+
+from litestar import Controller, Request, Response, delete, get, post
+from litestar.enums import MediaType
+from msgspec import Raw
+
+from app.api import pages, queries
+from app.api.replies import json_reply
+from app.api.services import Services
+from app.domain.context import accept_items, references
+from app.ids import new_id
+from app.offload import offload
+from app.runs.admission import Caller
+from app.storage import contexts, conversations
+from app.storage.conversations import StoredConversation
+from app.storage.pages import BYTES_MAX
+from app.wire import conversations as wire
+from app.wire.items import decode_stored_item, encode_items
+from app.wire.resources import Deleted, encode
+
+
+class ConversationsController(Controller):
+    """Conversations, which responses continue and are appended to."""
+
+    path = "/v1/conversations"
+
+    @post(status_code=200)
+    async def create(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[bytes]:
+        """A new conversation, perhaps with its first items."""
+        queries.parse(request, queries.Nothing)
+        with services.bodies.reading(request) as body:
+            raw = await body.read()
+            asked = await offload(len(raw), wire.decode_request, wire.CREATE, raw)
+            items = await _accepted(services, caller, asked.items or [], len(raw))
+            made = _new(encode(asked.metadata or {}).decode())
+            async for attempt in services.database.settling():
+                with attempt:
+                    async with services.database.autocommit() as tx:
+                        await conversations.create_conversation(tx, caller.tenant_id, made, items)
+        return _reply(made)
+
+    @get()
+    async def list(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[bytes]:
+        """Conversations by creation; beyond the hosted API."""
+        query = queries.parse(request, queries.ConversationPage)
+        async with services.database.autocommit() as tx:
+            page = await conversations.list_conversations(
+                tx, caller.tenant_id, query.metadata, after=query.after, limit=query.limit, order=query.order
+            )
+        body = pages.encoded([(row.id, encode(_shown(row))) for row in page.rows], has_more=page.has_more)
+        return Response(body, media_type=MediaType.JSON)
+
+    @get("/{conversation_id:str}")
+    async def retrieve(
+        self, request: Request[Any, Any, Any], conversation_id: str, caller: Caller, services: Services
+    ) -> Response[bytes]:
+        """One conversation, without its items."""
+        queries.parse(request, queries.Nothing)
+        async with services.database.autocommit() as tx:
+            return _reply(await conversations.get_conversation(tx, caller.tenant_id, conversation_id))
+
+    @post("/{conversation_id:str}", status_code=200)
+    async def update(
+        self, request: Request[Any, Any, Any], conversation_id: str, caller: Caller, services: Services
+    ) -> Response[bytes]:
+        """Replace the metadata."""
+        queries.parse(request, queries.Nothing)
+        with services.bodies.reading(request) as body:
+            asked = wire.decode_request(wire.UPDATE, await body.read())
+        metadata = encode(asked.metadata or {}).decode()
+        async with services.database.autocommit() as tx:
+            return _reply(await conversations.update_conversation(tx, caller.tenant_id, conversation_id, metadata))
+
+    @delete("/{conversation_id:str}", status_code=200)
+    async def remove(
+        self, request: Request[Any, Any, Any], conversation_id: str, caller: Caller, services: Services
+    ) -> Response[bytes]:
+        """Delete a conversation; its responses and its forks stay as they are."""
+        queries.parse(request, queries.Nothing)
+        async for attempt in services.database.settling():
+            with attempt:
+                async with services.database.begin() as tx:
+                    await conversations.delete_conversation(
+                        tx, caller.tenant_id, conversation_id, again=attempt.num > 1
+                    )
+        return Response(encode(Deleted(conversation_id, "conversation.deleted")), media_type=MediaType.JSON)
+
+    @post("/{conversation_id:str}/fork", status_code=200)
+    async def fork(
+        self, request: Request[Any, Any, Any], conversation_id: str, caller: Caller, services: Services
+    ) -> Response[bytes]:
+        """A new conversation that shares the items of this one, up to `after`; beyond the hosted API."""
+        queries.parse(request, queries.Nothing)
+        with services.bodies.reading(request) as body:
+            asked = wire.decode_request(wire.FORK, await body.read())
+        async with services.database.autocommit() as tx:
+            source = await conversations.get_conversation(tx, caller.tenant_id, conversation_id)
+        fork = _new(source.metadata if asked.metadata is None else encode(asked.metadata).decode())
+        async for attempt in services.database.settling():
+            with attempt:
+                async with services.database.begin() as tx:
+                    await conversations.fork_conversation(
+                        tx, caller.tenant_id, conversation_id, fork, after=asked.after
+                    )
+        return _reply(fork)
+
+    @get("/{conversation_id:str}/items")
+    async def items(
+        self, request: Request[Any, Any, Any], conversation_id: str, caller: Caller, services: Services
+    ) -> Response[Any]:
+        """Its items, newest first unless asked otherwise."""
+        query = queries.parse(request, queries.ItemPage)
+        return await pages.items(services, query, contexts.list_conversation_items, caller.tenant_id, conversation_id)
+
+    @post("/{conversation_id:str}/items", status_code=200)
+    async def create_items(
+        self, request: Request[Any, Any, Any], conversation_id: str, caller: Caller, services: Services
+    ) -> Response[Any]:
+        """Append items."""
+        query = queries.parse(request, queries.Included)
+        with services.bodies.reading(request) as body:
+            raw = await body.read()
+            asked = await offload(len(raw), wire.decode_request, wire.ITEMS, raw)
+            items = await _accepted(services, caller, asked.items, len(raw))
+            async for attempt in services.database.settling():
+                with attempt:
+                    async with services.database.begin() as tx:
+                        await conversations.append_items(
+                            tx, caller.tenant_id, conversation_id, items, again=attempt.num > 1
+                        )
+        rows = [(id, pages.shown(body, query.include)) for id, body in items]
+        return json_reply(pages.encoded(rows, has_more=False), services.backlogs)
+
+    @get("/{conversation_id:str}/items/{item_id:str}")
+    async def retrieve_item(
+        self, request: Request[Any, Any, Any], conversation_id: str, item_id: str, caller: Caller, services: Services
+    ) -> Response[Any]:
+        """One item."""
+        query = queries.parse(request, queries.Included)
+        async with services.database.autocommit() as tx:
+            body = await conversations.get_item(tx, caller.tenant_id, conversation_id, item_id)
+        return json_reply(pages.shown(body.encode(), query.include), services.backlogs)
+
+    @delete("/{conversation_id:str}/items/{item_id:str}", status_code=200)
+    async def remove_item(
+        self, request: Request[Any, Any, Any], conversation_id: str, item_id: str, caller: Caller, services: Services
+    ) -> Response[bytes]:
+        """Remove an item; gives the conversation. Responses and forks that have the item keep it."""
+        queries.parse(request, queries.Nothing)
+        async for attempt in services.database.settling():
+            with attempt:
+                async with services.database.begin() as tx:
+                    left = await conversations.remove_item(
+                        tx, caller.tenant_id, conversation_id, item_id, again=attempt.num > 1
+                    )
+        return _reply(left)
+
+
+async def _accepted(services: Services, caller: Caller, given: list[Raw], size: int) -> list[tuple[str, bytes]]:
+    """Given items with their ids, as they are stored. Raises InvalidRequest."""
+    items = await offload(size, wire.decode_items, given)
+    found: dict[str, str] = {}
+    if wanted := references(items):
+        async with services.database.autocommit() as tx:
+            _, bodies = await contexts.find_items(tx, caller.tenant_id, wanted, bytes_max=BYTES_MAX)
+            found = bodies or {}
+    referenced = {id: decode_stored_item(body.encode()) for id, body in found.items()}
+    seal = services.seal.of(caller.tenant_id)
+    accepted = accept_items(items, (), referenced, new_id, seal=seal, param="items")
+    return await offload(size, encode_items, accepted)
+
+
+def _new(metadata: str) -> StoredConversation:
+    return StoredConversation(new_id("conv"), int(time.time()), metadata)
+
+
+def _shown(conversation: StoredConversation) -> wire.Conversation:
+    return wire.Conversation(conversation.id, conversation.created_at, Raw(conversation.metadata.encode()))
+
+
+def _reply(conversation: StoredConversation) -> Response[bytes]:
+    return Response(encode(_shown(conversation)), media_type=MediaType.JSON)

@@ -1,0 +1,93 @@
+"""Pages of lists as clients get them."""
+
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import msgspec
+from litestar import Response
+
+from app.api import queries
+from app.api.replies import json_reply
+from app.api.services import Services
+from app.errors import InvalidParameter
+from app.offload import offload
+from app.rooms import Room
+from app.storage.contexts import ItemPage, StoredItem
+from app.storage.database import Tx
+from app.storage.pages import Page
+from app.wire import resources
+from app.wire.items import OpaqueItem, decode_stored_item, encode_item
+from app.wire.redaction import Redaction
+from app.wire.requests import Order
+from app.wire.resources import encode
+
+T = TypeVar("T")
+
+OPPOSITE: dict[Order, Order] = {"asc": "desc", "desc": "asc"}
+
+ListItems = Callable[[Tx, str, str, ItemPage, int], Awaitable[tuple[int, Page[StoredItem] | None]]]
+"""Reads a page of the items of a tenant's response or conversation, if it takes at most so many bytes."""
+
+
+async def read(
+    services: Services, read: Callable[[int], Awaitable[tuple[int, T | None]]], write: Callable[[T], bytes]
+) -> Response[Any]:
+    """A reply with what is stored, once there is room for it."""
+    with Room(services.reads) as room:
+        found = await room.read(read, wait_s=services.settings.context_wait_s)
+        body = await offload(room.size, write, found)
+    return json_reply(body, services.backlogs)
+
+
+async def items(
+    services: Services, query: queries.ItemPage, list_items: ListItems, tenant_id: str, id: str
+) -> Response[Any]:
+    """A reply with a page of items. Raises InvalidParameter for two cursors."""
+    if query.before is not None and query.after is not None:
+        raise InvalidParameter("Give 'after' or 'before', not both.", param="before")
+    backwards = query.before is not None
+    page = ItemPage(
+        after=query.before if backwards else query.after,
+        limit=query.limit,
+        order=OPPOSITE[query.order] if backwards else query.order,
+        page_bytes=services.settings.page_bytes_max,
+        param="before" if backwards else "after",
+    )
+
+    async def read_page(bytes_max: int) -> tuple[int, Page[StoredItem] | None]:
+        async with services.database.autocommit() as tx:
+            return await list_items(tx, tenant_id, id, page, bytes_max)
+
+    return await read(services, read_page, partial(_page_of_items, include=query.include, backwards=backwards))
+
+
+def _page_of_items(page: Page[StoredItem], include: Collection[str], *, backwards: bool) -> bytes:
+    """They come the other way round, if they were read `backwards` from a cursor."""
+    rows = [(item.id, shown(item.body.encode(), include)) for item in page.rows]
+    return encoded(rows[::-1] if backwards else rows, has_more=page.has_more)
+
+
+def shown(body: bytes, include: Collection[str]) -> bytes:
+    """A stored item as it is listed."""
+    return Redaction(include).item(_listed(body))
+
+
+def encoded(rows: Sequence[tuple[str, bytes]], *, has_more: bool) -> bytes:
+    """A page of rows (id, JSON) as JSON."""
+    return encode(
+        resources.Page(
+            data=[msgspec.Raw(body) for _, body in rows],
+            first_id=rows[0][0] if rows else None,
+            last_id=rows[-1][0] if rows else None,
+            has_more=has_more,
+        )
+    )
+
+
+def _listed(body: bytes) -> bytes:
+    """Items carry a status wherever they are listed."""
+    item = decode_stored_item(body)
+    if not isinstance(item, OpaqueItem) and getattr(item, "status", "") is msgspec.UNSET:
+        return encode_item(msgspec.structs.replace(item, status="completed"))
+    return body

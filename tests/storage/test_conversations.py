@@ -1,0 +1,274 @@
+"""Conversations, chains, forks and deletions in any order: what is listed is what a plain list would hold, and nothing stays behind."""
+
+import itertools
+import json
+import random
+
+import asyncpg
+import msgspec
+import pytest
+
+from app.domain.lifecycle import Outcome, close_response, open_response
+from app.errors import ConversationLocked, ConversationNotFound, ItemNotFound
+from app.storage import contexts, conversations, endings, responses
+from app.storage.contexts import ItemPage
+from app.storage.conversations import StoredConversation
+from app.storage.database import Tx
+from app.storage.pages import BYTES_MAX
+from app.storage.queue import Owner
+from tests.unit.build import request
+
+OWNER = Owner("worker", 60.0)
+EVERYTHING = {"items_max": 10**6, "bytes_max": BYTES_MAX}
+
+
+@pytest.fixture(scope="module")
+def url(new_database):
+    """An empty database."""
+    return new_database()
+
+
+@pytest.fixture
+async def connection(url):
+    """A connection to it."""
+    opened = await asyncpg.connect(url)
+    yield opened
+    await opened.close()
+
+
+class House:
+    """The tables of one tenant, and beside them plain lists of what they should hold."""
+
+    def __init__(self, connection, tenant_id):
+        self.connection, self.tx, self.tenant_id = connection, Tx(connection), tenant_id
+        self.numbers = itertools.count()
+        self.conversations: dict[str, list[str]] = {}
+        self.responses: dict[str, tuple[list[str], list[str]]] = {}
+        """Id → what it was made from, and its output."""
+        self.begun: dict[str, list[str]] = {}
+
+    def new(self, prefix):
+        return f"{prefix}_{next(self.numbers)}"
+
+    def new_items(self, count):
+        ids = [self.new("msg") for _ in range(count)]
+        return ids, [(id, item(id)) for id in ids]
+
+    async def create(self, count):
+        id, (ids, items) = self.new("conv"), self.new_items(count)
+        await conversations.create_conversation(self.tx, self.tenant_id, StoredConversation(id, 0, "{}"), items)
+        self.conversations[id] = ids
+        return id
+
+    async def append(self, id, count):
+        ids, items = self.new_items(count)
+        async with self.tx.transaction():
+            await conversations.append_items(self.tx, self.tenant_id, id, items)
+        self.conversations[id] = [*self.conversations[id], *ids]
+
+    async def begin(self, *, conversation=None, previous=None, count=1):
+        """A response that has begun."""
+        ids, items = self.new_items(count)
+        if conversation is not None:
+            chain = await contexts.load_conversation(self.tx, self.tenant_id, conversation, **EVERYTHING)
+        else:
+            chain = await contexts.load_chain(self.tx, self.tenant_id, previous, **EVERYTHING)
+        create = request(
+            **({"conversation": conversation} if conversation is not None else {"previous_response_id": previous})
+        )
+        response = open_response(create, id=self.new("resp"), created_at=0)
+        earlier = [one.id for one in chain.items]
+        assert chain.bytes == sum(len(item(one)) for one in earlier)
+        async with self.tx.transaction():
+            await responses.insert_response(
+                self.tx, self.tenant_id, response, items, parent=chain.parent, earlier_bytes=chain.bytes, run=OWNER
+            )
+        self.begun[response.id] = [*earlier, *ids]
+        return response
+
+    async def end(self, response, status, count=1):
+        context = self.begun.pop(response.id)
+        ids, items = self.new_items(count)
+        made = msgspec.structs.replace(response, output=[msgspec.Raw(body) for _, body in items])
+        closed = close_response(made, Outcome(status), usage=None, now=1)
+        assert await endings.end_foreground(self.tx, self.tenant_id, closed)
+        self.responses[response.id] = context, ids
+        id = response.conversation and response.conversation.id
+        if id in self.conversations and status in {"completed", "incomplete"}:
+            self.conversations[id] = [*context, *ids]
+
+    async def remove(self, id, item_id):
+        async with self.tx.transaction():
+            await conversations.remove_item(self.tx, self.tenant_id, id, item_id)
+        self.conversations[id] = [one for one in self.conversations[id] if one != item_id]
+
+    async def fork(self, id, after):
+        fork = self.new("conv")
+        async with self.tx.transaction():
+            await conversations.fork_conversation(
+                self.tx, self.tenant_id, id, StoredConversation(fork, 0, "{}"), after=after
+            )
+        items = self.conversations[id]
+        self.conversations[fork] = items if after is None else items[: items.index(after) + 1]
+        return fork
+
+    async def delete(self, id):
+        async with self.tx.transaction():
+            await conversations.delete_conversation(self.tx, self.tenant_id, id)
+        del self.conversations[id]
+
+    async def delete_response(self, id):
+        async with self.tx.transaction():
+            await responses.delete_response(self.tx, self.tenant_id, id)
+        del self.responses[id]
+
+    async def listed(self, list_items, id, order="asc", limit=7):
+        """Every item, page by page."""
+        found, after = [], None
+        while True:
+            asked = ItemPage(after=after, limit=limit, order=order, page_bytes=BYTES_MAX)
+            _, page = await list_items(self.tx, self.tenant_id, id, asked, BYTES_MAX)
+            found += [one.id for one in page.rows]
+            if not page.has_more:
+                return found
+            after = found[-1]
+
+    async def check(self):
+        """What the tables say is what the lists hold."""
+        for id, items in self.conversations.items():
+            assert await self.listed(contexts.list_conversation_items, id) == items
+            assert await self.listed(contexts.list_conversation_items, id, "desc") == items[::-1]
+        for id, (context, output) in self.responses.items():
+            assert await self.listed(contexts.list_input_items, id) == context
+            chain = await contexts.load_chain(self.tx, self.tenant_id, id, **EVERYTHING)
+            assert [one.id for one in chain.items] == [*context, *output]
+
+    async def rows(self, table):
+        return await self.connection.fetchval(f"select count(*) from {table} where tenant_id = $1", self.tenant_id)
+
+
+def item(id):
+    return json.dumps({"type": "message", "id": id}).encode()
+
+
+STEPS = "append answer fail chain remove remove fork fork_at delete delete_response delete_response create".split()
+
+
+@pytest.mark.parametrize("seed", range(40))
+async def test_any_history_is_what_plain_lists_hold_and_leaves_nothing(connection, seed):
+    chosen = random.Random(seed)
+    house = House(connection, f"tenant_{seed}")
+    for _ in range(40):
+        step = chosen.choice(STEPS)
+        id = chosen.choice([*house.conversations]) if house.conversations else await house.create(chosen.randrange(3))
+        items = house.conversations[id]
+        previous = chosen.choice([*house.responses]) if house.responses else None
+        match step:
+            case "append":
+                await house.append(id, chosen.randrange(1, 4))
+            case "answer" | "fail":
+                begun = await house.begin(conversation=id, count=chosen.randrange(3))
+                ends = ["failed", "cancelled"] if step == "fail" else ["completed", "incomplete"]
+                await house.end(begun, chosen.choice(ends), chosen.randrange(3))
+            case "chain" if previous:
+                await house.end(await house.begin(previous=previous), "completed")
+            case "remove" if items:
+                await house.remove(id, chosen.choice(items))
+            case "fork":
+                await house.fork(id, None)
+            case "fork_at" if items:
+                await house.fork(id, chosen.choice(items))
+            case "delete":
+                await house.delete(id)
+            case "delete_response" if previous:
+                await house.delete_response(previous)
+            case "create":
+                await house.create(chosen.randrange(4))
+        await house.check()
+    leaving = [(house.delete, id) for id in house.conversations]
+    leaving += [(house.delete_response, id) for id in house.responses]
+    chosen.shuffle(leaving)
+    for leave, id in leaving:
+        await leave(id)
+        await house.check()
+    left = {table: await house.rows(table) for table in ("responses", "items", "branches", "conversations", "facets")}
+    assert not any(left.values()), left
+    assert await house.rows("removals") == 0
+
+
+async def test_a_conversation_that_a_response_has_taken_is_locked(connection):
+    house = House(connection, "locked")
+    id = await house.create(2)
+    begun = await house.begin(conversation=id)
+    for refused in (house.append(id, 1), house.remove(id, house.conversations[id][0])):
+        with pytest.raises(ConversationLocked):
+            await refused
+    await house.check()
+    await house.end(begun, "completed")
+    await house.append(id, 1)
+    await house.check()
+
+
+@pytest.mark.parametrize("change", ["append", "remove", "answer", "delete"])
+async def test_a_response_is_not_inserted_into_a_conversation_that_has_changed(connection, change):
+    house = House(connection, f"changed_{change}")
+    id = await house.create(2)
+    chain = await contexts.load_conversation(house.tx, house.tenant_id, id, **EVERYTHING)
+    match change:
+        case "append":
+            await house.append(id, 1)
+        case "remove":
+            await house.remove(id, house.conversations[id][0])
+        case "answer":
+            await house.end(await house.begin(conversation=id), "failed")
+        case "delete":
+            await house.delete(id)
+    response = open_response(request(conversation=id), id="resp_late", created_at=0)
+    with pytest.raises(ConversationLocked):
+        await responses.insert_response(
+            house.tx, house.tenant_id, response, [], parent=chain.parent, earlier_bytes=0, run=OWNER
+        )
+    assert "resp_late" not in [row["id"] for row in await connection.fetch("select id from responses")]
+    await house.check()
+
+
+async def test_a_response_whose_insert_is_repeated_is_known(connection):
+    house = House(connection, "repeated")
+    id = await house.create(1)
+    chain = await contexts.load_conversation(house.tx, house.tenant_id, id, **EVERYTHING)
+    response = open_response(request(conversation=id), id=house.new("resp"), created_at=0)
+    for _ in range(2):
+        await responses.insert_response(
+            house.tx, house.tenant_id, response, [], parent=chain.parent, earlier_bytes=0, run=OWNER
+        )
+    house.begun[response.id] = house.conversations[id]
+    await house.end(response, "completed")
+    await house.check()
+
+
+async def test_a_repeated_change_is_made_once(connection):
+    """An attempt whose commit was not answered is repeated."""
+    house = House(connection, "again")
+    id = await house.create(0)
+    _, items = house.new_items(2)
+    for again in (False, True):
+        async with house.tx.transaction():
+            await conversations.append_items(house.tx, house.tenant_id, id, items, again=again)
+    house.conversations[id] = [id for id, _ in items]
+    await house.check()
+    first = items[0][0]
+    await house.remove(id, first)
+    with pytest.raises(ItemNotFound):
+        await conversations.remove_item(house.tx, house.tenant_id, id, first)
+    await conversations.remove_item(house.tx, house.tenant_id, id, first, again=True)
+    fork = StoredConversation(house.new("conv"), 0, "{}")
+    for _ in range(2):
+        await conversations.fork_conversation(house.tx, house.tenant_id, id, fork, after=None)
+    house.conversations[fork.id] = house.conversations[id]
+    await house.check()
+    assert await house.rows("branches") == 1
+    await house.delete(id)
+    with pytest.raises(ConversationNotFound):
+        await conversations.delete_conversation(house.tx, house.tenant_id, id)
+    await conversations.delete_conversation(house.tx, house.tenant_id, id, again=True)
+    await house.check()
