@@ -130,3 +130,46 @@ async def test_without_approvals_one_response_does_it_all(agent, run, toolserver
     assert result.final_output == "It is 3."
     assert len(result.raw_responses) == 1
     assert len(toolserver.calls(name)) == 1
+
+
+@STREAMED
+async def test_its_session_is_a_conversation(agent, async_client, streamed):
+    from agents import OpenAIConversationsSession, RunConfig, Runner
+
+    session = OpenAIConversationsSession(openai_client=async_client)
+    talker, off = agent(), RunConfig(tracing_disabled=True)
+    await session.add_items([{"role": "user", "content": f"earlier {n}"} for n in range(25)])
+    for said in ("one", "two"):
+        if streamed:
+            result = Runner.run_streamed(talker, said, session=session, run_config=off)
+            async for _ in result.stream_events():
+                pass
+        else:
+            result = await Runner.run(talker, said, session=session, run_config=off)
+        assert result.final_output == f"ok: {said}"
+    kept = [one for one in await session.get_items() if one["type"] == "message"]
+    assert len(kept) == 25 + 4
+    assert (await session.pop_item())["content"][0]["text"] == "ok: two"
+    assert [one["content"][0]["text"] for one in await session.get_items(limit=2)] == ["ok: one", "two"]
+    await session.clear_session()
+
+
+@STREAMED
+async def test_it_runs_in_a_conversation(agent, async_client, upstream, streamed, name):
+    from agents import RunConfig, Runner
+
+    made = await async_client.conversations.create(items=[{"role": "user", "content": "I am Ada."}])
+    options = {"conversation_id": made.id, "run_config": RunConfig(tracing_disabled=True)}
+    said = script([*calling("add", {"a": 1, "b": 2}), note(name)], answer("three"))
+    approving = agent(lambda _: {"approve": True})
+    if streamed:
+        result = Runner.run_streamed(approving, said, **options)
+        async for _ in result.stream_events():
+            pass
+    else:
+        result = await Runner.run(approving, said, **options)
+    assert result.final_output == "three"
+    kinds = [item.type async for item in async_client.conversations.items.list(made.id, order="asc")]
+    assert kinds[0] == "message" and kinds[-1] == "message"
+    assert {"mcp_list_tools", "mcp_approval_request", "mcp_approval_response", "mcp_call"} <= set(kinds)
+    assert len(kinds) == len(set(kinds)) + 2

@@ -12,6 +12,16 @@ from tests.waiting import fetch, until
 
 KEY_CACHE_S = 0.5
 UNKNOWN = "resp_0123456789abcdef"
+OF_A_CONVERSATION = [
+    ("GET", ""),
+    ("POST", ""),
+    ("DELETE", ""),
+    ("POST", "/fork"),
+    ("GET", "/items"),
+    ("POST", "/items"),
+    ("GET", "/items/msg_1"),
+    ("DELETE", "/items/msg_1"),
+]
 
 
 def made(env, tenant, name="") -> tuple[str, str]:
@@ -76,6 +86,9 @@ def create(http, **body):
         ("POST", f"/responses/{UNKNOWN}/cancel"),
         ("POST", "/responses/input_tokens"),
         ("POST", "/responses/compact"),
+        ("POST", "/conversations"),
+        ("GET", "/conversations"),
+        *((method, f"/conversations/conv_1{path}") for method, path in OF_A_CONVERSATION),
         ("GET", "/models"),
         ("GET", "/models/scripted"),
     ],
@@ -222,6 +235,23 @@ def test_another_tenants_response_looks_unknown(a, b, method, path):
     assert seen(b.request(method, path.format(id)), id) == seen(b.request(method, path.format(UNKNOWN)), UNKNOWN)
     assert b.request(method, path.format(id)).status_code == 404
     assert a.get(f"/responses/{id}").status_code == 200
+
+
+@pytest.mark.parametrize(("method", "path"), OF_A_CONVERSATION)
+def test_another_tenants_conversation_looks_unknown(a, b, method, path):
+    given = {"items": [{"role": "user", "content": "mine", "id": "msg_1"}]}
+    id = a.post("/conversations", json={**given, "metadata": {"of": "a"}}).json()["id"]
+    body = {"": {"metadata": {}}, "/fork": {}, "/items": given}.get(path) if method == "POST" else None
+    theirs = b.request(method, f"/conversations/{id}{path}", json=body)
+    assert seen(theirs, id) == seen(b.request(method, f"/conversations/{UNKNOWN}{path}", json=body), UNKNOWN)
+    assert theirs.status_code == 404
+    create = {"model": "m", "input": "hi", "conversation": id}
+    assert b.post("/responses", json=create).status_code == 404
+    assert b.get("/conversations").json()["data"] == b.get("/conversations?metadata[of]=a").json()["data"] == []
+    assert a.get(f"/conversations/{id}/items/msg_1").json()["content"][0]["text"] == "mine"
+    own = b.post("/conversations", json=given).json()["id"]
+    assert b.post("/responses", json={**create, "conversation": own}).status_code == 200
+    assert b.delete(f"/conversations/{own}").status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])
