@@ -1,10 +1,8 @@
 """Stored responses: retrieving, listing, paging through their input, deleting, cancelling."""
 
-import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-import asyncpg
 import httpx
 import openai
 import pytest
@@ -13,7 +11,7 @@ from app.storage import tables
 from tests.api.streams import events_of
 from tests.servers import Served
 from tests.upstream import answer, calling, finish, gate, note, script, text
-from tests.waiting import fetch, until
+from tests.waiting import fetch
 
 TOOL = {"type": "function", "name": "look", "parameters": {"type": "object", "properties": {}}, "strict": False}
 UNKNOWN = "resp_0123456789abcdef"
@@ -418,7 +416,8 @@ def test_a_websocket_handshake_is_not_taken_for_a_list(http):
 
 def rows(own):
     """How many rows each table of data has."""
-    names = ("responses", "facets", "items", "branches", "runs", "event_journal", "event_archive", "approvals")
+    data = "responses facets items branches conversations removals runs event_journal event_archive approvals"
+    names = data.split()
     assert {*names, "tenants", "keys", "sealing"} == tables.metadata.tables.keys()
     counts = ", ".join(f"(select count(*) from {name})" for name in names)
     return dict(zip(names, fetch(own.database_url, f"select {counts}")[0], strict=True))
@@ -531,31 +530,6 @@ def test_a_chain_deleted_from_its_root_to_its_tip_leaves_nothing(own, own_client
     for id in ids[1:]:
         own_client.responses.delete(id)
     assert added(own, before) == NOTHING
-
-
-CONTINUE = """
-    insert into responses (tenant_id, id, thread_id, turn, status, background, model, metadata, created_at, body)
-    select tenant_id, id || '-other', thread_id, turn, status, background, model, metadata, created_at, body
-    from responses where id = $1
-    on conflict do nothing
-"""
-"""As storing does it: at the turn behind the parent, whose row is locked."""
-
-
-def test_deleting_a_turn_waits_for_whoever_stores_one_at_its_place(own, own_client):
-    parent = own_client.responses.create(model="m", input="parent")
-    turn = own_client.responses.create(model="m", input="turn", previous_response_id=parent.id)
-    with asyncio.Runner() as runner, ThreadPoolExecutor() as pool:
-        storing = runner.run(asyncpg.connect(own.database_url))
-        runner.run(storing.execute("begin"))
-        runner.run(storing.fetch("select 1 from responses where id = $1 for key share", parent.id))
-        deleting = pool.submit(own_client.responses.delete, turn.id)
-        until(lambda: fetch(own.database_url, "select 1 from pg_stat_activity where wait_event_type = 'Lock'"))
-        assert runner.run(storing.execute(CONTINUE, turn.id, timeout=10)) == "INSERT 0 0"
-        runner.run(storing.execute("commit"))
-        deleting.result()
-        runner.run(storing.close())
-    own_client.responses.delete(parent.id)
 
 
 # -- Cancelling -------------------------------------------------------------------------------------------------------------

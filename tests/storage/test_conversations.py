@@ -1,5 +1,6 @@
 """Conversations, chains, forks and deletions in any order: what is listed is what a plain list would hold, and nothing stays behind."""
 
+import asyncio
 import itertools
 import json
 import random
@@ -119,7 +120,11 @@ class House:
 
     async def delete_response(self, id):
         async with self.tx.transaction():
-            await responses.delete_response(self.tx, self.tenant_id, id)
+            await self.delete_response_within(id)
+
+    async def delete_response_within(self, id):
+        """In a transaction of the caller's."""
+        await responses.delete_response(self.tx, self.tenant_id, id)
         del self.responses[id]
 
     async def listed(self, list_items, id, order="asc", limit=7):
@@ -230,6 +235,63 @@ async def test_a_response_is_not_inserted_into_a_conversation_that_has_changed(c
         )
     assert "resp_late" not in [row["id"] for row in await connection.fetch("select id from responses")]
     await house.check()
+
+
+@pytest.fixture
+async def another(url):
+    """Another connection to the database."""
+    opened = await asyncpg.connect(url)
+    yield opened
+    await opened.close()
+
+
+async def waits(connection, task):
+    """Until Postgres says that the task waits for a lock."""
+    sql = "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+    while not await connection.fetchval(sql):
+        assert not task.done()
+
+
+async def test_a_turn_whose_response_is_being_deleted_is_taken_after_it(connection, another):
+    house = House(connection, "taken")
+    root = await house.begin(conversation=await house.create(0))
+    await house.end(root, "completed")
+    parent = await house.begin(previous=root.id)
+    await house.end(parent, "completed")
+    turn = await house.begin(previous=parent.id)
+    await house.end(turn, "completed")
+    deleting = connection.transaction()
+    await deleting.start()
+    await house.delete_response_within(turn.id)
+    other = House(another, house.tenant_id)
+    other.numbers, other.responses = house.numbers, house.responses
+    inserting = asyncio.create_task(other.begin(previous=parent.id))
+    await waits(connection, inserting)
+    await deleting.commit()
+    child = await inserting
+    await other.end(child, "completed")
+    await house.check()
+    assert len(await connection.fetch("select from branches where tenant_id = $1", house.tenant_id)) == 1
+
+
+async def test_two_that_delete_the_last_responses_at_once_leave_nothing(connection, another):
+    house = House(connection, "both")
+    id = await house.create(0)
+    first = await house.begin(conversation=id)
+    await house.end(first, "completed")
+    second = await house.begin(conversation=id)
+    await house.end(second, "completed")
+    await house.delete(id)
+    deleting = connection.transaction()
+    await deleting.start()
+    await house.delete_response_within(first.id)
+    other = House(another, house.tenant_id)
+    other.responses = house.responses
+    waiting = asyncio.create_task(other.delete_response(second.id))
+    await waits(connection, waiting)
+    await deleting.commit()
+    await waiting
+    assert await house.rows("items") == await house.rows("responses") == 0
 
 
 async def test_a_response_whose_insert_is_repeated_is_known(connection):
