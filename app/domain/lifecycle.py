@@ -49,6 +49,9 @@ NEXT: dict[Status, frozenset[Status]] = {
 TERMINAL: frozenset[Status] = frozenset(status for status, following in NEXT.items() if not following)
 IN_FLIGHT: frozenset[Status] = frozenset(NEXT) - TERMINAL
 
+APPENDED: frozenset[Status] = frozenset({"completed", "incomplete"})
+"""How a response ends that becomes part of its conversation."""
+
 
 class Outcome(Struct, frozen=True):
     """How a run ended, and why."""

@@ -78,10 +78,11 @@ class Watch:
 
     def look(self) -> Sight | None:
         """What can be judged at this moment; None if the next heartbeat comes first. Whatever is waited for afterwards, a
-        connection or an answer, proves nothing more."""
+        connection or an answer, proves nothing more. A heartbeat that waited long for a lock says nothing of runs of this
+        process that began meanwhile: their leases may have expired."""
         now = time.monotonic()
         since_s = now - self._ended_at
-        if self._clock is None or since_s >= self._late_s:
+        if self._clock is None or since_s >= self._late_s or not self.lease_is_valid:
             return None
         return Sight(self._clock + timedelta(seconds=since_s), now - self._steady_since)
 

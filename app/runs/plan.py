@@ -12,7 +12,7 @@ from app.domain.compaction import can_compact, context_tokens, counted_tokens, e
 from app.domain.context import Context, answered_requests, check_parent, references, resolve, restore
 from app.domain.hosted import HostedRoute, Kind
 from app.domain.item_builders import OutputOptions
-from app.domain.lifecycle import IN_FLIGHT
+from app.domain.lifecycle import APPENDED, IN_FLIGHT
 from app.domain.prompt import chat_request
 from app.domain.sealed import Seal, TenantSeal
 from app.errors import (
@@ -179,10 +179,11 @@ class Planner:
         room = self.room()
         try:
             found = await self._find(tenant_id, request, room)
-            usage = await self._parent_usage(tenant_id, request)
+            slot = found.parent.conversation if found.parent else None
+            usage = await self._usage(tenant_id, request, slot.writer if slot else request.body.previous_response_id)
             size = request.size + found.bytes
             context = await offload(size, self._resolve, self._seal.of(tenant_id), servers, request, found)
-            turn = found.parent.turn if found.parent else None
+            turn = found.parent.place.turn if found.parent else None
             found.tokens = await offload(size, _tokens, request, context, turn, found.earlier, usage)
         except BaseException:
             room.release()
@@ -240,8 +241,10 @@ class Planner:
             context = await offload(
                 size, restore, request, stored, own, made, seal=seal, requests=requests, hosted=hosted, origins=origins
             )
-            usage = await self._parent_usage(tenant_id, request)
-            found = _Found(tokens=await offload(size, _tokens, request, context, chain.place.turn - 1, rows, usage))
+            usage = await self._usage(tenant_id, request, request.body.previous_response_id)
+            found = _Found(
+                tokens=await offload(size, _tokens, request, context, chain.parent.place.turn - 1, rows, usage)
+            )
         except BaseException:
             room.release()
             raise
@@ -279,14 +282,15 @@ class Planner:
             return _Found()
         return await self._fitting(room, read, request.size, given=given, wait_s=wait_s)
 
-    async def _parent_usage(self, tenant_id: str, request: CreateResponse) -> Usage | None:
-        """The usage of what a request continues, where the context may be compacted."""
-        previous = request.body.previous_response_id
-        if previous is None or not request.body.context_management:
+    async def _usage(self, tenant_id: str, request: CreateResponse, parent_id: str | None) -> Usage | None:
+        """The usage of the response that a request continues, where the context may be compacted."""
+        if parent_id is None or not request.body.context_management:
             return None
         async with self._database.autocommit() as tx:
-            parent = await responses.load_body(tx, tenant_id, previous)
-        return parent.usage if parent else None
+            parent = await responses.load_body(tx, tenant_id, parent_id)
+        # In a conversation one that has failed is no parent.
+        is_known = parent and (parent.conversation is None or parent.status in APPENDED)
+        return parent.usage if parent and is_known else None
 
     async def _fitting(
         self,

@@ -9,14 +9,12 @@ from typing import Any
 import msgspec
 from sqlalchemy import text
 
+from app.domain.lifecycle import APPENDED
 from app.storage.database import Query, Tx
 from app.storage.items import item_rows
 from app.storage.journal import Pages
 from app.storage.tables import IN_FLIGHT
 from app.wire.resources import Response, encode
-
-APPENDED = frozenset({"completed", "incomplete"})
-"""How a response ends that becomes part of its conversation."""
 
 _RESPONSE = """
     update responses set status = :status, body = cast(:body as json),

@@ -9,6 +9,7 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 import pytest
 
+from app.assembly import WORKER_CONNECTION
 from tests import wire_proxy
 from tests.faults.client import Follower, begin, call, cancel, get, stream
 from tests.faults.cluster import LEASE_S, Cluster, frozen, locked
@@ -20,6 +21,9 @@ from tests.wire_proxy import WireProxy
 ROUNDS = 10
 OUTAGE_S = 2.5 * LEASE_S
 POOL_SIZE = 10
+OVERDUE = f"select 1 from runs where due_at < now() + interval '{LEASE_S} s' * (1 - $1::float8)"
+"""Runs whose last heartbeat is so much of a lease ago."""
+
 UNAVAILABLE = {
     "message": "The database is unavailable; please try again.",
     "type": "server_error",
@@ -128,6 +132,24 @@ def test_an_outage_longer_than_a_lease_takes_nothing_from_living_owners(cluster,
         response = check(follower)
         assert closed_as(follower.seen) == [None, "completed", "completed"]
     assert [len(upstream.asked(said)) for said in (*scripts.values(), with_call)] == [2, 2, 4]
+
+
+def test_a_run_that_begins_while_a_heartbeat_waits_is_not_taken_for_abandoned(cluster, serving, upstream):
+    """The process itself must not take it when the heartbeat that did not know of it is answered at last."""
+    alone, other = serving
+    other.kill()
+    said = {name: script([note(name), text("half"), gate(name), finish()]) for name in ("before", "meanwhile")}
+    before = Beside(lambda: streamed(alone.url, said["before"]))
+    until(lambda: cluster.query("select 1 from runs"), "its row is there")
+    heartbeats = cluster.query(f"select pid from pg_stat_activity where application_name = '{WORKER_CONNECTION}'")
+    with frozen([one["pid"] for one in heartbeats]):
+        until(lambda: cluster.query(OVERDUE, 0.5), "a heartbeat waits")
+        meanwhile = Beside(lambda: streamed(alone.url, said["meanwhile"]))
+        until(lambda: len(cluster.query(OVERDUE, 1.1)) == 2, "leases expire")
+    until(lambda: not cluster.query(OVERDUE, 1.0), "leases are prolonged")
+    for name, reply in (("before", before), ("meanwhile", meanwhile)):
+        upstream.open(name)
+        assert checked_response(reply.join())["status"] == "completed"
 
 
 def test_a_reply_that_another_process_has_ended_as_failed_is_an_error(cluster, serving, upstream):

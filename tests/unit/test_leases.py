@@ -76,6 +76,17 @@ def test_after_a_late_heartbeat_the_watch_begins_anew(now):
     assert watch.is_on_time
 
 
+def test_a_heartbeat_that_took_longer_than_a_lease_judges_nothing(now):
+    """It waited for a lock; leases of runs that began meanwhile have expired, though this process makes them."""
+    watch = Watch(LEASE_S)
+    beaten(watch, now, 0, 3, 6)
+    now(30)
+    watch.beaten(time.monotonic() - 24, time.monotonic(), CLOCK + timedelta(seconds=30))
+    assert watch.look() is None
+    beaten(watch, now, 33)
+    assert watch.look()
+
+
 @pytest.mark.parametrize("by", [3600.0, -3600.0, 6.5])
 def test_after_a_jump_of_the_clock_the_watch_begins_anew(now, by):
     watch = Watch(LEASE_S)
