@@ -19,7 +19,7 @@ from app.api import asgi, queries
 from app.domain.toolbox import open_toolbox
 from app.domain.tools import table
 from app.errors import ApiError, UnsupportedParameter
-from app.wire import compactions, events, items, requests, tools
+from app.wire import compactions, conversations, events, items, requests, tools
 from app.wire.decoding import decode
 
 PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
@@ -94,7 +94,14 @@ def handlers() -> dict[str, HTTPRouteHandler]:
     }
 
 
-BODIES = {"decode_count": requests._COUNTED, "decode_compact": compactions.PARAMETERS}
+BODIES = {
+    "decode_count": requests._COUNTED,
+    "decode_compact": compactions.PARAMETERS,
+    **{
+        f"wire.{name}": getattr(conversations, name).type.__struct_fields__
+        for name in ("CREATE", "UPDATE", "FORK", "ITEMS")
+    },
+}
 """What decodes the body of an endpoint, and its parameters; those of a create have a table of their own."""
 
 
@@ -121,7 +128,7 @@ def parameters() -> Iterator[str]:
     """Every parameter of a create; of one that is an object its keys."""
     for name, hint in get_type_hints(requests.Body).items():
         inner = [one for one in get_args(hint) if inspect.isclass(one) and issubclass(one, Struct)]
-        is_object = inner and name != "prompt"
+        is_object = inner and name not in {"prompt", "conversation"}
         yield from (f"{name}.{key}" for key in inner[0].__struct_fields__) if is_object else (name,)
 
 
