@@ -10,7 +10,14 @@ from itertools import accumulate
 
 from msgspec.structs import replace
 
-from app.domain.compaction import BYTES_PER_TOKEN, estimated_tokens, is_compaction, is_from_user, is_instruction
+from app.domain.compaction import (
+    BYTES_PER_TOKEN,
+    estimated_tokens,
+    is_compaction,
+    is_from_user,
+    is_instruction,
+    newest_compaction,
+)
 from app.domain.context import Context
 from app.wire.items import AnyItem
 from app.wire.requests import CreateResponse
@@ -20,7 +27,10 @@ BYTES_PER_TOKEN_MIN = 2
 
 
 def truncated(context: Context, start: int) -> Context:
-    """The context from this position on, with what stays of what precedes it."""
+    """The context from this position on, with what stays of what precedes it; all of it if a compaction item stands after this
+    position."""
+    if start <= newest_compaction(context.items):
+        return context
     kept = [(at, item) for at, item in context.visible if at >= start or _stays(item)]
     answers = {place: context.answers[at] for place, (at, _) in enumerate(kept) if at in context.answers}
     return replace(context, items=tuple(item for _, item in kept), answers=answers)

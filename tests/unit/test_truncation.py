@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.domain.compaction import Compacted, seal_compacted
 from app.domain.context import Context, pair
 from app.domain.truncation import later_start, starts, truncated
-from tests.unit.build import assistant, call, context, output, request, user
+from tests.unit.build import SEAL, assistant, call, context, output, request, user
 
 SYSTEM = {"role": "developer", "content": "Be brief."}
 REASONING = {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]}
@@ -51,6 +52,27 @@ def test_instructions_stay_where_they_stand():
     made = context(SYSTEM, user("1"), assistant("a"), SYSTEM, user("2"), SYSTEM, assistant("b"))
     assert starts(made) == [4]
     assert texts(truncated(made, 4)) == ["Be brief.", "Be brief.", "2", "Be brief.", "b"]
+
+
+COMPACTION = {
+    "type": "compaction",
+    "id": "cmp_1",
+    "encrypted_content": seal_compacted(Compacted(summary="So far."), SEAL),
+}
+
+
+def test_a_compaction_item_stays_and_what_it_stands_for_is_no_turn():
+    made = context(user("1"), assistant("a"), COMPACTION, user("2"), assistant("b"), user("3"), assistant("c"))
+    assert starts(made) == [5]
+    rest = truncated(made, 5)
+    assert [type(item).__name__ for item in rest.items] == ["Compaction", "Message", "Message"]
+    assert rest.visible == list(enumerate(rest.items))
+
+
+def test_a_context_that_was_compacted_later_is_whole_again():
+    made = context(user("1"), assistant("a"), user("2"), call("c1"), COMPACTION, output("c1"), user("3"))
+    assert truncated(made, 2) is made
+    assert truncated(made, 3) is made
 
 
 def turns(count: int) -> list[dict[str, Any]]:
