@@ -11,7 +11,7 @@ from app.api.connected import run_while_connected
 from app.api.replies import json_reply
 from app.api.services import Services
 from app.domain.compaction import retained
-from app.errors import UpstreamGarbled
+from app.errors import UpstreamError, UpstreamGarbled
 from app.offload import offload
 from app.runs.admission import Caller
 from app.runs.foreground import ForegroundRun
@@ -41,7 +41,12 @@ class CompactionsController(Controller):
 
             async def read(run: ForegroundRun) -> tuple[list[AnyItem], resources.Response]:
                 taking.close()
-                return retained(run.context.items), await run.finished()
+                messages = retained(run.context.items)
+                try:
+                    return messages, await run.finished()
+                except UpstreamError as error:
+                    error.is_final = False  # a retry repeats no call of a tool
+                    raise
 
             start = partial(services.admission.start, caller, create)
             _, (messages, made) = await run_while_connected(request.receive, start, read)

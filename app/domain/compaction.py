@@ -157,7 +157,7 @@ def estimated_tokens(items: Sequence[AnyItem]) -> int:
     size = media = 0
     for item in items:
         parts = getattr(item, "content", None) or getattr(item, "output", None)
-        found = [part for part in parts if isinstance(part, MEDIA)] if parts else []
+        found = [part for part in parts if isinstance(part, MEDIA)] if isinstance(parts, list) else []
         media += len(found)
         size += len(encode_item(item)) - sum(len(msgspec.json.encode(part)) for part in found)
     return size // BYTES_PER_TOKEN + media * MEDIA_TOKENS
@@ -176,4 +176,4 @@ def counted_tokens(usage: Usage | None, output: Sequence[AnyItem]) -> int | None
     """The tokens of a response's context and output, by its usage; None where that says too little: a response of several turns
     has the sum of all."""
     took_one_turn = bool(output) and all(isinstance(item, MADE_BY_MODEL) for item in output)
-    return usage.total_tokens if usage and took_one_turn else None
+    return usage.total_tokens or None if usage and took_one_turn else None
