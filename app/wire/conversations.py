@@ -5,8 +5,9 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Raw, Struct
 
+from app.errors import InvalidParameter
 from app.wire.decoding import check_text, decode
-from app.wire.items import AnyItem, decode_item
+from app.wire.items import AnyItem, CompactionTrigger, decode_item
 from app.wire.requests import Metadata, check_metadata, mend_surrogates
 
 ITEMS_MAX = 20
@@ -69,4 +70,11 @@ def decode_request(decoder: msgspec.json.Decoder[T], raw: bytes) -> T:
 
 def decode_items(given: list[Raw]) -> list[AnyItem]:
     """The items of a request. Raises InvalidParameter."""
-    return [decode_item(item, f"items[{index}]") for index, item in enumerate(given)]
+    items = [decode_item(item, f"items[{index}]") for index, item in enumerate(given)]
+    for index, item in enumerate(items):
+        if isinstance(item, CompactionTrigger):
+            raise InvalidParameter(
+                f"Invalid value for 'items[{index}]': a compaction trigger is for the input of a response only.",
+                param=f"items[{index}]",
+            )
+    return items

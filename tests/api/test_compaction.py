@@ -26,12 +26,10 @@ from tests.upstream import (
     text,
     usage,
 )
-from tests.waiting import until
 
 PROMPT = compaction_prompt(Settings())
 TRIGGER = {"type": "compaction_trigger"}
 TOOL = {"type": "function", "name": "look", "parameters": {"type": "object", "properties": {}}, "strict": False}
-ENDED = {"completed", "incomplete", "failed", "cancelled"}
 
 
 @pytest.fixture
@@ -63,11 +61,6 @@ def seen(upstream, said):
     """The messages of the one request with this last user message."""
     [record] = upstream.asked(said if isinstance(said, str) else said["content"])
     return record.body["messages"]
-
-
-def ended(client, response_id):
-    until(lambda: client.responses.retrieve(response_id).status in ENDED, "the response has ended")
-    return client.responses.retrieve(response_id)
 
 
 # -- The trigger ------------------------------------------------------------------------------------------------------------
@@ -490,3 +483,31 @@ def test_an_approval_request_can_be_answered_after_a_compaction(
         assert [one["role"] for one in shown] == ["user", "assistant", "tool"]
         assert shown[0]["content"].startswith(HEADING) and shown[2]["content"] == "3"
     assert len(toolserver.calls(name)) == 1
+
+
+# -- Conversations ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_is_compacted_and_goes_back_when_the_item_is_removed(client, upstream, said, summary):
+    id = client.conversations.create().id
+    client.responses.create(model="m", input=said, conversation=id)
+    [item] = client.responses.create(model="m", input=[TRIGGER], conversation=id).output
+    listed = client.conversations.items.list(id, order="asc").data
+    assert [one.type for one in listed] == ["message", "message", "compaction"]
+    client.responses.create(model="m", input=f"more {said}", conversation=id)
+    assert seen(upstream, f"more {said}") == [summed(said), user(f"more {said}")]
+    client.conversations.items.delete(item.id, conversation_id=id)
+    client.responses.create(model="m", input=f"undo {said}", conversation=id)
+    assert [one["content"] for one in seen(upstream, f"undo {said}")] == [
+        *(said, f"ok: {said}", f"more {said}", f"ok: more {said}", f"undo {said}")
+    ]
+
+
+def test_a_conversation_over_the_threshold_is_compacted(client, said, summary):
+    id = client.conversations.create().id
+    turns = script([note(said), text("ok"), finish(), usage(1490, 10)])
+    client.responses.create(model="m", input=turns, conversation=id)
+    made = client.responses.create(model="m", input=said, conversation=id, **managed())
+    assert [one.type for one in made.output] == ["compaction", "message"]
+    types = [one.type for one in client.conversations.items.list(id, order="asc")]
+    assert types == ["message", "message", "message", "compaction", "message"]

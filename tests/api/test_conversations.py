@@ -238,6 +238,8 @@ def test_a_reference_stands_for_a_stored_item(client, conversation):
         ([message("x", id="msg_1"), message("y", id="msg_1")], "items"),
         ([{"type": "item_reference", "id": "msg_unknown"}], "items"),
         ([{"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "x"}], "items[0].encrypted_content"),
+        ([message("x"), {"type": "compaction", "encrypted_content": "x"}], "items[1].encrypted_content"),
+        ([message("x"), {"type": "compaction_trigger"}], "items[1]"),
         ("text", "items"),
     ],
 )
