@@ -276,9 +276,11 @@ def decode_create(raw: bytes, passed_on: Collection[str], fill_in: FillIn = _no_
 
 
 def decode_count(raw: bytes, passed_on: Collection[str]) -> CreateResponse:
-    """The body of `POST /v1/responses/input_tokens`, as the create whose prompt is counted. `personality` has no effect. Raises as
-    `decode_create`."""
-    return decode_request(raw, passed_on, _COUNTED)
+    """The body of `POST /v1/responses/input_tokens`, as the create whose prompt is counted: one that stores nothing, as those only
+    read their conversation. `personality` has no effect. Raises as `decode_create`."""
+    request = decode_request(raw, passed_on, _COUNTED)
+    request.body.store = False
+    return request
 
 
 def decode_request(

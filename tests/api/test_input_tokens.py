@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from tests.servers import Served
-from tests.upstream import Upstream, answer, call, endpoint, finish, no_usage, note, script, status
+from tests.upstream import Upstream, answer, call, endpoint, finish, gate, no_usage, note, script, status
 from tests.waiting import count as rows
 
 CATALOG = """
@@ -210,6 +210,26 @@ def test_tools_that_are_not_listed_yet_do_not_count(client, upstream, toolserver
     [record] = upstream.asked(said)
     assert [tool["function"]["name"] for tool in record.body["tools"]] == ["look"]
     assert toolserver.asked(name) == []
+
+
+def test_a_conversation_is_counted_also_while_a_response_is_appended_to_it(client, upstream, said):
+    conversation = client.conversations.create(
+        items=[{"type": "message", "role": "user", "content": f"before {said}"}]
+    ).id
+    words = len(f"before {said} {said}".split())
+    assert counted(client, "vllm@m", said, conversation=conversation) == words
+    writing = script([note(said), gate(said), *answer("Hm.")])
+    with ThreadPoolExecutor(1) as threads:
+        made = threads.submit(client.responses.create, model="plain@m", input=writing, conversation=conversation)
+        upstream.wait_reached(said)
+        try:
+            assert counted(client, "llama@m", said, conversation=conversation) == words
+        finally:
+            upstream.open(said)
+        assert made.result().status == "completed"
+    assert [item.type for item in client.conversations.items.list(conversation)] == ["message"] * 3
+    longer = counted(client, "vllm@m", said, conversation={"id": conversation})
+    assert longer == words + len(f"{writing} Hm.".split())
 
 
 def test_a_trigger_of_a_compaction_does_not_count(client, said):
