@@ -78,13 +78,13 @@ def test_a_killed_worker_keeps_the_conversation_locked_until_another_appends_onc
     cluster, upstream, client, conversation
 ):
     cluster.ensure(workers=2)
-    said = script([text("so far"), gate("append"), text(" and on"), finish()])
+    said = script([text("so far"), gate("conversation append"), text(" and on"), finish()])
     id = begin(cluster.urls[0], said, conversation=conversation)
-    upstream.wait_reached("append", 20)
+    upstream.wait_reached("conversation append", 20)
     cluster.kill_owner(id)
     with pytest.raises(openai.BadRequestError, match="currently operating on this conversation"):
         client.responses.create(model="m", input="me, too", conversation=conversation)
-    upstream.open("append")
+    upstream.open("conversation append")
     cluster.ended(id)
     assert len(upstream.asked(said)) == 2
     assert texts(client, conversation)[:1] == [said]
@@ -97,12 +97,12 @@ def test_a_killed_worker_keeps_the_conversation_locked_until_another_appends_onc
 def test_a_worker_killed_between_the_models_end_and_the_append(cluster, upstream, client, conversation):
     """The append is in the commit that ends the response: either both are there, or the next owner makes both."""
     cluster.ensure(workers=2)
-    said = script([text("answer"), gate("last"), finish()])
+    said = script([text("answer"), gate("conversation last"), finish()])
     id = begin(cluster.urls[0], said, conversation=conversation)
-    upstream.wait_reached("last", 20)
+    upstream.wait_reached("conversation last", 20)
     owner = cluster.owner_of(id)
     with locked(cluster.database_url, "conversations"):
-        upstream.open("last")
+        upstream.open("conversation last")
         until(lambda: cluster.query(WAITS), "the commit waits")
         cluster.kill(owner)
     cluster.ended(id)
@@ -114,7 +114,7 @@ def test_a_worker_killed_between_the_models_end_and_the_append(cluster, upstream
 
 def test_the_lock_of_a_killed_foreground_process_ends_with_its_lease(cluster, upstream, client, conversation):
     replica = cluster.start_replica()
-    said = script([text("so far"), gate("never"), finish()])
+    said = script([text("so far"), gate("conversation never"), finish()])
     with httpx.stream(
         "POST",
         f"{replica.url}/responses",
@@ -124,11 +124,11 @@ def test_the_lock_of_a_killed_foreground_process_ends_with_its_lease(cluster, up
         assert stream.status_code == 200, stream.read()
         lines = stream.iter_lines()  # closed with the stream
         next(lines)
-        upstream.wait_reached("never", 20)
+        upstream.wait_reached("conversation never", 20)
         with pytest.raises(openai.BadRequestError, match="currently operating on this conversation"):
             client.responses.create(model="m", input="me, too", conversation=conversation)
         cluster.kill(replica)
-    upstream.open("never")
+    upstream.open("conversation never")
     response = settled(
         lambda: client.responses.create(model="m", input="after", conversation=conversation),
         error=openai.BadRequestError,
