@@ -10,7 +10,7 @@ from app.domain.compaction import Compacted, message_of
 from app.settings import Settings
 from app.setup import compaction_prompt
 from app.wire.items import InputText, Message
-from tests.faults.client import Follower, begin, get
+from tests.faults.client import ENDED_S, Follower, begin, get
 from tests.faults.cluster import frozen, locked
 from tests.faults.stream_oracle import closed_as, rounds_of, text_of
 from tests.upstream import answer, finish, gate, note, reasoning, repeat, script, text
@@ -315,11 +315,11 @@ def test_a_worker_killed_after_a_compaction_or_in_it_is_replaced(cluster, upstre
     history = [{"role": "user", "content": "x" * 4000}, {"role": "assistant", "content": "y" * 400}]
     response_id = begin(cluster.urls[0], [*history, {"role": "user", "content": said}], **COMPACTING)
     follower = Follower(cluster.urls, response_id)
-    upstream.wait_reached("mid-summary", 20)
+    upstream.wait_reached("mid-summary", ENDED_S)
     follower.wait_for("response.output_item.added")
     cluster.kill_owner(response_id)
     upstream.open("mid-summary")
-    upstream.wait_reached("after-compaction", 20)
+    upstream.wait_reached("after-compaction", ENDED_S)
     cluster.ensure(workers=2)
     cluster.kill_owner(response_id)
     upstream.open("after-compaction")
