@@ -242,7 +242,7 @@ async def remove_item(
         **binds,
     )
     assert row
-    await threads.purge(tx, tenant_id, binds["thread_id"])
+    await threads.forget(tx, tenant_id, binds["thread_id"], binds["turn"])
     return _stored(row)
 
 

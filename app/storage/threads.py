@@ -3,26 +3,39 @@
 from sqlalchemy import text
 
 from app.storage.database import Query, Tx
-from app.storage.tables import OUTPUT_POSITION
+from app.storage.tables import LAST_POSITION, OUTPUT_POSITION
 
 _LOCK = Query(
-    text("select pg_advisory_xact_lock(hashtextextended(:thread_id, 0))"),
-    across_tenants="a lock belongs to a thread, whose id is unique",
+    text("""
+    with branch as (
+        select 1 from branches where tenant_id = :tenant_id and thread_id = :thread_id for update
+    )
+    select pg_advisory_xact_lock(hashtextextended(:thread_id, 0)) where not exists (select from branch)
+    """)
 )
+"""A branch is locked by its row: Postgres has room for a few thousand advisory locks, and a chain may have more threads."""
 
 _PURGE = Query(
     text("""
-    with needed as (
-        select greatest(
+    with held as (
+        select coalesce(greatest(
             (select turn from responses
              where tenant_id = :tenant_id and thread_id = :thread_id and deleted_at is null
              order by turn desc limit 1),
-            (select max(parent_turn) from branches where tenant_id = :tenant_id and parent_thread_id = :thread_id),
             (select max(turn) from conversations where tenant_id = :tenant_id and thread_id = :thread_id)
-        ) as turn
+        ), -1) as turn
+    ), forked as (
+        select parent_turn as turn, max(coalesce(parent_position, :last_position)) as position from branches
+        where tenant_id = :tenant_id and parent_thread_id = :thread_id and parent_turn > (select turn from held)
+        group by parent_turn order by parent_turn desc limit 1
+    ), needed as (
+        select turn, position from forked
+        union all
+        select turn, :last_position from held where turn >= 0 and not exists (select from forked)
     ), item as (
         delete from items
-        where tenant_id = :tenant_id and thread_id = :thread_id and turn > coalesce((select turn from needed), 0)
+        where tenant_id = :tenant_id and thread_id = :thread_id
+          and (turn, position) > (coalesce((select turn from needed), 0), coalesce((select position from needed), 0))
         returning id, position
     ), approval as (
         delete from approvals
@@ -35,28 +48,40 @@ _PURGE = Query(
         where tenant_id = :tenant_id and thread_id = :thread_id and turn > coalesce((select turn from needed), 0)
     ), branch as (
         delete from branches
-        where tenant_id = :tenant_id and thread_id = :thread_id and (select turn from needed) is null
+        where tenant_id = :tenant_id and thread_id = :thread_id and not exists (select from needed)
         returning parent_thread_id
     )
     select parent_thread_id from branch
-    """).bindparams(output_position=OUTPUT_POSITION)
+    """).bindparams(output_position=OUTPUT_POSITION, last_position=LAST_POSITION)
 )
-"""`needed`: up to which turn. Every turn after it is that of a deleted response, or of a conversation that is gone."""
+"""`needed`: up to which item. Every turn after it is that of a deleted response, or of a conversation that is gone."""
 
 _FORGET = Query(
     text("""
-    delete from items item using removals removal
-    where item.tenant_id = :tenant_id and item.thread_id = :thread_id
-      and removal.tenant_id = :tenant_id and removal.thread_id = :thread_id and removal.item_thread_id = :thread_id
-      and removal.item_turn = item.turn and removal.item_position = item.position
-      and not exists (select from responses response
-                      where response.tenant_id = :tenant_id and response.thread_id = :thread_id
-                        and response.deleted_at is null
-                        and response.turn >= removal.item_turn and response.turn < removal.turn)
-      and not exists (select from branches branch
-                      where branch.tenant_id = :tenant_id and branch.parent_thread_id = :thread_id
-                        and branch.parent_turn >= removal.item_turn and branch.parent_turn < removal.turn)
-    """)
+    with forgotten as materialized (
+        select removal.ctid as removal, item.place as item, item.id, removal.item_position
+        from removals removal cross join lateral (  -- a look into the primary key, whatever the statistics say
+            select ctid as place, id from items
+            where tenant_id = :tenant_id and thread_id = :thread_id
+              and turn = removal.item_turn and position = removal.item_position limit 1
+        ) item
+        where removal.tenant_id = :tenant_id and removal.thread_id = :thread_id and removal.item_thread_id = :thread_id
+          and removal.turn >= :since
+          and not exists (select from responses response
+                          where response.tenant_id = :tenant_id and response.thread_id = :thread_id
+                            and response.deleted_at is null
+                            and response.turn >= removal.item_turn and response.turn < removal.turn)
+          and not exists (select from branches branch
+                          where branch.tenant_id = :tenant_id and branch.parent_thread_id = :thread_id
+                            and branch.parent_turn >= removal.item_turn and branch.parent_turn < removal.turn)
+    ), item as (
+        delete from items where tenant_id = :tenant_id and ctid = any(array(select item from forgotten))
+    ), approval as (
+        delete from approvals
+        where tenant_id = :tenant_id and request_id in (select id from forgotten where item_position >= :output_position)
+    )
+    delete from removals where tenant_id = :tenant_id and ctid = any(array(select removal from forgotten))
+    """).bindparams(output_position=OUTPUT_POSITION)
 )
 """Items that were removed from a conversation before any response or fork had them, or whose responses and forks are gone."""
 
@@ -68,7 +93,14 @@ async def purge(tx: Tx, tenant_id: str, thread_id: str | None) -> None:
     """
     while thread_id is not None:
         binds = {"tenant_id": tenant_id, "thread_id": thread_id}
-        await tx.one(_LOCK, thread_id=thread_id)
-        await tx.all(_FORGET, **binds)
+        await tx.one(_LOCK, **binds)
+        await tx.one(_FORGET, since=0, **binds)
         row = await tx.one(_PURGE, **binds)
         thread_id = row["parent_thread_id"] if row else None
+
+
+async def forget(tx: Tx, tenant_id: str, thread_id: str, turn: int) -> None:
+    """Delete the item that this turn of a conversation removes, unless something has it. Needs a transaction."""
+    binds = {"tenant_id": tenant_id, "thread_id": thread_id}
+    await tx.one(_LOCK, **binds)
+    await tx.one(_FORGET, since=turn, **binds)

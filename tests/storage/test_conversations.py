@@ -334,3 +334,47 @@ async def test_a_repeated_change_is_made_once(connection):
         await conversations.delete_conversation(house.tx, house.tenant_id, id)
     await conversations.delete_conversation(house.tx, house.tenant_id, id, again=True)
     await house.check()
+
+
+async def test_a_fork_keeps_of_a_turn_no_more_than_it_has(connection):
+    house = House(connection, "cut")
+    id = await house.create(5)
+    second = house.conversations[id][1]
+    forks = [await house.fork(id, one) for one in (second, house.conversations[id][3])]
+    await house.delete(id)
+    for fork, kept in ((forks[1], 2), (forks[0], 0)):
+        await house.delete(fork)
+        await house.check()
+        assert await house.rows("items") == kept
+
+
+async def test_a_removed_item_that_nothing_has_leaves_nothing(connection):
+    house = House(connection, "removed")
+    id = await house.create(3)
+    for item_id in house.conversations[id]:
+        await house.remove(id, item_id)
+    assert await house.rows("items") == await house.rows("removals") == 0
+    await house.append(id, 1)
+    await house.end(await house.begin(conversation=id), "completed")
+    approving = house.conversations[id][-1]
+    await connection.execute("insert into approvals values ($1, $2, true, 'resp')", house.tenant_id, approving)
+    await house.remove(id, approving)
+    assert await house.rows("removals") == await house.rows("approvals") == 1  # its response has it
+    [response] = house.responses
+    await house.delete_response(response)
+    assert await house.rows("removals") == await house.rows("approvals") == 0
+    await house.check()
+
+
+async def test_a_long_chain_of_forks_is_deleted_with_one_advisory_lock(connection):
+    """Postgres has room for a few thousand of them, for everyone together."""
+    house = House(connection, "forks")
+    ids = [await house.create(1)]
+    for _ in range(20):
+        ids.append(await house.fork(ids[-1], None))
+    for id in ids[:-1]:
+        await house.delete(id)
+    async with connection.transaction():
+        await conversations.delete_conversation(house.tx, house.tenant_id, ids[-1])
+        assert await connection.fetchval("select count(*) from pg_locks where locktype = 'advisory'") == 1
+    assert await house.rows("items") == await house.rows("branches") == 0
