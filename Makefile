@@ -1,7 +1,7 @@
 # All that a fresh machine needs is make and Python 3.11 to 3.14: `make run`, `make test`, `make check`, `make bench`.
 # Packages go to .venv, and uv to .tools unless it is installed. `make clean` removes both and keeps .data.
 
-.PHONY: run test faults engines check bench bench-quick lock clean
+.PHONY: run test faults engines clients check bench bench-quick lock clean
 .DELETE_ON_ERROR:
 
 # Ignore an active environment, which may be broken; and let uv use the installed Python.
@@ -43,6 +43,10 @@ faults: .venv/synced
 engines: .venv/synced .engines/made
 	.venv/bin/python -m tests.engines
 
+# Real clients, as docs/clients.md connects them. Needs Node.js and npm.
+clients: .venv/synced .clients/made
+	.venv/bin/python -m tests.clients
+
 check: .venv/synced
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
@@ -64,7 +68,7 @@ lock:
 	$(COMPILE) --extra embedded --group dev -c requirements.lock -o requirements-dev.lock
 
 clean:
-	rm -rf .venv .tools .engines .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .tools .engines .clients .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 .venv/synced: requirements-dev.lock
 	@uv --version >/dev/null 2>&1 || $(MAKE) -s .tools/bin/uv
@@ -80,6 +84,13 @@ clean:
 	@$(UV) venv --quiet --clear --python .venv/bin/python .engines/venv
 	UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" $(UV) pip install --quiet --python .engines/venv/bin/python -r $<
 	.engines/venv/bin/python -m tests.engines.weights .engines/weights
+	@touch $@
+
+.clients/made: tests/clients/requirements.txt tests/clients/package.json | .venv/synced
+	@$(UV) venv --quiet --clear --python .venv/bin/python .clients/venv
+	$(UV) pip install --quiet --python .clients/venv/bin/python -r $<
+	cp tests/clients/package.json .clients/
+	npm install --prefix .clients --no-audit --no-fund --no-package-lock --loglevel error
 	@touch $@
 
 .tools/bin/uv:

@@ -1,4 +1,4 @@
-"""`reprise serve | worker | migrate | keys | rekey | doctor`.
+"""`reprise serve | worker | migrate | keys | rekey | doctor | connect`.
 
 Each command imports what it needs: importing everything takes seconds.
 """
@@ -13,6 +13,7 @@ import click
 
 import app
 from app import setup
+from app.clients import CLIENTS
 from app.embedded import POSTGRES, EmbeddedError
 from app.errors import ApiError
 from app.settings import DEFAULT_TENANT, Settings, SettingsError, load
@@ -200,3 +201,21 @@ async def _examine() -> bool:
         click.echo(f"{'ok  ' if finding.ok else 'BAD '} {finding.part}: {finding.text}")
         healthy = healthy and finding.ok
     return healthy
+
+
+# -- connect ----------------------------------------------------------------------------------------------------------------
+
+
+@reprise.command()
+@click.argument("client", type=click.Choice(sorted(CLIENTS)))
+@click.option("--url", help="The server's, with /v1 at its end. By default that of `serve` with the same settings.")
+@click.option("--model", default="echo", show_default=True, help="The model to use.")
+@click.option("--key", default="none", show_default=True, help="The key to use; without keys any will do.")
+def connect(client: str, url: str | None, model: str, key: str) -> None:
+    """Print the lines that connect a client to this server."""
+    if url is None:
+        settings = load(os.environ)
+        url = f"http://{settings.host}:{settings.port}/v1"
+    chosen = CLIENTS[client]
+    click.echo(f"{chosen.file}, then: {chosen.command(key)}", err=True)
+    click.echo(chosen.lines(url, model, key))

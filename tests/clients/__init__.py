@@ -1,0 +1,1 @@
+"""Real clients, connected as docs/clients.md says."""
