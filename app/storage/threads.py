@@ -59,9 +59,9 @@ _PURGE = Query(
 _FORGET = Query(
     text("""
     with forgotten as materialized (
-        select removal.ctid as removal, item.place as item, item.id, removal.item_position
+        select removal.turn, removal.item_turn, removal.item_position, item.id
         from removals removal cross join lateral (  -- a look into the primary key, whatever the statistics say
-            select ctid as place, id from items
+            select id from items
             where tenant_id = :tenant_id and thread_id = :thread_id
               and turn = removal.item_turn and position = removal.item_position limit 1
         ) item
@@ -75,12 +75,16 @@ _FORGET = Query(
                           where branch.tenant_id = :tenant_id and branch.parent_thread_id = :thread_id
                             and branch.parent_turn >= removal.item_turn and branch.parent_turn < removal.turn)
     ), item as (
-        delete from items where tenant_id = :tenant_id and ctid = any(array(select item from forgotten))
+        delete from items
+        where tenant_id = :tenant_id and thread_id = :thread_id and turn = any(array(select item_turn from forgotten))
+          and (turn, position) in (select item_turn, item_position from forgotten)
     ), approval as (
         delete from approvals
         where tenant_id = :tenant_id and request_id in (select id from forgotten where item_position >= :output_position)
     )
-    delete from removals where tenant_id = :tenant_id and ctid = any(array(select removal from forgotten))
+    delete from removals
+    where tenant_id = :tenant_id and thread_id = :thread_id and turn >= :since and item_thread_id = :thread_id
+      and (turn, item_turn, item_position) in (select turn, item_turn, item_position from forgotten)
     """).bindparams(output_position=OUTPUT_POSITION)
 )
 """Items that were removed from a conversation before any response or fork had them, or whose responses and forks are gone."""
