@@ -209,6 +209,13 @@ class ConversationNotFound(NotFound):
         super().__init__(f"Conversation with id '{conversation_id}' not found.")
 
 
+class StoredFileNotFound(NotFound):
+    """An unknown file."""
+
+    def __init__(self, file_id: str) -> None:
+        super().__init__(f"No such File object: {file_id}", param="id")
+
+
 class ItemNotFound(NotFound):
     """An item that is not in the conversation."""
 

@@ -127,6 +127,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             ge=1024,
         ),
     ] = 256 * 1024 * 1024
+    file_bytes_max: Annotated[int, _about("size of an uploaded file; larger: 413", ge=1024)] = 64 * 1024 * 1024
+    files_tenant_bytes_max: Annotated[
+        int, _about("files of one tenant together; an upload beyond that: 400", ge=1024)
+    ] = 10 * 1024 * 1024 * 1024
+    files_tenant_max: Annotated[int, _about("files of one tenant; an upload beyond that: 400", ge=1)] = 10_000
     input_items_max: Annotated[int, _about("items in one request's input", ge=1, le=999_999)] = 10_000
     context_items_max: Annotated[int, _about("items of a chain and its new input together", ge=1)] = 100_000
     context_bytes_max: Annotated[

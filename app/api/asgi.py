@@ -10,6 +10,7 @@ from litestar.types import ASGIApp
 
 from app.api.compactions import CompactionsController
 from app.api.conversations import ConversationsController
+from app.api.files import FilesController
 from app.api.input_tokens import input_tokens
 from app.api.models import ModelsController
 from app.api.operations import home, livez, readyz
@@ -27,6 +28,7 @@ def build(services: Services, lifespan: Lifespan) -> ASGIApp:
             ResponsesController,
             CompactionsController,
             ConversationsController,
+            FilesController,
             input_tokens,
             ModelsController,
             home,

@@ -5,7 +5,8 @@ take all memory. Short bodies do not count.
 """
 
 import asyncio
-from typing import Any, Self
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Self, TypeVar
 
 from litestar import Request
 from litestar.exceptions import InternalServerException
@@ -13,6 +14,8 @@ from litestar.exceptions import InternalServerException
 from app.api.connected import ClientDisconnected
 from app.errors import ApiError, ServerUnavailable, TooManyRequests
 from app.settings import Settings
+
+T = TypeVar("T")
 
 UNCOUNTED_BYTES = 64 * 1024
 """Bytes of each body that do not count."""
@@ -76,10 +79,14 @@ class Body:
 
     async def read(self) -> bytes:
         """The whole body. Raises TooManyRequests, ClientDisconnected, ServerUnavailable."""
+        return await self.receive(self._whole)  # `request.body()` would keep it until the reply is done
+
+    async def receive(self, take: Callable[[AsyncIterator[bytes]], Awaitable[T]]) -> T:
+        """What `take` makes of the body's parts; it counts what it keeps by `hold`. Raises as `read`."""
         self._task = asyncio.current_task()
         self._bodies.begin(self)
         try:
-            return await self._parts()
+            return await take(self._request.stream())
         except InternalServerException:  # what Litestar raises if the client disconnects
             raise ClientDisconnected("The client disconnected.") from None
         except asyncio.CancelledError:
@@ -90,16 +97,20 @@ class Body:
         finally:
             self._bodies.end(self)
 
-    async def _parts(self) -> bytes:
+    async def _whole(self, arriving: AsyncIterator[bytes]) -> bytes:
         parts, size = [], 0
-        async for part in self._request.stream():  # `body()` would keep it until the reply is done
+        async for part in arriving:
             parts.append(part)
             size += len(part)
-            if size > UNCOUNTED_BYTES + self._held:
-                more = size - UNCOUNTED_BYTES - self._held
-                self._bodies.take(more, self)
-                self._held += more
+            self.hold(size)
         return b"".join(parts)
+
+    def hold(self, size: int) -> None:
+        """Count so many bytes of it as kept in memory. Raises TooManyRequests."""
+        more = size - UNCOUNTED_BYTES - self._held
+        if more > 0:
+            self._bodies.take(more, self)
+            self._held += more
 
     def give_up(self, refusal: ApiError) -> None:
         """Stop reading, and refuse the request."""

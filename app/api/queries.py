@@ -60,6 +60,15 @@ class ConversationPage(Struct, forbid_unknown_fields=True, frozen=True):
     metadata: dict[str, str] = {}
 
 
+class FilePage(Struct, forbid_unknown_fields=True, frozen=True):
+    """`GET /v1/files`; the limit is the hosted API's."""
+
+    after: str | None = None
+    limit: Annotated[int, Meta(ge=1, le=10_000)] = 10_000
+    order: Order = "desc"
+    purpose: str | None = None
+
+
 class Included(Struct, forbid_unknown_fields=True, frozen=True):
     """What the reply holds beyond the defaults."""
 

@@ -16,6 +16,7 @@ from sqlalchemy import (
     DateTime,
     Float,
     ForeignKey,
+    ForeignKeyConstraint,
     Index,
     Integer,
     LargeBinary,
@@ -141,6 +142,30 @@ removals = Table(
     Column("item_thread_id", Text, primary_key=True),
     Column("item_turn", Integer, primary_key=True),
     Column("item_position", Integer, primary_key=True),
+)
+
+files = Table(
+    "files",
+    metadata,
+    Column("tenant_id", Text, primary_key=True),
+    Column("id", Text, primary_key=True),
+    Column("created_at", BigInteger, nullable=False, comment="unix seconds"),
+    Column("filename", Text, nullable=False),
+    Column("purpose", Text, comment="null while it is uploaded: then it is no file yet"),
+    Column("bytes", BigInteger, nullable=False, comment="those that are stored"),
+    Column("written_at", DateTime(timezone=True), nullable=False, comment="when its last piece was stored"),
+    Index("files_uploads_idx", "written_at", postgresql_where=text("purpose is null")),
+    postgresql_with={"fillfactor": "85"},
+)
+
+file_pieces = Table(
+    "file_pieces",
+    metadata,
+    Column("tenant_id", Text, primary_key=True),
+    Column("file_id", Text, primary_key=True),
+    Column("number", Integer, primary_key=True, comment="from 0; all but the last have PIECE_BYTES"),
+    Column("data", LargeBinary, nullable=False),
+    ForeignKeyConstraint(["tenant_id", "file_id"], ["files.tenant_id", "files.id"], ondelete="CASCADE"),
 )
 
 runs = Table(

@@ -89,6 +89,11 @@ def create(http, **body):
         ("POST", "/conversations"),
         ("GET", "/conversations"),
         *((method, f"/conversations/conv_1{path}") for method, path in OF_A_CONVERSATION),
+        ("POST", "/files"),
+        ("GET", "/files"),
+        ("GET", "/files/file_1"),
+        ("GET", "/files/file_1/content"),
+        ("DELETE", "/files/file_1"),
         ("GET", "/models"),
         ("GET", "/models/scripted"),
     ],
@@ -372,3 +377,14 @@ def test_another_tenant_s_compaction_is_not_opened_nor_its_chain_compacted(a, b)
     reference = [{"type": "item_reference", "id": made["output"][0]["id"]}, {"role": "user", "content": "Repeat it."}]
     assert b.post("/responses", json={"model": "m", "input": reference}).status_code == 400
     create(a, input=reference)
+
+
+def test_another_tenant_s_file_is_not_found_nor_listed(a, b):
+    made = a.post("/files", files={"file": ("a.txt", b"a secret")}, data={"purpose": "user_data"}).json()
+    for method, path in (("GET", ""), ("GET", "/content"), ("DELETE", "")):
+        theirs, unknown = b.request(method, f"/files/{made['id']}{path}"), b.request(method, f"/files/file_0{path}")
+        assert seen(theirs, made["id"]) == seen(unknown, "file_0")
+        assert theirs.status_code == 404
+    assert b.get("/files").json()["data"] == []
+    assert a.get("/files").json()["data"] == [made]
+    assert a.get(f"/files/{made['id']}/content").content == b"a secret"

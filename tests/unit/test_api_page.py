@@ -15,7 +15,7 @@ from msgspec import Raw, Struct
 from openai.types import responses as sdk
 from openai.types.responses import response_create_params, response_includable, response_input_param, tool_param
 
-from app.api import asgi, queries
+from app.api import asgi, queries, uploads
 from app.domain.toolbox import open_toolbox
 from app.domain.tools import table
 from app.errors import ApiError, UnsupportedParameter
@@ -97,6 +97,7 @@ def handlers() -> dict[str, HTTPRouteHandler]:
 BODIES = {
     "decode_count": requests._COUNTED,
     "decode_compact": compactions.PARAMETERS,
+    "uploads.receive": uploads.FIELDS,
     **{
         f"wire.{name}": getattr(conversations, name).type.__struct_fields__
         for name in ("CREATE", "UPDATE", "FORK", "ITEMS")

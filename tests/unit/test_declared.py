@@ -44,8 +44,9 @@ def test_what_is_imported_is_declared():
     modules = {module for source in sources() for module in imported(source)}
     foreign = modules - set(sys.stdlib_module_names) - {"app"}
     distribution_of = packages_distributions()
-    needed = {distribution_of[module][0].lower().replace("_", "-") for module in foreign}
     names = {re.split(r"[\[<>= ;]", line)[0] for line in dependencies()}
+    providers = [[one.lower().replace("_", "-") for one in distribution_of[module]] for module in foreign]
+    needed = {next((one for one in found if one in names), found[0]) for found in providers}
     assert needed <= names
     assert names - needed == {"httptools"}, "declared, and not imported"  # uvicorn imports it if it is there
 
