@@ -137,6 +137,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     context_bytes_max: Annotated[
         int, _about("items of a chain and its new input together, as JSON; longer: 400", ge=1024)
     ] = 128 * 1024 * 1024
+    context_files_max: Annotated[int, _about("files that one context refers to by `file_id`; more: 400", ge=1)] = 500
     contexts_bytes_max: Annotated[
         int,
         _about(

@@ -14,6 +14,7 @@ from app.domain.chat_template import fitted, short_call_id, with_reasoning
 from app.domain.compaction import message_of, open_compacted
 from app.domain.context import Context
 from app.domain.dialect import WRAPPED_INPUT, Dialect
+from app.domain.files import NO_FILES, Files, filled
 from app.domain.sealed import Unseal
 from app.domain.tool_transcript import answer_for_model, asked_of_model
 from app.domain.toolbox import Toolbox
@@ -52,23 +53,27 @@ Recall = Literal["auto", "current_turn", "all_turns"]
 """Which reasoning goes back to the model: `reasoning.context`."""
 
 
-def messages(context: Context, dialect: Dialect, unseal: Unseal, recall: Recall = "auto") -> list[ChatMessage]:
-    """Instructions and every item that the model sees, as chat messages.
+def messages(
+    context: Context, dialect: Dialect, unseal: Unseal, recall: Recall = "auto", *, files: Files = NO_FILES
+) -> list[ChatMessage]:
+    """Instructions and every item that the model sees, as chat messages, with the content of `files` in the place of their ids.
 
     With `auto` all reasoning goes back, because chat templates leave out what their models do not want; except reasoning in the
     content, which they may not recognize: it goes back in the turn where it was made.
     """
     made: list[ChatMessage] = []
     if context.instructions:
-        made += _instructions(context.instructions, dialect)
+        made += _instructions(context.instructions, dialect, files)
     if recall == "auto":
         recall = "current_turn" if dialect.reasoning == "think" else "all_turns"
-    turn = _AssistantTurn(dialect, unseal, context, _last_asked(context) if recall == "current_turn" else 0)
-    for position, item in context.visible:
+    recalled_from = _last_asked(context) if recall == "current_turn" else 0
+    turn = _AssistantTurn(dialect, unseal, context, recalled_from, files)
+    for position, stored in context.visible:
+        item = filled(stored, files)
         match item:
             case Compaction() if compacted := open_compacted(item, unseal):
                 made += turn.end()
-                made.append(_message(message_of(compacted), dialect))
+                made.append(_message(filled(message_of(compacted), files), dialect))
             case Message(role="user" | "system" | "developer"):
                 made += turn.end()
                 made.append(_message(item, dialect))
@@ -110,9 +115,9 @@ def _in_order(calls: list[_Call]) -> list[_Call]:
 class _AssistantTurn:
     """Gathers the items of one turn into one message, followed by the outputs of its calls."""
 
-    def __init__(self, dialect: Dialect, unseal: Unseal, context: Context, recalled_from: int) -> None:
+    def __init__(self, dialect: Dialect, unseal: Unseal, context: Context, recalled_from: int, files: Files) -> None:
         """Reasoning before the position `recalled_from` is left out."""
-        self._dialect, self._unseal, self._context = dialect, unseal, context
+        self._dialect, self._unseal, self._context, self._files = dialect, unseal, context, files
         self._recalled_from = recalled_from
         self._asked: set[str | None] = set()
         """Ids of the approval requests so far."""
@@ -166,7 +171,7 @@ class _AssistantTurn:
         if answer is not None:
             if self._dialect.call_id_format == "nine_alphanumerics":
                 call["id"] = short_call_id(call["id"])
-            self._calls.append(_Call(item.id, call, answer))
+            self._calls.append(_Call(item.id, call, filled(answer, self._files)))
 
     def end(self) -> list[ChatMessage]:
         """The turn's messages: the assistant's, then the outputs of its calls, then what tool messages can't carry."""
@@ -191,10 +196,10 @@ class _AssistantTurn:
         return made + attached
 
 
-def _instructions(given: str | Sequence[PromptedMessage], dialect: Dialect) -> list[ChatMessage]:
+def _instructions(given: str | Sequence[PromptedMessage], dialect: Dialect, files: Files) -> list[ChatMessage]:
     if isinstance(given, str):
         return [{"role": "developer" if dialect.developer_role else "system", "content": given}]
-    return [_message(one, dialect) for one in given]
+    return [_message(filled(one, files), dialect) for one in given]
 
 
 def _message(item: Message | PromptedMessage, dialect: Dialect) -> ChatMessage:
@@ -229,9 +234,7 @@ def _part(part: Content) -> dict[str, Any]:
 
 def _image(part: InputImage) -> dict[str, Any]:
     if not part.image_url:
-        raise UnsupportedParameter(
-            "Images by 'file_id' are not supported by this server; use 'image_url'.", param="input"
-        )
+        raise UnsupportedParameter("An image needs an 'image_url' or a 'file_id'.", param="input")
     image = {"url": part.image_url}
     if part.detail in {"low", "high"}:
         image["detail"] = part.detail
@@ -241,7 +244,7 @@ def _image(part: InputImage) -> dict[str, Any]:
 def _file(part: InputFile) -> dict[str, Any]:
     if not part.file_data:
         raise UnsupportedParameter(
-            "Files by 'file_id' or 'file_url' are not supported by this server; use 'file_data'.", param="input"
+            "Files by 'file_url' are not supported by this server; use 'file_data' or 'file_id'.", param="input"
         )
     file = {"file_data": part.file_data}
     if part.filename:

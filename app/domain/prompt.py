@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from app.domain.context import Context
 from app.domain.dialect import WRAPPED_INPUT, Dialect
+from app.domain.files import NO_FILES, Files
 from app.domain.messages import messages
 from app.domain.sealed import Unseal
 from app.domain.toolbox import Offer, Toolbox
@@ -24,12 +25,14 @@ def chat_request(
     dialect: Dialect,
     unseal: Unseal,
     output_tokens_max: int | None = None,
+    files: Files = NO_FILES,
 ) -> bytes:
-    """The body of the upstream's `POST /chat/completions`; `output_tokens_max` is what this turn may still use. Raises
-    UnsupportedParameter for what the upstream can't be asked."""
+    """The body of the upstream's `POST /chat/completions`; `output_tokens_max` is what this turn may still use, `files` are those that
+    the context refers to. Raises UnsupportedParameter for what the upstream can't be asked."""
     reasoning = request.body.reasoning
     recall = (reasoning.context if reasoning else None) or "auto"
-    body: dict[str, Any] = {"model": model, "messages": messages(context, dialect, unseal, recall), "stream": True}
+    chat = messages(context, dialect, unseal, recall, files=files)
+    body: dict[str, Any] = {"model": model, "messages": chat, "stream": True}
     if "stream_options" not in dialect.lacks:
         body["stream_options"] = {"include_usage": True}
     body |= (

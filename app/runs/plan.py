@@ -1,15 +1,17 @@
 """Request → plan: everything that making one response takes, looked up and resolved."""
 
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from app.domain import limits
+from app.domain import files, limits
 from app.domain.approvals import signing
 from app.domain.compaction import can_compact, context_tokens, counted_tokens, estimated_tokens, newest_compaction
 from app.domain.context import Context, answered_requests, check_parent, references, resolve, restore
+from app.domain.files import NO_FILES, Files
 from app.domain.hosted import HostedRoute, Kind
 from app.domain.item_builders import OutputOptions
 from app.domain.lifecycle import APPENDED, IN_FLIGHT
@@ -32,6 +34,7 @@ from app.outbound.declared import DeclaredTools
 from app.outbound.mcp import ToolServer
 from app.outbound.upstream import Upstream
 from app.rooms import Room, Rooms
+from app.runs import files as referred
 from app.settings import Settings
 from app.storage import approvals, contexts, responses
 from app.storage.contexts import Chain, Parent, StoredItem
@@ -65,7 +68,9 @@ class RunPlan(Struct, frozen=True):
     tool_servers: Mapping[str, ToolServer]
     """The operator's, by name."""
     size: int
-    """Bytes of the request and of what it continues."""
+    """Bytes of the request, of what it continues, and of the files."""
+    files: Files = NO_FILES
+    """Those that the context refers to."""
     compact_threshold: int | None = None
     """Tokens of a context that is compacted before the next turn; None for none."""
     context_tokens: int = 0
@@ -94,6 +99,7 @@ class RunPlan(Struct, frozen=True):
             dialect=upstream.dialect_for(model),
             unseal=self.seal.open,
             output_tokens_max=output_tokens_max,
+            files=self.files,
         )
 
     async def first_in_order(self, ask: Callable[[Upstream, Route], Awaitable[T]]) -> T:
@@ -144,6 +150,7 @@ class _Found(Struct):
     requests: dict[str, McpApprovalRequest] = {}
     tokens: int = 0
     """Those of the context, where it may be compacted."""
+    files: Files = NO_FILES
 
 
 class Planner:
@@ -178,17 +185,43 @@ class Planner:
         self._declared.refuse_hosted(request)
         room = self.room()
         try:
-            found = await self._find(tenant_id, request, room)
+            found, context, size = await self._with_files(
+                tenant_id, request, partial(self._found, tenant_id, request, servers, room)
+            )
             slot = found.parent.conversation if found.parent else None
             usage = await self._usage(tenant_id, request, slot.writer if slot else request.body.previous_response_id)
-            size = request.size + found.bytes
-            context = await offload(size, self._resolve, self._seal.of(tenant_id), servers, request, found)
             turn = found.parent.place.turn if found.parent else None
             found.tokens = await offload(size, _tokens, request, context, turn, found.earlier, usage)
         except BaseException:
             room.release()
             raise
         return self._plan(tenant_id, request, context, routes, caller_key, servers, size, room, found)
+
+    async def _found(
+        self, tenant_id: str, request: CreateResponse, servers: Mapping[str, ToolServer], room: Room, beside: int
+    ) -> tuple["_Found", Context, int]:
+        """What is stored of a new request's context, the context, and its size, once there is room for it beside so many bytes."""
+        found = await self._find(tenant_id, request, room, beside)
+        size = request.size + found.bytes + beside
+        return found, await offload(size, self._resolve, self._seal.of(tenant_id), servers, request, found), size
+
+    async def _with_files(
+        self, tenant_id: str, request: CreateResponse, look: Callable[[int], Awaitable[tuple["_Found", Context, int]]]
+    ) -> tuple["_Found", Context, int]:
+        """What `look` finds, with the files that its context refers to. It looks again, without having kept anything, where these need
+        room beside the rest. Raises InvalidRequest."""
+        seal, beside = self._seal.of(tenant_id), 0
+        while True:
+            found, context, size = await look(beside)
+            wanted = await offload(size, files.references, request, context, seal.open)
+            if not wanted:
+                return found, context, size
+            stored = await referred.find(self._database, tenant_id, wanted, files_max=self._settings.context_files_max)
+            if (needed := referred.encoded_bytes(stored)) <= beside:
+                found.files = await referred.read(self._database, tenant_id, stored, wanted)
+                return found, context, size
+            del found, context
+            beside = needed
 
     def _resolve(
         self, seal: TenantSeal, servers: Mapping[str, ToolServer], request: CreateResponse, found: "_Found"
@@ -225,33 +258,35 @@ class Planner:
                 chain = await self._chain(tx, tenant_id, response_id, bytes_max)
             return chain.bytes, None if chain.items is None else chain
 
-        try:
-            chain = await self._fitting(room, read, request.size, wait_s=None)
-            rows, size = chain.items or [], request.size + chain.bytes
+        async def look(beside: int) -> tuple[_Found, Context, int]:
+            chain = await self._fitting(room, read, request.size + beside, given=beside, wait_s=None)
+            rows, size = chain.items or [], request.size + chain.bytes + beside
             stored = await offload(size, _decoded, rows)
             own = [item for item, row in zip(stored, rows, strict=True) if row.turn == chain.parent.place.turn]
             requests: dict[str, McpApprovalRequest] = {}
             if answered := answered_requests(own):
                 async with self._database.autocommit() as tx:
                     requests = await _requests(tx, tenant_id, answered, {row.id for row in rows})
-            hosted = frozenset(self._catalog.hosted)
-            routes, servers = await self._routes(request, caller_key), self._declared.servers(request)
-            seal = self._seal.of(tenant_id)
-            origins = _origins(servers, seal)
             context = await offload(
                 size, restore, request, stored, own, made, seal=seal, requests=requests, hosted=hosted, origins=origins
             )
             usage = await self._usage(tenant_id, request, request.body.previous_response_id)
-            found = _Found(
-                tokens=await offload(size, _tokens, request, context, chain.parent.place.turn - 1, rows, usage)
-            )
+            tokens = await offload(size, _tokens, request, context, chain.parent.place.turn - 1, rows, usage)
+            return _Found(tokens=tokens), context, size
+
+        try:
+            hosted = frozenset(self._catalog.hosted)
+            routes, servers = await self._routes(request, caller_key), self._declared.servers(request)
+            seal = self._seal.of(tenant_id)
+            origins = _origins(servers, seal)
+            found, context, size = await self._with_files(tenant_id, request, look)
         except BaseException:
             room.release()
             raise
         return self._plan(tenant_id, request, context, routes, caller_key, servers, size, room, found)
 
-    async def _find(self, tenant_id: str, request: CreateResponse, room: Room) -> "_Found":
-        """What is stored of a new request's context, once there is room for all of it."""
+    async def _find(self, tenant_id: str, request: CreateResponse, room: Room, beside: int) -> "_Found":
+        """What is stored of a new request's context, once there is room for all of it, and for so many bytes beside it."""
         previous, conversation = request.body.previous_response_id, request.conversation_id
         wanted = references(request.input)
         answered = answered_requests(request.input)
@@ -274,13 +309,13 @@ class Planner:
                     found.requests = await _requests(tx, tenant_id, answered, known)
             return found.bytes, found
 
-        given = len(bytes(request.body.input))
+        given = len(bytes(request.body.input)) + beside
         wait_s = self._settings.context_wait_s
         if previous is None and conversation is None and not wanted and not answered:
             self._check(given)
-            await room.take(request.size, wait_s=wait_s)
+            await room.take(request.size + beside, wait_s=wait_s)
             return _Found()
-        return await self._fitting(room, read, request.size, given=given, wait_s=wait_s)
+        return await self._fitting(room, read, request.size + beside, given=given, wait_s=wait_s)
 
     async def _usage(self, tenant_id: str, request: CreateResponse, parent_id: str | None) -> Usage | None:
         """The usage of the response that a request continues, where the context may be compacted."""
@@ -387,6 +422,7 @@ class Planner:
                 (one.compact_threshold or self._settings.compact_threshold_tokens for one in management), default=None
             ),
             context_tokens=found.tokens,
+            files=found.files,
         )
 
 

@@ -4,6 +4,8 @@ An upload is a row without a purpose, which nothing finds; its end sets the purp
 may outlive its process: what it leaves is deleted with the next upload of any tenant, after ABANDONED_AFTER.
 """
 
+from collections.abc import Sequence
+
 from msgspec import Struct
 from sqlalchemy import text
 
@@ -111,6 +113,13 @@ _DISCARD = Query(text("delete from files where tenant_id = :tenant_id and id = :
 
 _GET = Query(text(f"select {_COLUMNS} from files where tenant_id = :tenant_id and id = :id and purpose is not null"))
 
+_FIND = Query(
+    text(f"""
+    select {_COLUMNS} from files
+    where tenant_id = :tenant_id and id = any(cast(:ids as text[])) and purpose is not null
+    """)
+)
+
 _PIECE = Query(text("select data from file_pieces where tenant_id = :tenant_id and file_id = :id and number = :number"))
 
 _DELETE = Query(
@@ -193,6 +202,12 @@ async def get_file(tx: Tx, tenant_id: str, file_id: str) -> StoredFile:
     if row is None:
         raise StoredFileNotFound(file_id)
     return _stored(row)
+
+
+async def find_files(tx: Tx, tenant_id: str, ids: Sequence[str]) -> list[StoredFile]:
+    """Those of these files that there are."""
+    rows = await tx.all(_FIND, tenant_id=tenant_id, ids=[id for id in ids if storable(id)])
+    return [_stored(row) for row in rows]
 
 
 async def read_piece(tx: Tx, tenant_id: str, file_id: str, number: int) -> bytes:

@@ -249,11 +249,10 @@ def test_several_parts_stay_parts(client, said, heard):
 @pytest.mark.parametrize(
     "part",
     [
-        {"type": "input_image", "file_id": "file_1"},
-        {"type": "input_file", "file_id": "file_1"},
+        {"type": "input_image"},
         {"type": "input_file", "file_url": "https://example.com/a.pdf"},
     ],
-    ids=["image by id", "file by id", "file by url"],
+    ids=["image without content", "file by url"],
 )
 def test_files_that_the_server_does_not_hold_are_refused(client, said, part):
     with pytest.raises(openai.BadRequestError) as refused:

@@ -1,6 +1,7 @@
 """Files: uploaded, listed, read and deleted through the official client; hostile forms."""
 
 import asyncio
+import base64
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -51,6 +52,8 @@ def module_store(base_env: Mapping[str, str], new_database: Callable[[], str]) -
         "REPRISE_FILE_BYTES_MAX": f"{FILE_BYTES_MAX}",
         "REPRISE_FILES_TENANT_BYTES_MAX": f"{TENANT_BYTES_MAX}",
         "REPRISE_FILES_TENANT_MAX": f"{FILES_MAX}",
+        "REPRISE_CONTEXT_BYTES_MAX": f"{2 * FILE_BYTES_MAX}",
+        "REPRISE_CONTEXT_FILES_MAX": "5",
     }
     with Served({**base_env, "DATABASE_URL": url, **limits}) as served:
         made = Store(served, url)
@@ -242,3 +245,117 @@ def test_what_a_dead_process_left_of_an_upload_is_deleted_with_a_later_one(store
     upload(store)
     assert store.counts() == (left, left)
     store.sql("delete from files where tenant_id = 't'")
+
+
+# -- By their ids in what the model gets -------------------------------------------------------------------------------------
+
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(200 * KIB)
+PDF = b"%PDF-1.7\n" + bytes(10)
+
+
+def data_url(type_: str, content: bytes) -> str:
+    return f"data:{type_};base64,{base64.b64encode(content).decode()}"
+
+
+def image(file_id: str) -> dict[str, Any]:
+    return {"type": "input_image", "file_id": file_id, "detail": "high"}
+
+
+def of_user(*parts: Any) -> dict[str, Any]:
+    return {"role": "user", "content": [{"type": "input_text", "text": p} if isinstance(p, str) else p for p in parts]}
+
+
+def test_an_image_reaches_the_model_in_every_turn_and_its_item_keeps_the_id(store, upstream, said):
+    file = upload(store, PNG, "pixel", "vision")
+    first = store.client.responses.create(model="m", input=[of_user(image(file.id), "What is it?")])
+    store.client.responses.create(model="m", input=said, previous_response_id=first.id)
+    [record] = upstream.asked(said)
+    seen = {"type": "image_url", "image_url": {"url": data_url("image/png", PNG), "detail": "high"}}
+    assert record.body["messages"][0] == {"role": "user", "content": [seen, {"type": "text", "text": "What is it?"}]}
+    [item] = store.client.responses.input_items.list(first.id)
+    assert (item.content[0].file_id, item.content[0].image_url) == (file.id, None)
+    store.client.files.delete(file.id)
+    with pytest.raises(openai.BadRequestError) as refused:
+        store.client.responses.create(model="m", input="more", previous_response_id=first.id)
+    assert (refused.value.code, refused.value.param) == ("file_not_found", "input")
+    assert store.client.responses.retrieve(first.id) == first
+
+
+def test_a_file_reaches_the_model_under_its_name(store, upstream, said):
+    file = upload(store, PDF, "plan.pdf")
+    for part in (
+        {"type": "input_file", "file_id": file.id},
+        {"type": "input_file", "file_id": file.id, "filename": "b"},
+    ):
+        store.client.responses.create(model="m", input=[of_user(part, said)])
+    sent = [record.body["messages"][0]["content"][0] for record in upstream.asked(said)]
+    url = data_url("application/pdf", PDF)
+    assert sent == [{"type": "file", "file": {"file_data": url, "filename": name}} for name in ("plan.pdf", "b")]
+
+
+def test_an_output_of_a_function_may_hold_an_image(store, upstream, said):
+    file = upload(store, PNG, "pixel.png", "vision")
+    call = {"type": "function_call", "call_id": "c", "name": "look", "arguments": "{}"}
+    output = {"type": "function_call_output", "call_id": "c", "output": [image(file.id)]}
+    store.client.responses.create(model="m", input=[of_user("Look."), call, output, of_user(said)])
+    [record] = upstream.asked(said)
+    assert record.body["messages"][3]["content"][1]["image_url"]["url"] == data_url("image/png", PNG)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_an_image_of_a_conversation_is_looked_up_when_it_is_used(store, upstream, said, background):
+    file = upload(store, PNG, "pixel.png", "vision")
+    conversation = store.client.conversations.create(items=[of_user(image(file.id), "Keep this.")])
+    made = store.client.responses.create(model="m", input=said, conversation=conversation.id, background=background)
+    until(lambda: store.client.responses.retrieve(made.id).status == "completed")
+    [record] = upstream.asked(said)
+    assert record.body["messages"][0]["content"][0]["image_url"]["url"] == data_url("image/png", PNG)
+    tokens = store.client.responses.input_tokens.count(model="m", input=f"{said} count", conversation=conversation.id)
+    assert tokens.input_tokens > 0
+    counted = upstream.asked(f"{said} count")[0]
+    assert counted.body["messages"][0] == record.body["messages"][0]
+
+
+def test_a_compaction_keeps_the_reference(store, upstream, said):
+    file = upload(store, PNG, "pixel.png", "vision")
+    given = [of_user("Hi"), {"role": "assistant", "content": "Hello"}, of_user(image(file.id), "Look.")]
+    window = store.http.post("/responses/compact", json={"model": "m", "input": given}).json()["output"]
+    store.client.responses.create(model="m", input=[*window, of_user(said)])
+    [record] = upstream.asked(said)
+    urls = [p["image_url"]["url"] for m in record.body["messages"] for p in m["content"] if "image_url" in p]
+    assert urls
+    assert set(urls) == {data_url("image/png", PNG)}
+
+
+@pytest.mark.parametrize("path", ["/responses", "/responses/input_tokens", "/responses/compact"])
+def test_a_reference_to_no_file_names_its_path(store, path):
+    file = upload(store, PNG, "pixel.png", "vision")
+    given = [of_user("Hi"), of_user(image(file.id), image("file_x"))]
+    reply = store.http.post(path, json={"model": "m", "input": given})
+    error = reply.json()["error"]
+    assert (reply.status_code, error["code"]) == (400, "file_not_found")
+    assert (error["param"], error["message"]) == ("input[1].content[1].file_id", "File with id 'file_x' not found.")
+
+
+def test_what_is_no_image_is_not_sent_as_one(store):
+    file = upload(store, PDF, "plan.png")
+    reply = store.http.post("/responses", json={"model": "m", "input": [of_user(image(file.id))]})
+    error = reply.json()["error"]
+    assert (reply.status_code, error["code"]) == (400, "unsupported_image_media_type")
+    assert error["param"] == "input[0].content[0].file_id"
+
+
+def test_files_count_as_a_part_of_the_context(store):
+    ids = [upload(store, PNG + bytes([n]) * 200 * KIB, "pixel.png", "vision").id for n in range(5)]
+    first = store.client.responses.create(model="m", input=[of_user(*map(image, ids[:3]), "Look.")])
+    reply = store.http.post(
+        "/responses",
+        json={"model": "m", "input": [of_user(*map(image, ids[3:]), "More.")], "previous_response_id": first.id},
+    )
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+def test_a_context_refers_to_so_many_files(store):
+    given = [of_user(*(image(f"file_{n}") for n in range(6)))]
+    reply = store.http.post("/responses", json={"model": "m", "input": given})
+    assert (reply.status_code, "more than 5" in reply.json()["error"]["message"]) == (400, True)

@@ -307,8 +307,8 @@ def test_every_parameter_of_a_count_is_taken(client, said):
 
 
 def test_what_the_upstream_can_not_be_asked_is_refused(client):
-    image = [{"role": "user", "content": [{"type": "input_image", "file_id": "file_1"}]}]
-    assert refused(client, "vllm@m", image)["code"] == "unsupported_parameter"
+    file = [{"role": "user", "content": [{"type": "input_file", "file_url": "https://example.com/a.pdf"}]}]
+    assert refused(client, "vllm@m", file)["code"] == "unsupported_parameter"
 
 
 # -- Upstreams that do not count --------------------------------------------------------------------------------------------

@@ -121,8 +121,8 @@ def test_a_message_becomes_a_message(item: dict[str, Any], message: dict[str, An
 @pytest.mark.parametrize(
     ("part", "named"),
     [
-        ({"type": "input_image", "file_id": "file_1"}, "file_id"),
-        ({"type": "input_file", "file_id": "file_1"}, "file_data"),
+        ({"type": "input_image"}, "file_id"),
+        ({"type": "input_file"}, "file_data"),
         ({"type": "input_file", "file_url": "https://x/y.pdf"}, "file_data"),
     ],
 )
