@@ -19,9 +19,6 @@ from app.wire.events import Event, ItemAdded
 from app.wire.items import AnyItem, McpApprovalRequest, McpCall, McpListTools, type_of
 from app.wire.tools import ListedTool
 
-SERVER_RUN = frozenset(SERVER_TOOLS)
-"""Types of the items of calls that the server runs."""
-
 
 class PendingCall:
     """A server-run call of the model: from its arguments to its end."""

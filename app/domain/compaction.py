@@ -27,6 +27,7 @@ from app.wire.items import (
     Message,
     Reasoning,
     encode_item,
+    screenshot_of,
 )
 from app.wire.requests import CreateResponse
 from app.wire.resources import Usage
@@ -160,6 +161,9 @@ def estimated_tokens(items: Sequence[AnyItem]) -> int:
         found = [part for part in parts if isinstance(part, MEDIA)] if isinstance(parts, list) else []
         media += len(found)
         size += len(encode_item(item)) - sum(len(msgspec.json.encode(part)) for part in found)
+        if screenshot := screenshot_of(item):
+            media += 1
+            size -= len(screenshot.image_url or "")
     return size // BYTES_PER_TOKEN + media * MEDIA_TOKENS
 
 

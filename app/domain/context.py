@@ -9,6 +9,7 @@ from msgspec import UNSET, Struct
 from msgspec.structs import replace
 
 from app.domain.approvals import was_asked
+from app.domain.client_tools import ID_PREFIXES, is_client_run
 from app.domain.compaction import is_compaction, is_instruction, newest_compaction, open_compacted
 from app.domain.hosted import Kind
 from app.domain.lifecycle import IN_FLIGHT
@@ -19,7 +20,6 @@ from app.errors import InvalidRequest
 from app.ids import NewId, rest_of
 from app.wire.decoding import json_object
 from app.wire.items import (
-    AdditionalTools,
     AnyItem,
     Compaction,
     CompactionTrigger,
@@ -39,6 +39,7 @@ from app.wire.items import (
     PromptedMessage,
     Reasoning,
     call_id_of,
+    tools_added_by,
     type_of,
     with_id,
 )
@@ -59,6 +60,7 @@ PREFIXES = {
     "mcp_approval_request": "mcpr",
     "mcp_approval_response": "mcpa",
     **{type_: tool.id_prefix for type_, tool in SERVER_TOOLS.items() if tool.id_prefix},
+    **ID_PREFIXES,
 }
 """Item type → id prefix; other items get `item_…`."""
 
@@ -113,6 +115,8 @@ def answered_requests(items: Sequence[AnyItem]) -> list[str]:
 
 def waits_for_client(item: AnyItem) -> bool:
     """Whether the client has to answer an output item: then its response ends."""
+    if isinstance(item, OpaqueItem):
+        return is_client_run(item) and item.fields.get("status") == "completed"
     return isinstance(item, Call | McpApprovalRequest) and not _cut_off(item)
 
 
@@ -205,7 +209,7 @@ def _context(
 ) -> Context:
     # A call for the client that was cut off can't be answered, so it is left out.
     items = tuple(item for item in every if not _cut_off(item))
-    added = [tool for item in items if isinstance(item, AdditionalTools) for tool in item.tools]
+    added = [tool for item in items for tool in tools_added_by(item)]
     listed = {item.server_label: item.tools for item in items if _is_list_of(item, origins)}
     return Context(
         items=items,

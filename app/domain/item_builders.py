@@ -7,9 +7,10 @@ import msgspec
 from msgspec import UNSET, Raw, Struct
 
 from app.domain.citations import NO_SOURCES, Sources
+from app.domain.client_tools import ClientTool, Unfit
 from app.domain.complete_json import WholeObject
 from app.domain.dialect import WRAPPED_INPUT
-from app.domain.toolbox import MODEL_NAME_CHARS_MAX, ClientCall, Toolbox, Verdict
+from app.domain.toolbox import MODEL_NAME_CHARS_MAX, ClientCall, Rejected, Toolbox, Verdict
 from app.ids import NewId
 from app.wire.chat import Logprob
 from app.wire.decoding import Json, json_object
@@ -41,6 +42,7 @@ from app.wire.items import (
     Item,
     ItemStatus,
     Message,
+    OpaqueItem,
     OutputText,
     Reasoning,
     ReasoningText,
@@ -214,7 +216,8 @@ class CallBuilder:
         self._pending: list[str] = []
         self._drained: list[str] = []
         self._arguments = WholeObject()
-        self._item: FunctionCall | CustomToolCall | None = None
+        self._item: FunctionCall | CustomToolCall | OpaqueItem | None = None
+        self._tool: ClientTool | None = None
 
     def take_name(self, name: str | None) -> None:
         """A name in pieces is put together, one that is repeated is not. What is too long for a tool's name grows no more."""
@@ -233,11 +236,21 @@ class CallBuilder:
 
     @property
     def verdict(self) -> Verdict:
-        return self._toolbox.verdict(self.name)
+        """Where the call goes; to be asked of one for a client's tool that has items of its own when it is whole."""
+        verdict = self._toolbox.verdict(self.name)
+        if isinstance(verdict, ClientCall) and verdict.tool:
+            try:
+                verdict.tool.item("", self.call_id, self.input)
+            except Unfit as unfit:
+                return Rejected(str(unfit))
+        return verdict
 
     @property
     def ready(self) -> bool:
-        return bool(self.name and self.call_id and (self._drained or self._pending))
+        if not (self.name and self.call_id and (self._drained or self._pending)):
+            return False
+        verdict = self._toolbox.verdict(self.name)
+        return not (isinstance(verdict, ClientCall) and verdict.tool)
 
     @property
     def complete(self) -> bool:
@@ -259,7 +272,10 @@ class CallBuilder:
         verdict = self.verdict
         assert isinstance(verdict, ClientCall)
         namespace = verdict.namespace or UNSET
-        if verdict.kind == "custom":
+        self._tool = verdict.tool
+        if verdict.tool:
+            self._item = verdict.tool.item(self._item_id(verdict.tool.id_prefix), self.call_id, self.input)
+        elif verdict.kind == "custom":
             self._item = CustomToolCall(
                 id=self._item_id("ctc"),
                 call_id=self.call_id,
@@ -278,13 +294,14 @@ class CallBuilder:
                 status="in_progress",
             )
         self._at: dict[str, Any] = {"item_id": self._item.id, "output_index": output_index}
-        yield ItemAdded(output_index=output_index, item=self._item)
+        added = self._item.fields if isinstance(self._item, OpaqueItem) else self._item
+        yield ItemAdded(output_index=output_index, item=added)
 
     def drain(self) -> Iterator[Event]:
         if isinstance(self._item, FunctionCall):
             for text in self._pending:
                 yield ArgumentsDelta(**self._at, delta=text)
-        elif self.native:
+        elif self.native and isinstance(self._item, CustomToolCall):
             for text in self._pending:
                 yield CustomInputDelta(**self._at, delta=text)
         self._drained += self._pending
@@ -292,6 +309,12 @@ class CallBuilder:
 
     def close(self, status: ItemStatus) -> Iterator[Event]:
         text = self.input
+        if isinstance(self._item, OpaqueItem):
+            assert self._tool is not None
+            at = self._at["output_index"]
+            yield from self._tool.progress(self._item, at)
+            yield _done(at, {**self._item.fields, "status": status if status == "completed" else self._tool.cut_off})
+            return
         if isinstance(self._item, FunctionCall):
             item: Item = msgspec.structs.replace(self._item, arguments=text, status=status)
             yield ArgumentsDone(**self._at, name=self._item.name, arguments=text)
@@ -312,7 +335,7 @@ def _unwrap(arguments: str) -> str:
     return text if isinstance(text, str) else arguments
 
 
-def _done(output_index: int, item: Item) -> ItemDone:
+def _done(output_index: int, item: Item | Json) -> ItemDone:
     """The item's JSON is made here, once: the event, the row and the response carry these bytes."""
     return ItemDone(output_index=output_index, item=Raw(msgspec.json.encode(item)))
 

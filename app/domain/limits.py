@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from app.errors import InvalidParameter
-from app.wire.items import AdditionalTools, McpListTools
+from app.wire.items import McpListTools, tools_added_by
 from app.wire.requests import CreateResponse
 from app.wire.tools import AnyTool, McpApproval, McpFilter, McpTool, NamespaceTool
 
@@ -33,8 +33,8 @@ def _check_length(given: Sequence[object], at: str, most: int) -> None:
 def _declarations(request: CreateResponse) -> Iterator[tuple[str, Sequence[AnyTool]]]:
     yield "tools", request.tools
     for index, item in enumerate(request.input):
-        if isinstance(item, AdditionalTools):
-            yield f"input[{index}].tools", item.tools
+        if added := tools_added_by(item):
+            yield f"input[{index}].tools", added
 
 
 def _filters(tools: Sequence[AnyTool], at: str) -> Iterator[tuple[str, list[str]]]:

@@ -10,7 +10,9 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
+from app.domain import client_tools, hosted
 from app.domain.chat_template import fitted, short_call_id, with_reasoning
+from app.domain.client_tools import is_client_run
 from app.domain.compaction import message_of, open_compacted
 from app.domain.context import Context
 from app.domain.dialect import WRAPPED_INPUT, Dialect
@@ -43,6 +45,7 @@ from app.wire.items import (
     Refusal,
     ServerCallItem,
     call_id_of,
+    screenshot_of,
 )
 
 NO_JSON = "not_json"
@@ -284,24 +287,33 @@ def _call(item: AnyItem, toolbox: Toolbox, dialect: Dialect) -> dict[str, Any] |
                 return {"id": item.call_id, "type": "custom", "custom": {"name": name, "input": item.input}}
             return _function_call(item.call_id, name, msgspec.json.encode({WRAPPED_INPUT: item.input}).decode())
         case OpaqueItem():
-            return _foreign_call(item)
+            return _foreign_call(item, toolbox)
     asked = asked_of_model(item)
     if asked is None:
         return None
     return _function_call(item.id, toolbox.model_name(asked.name, asked.owner, qualified=False), asked.arguments)
 
 
-_NO_ARGUMENTS = frozenset({"id", "type", "call_id", "status", "environment", "created_by"})
-_ARGUMENTS = {"shell_call": "action", "local_shell_call": "action", "tool_search_call": "arguments"}
+_NO_ARGUMENTS = frozenset(
+    {"id", "type", "call_id", "status", "environment", "created_by", "caller", "pending_safety_checks"}
+)
+_ARGUMENTS = {
+    "shell_call": "action",
+    "local_shell_call": "action",
+    "apply_patch_call": "operation",
+    "tool_search_call": "arguments",
+}
 """Kinds whose arguments are one of their fields."""
 
 
-def _foreign_call(item: OpaqueItem) -> dict[str, Any]:
-    """A call of a hosted kind that is carried (a shell command, a patch): its own fields are the arguments."""
+def _foreign_call(item: OpaqueItem, toolbox: Toolbox) -> dict[str, Any]:
+    """A call that is carried (a shell command, a patch): its own fields are the arguments."""
     arguments = {key: value for key, value in item.fields.items() if key not in _NO_ARGUMENTS}
     if field := _ARGUMENTS.get(item.type):
         arguments = arguments.get(field) or {}
-    name = item.type.removesuffix("_call")
+    kind = item.type.removesuffix("_call")
+    owner = client_tools.owner_of(kind) if is_client_run(item) else hosted.owner_of(kind)
+    name = toolbox.model_name(kind, owner, qualified=False)
     return _function_call(call_id_of(item) or item.id, name, msgspec.json.encode(arguments).decode())
 
 
@@ -322,10 +334,19 @@ def _output(item: AnyItem, call_id: str, dialect: Dialect) -> tuple[str, list[di
             return _with_attachments(texts, [part for part in parts if _text_of(part) is None], call_id)
         case McpCall(images=[*images]) if dialect.tool_images:
             return _with_attachments([answer_for_model(item)], images, call_id)
+        case OpaqueItem() if screenshot := screenshot_of(item):
+            return _with_attachments([], [screenshot], call_id)
         case OpaqueItem():
-            output = item.fields.get("tools" if item.type == "tool_search_output" else "output")
-            return output if isinstance(output, str) else msgspec.json.encode(output).decode(), []
+            return _carried_output(item), []
     return answer_for_model(item), []
+
+
+def _carried_output(item: OpaqueItem) -> str:
+    output = item.fields.get("tools" if item.type == "tool_search_output" else "output")
+    if item.type == "apply_patch_call_output":
+        status = str(item.fields.get("status"))
+        return f"{status}: {output}" if output else status
+    return output if isinstance(output, str) else msgspec.json.encode(output).decode()
 
 
 def _with_attachments(texts: list[str], others: Sequence[Content], call_id: str) -> tuple[str, list[dict[str, Any]]]:

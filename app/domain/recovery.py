@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 from msgspec import Raw, Struct
 
+from app.domain.tools.shell import is_in_container
 from app.domain.tools.table import SERVER_TOOLS
 from app.wire.events import (
     ArgumentsDone,
@@ -137,7 +138,9 @@ class _OpenItem:
     @property
     def is_call(self) -> bool:
         """Whether it is a server-run call."""
-        return self._item["type"] in SERVER_TOOLS
+        return self._item["type"] in SERVER_TOOLS and (
+            self._item["type"] != "shell_call" or is_in_container(self._item)
+        )
 
     def take(self, event: _Event) -> None:
         where = (

@@ -13,7 +13,9 @@ from typing import Literal
 from msgspec import UNSET, Struct
 from msgspec.structs import replace
 
+from app.domain import client_tools
 from app.domain.approvals import needs_approval
+from app.domain.client_tools import ClientTool, client_tool_of
 from app.domain.hosted import Kind, owner_of
 from app.domain.tool_filters import matching
 from app.domain.tools.table import HOSTED, KINDS, kind_of, missing_server
@@ -42,9 +44,10 @@ NUMBER_CHARS_MAX = 8
 
 
 class ByClient(Struct, frozen=True):
-    """The client runs the call."""
+    """The client runs the call; of a `tool` that has items of its own."""
 
     namespace: str | None = None
+    tool: ClientTool | None = None
 
 
 class ByServer(Struct, frozen=True):
@@ -75,6 +78,8 @@ class ClientCall(Struct, frozen=True):
     kind: Literal["function", "custom"]
     name: str
     namespace: str | None
+    tool: ClientTool | None = None
+    """One that has items of its own."""
 
 
 class ServerCall(Struct, frozen=True):
@@ -125,9 +130,9 @@ class Toolbox(Struct, frozen=True):
                 return NeedsApproval(offer.tool.name, label)
             case ByServer() | ByHost():
                 return ServerCall(offer.tool.name, offer.by)
-            case ByClient(namespace):
+            case ByClient(namespace, tool):
                 kind: Literal["function", "custom"] = "custom" if isinstance(offer.tool, CustomTool) else "function"
-                return ClientCall(kind, offer.tool.name, namespace)
+                return ClientCall(kind, offer.tool.name, namespace, tool)
 
     def model_name(self, name: str, owner: str | None, *, qualified: bool = True) -> str:
         """The model's name for a tool of this namespace or server. A tool that is no longer offered, as in old context, gets its
@@ -210,7 +215,9 @@ def _offers(
         match tool:
             case HostedTool():
                 kind = kind_of(tool)
-                if kind in hosted:
+                if own := client_tool_of(tool):
+                    found.append((own.function(tool.fields), ByClient(tool=own)))
+                elif kind in hosted:
                     found.append((HOSTED[kind].function, ByHost(kind, tool.fields)))
                 elif kind or tool.type == "tool_search":
                     left_out.append(tool.type)
@@ -270,8 +277,8 @@ def _named(found: Sequence[Found]) -> dict[str, Offer]:
 
 def _owner(by: ByClient | ByServer | ByHost) -> str | None:
     match by:
-        case ByClient(namespace):
-            return namespace
+        case ByClient(namespace, tool):
+            return client_tools.owner_of(tool.kind) if tool else namespace
         case ByServer(label):
             return label
         case ByHost(kind):
@@ -325,7 +332,9 @@ class _Choices:
             return InvalidParameter(f"The server '{label}' has no tool of this name that is allowed.", param=at)
         if type_ in {"function", "custom"}:
             return InvalidParameter(f"Tool choice '{named.name}' not found in 'tools' parameter.", param=at)
-        if type_ in self._left_out or type_ in KINDS:
+        if type_ in client_tools.CHOICES and type_ not in self._left_out:
+            return InvalidParameter(f"Tool choice '{type_}' not found in 'tools' parameter.", param=at)
+        if type_ in KINDS:
             return missing_server(type_, at)
         return UnsupportedParameter(f"Tool choice of type '{type_}' is not supported by this server.", param=at)
 
@@ -334,7 +343,7 @@ def _key(named: NamedTool) -> Key:
     name = None if named.name is UNSET else named.name
     if named.type == "mcp":
         return ("mcp", None if named.server_label is UNSET else named.server_label, name)
-    kind = KINDS.get(named.type)
+    kind = KINDS.get(named.type) or client_tools.CHOICES.get(named.type)
     return (kind, None, None) if kind else (named.type, None, name)
 
 
@@ -343,6 +352,8 @@ def _keys(offer: Offer) -> list[Key]:
         case ByServer(label):
             return [("mcp", label, offer.tool.name), ("mcp", label, None)]
         case ByHost(kind):
+            return [(kind, None, None)]
+        case ByClient(tool=ClientTool(kind=kind)):
             return [(kind, None, None)]
         case ByClient():
             return [("custom" if isinstance(offer.tool, CustomTool) else "function", None, offer.tool.name)]

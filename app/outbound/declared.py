@@ -5,6 +5,7 @@ from urllib.parse import urlsplit
 
 from msgspec.structs import replace
 
+from app.domain.client_tools import client_tool_of
 from app.domain.hosted import names_data
 from app.domain.tools.table import kind_of, missing_server
 from app.errors import InvalidParameter, UnsupportedParameter
@@ -98,8 +99,10 @@ class DeclaredTools:
         """Whether a hosted tool without a tool server is refused; otherwise it is an offer, which is left out."""
         if self._catalog.refuse_missing_tools is not None:
             return self._catalog.refuse_missing_tools
-        is_last = all(isinstance(one, HostedTool) and kind_of(one) not in self._catalog.hosted for one in request.tools)
-        return is_last or names_data(tool.fields)
+        return names_data(tool.fields) or not any(map(self._is_offered, request.tools))
+
+    def _is_offered(self, tool: AnyTool) -> bool:
+        return not isinstance(tool, HostedTool) or bool(client_tool_of(tool)) or kind_of(tool) in self._catalog.hosted
 
 
 def _is_http(url: str) -> bool:

@@ -7,10 +7,11 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from app.domain.calls import SERVER_RUN, PendingCall, approval_request, close_list, mcp_call, open_list
+from app.domain.calls import PendingCall, approval_request, close_list, mcp_call, open_list
 from app.domain.context import Context, proceed
 from app.domain.toolbox import NeedsApproval, Rejected, ServerCall, Toolbox
 from app.domain.tools.answers import Answer
+from app.domain.tools.table import tool_of
 from app.domain.turn import OwnCall
 from app.errors import ToolsUnavailable
 from app.ids import new_id
@@ -24,7 +25,6 @@ from app.wire.items import (
     FunctionCallOutput,
     McpCall,
     decode_stored_item,
-    type_of,
 )
 from app.wire.tools import ListedTool
 
@@ -37,7 +37,7 @@ class ToolRounds:
 
     def __init__(self, plan: RunPlan, recorder: Recorder, tools: Tools) -> None:
         self._plan, self._recorder, self._tools = plan, recorder, tools
-        self._calls_made = sum(type_of(item) in SERVER_RUN for item in self._output_since(0))
+        self._calls_made = sum(tool_of(item) is not None for item in self._output_since(0))
         self.is_calling = False
         """Whether calls are under way."""
 

@@ -29,7 +29,15 @@ from app.wire.carried import (
 )
 from app.wire.decoding import Json, decode, did_you_mean, missing, not_among
 from app.wire.keys import nearest, without_unknown
-from app.wire.tools import AnyTool, ListedTool, McpTool, check_declarations, decode_tools, encode_tools
+from app.wire.tools import (
+    AnyTool,
+    ListedTool,
+    McpTool,
+    check_declarations,
+    client_tools_in,
+    decode_tools,
+    encode_tools,
+)
 
 Role = Literal["user", "assistant", "system", "developer"]
 ItemStatus = Literal[
@@ -498,6 +506,22 @@ def call_id_of(item: AnyItem) -> str:
     """The `call_id` of a call or its output; empty for any other item."""
     call_id = item.fields.get("call_id") if isinstance(item, OpaqueItem) else getattr(item, "call_id", "")
     return call_id if isinstance(call_id, str) else ""
+
+
+def tools_added_by(item: AnyItem) -> Sequence[AnyTool]:
+    """The tools that may be called from an item on: those that it adds, or that the client's search has found."""
+    if isinstance(item, AdditionalTools):
+        return item.tools
+    if isinstance(item, OpaqueItem) and item.type == "tool_search_output":
+        return client_tools_in(item.fields.get("tools") or ())
+    return ()
+
+
+def screenshot_of(item: AnyItem) -> InputImage | None:
+    """The image in the output of a computer call."""
+    output = item.fields.get("output") if isinstance(item, OpaqueItem) else None
+    url = output.get("image_url") if isinstance(output, dict) else None
+    return InputImage(image_url=url) if url and isinstance(url, str) else None
 
 
 def with_id(item: AnyItem, id: str) -> AnyItem:

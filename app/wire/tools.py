@@ -149,6 +149,12 @@ def check_declarations(tools: Sequence[Json], at: str) -> None:
                 )
 
 
+def client_tools_in(given: Sequence[Json]) -> list[AnyTool]:
+    """Those of checked declarations that name what the client runs."""
+    tools = (_decode_tool(Raw(msgspec.json.encode(one)), "tools") for one in given if one.get("type") in NAMED)
+    return list(tools)
+
+
 def _decode_tool(raw: Raw, at: str) -> AnyTool:
     peek = decode(_PEEK, raw, at)
     type_ = peek.type

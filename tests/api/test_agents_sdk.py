@@ -173,3 +173,76 @@ async def test_it_runs_in_a_conversation(agent, async_client, upstream, streamed
     assert kinds[0] == "message" and kinds[-1] == "message"
     assert {"mcp_list_tools", "mcp_approval_request", "mcp_approval_response", "mcp_call"} <= set(kinds)
     assert len(kinds) == len(set(kinds)) + 2
+
+
+SHOT = "aGk="
+ASKED = {
+    "shell": {"commands": ["ls", "pwd"]},
+    "local_shell": {"command": ["ls"]},
+    "apply_patch": {"type": "update_file", "path": "a.txt", "diff": "@@\n-a\n+b"},
+    "computer": {"actions": [{"type": "click", "x": 1, "y": 2}, {"type": "screenshot"}]},
+    "computer preview": {"action": {"type": "click", "x": 1, "y": 2}},
+}
+
+
+def tool_of_the_client(kind, ran):
+    """A tool of the SDK that puts down in `ran` what it was asked for."""
+    from agents import ApplyPatchTool, Computer, ComputerTool, LocalShellTool, ShellTool
+
+    class Editor:
+        def update_file(self, operation):
+            ran.append((operation.type, operation.path, operation.diff))
+            return "patched"
+
+        create_file = delete_file = update_file
+
+    class Screen(Computer):
+        environment = "browser" if kind == "computer preview" else None
+        dimensions = (800, 600) if kind == "computer preview" else None
+
+        def screenshot(self):
+            return SHOT
+
+        def click(self, x, y, button):
+            ran.append((x, y, button))
+
+        double_click = scroll = type = wait = move = keypress = drag = click
+
+    match kind:
+        case "shell":
+            return ShellTool(executor=lambda asked: ran.append(asked.data.action.commands) or "a.txt")
+        case "local_shell":
+            return LocalShellTool(executor=lambda asked: ran.append(asked.data.action.command) or "a.txt")
+        case "apply_patch":
+            return ApplyPatchTool(editor=Editor())
+    return ComputerTool(computer=Screen())
+
+
+@STREAMED
+@HISTORY
+@pytest.mark.parametrize("kind", ASKED)
+async def test_its_tools_that_the_client_runs(async_client, run, upstream, name, kind):
+    from agents import Agent, OpenAIResponsesModel, set_tracing_disabled
+
+    set_tracing_disabled(True)
+    ran = []
+    model = "computer-use-preview" if kind == "computer preview" else "gpt-5.5"
+    agent = Agent(
+        name="Worker",
+        tools=[tool_of_the_client(kind, ran)],
+        model=OpenAIResponsesModel(model=model, openai_client=async_client),
+    )
+    id = f"call_{name}"[:64]
+    asked = script([note(name), *calling(kind.partition(" ")[0], ASKED[kind], id=id)], answer("Done."))
+    result = await run(agent, asked)
+    assert ran == {
+        "shell": [["ls", "pwd"]],
+        "local_shell": [["ls"]],
+        "apply_patch": [("update_file", "a.txt", "@@\n-a\n+b")],
+    }.get(kind, [(1, 2, "left")])
+    attached = f"Attachments of tool call {id}:"
+    is_computer = kind.startswith("computer")
+    assert result.final_output == (f"ok: {attached}" if is_computer else "Done.")
+    last = upstream.asked(attached if is_computer else asked)[-1].body["messages"]
+    read = str(last[-1]["content"])
+    assert {"shell": "a.txt", "local_shell": "a.txt", "apply_patch": "completed: patched"}.get(kind, SHOT) in read

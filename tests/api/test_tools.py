@@ -505,7 +505,7 @@ LEFT_OUT = "x-reprise-left-out-tools"
 def test_hosted_tools_are_left_out_and_the_reply_says_so(http, said, heard, stream):
     hosted = [
         {"type": "web_search", "external_web_access": True},
-        {"type": "tool_search", "execution": "client"},
+        {"type": "tool_search"},
         {"type": "image_generation"},
     ]
     body = {"model": "m", "input": said, "tools": [*hosted, TIME], "stream": stream}
@@ -526,13 +526,6 @@ def test_a_hosted_tool_that_is_demanded_is_refused(client, said, type):
     with pytest.raises(openai.BadRequestError) as refused:
         client.responses.create(model="m", input=said, tools=[TIME, {"type": type}], tool_choice={"type": type})
     assert (refused.value.code, refused.value.param) == ("unsupported_parameter", "tool_choice")
-
-
-@pytest.mark.parametrize("type", ["computer", "local_shell", "shell", "apply_patch"])
-def test_a_hosted_tool_that_a_client_depends_on_is_refused(client, said, type):
-    with pytest.raises(openai.BadRequestError) as refused:
-        client.responses.create(model="m", input=said, tools=[TIME, {"type": type}])
-    assert (refused.value.code, refused.value.param) == ("unsupported_parameter", "tools[1].type")
 
 
 # -- Names ------------------------------------------------------------------------------------------------------------------

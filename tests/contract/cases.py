@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from tests.upstream import (
     Step,
     answer,
@@ -75,6 +77,9 @@ def outline(item: Mapping[str, Any]) -> str:
             summary = "".join(part["text"] for part in item["summary"])
             thought = "".join(part["text"] for part in item["content"])
             return f"{mark}thinks {thought}{f' ({summary})' if summary else ''}"
+        case "shell_call" | "local_shell_call" | "apply_patch_call" | "computer_call" | "tool_search_call" as type_:
+            held = next(item[key] for key in ("action", "actions", "operation", "arguments") if key in item)
+            return f"{mark}{type_} {id} {msgspec.json.encode(held).decode()}"
         case "custom_tool_call":
             return f"{mark}runs {id} {name} <{item['input']}>"
         case _:
@@ -107,6 +112,13 @@ CRM = {
     "name": "crm",
     "description": "",
     "tools": [function("find"), {"type": "custom", "name": "sql"}],
+}
+CLIENTS = {
+    "tools": [
+        function("f"),
+        *({"type": type_} for type_ in ("shell", "local_shell", "apply_patch", "computer")),
+        {"type": "tool_search", "execution": "client"},
+    ]
 }
 ONLY_F = {
     **F,
@@ -368,6 +380,59 @@ CASES: dict[str, Case] = {
         ],
         made=["calls c1 crm.find {}", "runs c2 crm.sql <x>"],
         body={"tools": [CRM, function("f")]},
+    ),
+    # -- Tools of the client with items of their own --
+    "tools of the client": Case(
+        turns=[
+            [
+                call("shell", '{"commands":["ls', id="c1"),
+                call(arguments='","pwd"],"why":"to see"}'),
+                call("local_shell", {"command": ["ls"]}, index=1, id="c2"),
+                call("apply_patch", {"type": "delete_file", "path": "a"}, index=2, id="c3"),
+                call("computer", {"actions": [{"type": "screenshot"}]}, index=3, id="c4"),
+                call("tool_search", {"query": "time"}, index=4, id="c5"),
+                call("f", {"a": 1}, index=5, id="c6"),
+                finish("tool_calls"),
+            ]
+        ],
+        made=[
+            'shell_call c1 {"commands":["ls","pwd"]}',
+            'local_shell_call c2 {"type":"exec","command":["ls"],"env":{}}',
+            'apply_patch_call c3 {"type":"delete_file","path":"a"}',
+            'computer_call c4 [{"type":"screenshot"}]',
+            'tool_search_call c5 {"query":"time"}',
+            'calls c6 f {"a":1}',
+        ],
+        body=CLIENTS,
+    ),
+    "a tool of the client, arguments that do not fit": Case(
+        turns=[
+            [text("Wait."), *calling("shell", {"command": "ls"}, id="c1")],
+            calling("shell", {"commands": ["ls"]}, id="c2"),
+        ],
+        made=["says Wait.", 'shell_call c2 {"commands":["ls"]}'],
+        body=CLIENTS,
+    ),
+    "a tool of the client, cut off": Case(
+        turns=[[text("Wait."), call("shell", '{"commands":["ls"', id="c1"), finish("length")]],
+        made=["says Wait."],
+        ends="incomplete:max_output_tokens",
+        body=CLIENTS,
+    ),
+    "tools of the client, cut off when whole": Case(
+        turns=[
+            [
+                call("shell", {"commands": ["ls"]}, id="c1"),
+                call("apply_patch", {"type": "delete_file", "path": "a"}, index=1, id="c2"),
+                finish("length"),
+            ]
+        ],
+        made=[
+            'shell_call c1 {"commands":["ls"]}',
+            '[in_progress] apply_patch_call c2 {"type":"delete_file","path":"a"}',
+        ],
+        ends="incomplete:max_output_tokens",
+        body=CLIENTS,
     ),
     # -- Tools that may not be called --
     "allowed_tools, refused call": Case(

@@ -204,6 +204,14 @@ BEYOND_OPEN = {
     "response.custom_tool_call_input.delta": "custom tools are not in the specification; the request asked for one",
     "response.custom_tool_call_input.done": "the same",
     "custom_tool_call": "the same: the item",
+    **dict.fromkeys(
+        [
+            *("shell", "local_shell", "apply_patch", "computer", "tool_search"),
+            *("shell_call", "local_shell_call", "apply_patch_call", "computer_call", "tool_search_call"),
+            *(f"response.shell_call_command.{stage}" for stage in ("added", "delta", "done")),
+        ],
+        "of the client's tools it knows functions only; the request declared others",
+    ),
     "response.compaction.compacting": "the specification has no trigger; the request had one",
     "custom": "the same: the declared tool",
     "namespace": "namespaces are not in the specification; the request asked for one",
@@ -299,13 +307,19 @@ def added_items_are_empty_and_whole(events: list[Event]) -> None:
         "function_call": {"arguments": ""},
         "custom_tool_call": {"input": ""},
         "compaction": {"encrypted_content": ""},
+        "shell_call": {},
+        "local_shell_call": {},
+        "apply_patch_call": {},
+        "computer_call": {"pending_safety_checks": []},
+        "tool_search_call": {"execution": "client"},
     }
     for event in events:
         if event["type"] == "response.output_item.added":
             item = event["item"]
             expected = empty[item["type"]] | ({} if item["type"] == "compaction" else {"status": "in_progress"})
             assert {key: item[key] for key in expected} == expected and item["id"]
-            assert not item["type"].endswith("_call") or (item["name"] and 1 <= len(item["call_id"]) <= 64)
+            assert not item["type"].endswith("_call") or 1 <= len(item["call_id"]) <= 64
+            assert item["type"] not in {"function_call", "custom_tool_call"} or item["name"]
 
 
 def done_items_are_whole(events: list[Event]) -> None:
@@ -313,7 +327,8 @@ def done_items_are_whole(events: list[Event]) -> None:
     for event in events:
         if event["type"] == "response.output_item.done":
             item = event["item"]
-            assert item["id"] and (item["type"] == "compaction" or item["status"] in {"completed", "incomplete"})
+            cut_off = "in_progress" if item["type"] == "apply_patch_call" else "incomplete"
+            assert item["id"] and (item["type"] == "compaction" or item["status"] in {"completed", cut_off})
             assert item["type"] != "message" or (item["role"] == "assistant" and item["content"])
             assert item["type"] != "reasoning" or isinstance(item["summary"], list)
 
@@ -333,7 +348,10 @@ def events_say_where_they_belong(events: list[Event]) -> None:
     for event in events:
         what = event["type"].rpartition(".")[2]
         if what in {"delta", "done", "added"} and "output_item" not in event["type"]:
-            assert event["item_id"] and isinstance(event["output_index"], int)
+            names_item = not event["type"].startswith("response.shell_call_command.")
+            assert (event["item_id"] if names_item else event["command_index"] >= 0) and isinstance(
+                event["output_index"], int
+            )
             index = "summary_index" if "summary" in event["type"] else "content_index"
             assert isinstance(event.get(index), int) or "call" in event["type"]
 
@@ -342,7 +360,7 @@ def item_ids_stay(events: list[Event]) -> None:
     """Added, deltas, done and the terminal response name an item by one id."""
     ids: dict[int, set[str]] = {}
     for event in events:
-        if "output_index" in event:
+        if "output_index" in event and "command_index" not in event:
             ids.setdefault(event["output_index"], set()).add(event.get("item_id") or event["item"]["id"])
     assert [{item["id"]} for item in events[-1]["response"]["output"]] == list(ids.values())
 

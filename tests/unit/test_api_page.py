@@ -195,8 +195,9 @@ def test_every_content_part_has_a_row():
 
 
 def hosted_word(type_: str) -> str:
-    """What happens to a hosted tool where every kind has a tool server."""
-    declared = tools.HostedTool(type_, {"environment": {"type": "container_auto"}})
+    """What happens to a tool that is not a function where every kind has a tool server."""
+    inside = {"environment": {"type": "container_auto"}} if type_ == "shell" else {}
+    declared = tools.HostedTool(type_, {"execution": "client", **inside})
     try:
         box = open_toolbox([declared], [], "auto", hosted=frozenset(table.HOSTED))
     except UnsupportedParameter:
@@ -221,8 +222,8 @@ def test_every_tool_choice_has_a_row_and_is_refused_if_the_tool_can_not_be_decla
     assert set(listed) == made
     assert types_of(sent) | set(literals(sent)) <= made
     usable = {name for name in tools.HOSTED if hosted_word(name) == "supported"}
-    assert refused("Tool choice") == {*tools.HOSTED, "computer_use"} - usable
-    for name in refused("Tool choice") - {"computer_use"}:
+    assert refused("Tool choice") == tools.HOSTED - usable
+    for name in refused("Tool choice"):
         choice = decode(tools._NAMED, Raw(msgspec.json.encode({"type": name})))
         with pytest.raises(ApiError):
             open_toolbox([tools.HostedTool(name, {})], [], choice, hosted=frozenset(table.HOSTED))

@@ -84,7 +84,9 @@ def test_allowed_tools_keep_their_mode():
         ([function("f"), function("f")], "auto", "tools"),
         ([namespace("n", function("f"), function("f"))], "auto", "tools"),
         ([namespace("n", function("f")), function("n")], "auto", "tools"),
-        ([function("f"), {"type": "computer"}], "auto", "tools[1].type"),
+        ([function("f"), {"type": "programmatic_tool_calling"}], "auto", "tools[1].type"),
+        ([function("f")], {"type": "apply_patch"}, "tool_choice"),
+        ([function("f")], {"type": "shell"}, "tool_choice"),
     ],
 )
 def test_what_can_t_be_offered_is_refused_with_its_path(tools: list[dict[str, Any]], choice: Any, param: str):

@@ -1,6 +1,6 @@
-"""`shell`, in a container. Shell calls are the client's as a rule, and are carried; the server's look the same."""
+"""`shell`, in a container. The calls of a client's shell look the same, but for their environment."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from app.domain.hosted import HostedRoute, container_named
@@ -25,8 +25,7 @@ class Shell(Hosted[OpaqueItem]):
 
     def is_server_run(self, declaration: Json) -> bool:
         """In a container only."""
-        environment = declaration.get("environment")
-        return isinstance(environment, dict) and str(environment.get("type")).startswith("container")
+        return is_in_container(declaration)
 
     def item(self, new_id: NewId, given: Json, arguments: str, container: str) -> OpaqueItem:
         commands = given.get("commands")
@@ -42,15 +41,8 @@ class Shell(Hosted[OpaqueItem]):
         return OpaqueItem(id, "shell_call", fields)
 
     def open(self, item: OpaqueItem, output_index: int) -> list[Event]:
-        events: list[Event] = [ItemAdded(output_index=output_index, item=item.fields)]
-        for index, command in enumerate(item.fields["action"]["commands"]):
-            at: dict[str, Any] = {"output_index": output_index, "command_index": index}
-            events += [
-                CommandAdded(**at, command=""),
-                CommandDelta(**at, delta=command),
-                CommandDone(**at, command=command),
-            ]
-        return events
+        added = ItemAdded(output_index=output_index, item=item.fields)
+        return [added, *command_events(item.fields["action"]["commands"], output_index)]
 
     def done(self, item: OpaqueItem, answer: Answer, route: HostedRoute | None) -> OpaqueItem:
         """A call that failed is completed, too: its output says why."""
@@ -82,6 +74,25 @@ class Shell(Hosted[OpaqueItem]):
     def result(self, item: OpaqueItem) -> str:
         """The output is an item of its own."""
         return ""
+
+
+def is_in_container(fields: Json) -> bool:
+    """Whether the environment of a declaration or a call is a container."""
+    environment = fields.get("environment")
+    return isinstance(environment, dict) and str(environment.get("type")).startswith("container")
+
+
+def command_events(commands: Sequence[str], output_index: int) -> list[Event]:
+    """The events of a call's commands, each of which comes whole."""
+    events: list[Event] = []
+    for index, command in enumerate(commands):
+        at: dict[str, Any] = {"output_index": output_index, "command_index": index}
+        events += [
+            CommandAdded(**at, command=""),
+            CommandDelta(**at, delta=command),
+            CommandDone(**at, command=command),
+        ]
+    return events
 
 
 def outputs_of(answer: Answer, route: HostedRoute | None) -> list[Json]:

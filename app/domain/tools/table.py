@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from app.domain.client_tools import is_client_run
 from app.domain.hosted import Kind
 from app.domain.tools.code_interpreter import CodeInterpreter
 from app.domain.tools.file_search import FileSearch
@@ -33,7 +34,7 @@ SERVER_TOOLS: Mapping[str, ServerTool[Any]] = {tool.item_type: tool for tool in 
 
 def tool_of(item: AnyItem) -> ServerTool[Any] | None:
     """The tool of a call that the server runs; None for any other item."""
-    return SERVER_TOOLS.get(type_of(item))
+    return None if is_client_run(item) else SERVER_TOOLS.get(type_of(item))
 
 
 def kind_of(tool: HostedTool) -> Kind | None:

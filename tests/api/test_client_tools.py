@@ -1,0 +1,158 @@
+"""Shells, patches, computers and searches that the client runs: declared, called, answered, and read again by the model."""
+
+import json
+
+import pytest
+
+from tests.api.streams import events_of
+from tests.upstream import answer, call, calling, finish, note, script
+
+F = {"type": "function", "name": "shell"}
+SHOT = "data:image/png;base64,aGk="
+
+TOOLS = {
+    "shell": (
+        {"type": "shell", "environment": {"type": "local"}},
+        {"commands": ["ls", "pwd"]},
+        {"output": [{"stdout": "a", "stderr": "", "outcome": {"type": "exit", "exit_code": 0}}]},
+        '[{"stdout":"a","stderr":"","outcome":{"type":"exit","exit_code":0}}]',
+    ),
+    "local_shell": (
+        {"type": "local_shell"},
+        {"command": ["ls"]},
+        {"output": '{"stdout":"a"}'},
+        '{"stdout":"a"}',
+    ),
+    "apply_patch": (
+        {"type": "apply_patch"},
+        {"type": "create_file", "path": "a.txt", "diff": "+hi"},
+        {"status": "failed", "output": "It exists."},
+        "failed: It exists.",
+    ),
+    "computer": (
+        {"type": "computer"},
+        {"actions": [{"type": "screenshot"}]},
+        {"output": {"type": "computer_screenshot", "image_url": SHOT}},
+        None,
+    ),
+    "tool_search": (
+        {"type": "tool_search", "execution": "client"},
+        {"query": "time"},
+        {"tools": [{"type": "function", "name": "get_time"}], "execution": "client", "status": "completed"},
+        '[{"type":"function","name":"get_time"}]',
+    ),
+}
+EVERY = pytest.mark.parametrize("kind", TOOLS)
+
+
+def output_of(made, given):
+    return {"type": f"{made.type.removesuffix('_call')}_call_output", "call_id": made.call_id, **given}
+
+
+@EVERY
+@pytest.mark.parametrize("held", ["chain", "history", "conversation"])
+def test_a_call_comes_as_an_item_of_its_own_and_its_output_reaches_the_model(client, upstream, said, kind, held):
+    declared, arguments, given, read = TOOLS[kind]
+    asked = script([note(said), *calling(kind, arguments, id=f"call_{held}")], answer("Done."))
+    begun = {"conversation": client.conversations.create().id} if held == "conversation" else {}
+    first = client.responses.create(model="m", input=asked, tools=[declared], **begun)
+    [made] = first.output
+    assert (first.status, made.type, made.call_id, made.status) == (
+        "completed",
+        f"{kind}_call",
+        f"call_{held}",
+        "completed",
+    )
+    assert client.responses.retrieve(first.id).output == first.output
+    output = output_of(made, given)
+    if kind == "tool_search":
+        output["type"] = "tool_search_output"
+    if held == "history":
+        begun, sent = {}, [{"role": "user", "content": asked}, made.to_dict(), output]
+    else:
+        begun, sent = begun or {"previous_response_id": first.id}, [output]
+    second = client.responses.create(model="m", input=sent, tools=[declared], **begun)
+    attached = f"Attachments of tool call {made.call_id}:"  # the last message of a user, which the upstream answers
+    assert second.output_text == ("Done." if read else f"ok: {attached}")
+    [one, two] = upstream.asked(asked) if read else [*upstream.asked(asked), *upstream.asked(attached)]
+    assert [tool["function"]["name"] for tool in one.body["tools"]] == [kind]
+    call_of, *answered = two.body["messages"][1:]
+    function = call_of["tool_calls"][0]["function"]
+    assert (function["name"], arguments.items() <= json.loads(function["arguments"]).items()) == (kind, True)
+    assert (answered[0]["role"], answered[0]["tool_call_id"]) == ("tool", f"call_{held}")
+    if read is None:
+        assert "image_url" in str(answered[1]["content"]) and SHOT in str(answered[1]["content"])
+    else:
+        assert answered[0]["content"] == read
+    names = [tool["function"]["name"] for tool in two.body["tools"]]
+    assert names == ([kind, "get_time"] if kind == "tool_search" else [kind])
+    listed = client.responses.input_items.list(second.id, order="asc").data
+    assert [item.type for item in listed][1:] == [made.type, output["type"]]
+    assert given.items() <= listed[-1].to_dict().items()
+
+
+def test_a_shell_s_commands_are_streamed_and_a_function_of_its_name_stays_apart(http, upstream):
+    asked = script(
+        [
+            call("shell", {"commands": ["ls", "pwd"]}, id="c1"),
+            call("shell_2", {"x": 1}, index=1, id="c2"),
+            finish("tool_calls"),
+        ]
+    )
+    body = {"model": "m", "input": asked, "tools": [{"type": "shell"}, F], "stream": True}
+    events = events_of(http.post("/responses", json=body))
+    commands = [
+        (one["type"].rpartition(".")[2], one["command_index"], one.get("command", one.get("delta")))
+        for one in events
+        if "shell_call_command" in one["type"]
+    ]
+    assert commands == [
+        ("added", 0, ""),
+        ("delta", 0, "ls"),
+        ("done", 0, "ls"),
+        ("added", 1, ""),
+        ("delta", 1, "pwd"),
+        ("done", 1, "pwd"),
+    ]
+    made = events[-1]["response"]["output"]
+    assert [(one["type"], one.get("name")) for one in made] == [("shell_call", None), ("function_call", "shell")]
+    assert made[0]["environment"] == {"type": "local"}
+    assert [tool["type"] for tool in events[-1]["response"]["tools"]] == ["shell", "function"]
+
+
+def test_the_model_reads_why_its_arguments_do_not_fit(client, upstream):
+    asked = script(calling("apply_patch", {"type": "zap"}, id="c1"), answer("Then not."))
+    made = client.responses.create(model="m", input=asked, tools=[{"type": "apply_patch"}])
+    assert [item.type for item in made.output] == ["message"]
+    _, second = upstream.asked(asked)
+    assert second.body["messages"][-1] == {
+        "role": "tool",
+        "tool_call_id": "c1",
+        "content": "Error: The arguments do not fit the tool: Invalid value 'zap' - at `$.type`",
+    }
+
+
+def test_a_choice_demands_the_tool(client, heard, said):
+    client.responses.create(
+        model="m", input=said, tools=[F, {"type": "local_shell"}], tool_choice={"type": "local_shell"}
+    )
+    assert heard()["tool_choice"] == {"type": "function", "function": {"name": "local_shell"}}
+
+
+def test_a_compaction_stands_for_a_call_and_its_output(client, upstream, said):
+    first = client.responses.create(
+        model="m",
+        input=script(calling("shell", {"commands": ["ls"]}, id="c1"), answer("Done.")),
+        tools=[{"type": "shell"}],
+    )
+    output = output_of(first.output[0], TOOLS["shell"][2])
+    compacted = client.responses.create(
+        model="m",
+        previous_response_id=first.id,
+        input=[output, {"type": "compaction_trigger"}],
+        tools=[{"type": "shell"}],
+    )
+    assert [item.type for item in compacted.output] == ["compaction"]
+    client.responses.create(model="m", previous_response_id=compacted.id, input=said, tools=[{"type": "shell"}])
+    [record] = upstream.asked(said)
+    assert all("tool_calls" not in one and one["role"] != "tool" for one in record.body["messages"])
