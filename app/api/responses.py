@@ -15,6 +15,7 @@ from app.api.connected import run_while_connected
 from app.api.replies import json_reply
 from app.api.services import Services
 from app.api.sse import EventStream
+from app.domain.context import LeftOut
 from app.domain.prompt_templates import fill_in
 from app.errors import InvalidRequest
 from app.offload import offload
@@ -25,14 +26,21 @@ from app.storage import contexts, responses
 from app.storage.pages import Page
 from app.storage.responses import Stored
 from app.wire import resources
+from app.wire.hosted_tools import HOSTED
 from app.wire.redaction import Redaction
 from app.wire.requests import CreateResponse, decode_create
 from app.wire.resources import Deleted, encode
 
 log = structlog.get_logger()
 
-LEFT_OUT_HEADER = "x-reprise-left-out-tools"
-"""Names the declared tools that the model does not see, because no server here runs them."""
+LEFT_OUT_TOOLS_HEADER = "x-reprise-left-out-tools"
+"""Names the types of declared tools that the model does not see, because no server here runs them."""
+
+LEFT_OUT_ITEMS_HEADER = "x-reprise-left-out-items"
+"""Names the types of items that the model does not see, because this version does not know them."""
+
+NAMED_MAX = 16
+"""So many types are named in a header; an ellipsis stands for the others."""
 
 
 class ResponsesController(Controller):
@@ -183,12 +191,26 @@ def _event_stream(
     )
 
 
-def _left_out(types: Sequence[str]) -> dict[str, str]:
-    """The warning about declared tools that the model does not see, in the log and as a header."""
-    if not types:
-        return {}
-    log.warning("Tools that no server here runs were left out.", action="tools_left_out", tools=types)
-    return {LEFT_OUT_HEADER: ", ".join(types)}
+def _left_out(left_out: LeftOut) -> dict[str, str]:
+    """The warning about tools and items that the model does not see, in the log and as headers."""
+    headers = {}
+    if left_out.tools:
+        known = [type_ for type_ in left_out.tools if type_ in HOSTED]
+        log.warning(
+            "Tools that no server here runs were left out.",
+            action="tools_left_out",
+            tools=known,
+            unknown=len(left_out.tools) - len(known),
+        )
+        headers[LEFT_OUT_TOOLS_HEADER] = _named(left_out.tools)
+    if left_out.items:
+        log.warning("Items of unknown types were left out.", action="items_left_out", types=len(left_out.items))
+        headers[LEFT_OUT_ITEMS_HEADER] = _named(left_out.items)
+    return headers
+
+
+def _named(types: Sequence[str]) -> str:
+    return ", ".join([*types[:NAMED_MAX], *(["..."] if len(types) > NAMED_MAX else [])])
 
 
 def _shown(response: resources.Response, include: Collection[str]) -> resources.Response:

@@ -27,6 +27,7 @@ from app.wire.items import (
     Message,
     Reasoning,
     encode_item,
+    is_unknown,
     screenshot_of,
 )
 from app.wire.requests import CreateResponse
@@ -157,6 +158,8 @@ def estimated_tokens(items: Sequence[AnyItem]) -> int:
     each image, file or sound."""
     size = media = 0
     for item in items:
+        if is_unknown(item):
+            continue
         parts = getattr(item, "content", None) or getattr(item, "output", None)
         found = [part for part in parts if isinstance(part, MEDIA)] if isinstance(parts, list) else []
         media += len(found)

@@ -39,6 +39,7 @@ from app.wire.items import (
     PromptedMessage,
     Reasoning,
     call_id_of,
+    is_unknown,
     tools_added_by,
     type_of,
     with_id,
@@ -71,6 +72,13 @@ Output = FunctionCallOutput | CustomToolCallOutput
 NO_ORIGINS: Mapping[str, str] = MappingProxyType({})
 
 
+class LeftOut(Struct, frozen=True):
+    """Types of tools and items that the model does not see, because no server here runs them or this version does not know them."""
+
+    tools: tuple[str, ...]
+    items: tuple[str, ...]
+
+
 class Context(Struct, frozen=True):
     """What a run starts from: every item, in order, and the model's toolbox."""
 
@@ -101,6 +109,12 @@ class Context(Struct, frozen=True):
         calls = sorted(at for at in self.answers if at < start)
         positions = (*instructions, start, *calls, *range(start + 1, len(self.items)))
         return [(at, self.items[at]) for at in positions]
+
+    @property
+    def left_out(self) -> LeftOut:
+        """What the model does not see of what it would see in the hosted API."""
+        unknown = (item.type for _, item in self.visible if is_unknown(item))
+        return LeftOut(self.toolbox.left_out, tuple(dict.fromkeys(unknown)))
 
 
 def references(given: Sequence[AnyItem]) -> list[str]:
@@ -446,7 +460,7 @@ def _answered(item: AnyItem) -> str | None:
 
 def _opaque_call_id(item: AnyItem) -> str | None:
     """What pairs a carried call with its output: some types have no call id, and a local shell's output has it as its id."""
-    if not isinstance(item, OpaqueItem):
+    if not isinstance(item, OpaqueItem) or is_unknown(item):
         return None
     if item.type == "local_shell_call_output":
         return call_id_of(item) or item.id

@@ -45,6 +45,7 @@ from app.wire.items import (
     Refusal,
     ServerCallItem,
     call_id_of,
+    is_unknown,
     screenshot_of,
 )
 
@@ -84,7 +85,7 @@ def messages(
                 made += turn.take(position, item)
             case _ if isinstance(item, ServerCallItem):
                 made += turn.take(position, item)
-            case McpListTools():
+            case _ if isinstance(item, McpListTools) or is_unknown(item):
                 pass
             case OpaqueItem() if not item.type.endswith("_output"):
                 made += turn.take(position, item)

@@ -114,7 +114,7 @@ class Toolbox(Struct, frozen=True):
     mode: ToolMode
     only: Offer | None
     left_out: tuple[str, ...]
-    """Types of hosted tools without a tool server: the model does not see them."""
+    """Types of tools that the model does not see: hosted ones without a tool server, and those that this version does not know."""
     unlisted: tuple[str, ...] = ()
     """Labels of declared MCP servers whose tools are not known yet."""
     names: Mapping[tuple[str | None, str], str] = {}
@@ -211,7 +211,7 @@ def _offers(
 ) -> tuple[dict[str, Offer], tuple[str, ...]]:
     found: list[Found] = []
     left_out = []
-    for index, tool in enumerate(tools):
+    for tool in tools:
         match tool:
             case HostedTool():
                 kind = kind_of(tool)
@@ -219,12 +219,8 @@ def _offers(
                     found.append((own.function(tool.fields), ByClient(tool=own)))
                 elif kind in hosted:
                     found.append((HOSTED[kind].function, ByHost(kind, tool.fields)))
-                elif kind or tool.type == "tool_search":
-                    left_out.append(tool.type)
                 else:
-                    raise UnsupportedParameter(
-                        f"Tools of type '{tool.type}' are not supported by this server.", param=f"tools[{index}].type"
-                    )
+                    left_out.append(tool.type)
             case NamespaceTool():
                 found += [(inner, ByClient(tool.name)) for inner in tool.tools]
             case McpTool():

@@ -4,6 +4,7 @@ import time
 
 from msgspec import Struct
 
+from app.domain.context import LeftOut
 from app.domain.lifecycle import open_response
 from app.domain.sealed import Seal
 from app.domain.secrets import Secrets, seal_secrets
@@ -38,8 +39,7 @@ class Enqueued(Struct, frozen=True):
 
     response: Response
     entries: list[Entry]
-    left_out: tuple[str, ...]
-    """Declared tools that the model does not see."""
+    left_out: LeftOut
 
 
 class Admission:
@@ -112,7 +112,7 @@ class Admission:
 
         await insert(self._database, plan, response.id, response, queued, refuse=refuse)
         self._logs.notify(RunQueued())
-        return Enqueued(response, entries, plan.context.toolbox.left_out)
+        return Enqueued(response, entries, plan.context.left_out)
 
 
 def _open(plan: RunPlan) -> Response:

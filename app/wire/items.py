@@ -2,13 +2,14 @@
 
 An item is input and output at once, so one Struct serves both. `type` is absent on plain messages, and an object with an
 `id` and no `role` is a reference; `decode_item` looks before it decodes. Item types that we do not read (a hosted tool's
-call in a replayed history) are `OpaqueItem`s: once their keys are checked they are kept, stored and listed as they came.
+call in a replayed history, or what a newer version of the API has) are `OpaqueItem`s: they are kept, stored and listed as they came,
+those of known types once their keys are checked.
 
 Optional fields are `UNSET`, never null, where strict clients reject a null.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeGuard, get_args
 
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType, field
@@ -28,8 +29,10 @@ from app.wire.carried import (
     check_keys,
 )
 from app.wire.decoding import Json, decode, did_you_mean, missing, not_among
-from app.wire.keys import nearest, without_unknown
+from app.wire.hosted_tools import HOSTED
+from app.wire.keys import may_be_newer, nearest, without_unknown
 from app.wire.tools import (
+    TOOL_TYPES,
     AnyTool,
     ListedTool,
     McpTool,
@@ -363,6 +366,11 @@ _STRUCTS: tuple[type[Item], ...] = (
 _DECODERS: dict[str, msgspec.json.Decoder[Any]] = {
     str(struct.__struct_config__.tag): msgspec.json.Decoder(struct) for struct in _STRUCTS
 }
+_ELSEWHERE = frozenset(
+    {"image_url", *(str(part.__struct_config__.tag) for part in get_args(Content)), *TOOL_TYPES, *HOSTED}
+)
+"""Types of content parts and tools: an item of such a type is a mistake, and not one of a newer version."""
+
 _OPAQUE = msgspec.json.Decoder(Json)
 _ADDITIONAL_TOOLS = msgspec.json.Decoder(_RawAdditionalTools)
 
@@ -413,7 +421,8 @@ def _check_carried(item: AnyItem, at: str) -> None:
             check_keys(item.fields, CARRIED[item.type], at)
             check_declarations(item.fields.get("tools") or (), f"{at}.tools")
         case OpaqueItem():
-            check_keys(item.fields, CARRIED[item.type], at)
+            if not is_unknown(item):
+                check_keys(item.fields, CARRIED[item.type], at)
         case _:
             for key, shape in _SHAPES.get(type(item), {}).items():
                 if carried := getattr(item, key):
@@ -458,10 +467,11 @@ def _decode_item(raw: bytes | Raw, at: str) -> AnyItem:
     if type_ == "additional_tools":
         tools = decode(_ADDITIONAL_TOOLS, raw, at)
         return AdditionalTools(id=tools.id, role=tools.role, tools=_added_tools(tools.tools, f"{at}.tools"))
-    if type_ in CARRIED:
+    known = (*_DECODERS, "additional_tools", *CARRIED)
+    if type_ in CARRIED or (type_ not in _ELSEWHERE and may_be_newer(type_, known)):
         fields = decode(_OPAQUE, raw, at)
         return OpaqueItem(id=str(fields.get("id") or ""), type=type_, fields=fields)
-    hint = did_you_mean(nearest(type_, (*_DECODERS, "additional_tools", *CARRIED)))
+    hint = did_you_mean(nearest(type_, known))
     raise UnsupportedParameter(f"Items of type '{type_}' are not supported by this server.{hint}", param=f"{at}.type")
 
 
@@ -500,6 +510,11 @@ def encode_items(items: Sequence[AnyItem]) -> list[tuple[str, bytes]]:
 def type_of(item: AnyItem) -> str:
     """The item's `type`."""
     return item.type if isinstance(item, OpaqueItem) else str(item.__struct_config__.tag)
+
+
+def is_unknown(item: AnyItem) -> TypeGuard[OpaqueItem]:
+    """Whether an item is of a type that this version does not know: it is kept, and the model does not see it."""
+    return isinstance(item, OpaqueItem) and item.type not in CARRIED
 
 
 def call_id_of(item: AnyItem) -> str:

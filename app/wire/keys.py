@@ -12,6 +12,9 @@ from msgspec import inspect
 LIKENESS = 0.7
 """Of two names, from 0 to 1; below it nothing is suggested."""
 
+MISSPELT = 0.85
+"""A name as like as this to a known one is that one, misspelt; others may be of a newer version."""
+
 NAME_CHARS_MAX = 64
 """A longer name resembles none of the API's, and is slow to compare."""
 
@@ -23,11 +26,19 @@ def _type(type_: Any) -> inspect.Type:
     return inspect.type_info(type_)
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
+_TYPE = re.compile(rf"[A-Za-z][A-Za-z0-9_.-]{{0,{NAME_CHARS_MAX - 1}}}")
+
+
+def may_be_newer(type_: str, known: Iterable[str]) -> bool:
+    """Whether an unknown type may be one of a newer version of the API, and is not a known one that is misspelt."""
+    return bool(_TYPE.fullmatch(type_)) and nearest(type_, known, MISSPELT) is None
+
+
+def nearest(name: str, known: Iterable[str], likeness: float = LIKENESS) -> str | None:
     """The one of the known names that a name resembles."""
     if len(name) > NAME_CHARS_MAX:
         return None
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=LIKENESS)
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=likeness)
     return near[0] if near else None
 
 

@@ -10,6 +10,7 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType, field
 from app.errors import UnsupportedParameter
 from app.wire.decoding import Json, decode, missing, not_among
 from app.wire.hosted_tools import HOSTED, Caller, decode_declaration
+from app.wire.keys import may_be_newer
 
 ToolName = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[a-zA-Z0-9_-]+$")]
 
@@ -100,7 +101,7 @@ class ListedTool(Struct, omit_defaults=True, forbid_unknown_fields=True):
 
 
 class HostedTool(Struct):
-    """A tool that the hosted API runs itself; `fields` is its whole declaration."""
+    """A tool that the hosted API runs itself, or of a type that this version does not know; `fields` is its whole declaration."""
 
     type: str
     fields: Json
@@ -118,12 +119,17 @@ class _Peek(Struct):
 
 
 _PEEK = msgspec.json.Decoder(_Peek)
+_FIELDS = msgspec.json.Decoder(Json)
 _DECODERS: dict[str, msgspec.json.Decoder[Any]] = {
     "function": msgspec.json.Decoder(FunctionTool),
     "custom": msgspec.json.Decoder(CustomTool),
     "namespace": msgspec.json.Decoder(NamespaceTool),
     "mcp": msgspec.json.Decoder(McpTool),
 }
+
+
+TOOL_TYPES = frozenset(_DECODERS)
+"""Types of tools that are not hosted."""
 
 
 def decode_tools(raws: list[Raw], at: str = "tools") -> list[AnyTool]:
@@ -165,7 +171,10 @@ def _decode_tool(raw: Raw, at: str) -> AnyTool:
         return tool
     if type_ in HOSTED:
         return HostedTool(type_, decode_declaration(type_, raw, at))
-    raise not_among(f"{at}.type", type_, (*_DECODERS, *sorted(HOSTED)))
+    known = (*_DECODERS, *sorted(HOSTED))
+    if may_be_newer(type_, known):
+        return HostedTool(type_, decode(_FIELDS, raw, at))
+    raise not_among(f"{at}.type", type_, known)
 
 
 def _refuse_elsewhere(tool: McpTool, at: str) -> None:

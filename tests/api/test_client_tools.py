@@ -156,3 +156,55 @@ def test_a_compaction_stands_for_a_call_and_its_output(client, upstream, said):
     client.responses.create(model="m", previous_response_id=compacted.id, input=said, tools=[{"type": "shell"}])
     [record] = upstream.asked(said)
     assert all("tool_calls" not in one and one["role"] != "tool" for one in record.body["messages"])
+
+
+# -- Unknown types ----------------------------------------------------------------------------------------------------------
+
+DREAM = {"type": "dream_call", "id": "dr_1", "call_id": "d1", "status": "done", "scene": {"sheep": [1, None]}}
+WAKING = {"type": "dream_call_output", "id": "dro_1", "call_id": "d1", "output": "bleat"}
+LEFT_OUT = "x-reprise-left-out-items"
+
+
+@pytest.mark.parametrize("way", ["whole", "stream", "background"])
+def test_items_of_unknown_types_are_kept_and_a_header_names_them(http, upstream, said, way):
+    body = {"model": "m", "input": [DREAM, WAKING, {"role": "user", "content": said}]}
+    reply = http.post("/responses", json={**body, "stream": way == "stream", "background": way == "background"})
+    assert (reply.status_code, reply.headers[LEFT_OUT]) == (200, "dream_call, dream_call_output")
+    id = events_of(reply)[0]["response"]["id"] if way == "stream" else reply.json()["id"]
+    assert _listed(http, f"responses/{id}/input_items")[:2] == [DREAM, WAKING]
+    if way == "whole":
+        again = http.post("/responses", json={"model": "m", "input": f"{said} again", "previous_response_id": id})
+        assert again.headers[LEFT_OUT] == "dream_call, dream_call_output"
+        [record] = upstream.asked(f"{said} again")
+        assert [one["role"] for one in record.body["messages"]] == ["user", "assistant", "user"]
+        assert "sheep" not in str(record.body) and "bleat" not in str(record.body)
+
+
+def _listed(http, path):
+    return http.get(f"/{path}", params={"order": "asc"}).json()["data"]
+
+
+def test_a_conversation_keeps_them(http, client, said):
+    conversation = client.conversations.create().id
+    assert http.post(f"/conversations/{conversation}/items", json={"items": [DREAM]}).status_code == 200
+    reply = http.post("/responses", json={"model": "m", "input": said, "conversation": conversation})
+    assert reply.headers[LEFT_OUT] == "dream_call"
+    assert _listed(http, f"conversations/{conversation}/items")[0] == DREAM
+
+
+def test_a_header_names_only_so_many_types(http, said):
+    given = [{"type": f"dream{n}"} for n in range(40)]
+    reply = http.post("/responses", json={"model": "m", "input": [*given, {"role": "user", "content": said}]})
+    assert reply.headers[LEFT_OUT] == ", ".join([*(f"dream{n}" for n in range(16)), "..."])
+
+
+def test_tools_of_unknown_types_are_left_out(http, heard, said):
+    tools = [{"type": "dream", "depth": 3}, {"type": "programmatic_tool_calling"}, F]
+    reply = http.post("/responses", json={"model": "m", "input": said, "tools": tools})
+    assert (reply.status_code, reply.headers["x-reprise-left-out-tools"]) == (200, "dream, programmatic_tool_calling")
+    assert [tool["function"]["name"] for tool in heard()["tools"]] == ["shell"]
+    assert [tool["type"] for tool in reply.json()["tools"]] == ["function"]
+    chosen = http.post(
+        "/responses", json={"model": "m", "input": said, "tools": tools, "tool_choice": {"type": "dream"}}
+    )
+    assert (chosen.status_code, chosen.json()["error"]["param"]) == (400, "tool_choice.type")

@@ -105,8 +105,8 @@ def _samples(hint: Any) -> list[Any]:
 
 
 PLAIN = {str: "x", int: 1, float: 0.5, bool: True, object: {}, type(None): None}
-UNOFFERED = "additional_tools program program_output configuration_update".split()
-"""Types of items that are refused, or that hold a tool which is."""
+UNOFFERED = ["additional_tools"]
+"""Types of items that hold a tool which is refused."""
 
 
 def _items() -> dict[str, list[Any]]:
@@ -339,3 +339,19 @@ def test_a_value_beside_those_that_may_stand_is_refused_with_them_and_the_neares
 def test_an_item_of_an_unknown_type_is_refused_with_the_nearest_one():
     with pytest.raises(InvalidRequest, match=r"'mesage' are not supported .* Did you mean 'message'\?$"):
         request(input=[{"type": "mesage", "role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize(
+    "type_", ["function-call", "shell_calls", "input_text", "function", "web_search", "a b", "x" * 65, ""]
+)
+def test_an_item_whose_type_is_a_mistake_is_refused(type_: str):
+    with pytest.raises(InvalidRequest) as caught:
+        request(input=[{"type": type_, "text": "x"}])
+    assert caught.value.param == "input[0].type"
+
+
+@pytest.mark.parametrize("type_", ["dream_call", "program", "configuration_update", "com.example.note"])
+def test_an_item_of_an_unknown_type_is_kept_as_it_came(type_: str):
+    fields = {"type": type_, "id": "x_1", "call_id": 7, "status": None, "more": [{"a": None}]}
+    [kept] = request(input=[fields]).input
+    assert (items.encode_item(kept), items.is_unknown(kept)) == (msgspec.json.encode(fields), True)

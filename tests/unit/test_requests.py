@@ -165,7 +165,7 @@ def test_every_form_of_tool_choice_is_decoded(choice: Any, expected: Any):
         ({"tools": [function("f"), {"type": "function"}]}, "tools[1].name", "missing_required_parameter"),
         ({"tools": [function("a b")]}, "tools[0].name", "invalid_value"),
         ({"tools": [{"name": "f"}]}, "tools[0].type", "missing_required_parameter"),
-        ({"tools": [{"type": "nope"}]}, "tools[0].type", "invalid_value"),
+        ({"tools": [{"type": "functoin"}]}, "tools[0].type", "invalid_value"),
         ({"tools": {}}, "tools", "invalid_type"),
         ({"tool_choice": "some"}, "tool_choice", "invalid_value"),
         ({"tool_choice": 1}, "tool_choice", "invalid_type"),
