@@ -1,6 +1,7 @@
 """`/v1/conversations`: create, retrieve, update, list, fork, delete; their items: create, list, retrieve, delete."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from litestar import Controller, Request, Response, delete, get, post
@@ -11,14 +12,16 @@ from app.api import pages, queries
 from app.api.replies import json_reply
 from app.api.services import Services
 from app.domain.context import accept_items, references
+from app.domain.sealed import TenantSeal
+from app.errors import InvalidRequest
 from app.ids import new_id
 from app.offload import offload
+from app.rooms import Room
 from app.runs.admission import Caller
 from app.storage import contexts, conversations
 from app.storage.conversations import StoredConversation
-from app.storage.pages import BYTES_MAX
 from app.wire import conversations as wire
-from app.wire.items import decode_stored_item, encode_items
+from app.wire.items import AnyItem, decode_stored_item, encode_items
 from app.wire.resources import Deleted, encode
 
 
@@ -31,10 +34,10 @@ class ConversationsController(Controller):
     async def create(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[bytes]:
         """A new conversation, perhaps with its first items."""
         queries.parse(request, queries.Nothing)
-        with services.bodies.reading(request) as body:
+        with services.bodies.reading(request) as body, Room(services.reads) as room:
             raw = await body.read()
             asked = await offload(len(raw), wire.decode_request, wire.CREATE, raw)
-            items = await _accepted(services, caller, asked.items or [], len(raw))
+            items = await _accepted(services, caller, asked.items or [], len(raw), room)
             made = _new(encode(asked.metadata or {}).decode())
             async for attempt in services.database.settling():
                 with attempt:
@@ -121,10 +124,10 @@ class ConversationsController(Controller):
     ) -> Response[Any]:
         """Append items."""
         query = queries.parse(request, queries.Included)
-        with services.bodies.reading(request) as body:
+        with services.bodies.reading(request) as body, Room(services.reads) as room:
             raw = await body.read()
             asked = await offload(len(raw), wire.decode_request, wire.ITEMS, raw)
-            items = await _accepted(services, caller, asked.items, len(raw))
+            items = await _accepted(services, caller, asked.items, len(raw), room)
             async for attempt in services.database.settling():
                 with attempt:
                     async with services.database.begin() as tx:
@@ -140,9 +143,12 @@ class ConversationsController(Controller):
     ) -> Response[Any]:
         """One item."""
         query = queries.parse(request, queries.Included)
-        async with services.database.autocommit() as tx:
-            body = await conversations.get_item(tx, caller.tenant_id, conversation_id, item_id)
-        return json_reply(pages.shown(body.encode(), query.include), services.backlogs)
+
+        async def read(bytes_max: int) -> tuple[int, str | None]:
+            async with services.database.autocommit() as tx:
+                return await conversations.get_item(tx, caller.tenant_id, conversation_id, item_id, bytes_max=bytes_max)
+
+        return await pages.read(services, read, lambda body: pages.shown(body.encode(), query.include))
 
     @delete("/{conversation_id:str}/items/{item_id:str}", status_code=200)
     async def remove_item(
@@ -159,18 +165,29 @@ class ConversationsController(Controller):
         return _reply(left)
 
 
-async def _accepted(services: Services, caller: Caller, given: list[Raw], size: int) -> list[tuple[str, bytes]]:
-    """Given items with their ids, as they are stored. Raises InvalidRequest."""
+async def _accepted(
+    services: Services, caller: Caller, given: list[Raw], size: int, room: Room
+) -> list[tuple[str, bytes]]:
+    """Given items with their ids, as they are stored; `room` is for those that references stand for. Raises InvalidRequest."""
     items = await offload(size, wire.decode_items, given)
-    found: dict[str, str] = {}
-    if wanted := references(items):
+    wanted = references(items)
+    most = services.settings.context_bytes_max
+
+    async def read(bytes_max: int) -> tuple[int, dict[str, str] | None]:
         async with services.database.autocommit() as tx:
-            _, bodies = await contexts.find_items(tx, caller.tenant_id, wanted, bytes_max=BYTES_MAX)
-            found = bodies or {}
-    referenced = {id: decode_stored_item(body.encode()) for id, body in found.items()}
+            taken, found = await contexts.find_items(tx, caller.tenant_id, wanted, bytes_max=min(bytes_max, most))
+        if taken > most:
+            raise InvalidRequest(f"The items take {taken} bytes; more than {most} are not possible.", param="items")
+        return taken, found
+
+    found = await room.read(read, wait_s=services.settings.context_wait_s) if wanted else {}
     seal = services.seal.of(caller.tenant_id)
-    accepted = accept_items(items, (), referenced, new_id, seal=seal, param="items")
-    return await offload(size, encode_items, accepted)
+    return await offload(size + room.size, _stored_form, items, found, seal)
+
+
+def _stored_form(items: list[AnyItem], found: Mapping[str, str], seal: TenantSeal) -> list[tuple[str, bytes]]:
+    referenced = {id: decode_stored_item(body.encode()) for id, body in found.items()}
+    return encode_items(accept_items(items, (), referenced, new_id, seal=seal, param="items"))
 
 
 def _new(metadata: str) -> StoredConversation:

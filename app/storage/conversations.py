@@ -33,6 +33,9 @@ class StoredConversation(Struct, frozen=True):
     """JSON."""
 
 
+NO_BODY = -1
+"""As a bound: no item is that small."""
+
 _ITEM = """
     insert into items (tenant_id, thread_id, turn, position, id, body)
     select :tenant_id, :thread_id, :turn, new.position, new.id, new.body
@@ -77,9 +80,10 @@ _TIP = Query(text(f"select thread_id, turn, status, must_branch from ({CONVERSAT
 _FIND = Query(
     text(f"""
     {path(CONVERSATION)}
-    select item.thread_id, item.turn, item.position, item.id, item.body, octet_length(cast(item.body as text)) as bytes
+    select item.thread_id, item.turn, item.position, item.id, item.bytes,
+           case when item.bytes <= :bytes_max then item.body end as body
     from target left join lateral (
-        select path.thread_id, item.turn, item.position, item.id, item.body
+        select path.thread_id, item.turn, item.position, item.id, item.body, octet_length(cast(item.body as text)) as bytes
         from (select thread_id, turn, position, id, body from items
               where tenant_id = :tenant_id and id = any(cast(:item_ids as text[])) offset 0) item
         join path on item.thread_id = path.thread_id and {ON_PATH}
@@ -201,7 +205,7 @@ async def append_items(
     Raises ConversationNotFound, ConversationLocked, InvalidRequest for an item that it has already.
     """
     await _one(tx, _LOCK, tenant_id, conversation_id)
-    found = await _one(tx, _FIND, tenant_id, conversation_id, item_ids=[id for id, _ in items])
+    found = await _one(tx, _FIND, tenant_id, conversation_id, item_ids=[id for id, _ in items], bytes_max=NO_BODY)
     if found["id"] is not None:
         if again:
             return
@@ -210,10 +214,12 @@ async def append_items(
     await tx.one(_APPEND, tenant_id=tenant_id, id=conversation_id, **binds, **item_rows(items, ()))
 
 
-async def get_item(tx: Tx, tenant_id: str, conversation_id: str, item_id: str) -> str:
-    """An item as JSON. Raises ConversationNotFound, ItemNotFound."""
-    found = await _find_item(tx, tenant_id, conversation_id, item_id)
-    return str(found["body"])
+async def get_item(
+    tx: Tx, tenant_id: str, conversation_id: str, item_id: str, *, bytes_max: int
+) -> tuple[int, str | None]:
+    """The size of an item in bytes, and its JSON, unless that is more than `bytes_max`. Raises ConversationNotFound, ItemNotFound."""
+    found = await _find_item(tx, tenant_id, conversation_id, item_id, bytes_max=bytes_max)
+    return found["bytes"], found["body"]
 
 
 async def remove_item(
@@ -316,8 +322,9 @@ async def _one(tx: Tx, query: Query, tenant_id: str, conversation_id: str, **bin
     return row
 
 
-async def _find_item(tx: Tx, tenant_id: str, conversation_id: str, item_id: str) -> Row:
-    found = await _one(tx, _FIND, tenant_id, conversation_id, item_ids=[item_id] if storable(item_id) else [])
+async def _find_item(tx: Tx, tenant_id: str, conversation_id: str, item_id: str, *, bytes_max: int = NO_BODY) -> Row:
+    ids = [item_id] if storable(item_id) else []
+    found = await _one(tx, _FIND, tenant_id, conversation_id, item_ids=ids, bytes_max=bytes_max)
     if found["id"] is None:
         raise ItemNotFound(item_id)
     return found

@@ -229,6 +229,16 @@ def test_a_reference_stands_for_a_stored_item(client, conversation):
     assert added.data[0].to_dict() == response.output[0].to_dict()
 
 
+def test_references_take_no_more_than_a_context(new_server):
+    with new_server(REPRISE_CONTEXT_BYTES_MAX="100000").client() as own:
+        made = own.conversations.create(items=[message("x" * 60_000, id=f"msg_{n}") for n in range(2)])
+        references = [{"type": "item_reference", "id": f"msg_{n}"} for n in range(2)]
+        assert texts(own, own.conversations.create(items=references[:1]).id) == ["x" * 60_000]
+        with pytest.raises(openai.BadRequestError, match="more than 100000 are not possible"):
+            own.conversations.create(items=references)
+        assert own.conversations.items.retrieve("msg_1", conversation_id=made.id).content[0].text == "x" * 60_000
+
+
 @pytest.mark.parametrize(
     ("items", "param"),
     [
