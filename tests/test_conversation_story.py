@@ -1,10 +1,14 @@
-"""One conversation's whole story with the official client: six turns of every kind, killed once, forked, compacted, counted."""
+"""One conversation's whole story with the official client: six turns of every kind, killed once, forked, compacted, counted, and
+shown a stored image."""
+
+import base64
 
 import openai
 
 from tests.upstream import finish, script, text
 from tests.waiting import until
 
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
 GATE = {"gate": "the story's kill"}
 
 
@@ -56,6 +60,7 @@ def test_a_conversation_of_six_turns_is_killed_forked_compacted_and_counted(new_
         assert said[-2:] == ["Thanks", "ok: Thanks"]
         assert [one.conversation.id for one in made] == [conversation] * 6
         look(client, served, conversation, said, upstream)
+        show(client, conversation, upstream)
 
 
 def look(client, served, conversation, said, upstream):
@@ -80,3 +85,18 @@ def look(client, served, conversation, said, upstream):
     assert question == "And now?"
     assert texts(client, conversation) == said
     print(f"{len(said)} messages; fork {fork.id}; tokens {whole}, fork {before}, compacted {count(fork.id)}")
+
+
+def show(client, conversation, upstream):
+    """A stored image, by its id."""
+    file = client.files.create(file=("dot.png", PNG), purpose="vision")
+    image = {"type": "input_image", "file_id": file.id, "detail": "auto"}
+    for parts in (
+        [{"type": "input_text", "text": "Look at this"}, image],
+        [{"type": "input_text", "text": "What was it?"}],
+    ):
+        client.responses.create(model="m", conversation=conversation, input=[{"role": "user", "content": parts}])
+    messages = upstream.asked("What was it?")[-1].body["messages"]
+    [seen] = [part["image_url"]["url"] for one in messages for part in one["content"] if "image_url" in part]
+    assert seen == f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
+    print(f"{file.id} reached the model in the turn after its own, too")

@@ -281,7 +281,10 @@ def test_a_bad_count_is_refused_as_a_bad_create_is(http, given, message):
     assert message in {None, reply.json()["error"]["message"]}
 
 
-@pytest.mark.parametrize("given", [{"conversation": "conv_none"}, {"tools": [{"type": "computer"}]}])
+CONNECTOR = {"type": "mcp", "server_label": "a", "connector_id": "connector_dropbox"}
+
+
+@pytest.mark.parametrize("given", [{"conversation": "conv_none"}, {"tools": [CONNECTOR]}])
 def test_what_a_create_refuses_a_count_refuses_in_the_same_words(http, given):
     body = {"model": "plain@m", "input": "hi", **given}
     create, count = http.post("/responses", json=body), http.post("/responses/input_tokens", json=body)
