@@ -8,6 +8,7 @@ import msgspec
 from litestar import Controller, Request, Response, post
 
 from app.api.connected import run_while_connected
+from app.api.left_out import left_out_headers
 from app.api.replies import json_reply
 from app.api.services import Services
 from app.domain.compaction import retained
@@ -49,11 +50,11 @@ class CompactionsController(Controller):
                     raise
 
             start = partial(services.admission.start, caller, create)
-            _, (messages, made) = await run_while_connected(request.receive, start, read)
+            run, (messages, made) = await run_while_connected(request.receive, start, read)
         if made.status != "completed":
             raise UpstreamGarbled("The upstream's summary is not complete.")
         body = await offload(size, _encoded, messages, made)
-        return json_reply(body, services.backlogs, made=made.id, stored=False)
+        return json_reply(body, services.backlogs, left_out_headers(run.left_out), made=made.id, stored=False)
 
 
 def _encoded(messages: list[AnyItem], made: resources.Response) -> bytes:

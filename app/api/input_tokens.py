@@ -7,6 +7,7 @@ from litestar import Request, Response, post
 from litestar.enums import MediaType
 
 from app.api.connected import while_connected
+from app.api.left_out import left_out_headers
 from app.api.services import Services
 from app.offload import offload
 from app.runs.admission import Caller
@@ -19,7 +20,8 @@ async def input_tokens(request: Request[Any, Any, Any], caller: Caller, services
     """The tokens that the model would read if a response was created with these parameters."""
     with ExitStack() as taking:
         raw = await taking.enter_context(services.bodies.reading(request)).read()
-        counted = await offload(len(raw), decode_count, raw, services.catalog.passed_on)
+        create = await offload(len(raw), decode_count, raw, services.catalog.passed_on)
         del raw
-        count = await while_connected(request.receive, services.counts.count(caller, counted, taking.close))
-    return Response(encode(InputTokens(count)), media_type=MediaType.JSON)
+        counted = await while_connected(request.receive, services.counts.count(caller, create, taking.close))
+    headers = left_out_headers(counted.left_out)
+    return Response(encode(InputTokens(counted.tokens)), media_type=MediaType.JSON, headers=headers)

@@ -1,21 +1,20 @@
 """`/v1/responses`: create, retrieve, list, delete, input items."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import msgspec
-import structlog
 from litestar import Controller, Request, Response, delete, get, post
 from litestar.enums import MediaType
 
 from app.api import pages, queries
 from app.api.connected import run_while_connected
+from app.api.left_out import left_out_headers
 from app.api.replies import json_reply
 from app.api.services import Services
 from app.api.sse import EventStream
-from app.domain.context import LeftOut
 from app.domain.prompt_templates import fill_in
 from app.errors import InvalidRequest
 from app.offload import offload
@@ -26,21 +25,9 @@ from app.storage import contexts, responses
 from app.storage.pages import Page
 from app.storage.responses import Stored
 from app.wire import resources
-from app.wire.hosted_tools import HOSTED
 from app.wire.redaction import Redaction
 from app.wire.requests import CreateResponse, decode_create
 from app.wire.resources import Deleted, encode
-
-log = structlog.get_logger()
-
-LEFT_OUT_TOOLS_HEADER = "x-reprise-left-out-tools"
-"""Names the types of declared tools that the model does not see, because no server here runs them."""
-
-LEFT_OUT_ITEMS_HEADER = "x-reprise-left-out-items"
-"""Names the types of items that the model does not see, because this version does not know them."""
-
-NAMED_MAX = 16
-"""So many types are named in a header; an ellipsis stands for the others."""
 
 
 class ResponsesController(Controller):
@@ -62,7 +49,7 @@ class ResponsesController(Controller):
 
             async def read(run: ForegroundRun) -> tuple[resources.Response | None, dict[str, str]]:
                 taking.close()
-                headers = _left_out(run.left_out)
+                headers = left_out_headers(run.left_out)
                 if not create.stream:
                     return await run.finished(), headers
                 await run.opened()
@@ -78,7 +65,7 @@ class ResponsesController(Controller):
         self, caller: Caller, create: CreateResponse, raw: bytes, services: Services
     ) -> Response[Any]:
         queued = await services.admission.enqueue(caller, create, raw)
-        headers = _left_out(queued.left_out)
+        headers = left_out_headers(queued.left_out)
         if not create.stream:
             return _reply(services, queued.response, (), headers, is_new=True)
         followed = services.following.follow_stored(caller.tenant_id, queued.response.id, queued.entries, is_new=True)
@@ -189,28 +176,6 @@ def _event_stream(
         keepalive_events=services.settings.keepalive_events,
         headers=headers,
     )
-
-
-def _left_out(left_out: LeftOut) -> dict[str, str]:
-    """The warning about tools and items that the model does not see, in the log and as headers."""
-    headers = {}
-    if left_out.tools:
-        known = [type_ for type_ in left_out.tools if type_ in HOSTED]
-        log.warning(
-            "Tools that no server here runs were left out.",
-            action="tools_left_out",
-            tools=known,
-            unknown=len(left_out.tools) - len(known),
-        )
-        headers[LEFT_OUT_TOOLS_HEADER] = _named(left_out.tools)
-    if left_out.items:
-        log.warning("Items of unknown types were left out.", action="items_left_out", types=len(left_out.items))
-        headers[LEFT_OUT_ITEMS_HEADER] = _named(left_out.items)
-    return headers
-
-
-def _named(types: Sequence[str]) -> str:
-    return ", ".join([*types[:NAMED_MAX], *(["..."] if len(types) > NAMED_MAX else [])])
 
 
 def _shown(response: resources.Response, include: Collection[str]) -> resources.Response:

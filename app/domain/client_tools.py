@@ -5,7 +5,7 @@ because it has no event for a part of them. Arguments that do not fit are not ha
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeGuard
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -341,13 +341,18 @@ def owner_of(kind: str) -> str:
 
 def client_tool_of(declared: HostedTool) -> ClientTool | None:
     """The client's tool of a declaration; None for one that the client does not run."""
-    if is_in_container(declared.fields) or (
-        declared.type == "tool_search" and declared.fields.get("execution") != "client"
-    ):
-        return None
-    return _TOOLS.get(declared.type)
+    is_elsewhere = is_in_container(declared.fields) or _is_search_elsewhere(
+        declared.type, "tool_search", declared.fields
+    )
+    return None if is_elsewhere else _TOOLS.get(declared.type)
 
 
-def is_client_run(item: AnyItem) -> bool:
+def is_client_run(item: AnyItem) -> TypeGuard[OpaqueItem]:
     """Whether an item is a call of a client's tool."""
-    return isinstance(item, OpaqueItem) and item.type in ID_PREFIXES and not is_in_container(item.fields)
+    if not isinstance(item, OpaqueItem) or is_in_container(item.fields):
+        return False
+    return item.type in ID_PREFIXES and not _is_search_elsewhere(item.type, "tool_search_call", item.fields)
+
+
+def _is_search_elsewhere(type_: str, search: str, fields: Json) -> bool:
+    return type_ == search and fields.get("execution") != "client"

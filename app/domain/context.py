@@ -65,6 +65,9 @@ PREFIXES = {
 }
 """Item type → id prefix; other items get `item_…`."""
 
+CUT_OFF = frozenset({"incomplete", "in_progress"})
+"""Statuses of a call that can't be answered."""
+
 Call = FunctionCall | CustomToolCall
 Output = FunctionCallOutput | CustomToolCallOutput
 
@@ -73,7 +76,8 @@ NO_ORIGINS: Mapping[str, str] = MappingProxyType({})
 
 
 class LeftOut(Struct, frozen=True):
-    """Types of tools and items that the model does not see, because no server here runs them or this version does not know them."""
+    """Types of tools and items that the model does not see: no server here runs them, this version does not know them, or they are
+    calls of other servers that have no output."""
 
     tools: tuple[str, ...]
     items: tuple[str, ...]
@@ -113,8 +117,13 @@ class Context(Struct, frozen=True):
     @property
     def left_out(self) -> LeftOut:
         """What the model does not see of what it would see in the hosted API."""
-        unknown = (item.type for _, item in self.visible if is_unknown(item))
-        return LeftOut(self.toolbox.left_out, tuple(dict.fromkeys(unknown)))
+        unseen = (type_of(item) for at, item in self.visible if is_unknown(item) or self._is_open_call(at, item))
+        return LeftOut(self.toolbox.left_out, tuple(dict.fromkeys(unseen)))
+
+    def _is_open_call(self, position: int, item: AnyItem) -> bool:
+        """Whether an item is a call of another server that has no output."""
+        is_call = isinstance(item, OpaqueItem) and _called(item) is not None
+        return is_call and position not in self.answers and not is_client_run(item)
 
 
 def references(given: Sequence[AnyItem]) -> list[str]:
@@ -348,7 +357,7 @@ def _refuse_duplicates(chain: Sequence[AnyItem], given: Sequence[AnyItem], param
 
 
 def _cut_off(item: AnyItem) -> bool:
-    return isinstance(item, Call) and item.status in {"incomplete", "in_progress"}
+    return isinstance(item, Call) and item.status in CUT_OFF
 
 
 def normalise(item: AnyItem, new_id: NewId) -> AnyItem:
@@ -431,8 +440,8 @@ class _Pairs:
 
 
 def _refuse_unanswered(call_id: str, call: AnyItem) -> None:
-    """A call for the client must have an output."""
-    if isinstance(call, Call):
+    """A whole call for the client must have an output."""
+    if isinstance(call, Call) or (is_client_run(call) and call.fields.get("status") not in CUT_OFF):
         raise InvalidRequest(f"No tool output found for {_kind(call)} {call_id}.", param="input")
 
 

@@ -2,6 +2,9 @@
 
 from collections.abc import Callable
 
+from msgspec import Struct
+
+from app.domain.context import LeftOut
 from app.errors import TooManyRequests
 from app.offload import offload
 from app.outbound.catalog import Route
@@ -13,6 +16,13 @@ from app.settings import Settings
 from app.wire.requests import CreateResponse
 
 
+class Counted(Struct, frozen=True):
+    """The tokens of a prompt, and what it leaves out."""
+
+    tokens: int
+    left_out: LeftOut
+
+
 class TokenCounts:
     """The counts that this process makes."""
 
@@ -21,7 +31,7 @@ class TokenCounts:
         self._counts_max = settings.token_counts_max
         self._counting = 0
 
-    async def count(self, caller: Caller, request: CreateResponse, planned: Callable[[], None]) -> int:
+    async def count(self, caller: Caller, request: CreateResponse, planned: Callable[[], None]) -> Counted:
         """The tokens of the first turn's prompt, before any truncation: nothing is stored, listed or called. `planned` is called as
         soon as the context has room of its own. Raises ApiError."""
         if self._counting >= self._counts_max:
@@ -31,7 +41,7 @@ class TokenCounts:
             plan = await self._planner.plan(caller.tenant_id, caller.key, request)
             with plan.room:
                 planned()
-                return await self._count(plan)
+                return Counted(await self._count(plan), plan.context.left_out)
         finally:
             self._counting -= 1
 

@@ -192,6 +192,15 @@ def test_a_conversation_keeps_them(http, client, said):
     assert _listed(http, f"conversations/{conversation}/items")[0] == DREAM
 
 
+@pytest.mark.parametrize("path", ["compact", "input_tokens"])
+def test_a_compaction_and_a_count_name_them_too(http, said, path):
+    given = {"model": "m", "input": [DREAM, {"role": "user", "content": said}]}
+    tools = {"tools": [{"type": "dream"}]} if path == "input_tokens" else {}
+    reply = http.post(f"/responses/{path}", json={**given, **tools})
+    assert (reply.status_code, reply.headers[LEFT_OUT]) == (200, "dream_call"), reply.text
+    assert reply.headers.get("x-reprise-left-out-tools") == ("dream" if tools else None)
+
+
 def test_a_header_names_only_so_many_types(http, said):
     given = [{"type": f"dream{n}"} for n in range(40)]
     reply = http.post("/responses", json={"model": "m", "input": [*given, {"role": "user", "content": said}]})

@@ -5,11 +5,13 @@ from typing import Any
 import pytest
 
 from app.domain.client_tools import Unfit, client_tool_of
+from app.domain.compaction import Compacted, seal_compacted
 from app.domain.context import waits_for_client
 from app.domain.toolbox import ByClient, Rejected
 from app.domain.turn import Turn
+from app.wire.items import type_of
 from app.wire.tools import HostedTool
-from tests.unit.build import chunk, context, counting, function, item, made, piece, toolbox, user
+from tests.unit.build import SEAL, chunk, context, counting, function, item, made, piece, toolbox, user
 
 SEARCH = {"type": "tool_search", "execution": "client"}
 
@@ -111,8 +113,11 @@ def test_what_a_search_has_found_may_be_called_also_after_a_compaction():
     found = [function("get_time"), {"type": "namespace", "name": "crm", "tools": [function("find")]}, SEARCH]
     search = {"type": "tool_search_call", "call_id": "c1", "arguments": {}, "execution": "client"}
     output = {"type": "tool_search_output", "call_id": "c1", "tools": found, "execution": "client"}
-    box = context(user("hi"), search, output, tools=[SEARCH]).toolbox
-    assert list(box.offers) == ["tool_search", "get_time", "crm__find"]
+    compaction = {"type": "compaction", "id": "cmp_1", "encrypted_content": seal_compacted(Compacted("Hm."), SEAL)}
+    for after in ([], [compaction]):
+        made = context(user("hi"), search, output, *after, user("go on"), tools=[SEARCH])
+        assert list(made.toolbox.offers) == ["tool_search", "get_time", "crm__find"]
+    assert [type_of(one) for _, one in made.visible] == ["compaction", "message"]
 
 
 def test_a_call_is_added_whole_and_one_that_does_not_fit_is_rejected():

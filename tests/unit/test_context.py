@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from app.domain.context import Context, check_parent, pair, references, resolve, restore
+from app.domain.context import Context, check_parent, references, resolve, restore
 from app.errors import InvalidRequest
 from tests.unit.build import SEAL, assistant, call, context, counting, function, item, output, plain_item, request, user
 
@@ -59,6 +59,10 @@ def test_a_call_of_the_chain_is_answered_by_the_new_input():
             "No tool output found for custom tool call a.",
         ),
         (
+            [{"type": "computer_call", "id": "cu_1", "call_id": "a", "actions": [], "status": "completed"}],
+            "No tool output found for computer call a.",
+        ),
+        (
             [{"type": "shell_call_output", "call_id": "a", "output": []}],
             "No tool call found for shell call output with call_id a.",
         ),
@@ -69,8 +73,23 @@ def test_a_call_or_output_that_is_left_alone_is_refused(given: list[dict[str, An
     assert (error.message, error.param) == (message, "input")
 
 
-def test_an_unanswered_call_of_another_server_is_taken():
-    assert pair([item({"type": "shell_call", "id": "sh_1", "call_id": "a"})]) == {}
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"type": "shell_call", "environment": {"type": "container_reference", "container_id": "c"}},
+        {"type": "tool_search_call", "execution": "server"},
+    ],
+)
+def test_an_unanswered_call_of_another_server_is_taken_and_named(fields: dict[str, Any]):
+    made = context({"id": "x_1", "call_id": "a", "status": "completed", **fields}, user("x"))
+    assert made.answers == {}
+    assert made.left_out.items == (fields["type"],)
+
+
+def test_a_call_of_the_client_s_tool_that_was_cut_off_needs_no_output():
+    shell = {"type": "shell_call", "id": "sh_1", "call_id": "a", "status": "incomplete"}
+    made = context(user("x"), chain=[shell])
+    assert (made.answers, made.left_out.items) == ({}, ())
 
 
 @pytest.mark.parametrize("status", ["incomplete", "in_progress"])

@@ -505,7 +505,8 @@ def test_a_shell_call_is_a_call_of_its_kind():
 
 
 def test_an_unanswered_call_of_another_server_is_not_said():
-    shell = {"type": "shell_call", "id": "sh_1", "call_id": "c1", "action": {}}
+    environment = {"type": "container_reference", "container_id": "c"}
+    shell = {"type": "shell_call", "id": "sh_1", "call_id": "c1", "action": {}, "environment": environment}
     assert said(user("hi"), shell) == [{"role": "user", "content": "hi"}]
 
 
