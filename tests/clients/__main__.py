@@ -1,16 +1,23 @@
-"""`python -m tests.clients`: connects real clients as `reprise connect` says, and asks each "Hello"; fails where one gets no answer."""
+"""`python -m tests.clients`: connects real clients as `reprise connect` says, and asks each "Hello"; fails where one gets no answer.
+
+The SDK for Node.js then calls every endpoint (`openai_node.mjs`), with the scripted upstream behind the server.
+"""
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from app.clients import CLIENTS, Client
 from tests.servers import ROOT, Served
+from tests.upstream import Upstream
 
 HOME = ROOT / ".clients"
+NODE_TESTS = Path(__file__).parent / "openai_node.mjs"
 TIMEOUT_S = 120
 ANSWER = 'You said: "Hello".'
 """The demo model's."""
@@ -25,12 +32,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as data, Served({"REPRISE_DATA_DIR": data}) as served:
         for name in [only] if only else CLIENTS:
             printed = run(CLIENTS[name], served.url)
-            answered = ANSWER in printed
-            print(f"{'ok  ' if answered else 'FAIL'} {name}", flush=True)
-            if not answered:
+            if not passed(name, ANSWER in printed, printed):
                 failed.append(name)
-                print(printed, file=sys.stderr)
+    if only in {None, "openai-node"}:
+        status, printed = run_node_tests()
+        if not passed(f"openai-node, {NODE_TESTS.name}", status == 0, printed):
+            failed.append(NODE_TESTS.name)
     sys.exit(1 if failed else 0)
+
+
+def passed(name: str, is_ok: bool, printed: str) -> bool:
+    """Print how it went; gives `is_ok`."""
+    print(f"{'ok  ' if is_ok else 'FAIL'} {name}", flush=True)
+    if not is_ok:
+        print(printed, file=sys.stderr)
+    return is_ok
 
 
 def run(client: Client, url: str) -> str:
@@ -39,24 +55,41 @@ def run(client: Client, url: str) -> str:
         file = Path(home) / client.file.removeprefix("~/")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(client.lines(url, "echo", "none") + "\n")
-        (Path(home) / "node_modules").symlink_to(HOME / "node_modules")
-        path = [HOME / "venv" / "bin", HOME / "node_modules" / ".bin", os.environ["PATH"]]
-        try:
-            done = subprocess.run(
-                client.command("none"),
-                shell=True,
-                cwd=home,
-                env={**os.environ, "HOME": home, "CODEX_HOME": f"{home}/.codex", "PATH": ":".join(map(str, path))},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=TIMEOUT_S,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as expired:
-            return f"no end within {TIMEOUT_S} s\n{expired.stdout!r}"
-        return done.stdout
+        return run_in(home, client.command("none"), {"CODEX_HOME": f"{home}/.codex"})[1]
+
+
+def run_node_tests() -> tuple[int, str]:
+    """The exit status of the tests of the SDK for Node.js, and what they print."""
+    with (
+        tempfile.TemporaryDirectory(prefix="reprise-client-") as home,
+        Upstream() as upstream,
+        Served({"REPRISE_DATA_DIR": f"{home}/data", "OPENAI_BASE_URL": upstream.base_url}) as served,
+    ):
+        shutil.copy(NODE_TESTS, home)
+        env = {"REPRISE_URL": served.url, "UPSTREAM_URL": upstream.base_url}
+        return run_in(home, f"node --test {NODE_TESTS.name}", env)
+
+
+def run_in(home: str, command: str, env: Mapping[str, str]) -> tuple[int, str]:
+    """The exit status of a command in this directory, where it finds the clients, and everything that it prints."""
+    (Path(home) / "node_modules").symlink_to(HOME / "node_modules")
+    path = [HOME / "venv" / "bin", HOME / "node_modules" / ".bin", os.environ["PATH"]]
+    try:
+        done = subprocess.run(
+            command,
+            shell=True,
+            cwd=home,
+            env={**os.environ, "HOME": home, "PATH": ":".join(map(str, path)), **env},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as expired:
+        return 1, f"no end within {TIMEOUT_S} s\n{expired.stdout!r}"
+    return done.returncode, done.stdout
 
 
 if __name__ == "__main__":
