@@ -191,7 +191,7 @@ class Planner:
             slot = found.parent.conversation if found.parent else None
             usage = await self._usage(tenant_id, request, slot.writer if slot else request.body.previous_response_id)
             turn = found.parent.place.turn if found.parent else None
-            found.tokens = await offload(size, _tokens, request, context, turn, found.earlier, usage)
+            found.tokens = await _tokens(size, request, context, turn, found.earlier, usage)
         except BaseException:
             room.release()
             raise
@@ -271,7 +271,7 @@ class Planner:
                 size, restore, request, stored, own, made, seal=seal, requests=requests, hosted=hosted, origins=origins
             )
             usage = await self._usage(tenant_id, request, request.body.previous_response_id)
-            tokens = await offload(size, _tokens, request, context, chain.parent.place.turn - 1, rows, usage)
+            tokens = await _tokens(size, request, context, chain.parent.place.turn - 1, rows, usage)
             return _Found(tokens=tokens), context, size
 
         try:
@@ -444,13 +444,25 @@ def _decoded(items: Sequence[StoredItem]) -> list[AnyItem]:
     return [decode_stored_item(item.body.encode()) for item in items]
 
 
-def _tokens(
-    request: CreateResponse, context: Context, turn: int | None, earlier: Sequence[StoredItem], usage: Usage | None
+async def _tokens(
+    size: int,
+    request: CreateResponse,
+    context: Context,
+    turn: int | None,
+    earlier: Sequence[StoredItem],
+    usage: Usage | None,
 ) -> int:
-    """The tokens of a context that may be compacted: as counted for its parent, which was at this turn, and estimated for what has
-    been added; or else all are estimated."""
+    """The tokens of a context of so many bytes; 0 if it is not to be compacted."""
     if not request.body.context_management:
         return 0
+    return await offload(size, _known_tokens, request, context, turn, earlier, usage)
+
+
+def _known_tokens(
+    request: CreateResponse, context: Context, turn: int | None, earlier: Sequence[StoredItem], usage: Usage | None
+) -> int:
+    """The tokens of a context: as counted for its parent, which was at this turn, and estimated for what has been added; or else
+    all are estimated."""
     last = {row.id for row in earlier if row.turn == turn and row.position >= OUTPUT_POSITION}
     places = [at for at, item in enumerate(context.items) if item.id in last]
     counted = counted_tokens(usage, [context.items[at] for at in places])
