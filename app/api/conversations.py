@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 from litestar import Controller, Request, Response, delete, get, post
-from litestar.enums import MediaType
-from msgspec import Raw
+from msgspec import Raw, Struct
 
 from app.api import pages, queries
-from app.api.replies import json_reply
+from app.api.replies import json_reply, small_reply
 from app.api.services import Services
 from app.domain.context import accept_items, references
 from app.domain.sealed import TenantSeal
@@ -23,6 +23,8 @@ from app.storage.conversations import StoredConversation
 from app.wire import conversations as wire
 from app.wire.items import AnyItem, decode_stored_item, encode_items
 from app.wire.resources import Deleted, encode
+
+T = TypeVar("T", bound=Struct)
 
 
 class ConversationsController(Controller):
@@ -43,18 +45,17 @@ class ConversationsController(Controller):
                 with attempt:
                     async with services.database.autocommit() as tx:
                         await conversations.create_conversation(tx, caller.tenant_id, made, items)
-        return _reply(made)
+        return small_reply(_shown(made))
 
     @get()
-    async def list(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[bytes]:
+    async def list(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[Any]:
         """Conversations by creation; beyond the hosted API."""
         query = queries.parse(request, queries.ConversationPage)
         async with services.database.autocommit() as tx:
             page = await conversations.list_conversations(
                 tx, caller.tenant_id, query.metadata, after=query.after, limit=query.limit, order=query.order
             )
-        body = pages.encoded([(row.id, encode(_shown(row))) for row in page.rows], has_more=page.has_more)
-        return Response(body, media_type=MediaType.JSON)
+        return pages.reply(services, [_shown(row) for row in page.rows], has_more=page.has_more)
 
     @get("/{conversation_id:str}")
     async def retrieve(
@@ -63,7 +64,7 @@ class ConversationsController(Controller):
         """One conversation, without its items."""
         queries.parse(request, queries.Nothing)
         async with services.database.autocommit() as tx:
-            return _reply(await conversations.get_conversation(tx, caller.tenant_id, conversation_id))
+            return small_reply(_shown(await conversations.get_conversation(tx, caller.tenant_id, conversation_id)))
 
     @post("/{conversation_id:str}", status_code=200)
     async def update(
@@ -71,11 +72,11 @@ class ConversationsController(Controller):
     ) -> Response[bytes]:
         """Replace the metadata."""
         queries.parse(request, queries.Nothing)
-        with services.bodies.reading(request) as body:
-            asked = wire.decode_request(wire.UPDATE, await body.read())
+        asked = await _asked(services, request, wire.UPDATE)
         metadata = encode(asked.metadata or {}).decode()
         async with services.database.autocommit() as tx:
-            return _reply(await conversations.update_conversation(tx, caller.tenant_id, conversation_id, metadata))
+            updated = await conversations.update_conversation(tx, caller.tenant_id, conversation_id, metadata)
+        return small_reply(_shown(updated))
 
     @delete("/{conversation_id:str}", status_code=200)
     async def remove(
@@ -89,7 +90,7 @@ class ConversationsController(Controller):
                     await conversations.delete_conversation(
                         tx, caller.tenant_id, conversation_id, again=attempt.num > 1
                     )
-        return Response(encode(Deleted(conversation_id, "conversation.deleted")), media_type=MediaType.JSON)
+        return small_reply(Deleted(conversation_id, "conversation.deleted"))
 
     @post("/{conversation_id:str}/fork", status_code=200)
     async def fork(
@@ -97,8 +98,7 @@ class ConversationsController(Controller):
     ) -> Response[bytes]:
         """A new conversation that shares the items of this one, up to `after`; beyond the hosted API."""
         queries.parse(request, queries.Nothing)
-        with services.bodies.reading(request) as body:
-            asked = wire.decode_request(wire.FORK, await body.read())
+        asked = await _asked(services, request, wire.FORK)
         async with services.database.autocommit() as tx:
             source = await conversations.get_conversation(tx, caller.tenant_id, conversation_id)
         fork = _new(source.metadata if asked.metadata is None else encode(asked.metadata).decode())
@@ -108,7 +108,7 @@ class ConversationsController(Controller):
                     await conversations.fork_conversation(
                         tx, caller.tenant_id, conversation_id, fork, after=asked.after
                     )
-        return _reply(fork)
+        return small_reply(_shown(fork))
 
     @get("/{conversation_id:str}/items")
     async def items(
@@ -162,7 +162,13 @@ class ConversationsController(Controller):
                     left = await conversations.remove_item(
                         tx, caller.tenant_id, conversation_id, item_id, again=attempt.num > 1
                     )
-        return _reply(left)
+        return small_reply(_shown(left))
+
+
+async def _asked(services: Services, request: Request[Any, Any, Any], decoder: msgspec.json.Decoder[T]) -> T:
+    """A short body. Raises as `decode_request`."""
+    with services.bodies.reading(request) as body:
+        return wire.decode_request(decoder, await body.read())
 
 
 async def _accepted(
@@ -196,7 +202,3 @@ def _new(metadata: str) -> StoredConversation:
 
 def _shown(conversation: StoredConversation) -> wire.Conversation:
     return wire.Conversation(conversation.id, conversation.created_at, Raw(conversation.metadata.encode()))
-
-
-def _reply(conversation: StoredConversation) -> Response[bytes]:
-    return Response(encode(_shown(conversation)), media_type=MediaType.JSON)

@@ -7,11 +7,10 @@ from urllib.parse import quote
 
 import structlog
 from litestar import Controller, Request, Response, delete, get, post
-from litestar.enums import MediaType
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from app.api import pages, queries, uploads
-from app.api.replies import json_reply
+from app.api.replies import small_reply
 from app.api.services import Services
 from app.errors import ApiError
 from app.runs.admission import Caller
@@ -20,7 +19,7 @@ from app.storage.backlog import PAGE_BYTES, Backlog
 from app.storage.files import StoredFile
 from app.telemetry import describe
 from app.wire import files as wire
-from app.wire.resources import Deleted, encode
+from app.wire.resources import Deleted
 
 log = structlog.get_logger()
 
@@ -38,7 +37,7 @@ class FilesController(Controller):
         content_type = request.headers.get("content-type", "")
         with services.bodies.reading(request) as body:
             file = await uploads.receive(body, content_type, services.settings, services.database, caller.tenant_id)
-        return _reply(file)
+        return small_reply(_shown(file))
 
     @get()
     async def list(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[Any]:
@@ -48,8 +47,7 @@ class FilesController(Controller):
             page = await files.list_files(
                 tx, caller.tenant_id, query.purpose, after=query.after, limit=query.limit, order=query.order
             )
-        rows = [(row.id, encode(_shown(row))) for row in page.rows]
-        return json_reply(pages.encoded(rows, has_more=page.has_more), services.backlogs)
+        return pages.reply(services, [_shown(row) for row in page.rows], has_more=page.has_more)
 
     @get("/{file_id:str}")
     async def retrieve(
@@ -58,7 +56,7 @@ class FilesController(Controller):
         """One file, without its content."""
         queries.parse(request, queries.Nothing)
         async with services.database.autocommit() as tx:
-            return _reply(await files.get_file(tx, caller.tenant_id, file_id))
+            return small_reply(_shown(await files.get_file(tx, caller.tenant_id, file_id)))
 
     @get("/{file_id:str}/content")
     async def content(
@@ -80,7 +78,7 @@ class FilesController(Controller):
             with attempt:
                 async with services.database.autocommit() as tx:
                     await files.delete_file(tx, caller.tenant_id, file_id, again=attempt.num > 1)
-        return Response(encode(Deleted(file_id, "file")), media_type=MediaType.JSON)
+        return small_reply(Deleted(file_id, "file"))
 
 
 class ContentReply(Response[None]):
@@ -132,7 +130,3 @@ class ContentReply(Response[None]):
 
 def _shown(file: StoredFile) -> wire.File:
     return wire.File(file.id, file.bytes, file.created_at, file.filename, file.purpose)
-
-
-def _reply(file: StoredFile) -> Response[bytes]:
-    return Response(encode(_shown(file)), media_type=MediaType.JSON)

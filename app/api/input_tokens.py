@@ -4,15 +4,15 @@ from contextlib import ExitStack
 from typing import Any
 
 from litestar import Request, Response, post
-from litestar.enums import MediaType
 
 from app.api.connected import while_connected
 from app.api.left_out import left_out_headers
+from app.api.replies import small_reply
 from app.api.services import Services
 from app.offload import offload
 from app.runs.admission import Caller
 from app.wire.requests import decode_count
-from app.wire.resources import InputTokens, encode
+from app.wire.resources import InputTokens
 
 
 @post("/v1/responses/input_tokens", status_code=200)
@@ -23,5 +23,4 @@ async def input_tokens(request: Request[Any, Any, Any], caller: Caller, services
         create = await offload(len(raw), decode_count, raw, services.catalog.passed_on)
         del raw
         counted = await while_connected(request.receive, services.counts.count(caller, create, taking.close))
-    headers = left_out_headers(counted.left_out)
-    return Response(encode(InputTokens(counted.tokens)), media_type=MediaType.JSON, headers=headers)
+    return small_reply(InputTokens(counted.tokens), left_out_headers(counted.left_out))

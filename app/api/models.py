@@ -5,10 +5,10 @@ from typing import Any
 
 import structlog
 from litestar import Controller, Request, Response, get
-from litestar.enums import MediaType
 from msgspec.structs import replace
 
 from app.api.connected import while_connected
+from app.api.replies import small_reply
 from app.api.services import Services
 from app.errors import ApiError, NotFound, UpstreamError, UpstreamStalled
 from app.outbound.upstream import Upstream
@@ -16,7 +16,7 @@ from app.runs.admission import Caller
 from app.telemetry import describe
 from app.wire.chat import ModelEntry
 from app.wire.requests import is_model_name
-from app.wire.resources import Model, Models, encode
+from app.wire.resources import Model, Models
 
 log = structlog.get_logger()
 
@@ -30,7 +30,7 @@ class ModelsController(Controller):
     async def list(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[bytes]:
         """Every model, those of the catalog first."""
         models = await while_connected(request.receive, _models(caller, services))
-        return Response(encode(Models(models)), media_type=MediaType.JSON)
+        return small_reply(Models(models))
 
     @get("/{model_id:path}")
     async def retrieve(
@@ -41,7 +41,7 @@ class ModelsController(Controller):
         if not is_model_name(name):
             raise NotFound(f"The model '{name}' does not exist.", param="model", code="model_not_found")
         model = await while_connected(request.receive, _model(name, caller, services))
-        return Response(encode(model), media_type=MediaType.JSON)
+        return small_reply(model)
 
 
 async def _model(name: str, caller: Caller, services: Services) -> Model:

@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from litestar import Response
@@ -25,6 +25,15 @@ from app.wire.resources import encode
 T = TypeVar("T")
 
 OPPOSITE: dict[Order, Order] = {"asc": "desc", "desc": "asc"}
+
+
+class Identified(Protocol):
+    """A resource with an id."""
+
+    @property
+    def id(self) -> str:
+        """Its id."""
+
 
 ListItems = Callable[[Tx, str, str, ItemPage, int], Awaitable[tuple[int, Page[StoredItem] | None]]]
 """Reads a page of the items of a tenant's response or conversation, if it takes at most so many bytes."""
@@ -83,6 +92,11 @@ def encoded(rows: Sequence[tuple[str, bytes]], *, has_more: bool) -> bytes:
             has_more=has_more,
         )
     )
+
+
+def reply(services: Services, rows: Sequence[Identified], *, has_more: bool) -> Response[Any]:
+    """A reply with a page of resources."""
+    return json_reply(encoded([(row.id, encode(row)) for row in rows], has_more=has_more), services.backlogs)
 
 
 def _listed(body: bytes) -> bytes:

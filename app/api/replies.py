@@ -8,9 +8,16 @@ from typing import Any
 from litestar import Response
 from litestar.enums import MediaType
 from litestar.types import ASGIApp, Receive, Scope, Send
+from msgspec import Struct
 
 from app.errors import TooMuchUnread
 from app.storage.backlog import PAGE_BYTES, Backlog, Backlogs
+from app.wire.resources import encode
+
+
+def small_reply(resource: Struct, headers: Mapping[str, str] | None = None) -> Response[bytes]:
+    """A reply that is never large."""
+    return Response(encode(resource), media_type=MediaType.JSON, headers=headers)
 
 
 def json_reply(

@@ -7,12 +7,11 @@ from typing import Any
 
 import msgspec
 from litestar import Controller, Request, Response, delete, get, post
-from litestar.enums import MediaType
 
 from app.api import pages, queries
 from app.api.connected import run_while_connected
 from app.api.left_out import left_out_headers
-from app.api.replies import json_reply
+from app.api.replies import json_reply, small_reply
 from app.api.services import Services
 from app.api.sse import EventStream
 from app.domain.prompt_templates import fill_in
@@ -140,7 +139,7 @@ class ResponsesController(Controller):
             with attempt:
                 async with services.database.begin() as tx:
                     await responses.delete_response(tx, caller.tenant_id, response_id, again=attempt.num > 1)
-        return Response(encode(Deleted(response_id)), media_type=MediaType.JSON)
+        return small_reply(Deleted(response_id))
 
     @get("/{response_id:str}/input_items")
     async def input_items(
