@@ -381,11 +381,8 @@ def decode_item(raw: bytes | Raw, at: str = "") -> AnyItem:
     _check_carried(item, at)
     if isinstance(item, FunctionCall | CustomToolCall | McpCall | McpApprovalRequest) and not item.name:
         raise InvalidParameter(f"Invalid value for '{at}.name': it is empty.", param=f"{at}.name")
-    if not isinstance(item, ItemReference) and (len(item.id) > ID_CHARS_MAX or "\0" in item.id):
-        raise InvalidParameter(
-            f"Invalid value for '{at}.id': expected at most {ID_CHARS_MAX} characters, none of them NUL.",
-            param=f"{at}.id",
-        )
+    if not isinstance(item, ItemReference):
+        _check_id(item.id, f"{at}.id")
     call_id = getattr(item, "call_id", None)
     if call_id is not None and not 0 < len(call_id) <= CALL_ID_CHARS_MAX:
         raise InvalidParameter(
@@ -394,6 +391,19 @@ def decode_item(raw: bytes | Raw, at: str = "") -> AnyItem:
     if isinstance(item, Message) and item.phase and item.phase not in PHASES:
         raise not_among(f"{at}.phase", item.phase, PHASES)
     return item
+
+
+def _check_id(id: str, path: str) -> None:
+    """An id must have its place in URLs. Clients resend ids of other servers, so it may be of any form."""
+    if len(id) > ID_CHARS_MAX or "\0" in id:
+        raise InvalidParameter(
+            f"Invalid value for '{path}': expected at most {ID_CHARS_MAX} characters, none of them NUL.", param=path
+        )
+    if "/" in id or id in {".", ".."}:
+        raise InvalidParameter(
+            f"Invalid value for '{path}': an id may not contain '/', or be '.' or '..', since it is a part of URLs.",
+            param=path,
+        )
 
 
 _SHAPES: Mapping[type[Item], Mapping[str, Any]] = {

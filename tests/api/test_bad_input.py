@@ -68,6 +68,8 @@ BAD = [
     ({"input": [{**USER, "id": 7}]}, TYPE, "input[0].id", "expected a string"),
     ({"input": [{**USER, "id": "msg_\0"}]}, VALUE, "input[0].id", "NUL"),
     ({"input": [{**USER, "id": "m" * 513}]}, VALUE, "input[0].id", "at most 512 characters"),
+    ({"input": [{**USER, "id": "msg/1"}]}, VALUE, "input[0].id", "may not contain '/'"),
+    ({"input": [{**USER, "id": ".."}]}, VALUE, "input[0].id", "a part of URLs"),
     ({"input": [{**USER, "id": "a"}, {**USER, "id": "a"}]}, None, "input", "Duplicate item found with id a."),
     ({"input": [{"type": 7}]}, TYPE, "input[0].type", "expected a string"),
     ({"input": [{"type": []}]}, TYPE, "input[0].type", "expected a string"),

@@ -260,6 +260,20 @@ def test_items_that_are_wrong_are_refused_and_none_is_added(client, conversation
     assert texts(client, conversation) == []
 
 
+def test_an_item_is_found_by_whatever_id_it_may_have(client, conversation):
+    ids = ["a b?c#d%2e&é", "a+b=", "...", "items", "\U0001f600", "\\", ";x=1", "~", "%2F"]
+    client.conversations.items.create(conversation, items=[message(id, id=id) for id in ids])
+    for id in ids:
+        found = client.conversations.items.retrieve(id, conversation_id=conversation)
+        assert (found.id, found.content[0].text) == (id, id)
+        client.conversations.items.delete(id, conversation_id=conversation)
+    assert texts(client, conversation) == []
+    for id in ("a/b", "/", ".", ".."):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.conversations.items.create(conversation, items=[message("x", id=id)])
+        assert caught.value.param == "items[0].id"
+
+
 def test_an_item_is_in_a_conversation_once(client, conversation):
     client.conversations.items.create(conversation, items=[message("x", id="msg_once")])
     with pytest.raises(openai.BadRequestError, match="'msg_once' is in the conversation already"):
