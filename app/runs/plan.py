@@ -166,6 +166,7 @@ class Planner:
     ) -> None:
         self._settings, self._database, self._catalog = settings, database, catalog
         self._upstreams, self._seal = upstreams, seal
+        self._items_max = settings.context_items_max
         self._rooms = Rooms(settings.contexts_bytes_max, waiting_max=settings.foreground_runs_max)
         self._declared = DeclaredTools(settings, catalog)
 
@@ -255,7 +256,9 @@ class Planner:
 
         async def read(bytes_max: int) -> tuple[int, Chain | None]:
             async with self._database.autocommit() as tx:
-                chain = await self._chain(tx, tenant_id, response_id, bytes_max)
+                chain = await contexts.load_chain(
+                    tx, tenant_id, response_id, bytes_max=bytes_max, items_max=self._items_max
+                )
             return chain.bytes, None if chain.items is None else chain
 
         async def look(beside: int) -> tuple[_Found, Context, int]:
@@ -356,20 +359,22 @@ class Planner:
                 code="context_length_exceeded",
             )
 
-    async def _chain(self, tx: Tx, tenant_id: str, response_id: str, bytes_max: int) -> Chain:
-        items_max = self._settings.context_items_max
-        return await contexts.load_chain(tx, tenant_id, response_id, items_max=items_max, bytes_max=bytes_max)
-
     async def _continued(self, tx: Tx, tenant_id: str, request: CreateResponse, bytes_max: int) -> Chain | None:
         """What a new response continues. Raises ConversationLocked, unless it only reads the conversation."""
         if (previous := request.body.previous_response_id) is not None:
-            chain = await self._chain(tx, tenant_id, previous, bytes_max)
+            chain = await contexts.load_chain(
+                tx, tenant_id, previous, items_max=self._items_max, bytes_max=bytes_max, in_flight=False
+            )
             check_parent(previous, chain.status)
             return chain
         if (conversation := request.conversation_id) is not None:
-            items_max = self._settings.context_items_max
             chain = await contexts.load_conversation(
-                tx, tenant_id, conversation, items_max=items_max, bytes_max=bytes_max
+                tx,
+                tenant_id,
+                conversation,
+                items_max=self._items_max,
+                bytes_max=bytes_max,
+                in_flight=not request.store,
             )
             if request.store and chain.status in IN_FLIGHT:
                 raise ConversationLocked

@@ -10,6 +10,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 from sqlalchemy import text
 
+from app.domain import lifecycle
 from app.errors import (
     ConversationNotFound,
     InvalidParameter,
@@ -66,7 +67,7 @@ class Chain(Struct, frozen=True):
     bytes: int
     """What its items take as JSON."""
     items: list[StoredItem] | None
-    """None where that is more than was asked for."""
+    """None where that is more than was asked for, or the status is not."""
 
 
 _RESPONSE = f"""
@@ -142,7 +143,7 @@ def _chain(target: str) -> Query:
     left join lateral (  -- ordered, so that it stays a scan of the primary key for each thread, whatever the statistics say
         select turn, position, id, body from items
         where tenant_id = :tenant_id and thread_id = path.thread_id and {ON_PATH}
-          and measured.bytes <= :bytes_max
+          and measured.bytes <= :bytes_max and (:in_flight or target.status not in {IN_FLIGHT})
         order by turn, position
     ) item on true
     order by item.turn, item.position
@@ -208,38 +209,49 @@ _INPUT_PAGES = {order: _page_of_context(_WITHOUT_OUTPUT, order) for order in ("a
 _CONVERSATION_PAGES = {order: _page_of_context(CONVERSATION, order) for order in ("asc", "desc")}
 
 
-async def load_chain(tx: Tx, tenant_id: str, response_id: str, *, items_max: int, bytes_max: int) -> Chain:
+async def load_chain(
+    tx: Tx, tenant_id: str, response_id: str, *, items_max: int, bytes_max: int, in_flight: bool = True
+) -> Chain:
     """The context for what continues a response, in one indexed read; without its items, if they take more bytes than
-    `bytes_max`. Raises PreviousResponseNotFound, or InvalidRequest if it has more items than `items_max`."""
-    rows = await _rows_of_chain(tx, _CHAIN, tenant_id, response_id, items_max, bytes_max)
+    `bytes_max`, or if the response is still being made and `in_flight` is false. Raises PreviousResponseNotFound, or InvalidRequest
+    if it has more items than `items_max`."""
+    rows = await _rows_of_chain(tx, _CHAIN, tenant_id, response_id, items_max, bytes_max, in_flight)
     if not rows:
         raise PreviousResponseNotFound(response_id)
-    return _read_chain(rows, f"response '{response_id}'", items_max, bytes_max)
+    return _read_chain(rows, f"response '{response_id}'", items_max, bytes_max, in_flight)
 
 
-async def load_conversation(tx: Tx, tenant_id: str, conversation_id: str, *, items_max: int, bytes_max: int) -> Chain:
-    """The same for a conversation's next response. Raises ConversationNotFound."""
-    rows = await _rows_of_chain(tx, _CONVERSATION_CHAIN, tenant_id, conversation_id, items_max, bytes_max)
+async def load_conversation(
+    tx: Tx, tenant_id: str, conversation_id: str, *, items_max: int, bytes_max: int, in_flight: bool = True
+) -> Chain:
+    """The same for a conversation's next response, where its last writer is the one that may be in flight. Raises
+    ConversationNotFound."""
+    rows = await _rows_of_chain(tx, _CONVERSATION_CHAIN, tenant_id, conversation_id, items_max, bytes_max, in_flight)
     if not rows:
         raise ConversationNotFound(conversation_id)
-    chain = _read_chain(rows, f"conversation '{conversation_id}'", items_max, bytes_max)
+    chain = _read_chain(rows, f"conversation '{conversation_id}'", items_max, bytes_max, in_flight)
     return replace(chain, parent=replace(chain.parent, conversation=Slot(conversation_id, rows[0]["writer"])))
 
 
-async def _rows_of_chain(tx: Tx, query: Query, tenant_id: str, id: str, items_max: int, bytes_max: int) -> list[Row]:
+async def _rows_of_chain(
+    tx: Tx, query: Query, tenant_id: str, id: str, items_max: int, bytes_max: int, in_flight: bool
+) -> list[Row]:
     if not storable(id):
         return []
-    return await tx.all(query, tenant_id=tenant_id, id=id, limit=items_max + 1, bytes_max=bytes_max)
+    return await tx.all(
+        query, tenant_id=tenant_id, id=id, limit=items_max + 1, bytes_max=bytes_max, in_flight=in_flight
+    )
 
 
-def _read_chain(rows: list[Row], whose: str, items_max: int, bytes_max: int) -> Chain:
+def _read_chain(rows: list[Row], whose: str, items_max: int, bytes_max: int, in_flight: bool) -> Chain:
     if len(rows) > items_max:
         raise InvalidRequest(
             f"The context of {whose} has more than {items_max} items.", param="input", code="context_length_exceeded"
         )
     head = rows[0]
     size = int(head["bytes"])
-    stored = [_stored_item(row) for row in rows if row["id"] is not None] if size <= bytes_max else None
+    is_read = size <= bytes_max and (in_flight or head["status"] not in lifecycle.IN_FLIGHT)
+    stored = [_stored_item(row) for row in rows if row["id"] is not None] if is_read else None
     parent = Parent(Place(head["thread_id"], head["tip"]), head["must_branch"])
     return Chain(parent, head["status"], size, stored)
 

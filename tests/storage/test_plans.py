@@ -33,12 +33,6 @@ analyze;
 
 
 @pytest.fixture(scope="module")
-def url(new_database):
-    """An empty database."""
-    return new_database()
-
-
-@pytest.fixture(scope="module")
 async def filled(url):
     """A database with many threads of one tenant."""
     connection = await asyncpg.connect(url)
@@ -56,13 +50,25 @@ async def rows_read(connection: asyncpg.Connection, query: responses.Query, **bi
 
 
 async def test_a_context_costs_only_its_own_rows(filled):
-    read = await rows_read(filled, contexts._CHAIN, id=f"resp_0_{TURNS}", limit=10**6, bytes_max=10**9)
+    read = await rows_read(filled, contexts._CHAIN, id=f"resp_0_{TURNS}", limit=10**6, bytes_max=10**9, in_flight=True)
     assert read == TURNS * ITEMS_PER_TURN
+
+
+async def test_of_a_response_in_flight_nothing_is_read_that_could_not_be_continued(filled):
+    changed = filled.transaction()
+    await changed.start()
+    await filled.execute(f"update responses set status = 'in_progress' where id = 'resp_0_{TURNS}'")
+    for in_flight, read in ((True, TURNS * ITEMS_PER_TURN), (False, 0)):
+        asked = {"id": f"resp_0_{TURNS}", "limit": 10**6, "bytes_max": 10**9, "in_flight": in_flight}
+        assert await rows_read(filled, contexts._CHAIN, **asked) == read
+    await changed.rollback()
 
 
 async def test_a_context_that_is_too_long_costs_none_of_its_rows(filled):
     most = TURNS * ITEMS_PER_TURN * ITEM_BYTES - 1
-    assert await rows_read(filled, contexts._CHAIN, id=f"resp_0_{TURNS}", limit=10**6, bytes_max=most) == 0
+    assert (
+        await rows_read(filled, contexts._CHAIN, id=f"resp_0_{TURNS}", limit=10**6, bytes_max=most, in_flight=True) == 0
+    )
 
 
 async def test_a_context_that_was_never_counted_is_measured(filled):
