@@ -132,9 +132,10 @@ def test_masking_takes_no_longer_for_more_secrets():
 
     def seconds(mask: Mask, text: str) -> float:
         mask.text("build it now")
-        begun = time.perf_counter()
+        begun = time.thread_time()  # other processes of a busy machine do not count
         assert mask.text(text) == text
-        return time.perf_counter() - begun
+        return time.thread_time() - begun
 
-    assert min(seconds(many, text) for _ in range(3)) < 20 * min(seconds(few, text) for _ in range(3)) + 0.5
-    assert min(seconds(many, text * 8) for _ in range(3)) < 8 * 4 * min(seconds(many, text) for _ in range(3)) + 0.1
+    once = min(seconds(many, text) for _ in range(3))
+    assert once < 20 * min(seconds(few, text) for _ in range(3))
+    assert min(seconds(many, text * 8) for _ in range(3)) < 8 * 4 * once
