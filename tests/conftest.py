@@ -153,6 +153,22 @@ def new_server(base_env: Mapping[str, str], new_database: Callable[[], str]) -> 
         one.__exit__()
 
 
+@pytest.fixture(scope="module")
+def new_cataloged(
+    base_env: Mapping[str, str], new_database: Callable[[], str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[NewServer]:
+    """Starts servers with a catalog (TOML), each on an empty database; they end with the module."""
+    with contextlib.ExitStack() as running:
+
+        def start(toml: str, **env: str) -> Served:
+            path = tmp_path_factory.mktemp("catalog") / "catalog.toml"
+            path.write_text(toml)
+            settings = {"REPRISE_CATALOG": str(path), "DATABASE_URL": new_database(), **env}
+            return running.enter_context(Served({**base_env, **settings}))
+
+        yield start
+
+
 @pytest.fixture(autouse=True)
 def _server_output(request: pytest.FixtureRequest) -> Iterator[None]:
     """What the shared server printed during a test is shown with its failure."""

@@ -1,6 +1,6 @@
 """The catalog: which upstream a request goes to, with which key, and in which dialect."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -11,6 +11,7 @@ from app.domain.dialect import HOSTED, Dialect
 from app.outbound.catalog import UpstreamEntry
 from app.outbound.catalog_file import load_catalog
 from app.settings import Settings, SettingsError
+from tests.conftest import NewServer
 from tests.servers import Served, reprise
 from tests.upstream import (
     Upstream,
@@ -137,23 +138,14 @@ def keyed() -> Iterator[Upstream]:
 
 
 @pytest.fixture(scope="module")
-def served(
-    base_env: Mapping[str, str],
-    new_database: Callable[[], str],
-    tmp_path_factory: pytest.TempPathFactory,
-    upstream: Upstream,
-    keyed: Upstream,
-) -> Iterator[Served]:
+def served(new_cataloged: NewServer, upstream: Upstream, keyed: Upstream) -> Iterator[Served]:
     """A server with a catalog of every kind of upstream; most are the scripted one under another name."""
     with Upstream() as gone:
         down = gone.base_url
-    path = tmp_path_factory.mktemp("catalog") / "catalog.toml"
     with OutOfOrder(503) as broken, OutOfOrder(429) as busy:
         urls = {"plain": upstream, "broken": broken, "busy": busy, "keyed": keyed}
-        path.write_text(CATALOG.format(down=down, **{name: one.base_url for name, one in urls.items()}))
-        settings = {"REPRISE_CATALOG": str(path), "KEY_OF_THE_KEYED": KEY, "DATABASE_URL": new_database()}
-        with Served({**base_env, **settings}) as running:
-            yield running
+        toml = CATALOG.format(down=down, **{name: one.base_url for name, one in urls.items()})
+        yield new_cataloged(toml, KEY_OF_THE_KEYED=KEY)
 
 
 @pytest.fixture(scope="module")

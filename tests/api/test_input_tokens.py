@@ -1,13 +1,14 @@
 """Counts of tokens: what is counted, by which endpoint of the upstream, and what becomes of a count that fails."""
 
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
 import pytest
 
+from tests.conftest import NewServer
 from tests.servers import Served
 from tests.upstream import Upstream, answer, call, endpoint, finish, gate, no_usage, note, script, status
 from tests.waiting import count as rows
@@ -58,27 +59,18 @@ IMAGE = {"type": "input_image", "image_url": "data:image/png;base64,AAAA"}
 
 
 @pytest.fixture(scope="module")
-def server(
-    base_env: Mapping[str, str],
-    new_database: Callable[[], str],
-    upstream: Upstream,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Served]:
+def server(new_cataloged: NewServer, upstream: Upstream) -> Iterator[Served]:
     """A server with an upstream of each dialect, which counts one request at a time."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         down = f"http://127.0.0.1:{free.getsockname()[1]}/v1"  # bound and not listening
-        path = tmp_path_factory.mktemp("counts") / "catalog.toml"
-        path.write_text(CATALOG.format(base=upstream.base_url, down=down))
-        env = {
-            "REPRISE_CATALOG": str(path),
-            "REPRISE_TOKEN_COUNT_BYTES_MAX": "4096",
-            "REPRISE_TOKEN_COUNTS_MAX": "1",
-            "REPRISE_CONTEXTS_BYTES_MAX": "1000000",
-            "REPRISE_CONTEXT_WAIT_S": "2",
-        }
-        with Served({**base_env, **env, "DATABASE_URL": new_database()}) as running:
-            yield running
+        yield new_cataloged(
+            CATALOG.format(base=upstream.base_url, down=down),
+            REPRISE_TOKEN_COUNT_BYTES_MAX="4096",
+            REPRISE_TOKEN_COUNTS_MAX="1",
+            REPRISE_CONTEXTS_BYTES_MAX="1000000",
+            REPRISE_CONTEXT_WAIT_S="2",
+        )
 
 
 @pytest.fixture(scope="module")

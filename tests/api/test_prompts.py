@@ -1,10 +1,11 @@
 """Prompts of the catalog, through the official client: what the model gets, what is echoed, what lasts."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 
 import openai
 import pytest
 
+from tests.conftest import NewServer
 from tests.servers import Served
 from tests.upstream import Upstream
 from tests.waiting import until
@@ -59,18 +60,9 @@ GREET = [
 
 
 @pytest.fixture(scope="module")
-def served(
-    base_env: Mapping[str, str],
-    new_database: Callable[[], str],
-    tmp_path_factory: pytest.TempPathFactory,
-    upstream: Upstream,
-) -> Iterator[Served]:
+def served(new_cataloged: NewServer, upstream: Upstream) -> Served:
     """A server with prompts. Background responses wait in its queue for another process."""
-    path = tmp_path_factory.mktemp("prompts") / "catalog.toml"
-    path.write_text(CATALOG.format(upstream=upstream.base_url))
-    settings = {"REPRISE_CATALOG": str(path), "DATABASE_URL": new_database(), "REPRISE_WORKERS_IN_API": "false"}
-    with Served({**base_env, **settings}) as running:
-        yield running
+    return new_cataloged(CATALOG.format(upstream=upstream.base_url), REPRISE_WORKERS_IN_API="false")
 
 
 @pytest.fixture(scope="module")

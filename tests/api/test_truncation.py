@@ -1,10 +1,11 @@
 """`truncation: auto`: what of a long context reaches the upstream, once that has refused the whole."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 
 import openai
 import pytest
 
+from tests.conftest import NewServer
 from tests.servers import Served
 from tests.upstream import Upstream, answer, call, calling, endpoint, finish, note, script, status
 from tests.waiting import until
@@ -32,17 +33,9 @@ routes = [{{ upstream = "silent", context_tokens = 2_000 }}]
 
 
 @pytest.fixture(scope="module")
-def server(
-    base_env: Mapping[str, str],
-    new_database: Callable[[], str],
-    upstream: Upstream,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Served]:
+def server(new_cataloged: NewServer, upstream: Upstream) -> Served:
     """A server with upstreams that refuse long prompts, and one that is known to cut them."""
-    path = tmp_path_factory.mktemp("truncation") / "catalog.toml"
-    path.write_text(CATALOG.format(base=upstream.base_url))
-    with Served({**base_env, "REPRISE_CATALOG": str(path), "DATABASE_URL": new_database()}) as running:
-        yield running
+    return new_cataloged(CATALOG.format(base=upstream.base_url))
 
 
 @pytest.fixture(scope="module")

@@ -23,20 +23,6 @@ OWNER = Owner("worker", 60.0)
 EVERYTHING = {"items_max": 10**6, "bytes_max": BYTES_MAX}
 
 
-@pytest.fixture(scope="module")
-def url(new_database):
-    """An empty database."""
-    return new_database()
-
-
-@pytest.fixture
-async def connection(url):
-    """A connection to it."""
-    opened = await asyncpg.connect(url)
-    yield opened
-    await opened.close()
-
-
 class House:
     """The tables of one tenant, and beside them plain lists of what they should hold."""
 
@@ -209,6 +195,9 @@ async def test_a_conversation_that_a_response_has_taken_is_locked(connection):
         with pytest.raises(ConversationLocked):
             await refused
     await house.check()
+    for in_flight, items in ((True, 2), (False, 0)):
+        chain = await contexts.load_conversation(house.tx, house.tenant_id, id, **EVERYTHING, in_flight=in_flight)
+        assert (chain.status, len(chain.items or [])) == ("in_progress", items)
     await house.end(begun, "completed")
     await house.append(id, 1)
     await house.check()

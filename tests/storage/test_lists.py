@@ -142,12 +142,6 @@ async def bytes_of_ten(connection: asyncpg.Connection) -> int:
     return size
 
 
-@pytest.fixture(scope="module")
-def url(new_database):
-    """An empty database."""
-    return new_database()
-
-
 @pytest.fixture
 def new_url(servers):
     """A database without any tables."""

@@ -25,12 +25,6 @@ WAITS = "select count(*) from pg_stat_activity where datname = current_database(
 
 
 @pytest.fixture
-def url(new_database):
-    """An empty database."""
-    return new_database()
-
-
-@pytest.fixture
 async def connections(url):
     """Three connections to it."""
     opened = [await asyncpg.connect(url) for _ in range(3)]
