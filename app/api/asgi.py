@@ -8,6 +8,7 @@ from litestar import Litestar
 from litestar.di import Provide
 from litestar.types import ASGIApp
 
+from app.api.chat import ChatCompletionsController
 from app.api.compactions import CompactionsController
 from app.api.conversations import ConversationsController
 from app.api.files import FilesController
@@ -27,6 +28,7 @@ def build(services: Services, lifespan: Lifespan) -> ASGIApp:
         route_handlers=[
             ResponsesController,
             CompactionsController,
+            ChatCompletionsController,
             ConversationsController,
             FilesController,
             input_tokens,

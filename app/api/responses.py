@@ -8,18 +8,16 @@ from typing import Any
 import msgspec
 from litestar import Controller, Request, Response, delete, get, post
 
-from app.api import pages, queries
-from app.api.connected import run_while_connected
+from app.api import making, pages, queries
 from app.api.left_out import left_out_headers
 from app.api.replies import json_reply, small_reply
 from app.api.services import Services
-from app.api.sse import EventStream
+from app.api.sse import EventFrames, EventStream
 from app.domain.prompt_templates import fill_in
 from app.errors import InvalidRequest
 from app.offload import offload
 from app.runs.admission import Caller
 from app.runs.following import Followed
-from app.runs.foreground import ForegroundRun
 from app.storage import contexts, responses
 from app.storage.pages import Page
 from app.storage.responses import Stored
@@ -46,16 +44,7 @@ class ResponsesController(Controller):
                 return await self._create_in_background(caller, create, raw, services)
             del raw  # the response may take long
 
-            async def read(run: ForegroundRun) -> tuple[resources.Response | None, dict[str, str]]:
-                taking.close()
-                headers = left_out_headers(run.left_out)
-                if not create.stream:
-                    return await run.finished(), headers
-                await run.opened()
-                return None, headers
-
-            start = partial(services.admission.start, caller, create)
-            run, (made, headers) = await run_while_connected(request.receive, start, read)
+            run, made, headers = await making.run(request, services, caller, create, taking)
         if made:
             return _reply(services, made, create.include, headers, is_new=True)
         return _stream(services, services.following.follow(run), create, headers)
@@ -168,13 +157,13 @@ def _stream(services: Services, followed: Followed, create: CreateResponse, head
 def _event_stream(
     services: Services, followed: Followed, include: Collection[str], *, obfuscate: bool, headers: dict[str, str]
 ) -> EventStream:
-    return EventStream(
-        followed,
-        redaction=Redaction(include),
+    frames = EventFrames(
+        Redaction(include),
         obfuscate=obfuscate,
         keepalive_events=services.settings.keepalive_events,
-        headers=headers,
+        after=followed.after,
     )
+    return EventStream(followed, frames, headers)
 
 
 def _shown(response: resources.Response, include: Collection[str]) -> resources.Response:

@@ -7,7 +7,7 @@ which make a well-known client fail at the next comment. The connection is close
 import asyncio
 import secrets
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 from litestar import Response
@@ -40,22 +40,48 @@ HEAD: list[tuple[bytes, bytes]] = [
 ]
 
 
+class Frames(Protocol):
+    """Writes events for one reader."""
+
+    def frames(self, batch: Sequence[Entry]) -> bytes:
+        """The SSE frames of a batch."""
+        ...
+
+    def keepalive(self) -> bytes:
+        """A sign of life."""
+        ...
+
+
+class EventFrames:
+    """Events as the Responses API has them."""
+
+    def __init__(self, redaction: Redaction, *, obfuscate: bool, keepalive_events: bool, after: int) -> None:
+        """`after` is the number of the event before the first."""
+        self._redaction, self._obfuscate = redaction, obfuscate
+        self._keepalive_events, self._last_number = keepalive_events, after
+
+    def frames(self, batch: Sequence[Entry]) -> bytes:
+        """Each as it was encoded, but for what this reader does not get."""
+        self._last_number = batch[-1].sequence_number
+        return b"".join(self._frame(entry) for entry in batch)
+
+    def _frame(self, entry: Entry) -> bytes:
+        if self._obfuscate and entry.type.endswith(".delta"):
+            return padded(entry.frame, len(entry.body))
+        return self._redaction.frame(entry)
+
+    def keepalive(self) -> bytes:
+        """A comment, or an event with the last number."""
+        has_number = self._keepalive_events and self._last_number >= 0
+        return KEEPALIVE_EVENT % self._last_number if has_number else KEEPALIVE
+
+
 class EventStream(Response[None]):
     """The reply of a stream."""
 
-    def __init__(
-        self,
-        followed: Followed,
-        *,
-        redaction: Redaction,
-        obfuscate: bool,
-        keepalive_events: bool,
-        headers: dict[str, str],
-    ) -> None:
+    def __init__(self, followed: Followed, frames: Frames, headers: dict[str, str]) -> None:
         super().__init__(None)
-        self._followed, self._backlog = followed, followed.backlog
-        self._redaction, self._obfuscate = redaction, obfuscate
-        self._keepalive_events, self._last_number = keepalive_events, followed.after
+        self._followed, self._backlog, self._frames = followed, followed.backlog, frames
         self._head = HEAD + [(name.encode(), value.encode()) for name, value in headers.items()]
 
     def to_asgi_response(self, *args: Any, **kwargs: Any) -> ASGIApp:  # type: ignore[override]
@@ -93,7 +119,7 @@ class EventStream(Response[None]):
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self._head})
         async for batch in self._followed.batches:
-            frames = self._frames(batch)
+            frames = self._frames.frames(batch) if batch else self._frames.keepalive()
             del batch  # the next one may be far away
             for at in range(0, len(frames), PAGE_BYTES):  # each waits until the connection has taken those before
                 await send(_body(frames[at : at + PAGE_BYTES], more=True))
@@ -102,25 +128,13 @@ class EventStream(Response[None]):
             del frames
         await send(_body(DONE_FRAME, more=False))
 
-    def _frames(self, batch: Sequence[Entry]) -> bytes:
-        if not batch:
-            has_number = self._keepalive_events and self._last_number >= 0
-            return KEEPALIVE_EVENT % self._last_number if has_number else KEEPALIVE
-        self._last_number = batch[-1].sequence_number
-        return b"".join(self._frame(entry) for entry in batch)
-
-    def _frame(self, entry: Entry) -> bytes:
-        if self._obfuscate and entry.type.endswith(".delta"):
-            return _padded(entry)
-        return self._redaction.frame(entry)
-
 
 def _body(body: bytes, *, more: bool) -> Message:
     return {"type": "http.response.body", "body": body, "more_body": more}
 
 
-def _padded(entry: Entry) -> bytes:
-    """A delta with `obfuscation`, so that the sizes of packets reveal less about the text."""
-    length = OBFUSCATION_CHARS - len(entry.body) % OBFUSCATION_CHARS
-    padding = secrets.token_urlsafe(OBFUSCATION_CHARS)[:length].encode()
-    return b'%b,"obfuscation":"%b"}\n\n' % (entry.frame[:-3], padding)
+def padded(frame: bytes, length: int) -> bytes:
+    """The frame of a delta, whose JSON is so long, with `obfuscation`: so the sizes of packets reveal less about the text."""
+    chars = OBFUSCATION_CHARS - length % OBFUSCATION_CHARS
+    padding = secrets.token_urlsafe(OBFUSCATION_CHARS)[:chars].encode()
+    return b'%b,"obfuscation":"%b"}\n\n' % (frame[:-3], padding)

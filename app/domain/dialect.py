@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Literal, get_args
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from app.errors import UnsupportedParameter
 
@@ -37,8 +38,9 @@ class Dialect(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     lacks: frozenset[Lack] = frozenset()
     """What must not be sent: options are left out, what can't be left out is refused. Without `tool_choice_named` the tool of
     that name is the only one that is declared, and some tool is required."""
-    developer_role: bool = False
-    """It knows the role `developer`; otherwise these messages become `system` ones."""
+    developer_role: bool | None = None
+    """It knows the role `developer`; otherwise these messages become `system` ones. Where that is not known, those of Chat Completions
+    are sent as they came."""
     refusals: bool = False
     """It knows `refusal` in assistant messages; otherwise a refusal is text."""
     tool_images: bool = False
@@ -61,6 +63,11 @@ class Dialect(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the ids of calls in the history look like."""
     count_tokens: tuple[Counter, ...] = ("usage",)
     """What counts the tokens of a request: the first that can. Without `usage` nothing is generated for a count."""
+
+    def keeping_roles(self) -> "Dialect":
+        """The dialect for a client that speaks Chat Completions itself: roles stay, unless the upstream is known to lack them."""
+        is_open = self.developer_role is None and "later_system_messages" not in self.lacks
+        return replace(self, developer_role=True) if is_open else self
 
     def demand(self, feature: Lack, param: str) -> None:
         """Raises UnsupportedParameter if this upstream lacks what the parameter needs."""
@@ -97,12 +104,13 @@ PRESETS: dict[Preset, Dialect] = {
     "sglang": Dialect(reasoning="reasoning_content"),
     "ollama": Dialect(reasoning="reasoning", lacks=frozenset({"tool_choice_required", "parallel_tool_calls"})),
     "mistral": Dialect(
+        developer_role=False,
         reasoning="parts",
         call_id_format="nine_alphanumerics",
         lacks=frozenset({"stream_options", "later_system_messages", "repeated_roles"}),
     ),
     "openrouter": Dialect(reasoning="reasoning", takes=frozenset({"user", "prompt_cache_key"})),
-    "deepseek": Dialect(reasoning="reasoning_content", lacks=frozenset({"json_schema"})),
+    "deepseek": Dialect(developer_role=False, reasoning="reasoning_content", lacks=frozenset({"json_schema"})),
 }
 """The dialects of known engines and services."""
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, UnsetType
 
 from app.domain import client_tools, hosted
 from app.domain.chat_template import fitted, short_call_id, with_reasoning
@@ -132,6 +132,7 @@ class _AssistantTurn:
         """An output stands here: the model's next item begins another turn."""
         self._reasoning: list[str] = []
         self._content: list[Content] | None = None
+        self._name: str | UnsetType | None = None
         self._calls: list[_Call] = []
         self._last_server_call = ""
         """Id of the turn's last call that a server has run."""
@@ -147,6 +148,7 @@ class _AssistantTurn:
                     self._reasoning.append(_reasoning_text(item, self._unseal))
             case Message():
                 self._content = item.content if isinstance(item.content, list) else []
+                self._name = item.name
             case _:
                 self._take_call(position, item)
         return ended
@@ -179,7 +181,8 @@ class _AssistantTurn:
 
     def end(self) -> list[ChatMessage]:
         """The turn's messages: the assistant's, then the outputs of its calls, then what tool messages can't carry."""
-        message: ChatMessage = {"role": "assistant", "content": _assistant_content(self._content, self._dialect)}
+        content = _assistant_content(self._content, self._dialect)
+        message: ChatMessage = {"role": "assistant", "content": content, **_name(self._name)}
         if self._dialect.refusals and (refusal := _refusal(self._content)):
             message["refusal"] = refusal
         reasoning = "\n".join(text for text in self._reasoning if text)
@@ -193,7 +196,8 @@ class _AssistantTurn:
         for call in calls:
             call_id = call.tool_call["id"]
             text, parts = _output(call.answer, call_id, self._dialect)
-            made.append({"role": "tool", "tool_call_id": call_id, "content": text})
+            name = call.answer.name if isinstance(call.answer, FunctionCallOutput) else None
+            made.append({"role": "tool", "tool_call_id": call_id, "content": text, **_name(name)})
             if parts:
                 attached.append({"role": "user", "content": parts})
         self._reset()
@@ -208,7 +212,13 @@ def _instructions(given: str | Sequence[PromptedMessage], dialect: Dialect, file
 
 def _message(item: Message | PromptedMessage, dialect: Dialect) -> ChatMessage:
     role = "system" if item.role == "developer" and not dialect.developer_role else item.role
-    return {"role": role, "content": _content(item.content if isinstance(item.content, list) else [], dialect)}
+    content = _content(item.content if isinstance(item.content, list) else [], dialect)
+    return {"role": role, "content": content, **_name(getattr(item, "name", None))}
+
+
+def _name(name: str | UnsetType | None) -> dict[str, str]:
+    """The key that distinguishes participants of one role, where a client has given it."""
+    return {"name": name} if name else {}
 
 
 def _content(parts: Sequence[Content], dialect: Dialect) -> str | list[dict[str, Any]]:

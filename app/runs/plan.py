@@ -91,12 +91,13 @@ class RunPlan(Struct, frozen=True):
         output_tokens_max: int | None = None,
     ) -> bytes:
         """The body of a request to an upstream, in its dialect (`domain/prompt.py`). Raises UnsupportedParameter."""
+        dialect = upstream.dialect_for(model)
         taken = {name: value for name, value in request.extra.items() if upstream.entry.takes(name)}
         return chat_request(
             replace(request, extra=taken),
             context,
             model=model,
-            dialect=upstream.dialect_for(model),
+            dialect=dialect.keeping_roles() if request.is_chat else dialect,
             unseal=self.seal.open,
             output_tokens_max=output_tokens_max,
             files=self.files,

@@ -122,8 +122,11 @@ class Item(Struct, tag_field="type", kw_only=True, forbid_unknown_fields=True):
 
 
 class Message(Item, tag="message"):
+    """`name` distinguishes participants of one role; of the hosted API only Chat Completions has this key."""
+
     role: Role
     content: list[Content] | str
+    name: str | UnsetType | None = UNSET
     status: ItemStatus | UnsetType | None = UNSET
     phase: str | UnsetType | None = UNSET
 

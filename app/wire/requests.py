@@ -179,6 +179,8 @@ class CreateResponse(Struct, kw_only=True, frozen=True):
     """The messages of the prompt."""
     size: int = 0
     """Bytes of the body, and of the prompt's messages."""
+    is_chat: bool = False
+    """Whether it was asked for as a chat completion."""
 
     @property
     def instructions(self) -> str | list[PromptedMessage] | None:
@@ -289,7 +291,7 @@ def decode_request(
     """A body that has only the parameters `known`, as a create request. Raises as `decode_create`."""
     check_text(raw)
     raw = mend_surrogates(raw)
-    keys = _decode_keys(raw)
+    keys = decode_keys(raw)
     extra = {key: value for key, value in keys.items() if key not in known and key not in HINTS}
     for key in extra:
         if key in _KNOWN or key not in passed_on:
@@ -302,15 +304,9 @@ def decode_request(
     prompted: list[PromptedMessage] = []
     if body.prompt:
         body, prompted = fill_in(body)
-    if not body.model:
-        raise missing("model")
-    if not is_model_name(body.model):
-        raise InvalidParameter(
-            f"Invalid value for 'model': expected at most {ID_CHARS_MAX} characters, none of them NUL.", param="model"
-        )
     return CreateResponse(
         body=body,
-        model=body.model,
+        model=named_model(body.model),
         input=_decode_input(body),
         tools=decode_tools(body.tools or []),
         tool_choice=decode_tool_choice(body.tool_choice),
@@ -374,7 +370,8 @@ def with_secrets(request: CreateResponse, secrets: Mapping[str, ToolSecrets]) ->
     return replace(request, tools=tools)
 
 
-def _decode_keys(raw: bytes) -> dict[str, Raw]:
+def decode_keys(raw: bytes) -> dict[str, Raw]:
+    """The top-level keys of a body. Raises InvalidRequest."""
     if not raw:
         raise InvalidRequest("We could not parse the JSON body of your request: it is empty.")
     return decode(_KEYS, raw)
@@ -390,6 +387,17 @@ def mend_surrogates(raw: bytes) -> bytes:
 def is_model_name(name: str) -> bool:
     """Whether this can be a model's name."""
     return 0 < len(name) <= ID_CHARS_MAX and "\0" not in name
+
+
+def named_model(name: str | None) -> str:
+    """The model that a request names. Raises InvalidParameter."""
+    if not name:
+        raise missing("model")
+    if not is_model_name(name):
+        raise InvalidParameter(
+            f"Invalid value for 'model': expected at most {ID_CHARS_MAX} characters, none of them NUL.", param="model"
+        )
+    return name
 
 
 def _decode_input(body: Body) -> list[AnyItem]:
@@ -418,8 +426,8 @@ def _decode_input(body: Body) -> list[AnyItem]:
 def _refuse_unsupported(body: Body) -> None:
     """Parameters of the API that this server does not offer; harmless values of them pass."""
     refused: dict[str, bool] = {
-        "moderation": _given(body.moderation),
-        "multi_agent": _given(body.multi_agent),
+        "moderation": given(body.moderation),
+        "multi_agent": given(body.multi_agent),
         "image.context_compression": body.image is not None and body.image.context_compression == "enabled",
         "access_programs.cyber": body.access_programs is not None
         and body.access_programs.cyber not in {None, "standard"},
@@ -448,5 +456,6 @@ def check_metadata(metadata: Metadata) -> None:
             raise InvalidParameter("'metadata' may not contain NUL characters.", param="metadata")
 
 
-def _given(raw: Raw) -> bool:
+def given(raw: Raw) -> bool:
+    """Whether a raw parameter has a value."""
     return bytes(raw) not in {b"null", b"[]", b"{}"}

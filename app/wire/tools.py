@@ -134,11 +134,15 @@ TOOL_TYPES = frozenset(_DECODERS)
 
 def decode_tools(raws: list[Raw], at: str = "tools") -> list[AnyTool]:
     """The `tools` array. Raises InvalidParameter with the path of the tool that is wrong."""
-    tools = [_decode_tool(raw, f"{at}[{index}]") for index, raw in enumerate(raws)]
-    for index, tool in enumerate(tools):
-        if isinstance(tool, McpTool):
-            _refuse_elsewhere(tool, f"{at}[{index}]")
-    return tools
+    return [decode_tool(raw, f"{at}[{index}]") for index, raw in enumerate(raws)]
+
+
+def decode_tool(raw: Raw, at: str) -> AnyTool:
+    """One declaration. Raises InvalidParameter with the path of what is wrong."""
+    tool = _decode_tool(raw, at)
+    if isinstance(tool, McpTool):
+        _refuse_elsewhere(tool, at)
+    return tool
 
 
 def check_declarations(tools: Sequence[Json], at: str) -> None:

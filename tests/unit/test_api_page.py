@@ -13,24 +13,26 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.routes import HTTPRoute
 from msgspec import Raw, Struct
 from openai.types import responses as sdk
+from openai.types.chat import completion_create_params
 from openai.types.responses import response_create_params, response_includable, response_input_param, tool_param
 
 from app.api import asgi, queries, uploads
 from app.domain.toolbox import open_toolbox
 from app.domain.tools import table
 from app.errors import ApiError, UnsupportedParameter
-from app.wire import compactions, conversations, events, items, requests, tools
+from app.wire import chat_requests, compactions, conversations, events, items, requests, tools
 from app.wire.decoding import decode
 
 PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+CHAT_PAGE = (Path(__file__).parents[2] / "docs" / "chat-completions.md").read_text()
 
 Row = tuple[str, list[str]]
 """A word of the legend, and the cells after it."""
 
 
-def rows(section: str) -> dict[str, Row]:
+def rows(section: str, page: str = PAGE) -> dict[str, Row]:
     """The rows of a section's table, by each name in their first cells."""
-    text = PAGE[PAGE.index(f"## {section}\n") :].split("\n## ")[0]
+    text = page[page.index(f"## {section}\n") :].split("\n## ", maxsplit=1)[0]
     found: dict[str, Row] = {}
     for line in re.findall(r"(?m)^\|(.*)\|$", text)[2:]:
         names, word, *rest = (cell.strip() for cell in re.split(r"(?<!\\)\|", line))
@@ -159,6 +161,36 @@ def test_every_parameter_has_a_row_and_is_refused_if_that_says_so():
 def test_the_sdk_knows_no_other_parameter():
     known = set(get_type_hints(response_create_params.ResponseCreateParamsBase))
     assert known <= {name.partition(".")[0] for name in words("Parameters of create")}
+
+
+CHAT_ODD: dict[str, Any] = {
+    "n": 2,
+    "audio": {"voice": "x"},
+    "functions": [{}],
+    "function_call": "auto",
+    "moderation": {"model": "x"},
+}
+"""Values of parameters of Chat Completions that are refused."""
+
+
+def test_every_parameter_of_chat_completions_has_a_row_and_is_refused_if_that_says_so():
+    listed = {name: word for name, (word, _) in rows("Parameters", CHAT_PAGE).items()}
+    found = set()
+    for name in listed:
+        body = {"model": "m", "messages": [{"role": "user", "content": "x"}], name: CHAT_ODD.get(name)}
+        try:
+            chat_requests.decode_chat(msgspec.json.encode(body), ())
+        except UnsupportedParameter as error:
+            found.add(error.param)
+        except ApiError:
+            pass
+    sent = set(get_type_hints(completion_create_params.CompletionCreateParamsBase)) | {"stream"}
+    assert found == {name for name, word in listed.items() if word == "refused"} == CHAT_ODD.keys()
+    assert set(chat_requests.ChatBody.__struct_fields__) == listed.keys()
+    assert listed.keys() - sent == {name for name, word in listed.items() if word == "beyond"}
+    assert sent <= listed.keys()
+    parts = rows("Messages", CHAT_PAGE).keys()
+    assert parts == {str(part.__struct_config__.tag) for part in get_args(chat_requests.AnyPart)}
 
 
 def test_keys_without_effect_are_listed():

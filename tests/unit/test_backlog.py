@@ -5,7 +5,7 @@ import asyncio
 import msgspec
 import pytest
 
-from app.api.sse import EventStream
+from app.api.sse import EventFrames, EventStream
 from app.errors import TooMuchUnread
 from app.runs.following import Followed
 from app.settings import Settings
@@ -179,7 +179,7 @@ async def test_a_stream_whose_client_was_disconnected_before_it_began_is_refused
     backlog = backlogs().open()
     log = MemoryLog(backlog)
     followed = Followed(log.read(silence_s=60), backlog, lambda: gone.append(1), response_id="resp_1")
-    reply = EventStream(followed, redaction=Redaction(()), obfuscate=False, keepalive_events=False, headers={})
+    reply = EventStream(followed, EventFrames(Redaction(()), obfuscate=False, keepalive_events=False, after=-1), {})
     backlog.drop()
     with pytest.raises(TooMuchUnread, match="retrieve 'resp_1' later"):
         await reply.to_asgi_response()({}, None, None)

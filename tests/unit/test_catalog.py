@@ -263,7 +263,7 @@ SERVER = '[tool_servers.s]\nurl = "http://x/mcp"\n'
             for name in ("Content-Length", "host", "transfer-encoding", "Connection")
         ),
         (ONE + '[[models]]\nname = ""\nroutes = [{ upstream = "a" }]', r"\[\[models\]\] '': .*length >= 1.*name"),
-        (ONE + 'dialect = { developer_role = "perhaps" }', r"\[upstreams\.a\]: Expected `bool`, got `str`"),
+        (ONE + 'dialect = { developer_role = "perhaps" }', r"\[upstreams\.a\]: Expected `bool \| null`, got `str`"),
         *(
             (
                 ONE + SERVER + f'[hosted.web_search]\nserver = "s"\ntool = "t"\narguments = {{ q = {value} }}',

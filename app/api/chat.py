@@ -1,0 +1,88 @@
+"""`/v1/chat/completions`: create. Another reader of the runs that `/v1/responses` makes."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from litestar import Controller, Request, Response, post
+
+from app.api import making
+from app.api.replies import json_reply
+from app.api.services import Services
+from app.api.sse import KEEPALIVE, EventStream, padded
+from app.domain.chat_completion import Chunks, completion, error_of
+from app.domain.chat_request import create_request, renamed
+from app.errors import ApiError, UpstreamError
+from app.offload import offload
+from app.runs.admission import Caller
+from app.wire import resources
+from app.wire.chat_requests import ChatRequest, decode_chat
+from app.wire.completions import Chunk, encode_chunk
+from app.wire.events import Entry
+from app.wire.requests import CreateResponse
+from app.wire.resources import ErrorBody, ErrorReply, encode
+
+
+class ChatCompletionsController(Controller):
+    """Completions of chats."""
+
+    path = "/v1/chat/completions"
+
+    @post(status_code=200)
+    async def create(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[Any]:
+        """Make a completion: JSON when it is done, or chunks while it is made."""
+        with ExitStack() as taking:
+            raw = await taking.enter_context(services.bodies.reading(request)).read()
+            chat, create = await offload(len(raw), _decoded, raw, services)
+            del raw  # the completion may take long
+            try:
+                run, made, headers = await making.run(request, services, caller, create, taking)
+            except ApiError as error:
+                raise renamed(error, chat.messages) from None
+        if made is None:
+            options = create.body.stream_options
+            frames = ChunkFrames(
+                Chunks(include_usage=chat.include_usage),
+                obfuscate=bool(options and options.include_obfuscation),
+                keepalive_chunks=services.settings.keepalive_events,
+            )
+            return EventStream(services.following.follow(run), frames, headers)
+        body = await offload(sum(map(len, map(bytes, made.output))), _completed, made)
+        return json_reply(body, services.backlogs, headers, made=made.id, stored=made.store)
+
+
+def _decoded(raw: bytes, services: Services) -> tuple[ChatRequest, CreateResponse]:
+    chat = decode_chat(raw, services.catalog.passed_on)
+    return chat, create_request(chat)
+
+
+def _completed(made: resources.Response) -> bytes:
+    if error := error_of(made):
+        cancelled = UpstreamError(error.message, code=error.code)
+        cancelled.is_final = True
+        raise cancelled
+    return encode(completion(made))
+
+
+class ChunkFrames:
+    """Events as the chunks of a completion."""
+
+    def __init__(self, chunks: Chunks, *, obfuscate: bool, keepalive_chunks: bool) -> None:
+        self._chunks, self._obfuscate, self._keepalive_chunks = chunks, obfuscate, keepalive_chunks
+        self._is_begun = False
+
+    def frames(self, batch: Sequence[Entry]) -> bytes:
+        """The frames of the chunks that a batch makes; none if it makes nothing."""
+        self._is_begun = True
+        return b"".join(self._frame(one) for entry in batch for one in self._chunks.take(entry))
+
+    def _frame(self, one: Chunk | ErrorBody) -> bytes:
+        if isinstance(one, ErrorBody):
+            return b"data: %b\n\n" % encode(ErrorReply(one))
+        body = encode_chunk(one)
+        frame = b"data: %b\n\n" % body
+        return padded(frame, len(body)) if self._obfuscate and one.choices else frame
+
+    def keepalive(self) -> bytes:
+        """A comment, or a chunk that adds nothing."""
+        return self._frame(self._chunks.idle()) if self._keepalive_chunks and self._is_begun else KEEPALIVE
