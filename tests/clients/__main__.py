@@ -14,6 +14,7 @@ from pathlib import Path
 
 from app.clients import CLIENTS, Client
 from tests.servers import ROOT, Served
+from tests.toolserver import Toolserver
 from tests.upstream import Upstream
 
 HOME = ROOT / ".clients"
@@ -63,10 +64,18 @@ def run_node_tests() -> tuple[int, str]:
     with (
         tempfile.TemporaryDirectory(prefix="reprise-client-") as home,
         Upstream() as upstream,
-        Served({"REPRISE_DATA_DIR": f"{home}/data", "OPENAI_BASE_URL": upstream.base_url}) as served,
+        Toolserver() as toolserver,
+        Served(
+            {
+                "REPRISE_DATA_DIR": f"{home}/data",
+                "REPRISE_OUTBOUND_ALLOW": "127.0.0.1/32",
+                "OPENAI_BASE_URL": upstream.base_url,
+            }
+        ) as served,
     ):
         shutil.copy(NODE_TESTS, home)
-        env = {"REPRISE_URL": served.url, "UPSTREAM_URL": upstream.base_url}
+        mcp_url = toolserver.url("mcp", "node")
+        env = {"REPRISE_URL": served.url, "UPSTREAM_URL": upstream.base_url, "MCP_URL": mcp_url}
         return run_in(home, f"node --test {NODE_TESTS.name}", env)
 
 

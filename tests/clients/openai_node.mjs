@@ -4,8 +4,9 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 
 import OpenAI, { toFile } from "openai";
+import { ResponsesToolRunner } from "openai/helpers/responses-tool-runner";
 
-const { REPRISE_URL, UPSTREAM_URL } = process.env;
+const { REPRISE_URL, UPSTREAM_URL, MCP_URL } = process.env;
 const client = new OpenAI({ baseURL: REPRISE_URL, apiKey: "none", maxRetries: 0 });
 const PIXEL =
   "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==";
@@ -85,6 +86,29 @@ test("the helper for streams folds every kind of item into the stored response",
       assert.equal(made.status, kind === "incomplete" ? "incomplete" : "completed", kind);
       assert.deepEqual(final.output.map((item) => item.id), made.output.map((item) => item.id), kind);
       if (kind.endsWith("_call")) assert.equal(made.output.at(-1).type, kind);
+    }
+  }
+});
+
+test("the SDK's runner of tools takes every turn", async () => {
+  const tool = { type: "function", name: "look", parameters: { type: "object", properties: {} }, strict: false };
+  const mcp = { type: "mcp", server_label: "box", server_url: MCP_URL, require_approval: "always" };
+  const call = (id, name, index, args) => ({ call: { index, type: "function", id, name, arguments: JSON.stringify(args) } });
+  const input = script(
+    [{ reasoning_content: "Two." }, call("c1", "look", 0, { at: "sea" }), call("c2", "look", 1, {}), finish("tool_calls")],
+    [{ text: "And:" }, call("c3", "echo", 0, { text: "hi" }), finish("tool_calls")],
+    [{ text: "Seen." }, finish()],
+  );
+  for (const options of [{}, { stream: true }, { stream: true, eager: true }]) {
+    for (const store of [true, false]) {
+      const looked = [];
+      const execute = async (args) => `${looked.push(args)}`;
+      const runner = new ResponsesToolRunner({ functions: [{ tool, execute }] });
+      const asked = { model: "scripted", input: [message(input)], tools: [mcp], store };
+      const done = await runner.run(client, asked, { ...options, approveMcp: () => true });
+      assert.deepEqual([done.status, done.output.at(-1).content[0].text], ["completed", "Seen."]);
+      assert.equal(done.output.find((item) => item.type === "mcp_call").status, "completed");
+      assert.deepEqual(looked, [{ at: "sea" }, {}]);
     }
   }
 });
