@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from app import echo, migrate
 from app.api import asgi
+from app.api.attempts import FailedAttempts
 from app.api.auth import Auth
 from app.api.bodies import Bodies
 from app.api.services import Services
@@ -36,7 +37,7 @@ from app.runs.pipeline import Pipeline
 from app.runs.plan import Planner
 from app.settings import Settings, SettingsError
 from app.setup import OTHER_KEY, compaction_prompt, open_seal
-from app.storage import key_fingerprint, tenants
+from app.storage import key_fingerprint, keys
 from app.storage.backlog import Backlogs
 from app.storage.database import Database
 from app.storage.queue import Heartbeat, Owner
@@ -196,13 +197,14 @@ def _services(settings: Settings, catalog: Catalog, made: Core, foreground: Fore
         reads=Rooms(settings.reads_bytes_max, waiting_max=settings.connections_max),
         outdated_schemas=frozenset(migrate.revisions()[1:]),
         auth=Auth(settings, made.database),
+        attempts=FailedAttempts(settings),
     )
 
 
 async def _check_openness(settings: Settings, database: Database) -> bool:
     """Whether there are keys. Without keys every client may call, so only this machine may reach the server."""
     async with database.autocommit() as tx:
-        in_use = await tenants.keys_in_use(tx)
+        in_use = await keys.keys_in_use(tx)
     if in_use and settings.upstream_auth == "caller":
         raise SettingsError(
             "REPRISE_UPSTREAM_AUTH=caller passes callers' keys to the upstream, but here callers have keys of this server."

@@ -6,7 +6,9 @@ Each command imports what it needs: importing everything takes seconds.
 import asyncio
 import os
 import sys
+import time
 from collections.abc import Awaitable
+from datetime import UTC, datetime
 from typing import TypeVar
 
 import click
@@ -14,6 +16,7 @@ import click
 import app
 from app import setup
 from app.clients import CLIENTS
+from app.domain.rights import ORDINARY, SCOPES, Scope
 from app.embedded import POSTGRES, EmbeddedError
 from app.errors import ApiError
 from app.settings import DEFAULT_TENANT, Settings, SettingsError, load
@@ -117,37 +120,94 @@ def _existing() -> Settings:
 
 @keys.command("create")
 @click.option("--tenant", default=DEFAULT_TENANT, show_default=True, help="The tenant whose data the key opens.")
+@click.option("--user", default="", help="Bind the key to a user of the tenant: it opens that user's data only.")
 @click.option("--name", default="", help="A note for yourself.")
-def create_key(tenant: str, name: str) -> None:
+@click.option(
+    "--scope",
+    "scopes",
+    multiple=True,
+    type=click.Choice(SCOPES),
+    help="What the key may do; may be given several times. By default it reads and writes.",
+)
+@click.option("--model", "models", multiple=True, help="A model that it may use, or a pattern; by default every model.")
+@click.option("--expires", type=click.DateTime(("%Y-%m-%d", "%Y-%m-%dT%H:%M:%S")), help="When it expires, in UTC.")
+def create_key(
+    tenant: str, user: str, name: str, scopes: tuple[Scope, ...], models: tuple[str, ...], expires: datetime | None
+) -> None:
     """Make a key and print it, this once."""
     settings = _existing()
-    from app.storage import tenants
+    from app.storage import audit, keys
     from app.storage.database import opened
 
-    async def create() -> tuple[str, str]:
-        async with opened(settings) as database, database.begin() as tx:
-            await tenants.ensure_tenant(tx, tenant)
-            return await tenants.create_key(tx, tenant, name)
+    key = keys.new_key(
+        tenant,
+        user=user,
+        name=name,
+        scopes=frozenset(scopes) or ORDINARY,
+        models=models or None,
+        expires_at=int(expires.replace(tzinfo=UTC).timestamp()) if expires else None,
+    )
+    secret = keys.new_secret()
 
-    id, secret = _run(create())
+    async def create() -> None:
+        async with opened(settings) as database, database.begin() as tx:
+            await keys.create_key(tx, key, secret)
+            await audit.write(tx, tenant, audit.entry(None, "key.created", key.id))
+
+    _run(create())
     click.echo(secret)
-    click.echo(f"{id} for tenant {tenant}; keep it: only its hash is stored.", err=True)
+    of_user = f", user {user}" if user else ""
+    click.echo(f"{key.id} for tenant {tenant}{of_user}; keep it: only its hash is stored.", err=True)
 
 
 @keys.command("list")
 def list_keys() -> None:
-    """Every key: id, tenant, name, when it was made and revoked."""
+    """Every key: id, tenant, user, name, scopes, models, when it was made, and whether it is valid."""
     settings = _existing()
-    from app.storage import tenants
+    from app.storage import keys
     from app.storage.database import opened
 
-    async def listed() -> list[tenants.Key]:
+    async def listed() -> list[keys.Key]:
         async with opened(settings) as database, database.autocommit() as tx:
-            return await tenants.list_keys(tx)
+            return await keys.all_keys(tx)
 
     for key in _run(listed()):
-        state = f"revoked {key.revoked}" if key.revoked else "valid"
-        click.echo("\t".join((key.id, key.tenant_id, key.name or "-", key.created, state)))
+        state = "valid"
+        if key.revoked_at:
+            state = f"revoked {_time(key.revoked_at)}"
+        elif key.expires_at:
+            word = "expired" if key.expires_at <= time.time() else "valid until"
+            state = f"{word} {_time(key.expires_at)}"
+        scopes, models = ",".join(sorted(key.scopes)), ",".join(key.models or ("*",))
+        made = _time(key.created_at)
+        click.echo("\t".join((key.id, key.tenant, key.user or "-", key.name or "-", scopes, models, made, state)))
+
+
+def _time(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+@keys.command("rotate")
+@click.argument("key_id")
+@click.option("--overlap-s", type=click.FloatRange(0), help="How long the old secret stays valid, in seconds.")
+def rotate_key(key_id: str, overlap_s: float | None) -> None:
+    """Give a key a new secret and print it, this once."""
+    settings = _existing()
+    from app.storage import audit, keys
+    from app.storage.database import opened
+
+    secret = keys.new_secret()
+    overlap_s = settings.key_overlap_s if overlap_s is None else overlap_s
+
+    async def rotate() -> None:
+        async with opened(settings) as database, database.begin() as tx:
+            tenant = await keys.tenant_of_key(tx, key_id)
+            await keys.rotate_key(tx, tenant, key_id, secret, overlap_s=overlap_s)
+            await audit.write(tx, tenant, audit.entry(None, "key.rotated", key_id))
+
+    _run(rotate())
+    click.echo(secret)
+    click.echo(f"{key_id} has a new secret; the old one is valid for {overlap_s:g} s.", err=True)
 
 
 @keys.command("revoke")
@@ -155,15 +215,16 @@ def list_keys() -> None:
 def revoke_key(key_id: str) -> None:
     """Revoke a key by its id."""
     settings = _existing()
-    from app.storage import tenants
+    from app.storage import audit, keys
     from app.storage.database import opened
 
-    async def revoke() -> bool:
-        async with opened(settings) as database, database.autocommit() as tx:
-            return await tenants.revoke_key(tx, key_id)
+    async def revoke() -> None:
+        async with opened(settings) as database, database.begin() as tx:
+            tenant = await keys.tenant_of_key(tx, key_id)
+            await keys.revoke_key(tx, tenant, key_id)
+            await audit.write(tx, tenant, audit.entry(None, "key.revoked", key_id))
 
-    if not _run(revoke()):
-        raise SettingsError(f"there is no valid key {key_id}.")
+    _run(revoke())
     click.echo(f"{key_id} is revoked; servers notice within {settings.key_cache_s:g} s.")
 
 

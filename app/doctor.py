@@ -23,7 +23,7 @@ from app.outbound.mcp import ToolSessions
 from app.outbound.toolserver import ToolFailure
 from app.outbound.upstream import Upstream
 from app.settings import Settings, SettingsError, load
-from app.storage import key_fingerprint, readiness, tenants
+from app.storage import key_fingerprint, keys, readiness
 from app.storage.database import Database
 from app.storage.urls import redis_address
 
@@ -96,7 +96,7 @@ async def _postgres(settings: Settings) -> AsyncIterator[Finding]:
             return
         yield Finding("schema", True, "is that of this version")
         async with database.autocommit() as tx:
-            yield _keys(settings, in_use=await tenants.keys_in_use(tx))
+            yield _keys(settings, in_use=await keys.keys_in_use(tx))
             yield _workers(settings, connected=await readiness.is_connected(tx, assembly.WORKER_CONNECTION))
         yield await _secret_key(settings, database)
     except SettingsError as error:

@@ -10,8 +10,10 @@
         HeadTooLarge 431          the headers are over a limit
         UriTooLong 414            the request line is
         RequestTooSlow 408        the headers or the body did not arrive in time
-      AuthenticationFailed 401    the key is missing, unknown or revoked
+      AuthenticationFailed 401    the key is missing, unknown, revoked or expired
       ForeignSite 403             a web page of another site calls a server that has no keys
+      MissingScope 403            the key may not do this
+      ModelNotAllowed 403         the key may not use this model
       NotFound 404                an unknown id or path; another tenant's id looks the same
         PromptNotFound            the catalog has no such prompt, or no such version of it
       MethodNotAllowed 405        the path exists, the method does not
@@ -161,11 +163,16 @@ class RequestTooSlow(InvalidRequest):
 
 
 class AuthenticationFailed(ApiError):
-    """The key is missing, unknown or revoked."""
+    """The key is missing, unknown, revoked or expired."""
 
     status = 401
     type = "invalid_request_error"
     code = "invalid_api_key"
+
+    def __init__(self, message: str, *, code: str | None = None, key_id: str | None = None) -> None:
+        """`key_id` names a known key, for the log."""
+        super().__init__(message, code=code)
+        self.key_id = key_id
 
 
 class ForeignSite(ApiError):
@@ -174,6 +181,28 @@ class ForeignSite(ApiError):
     status = 403
     type = "invalid_request_error"
     code = "foreign_site"
+
+
+class MissingScope(ApiError):
+    """The key lacks the scope that this endpoint needs."""
+
+    status = 403
+    type = "invalid_request_error"
+    code = "missing_scope"
+
+    def __init__(self, scope: str) -> None:
+        super().__init__(f"You have insufficient permissions for this operation. Missing scopes: {scope}.")
+
+
+class ModelNotAllowed(ApiError):
+    """The model exists, and the key may not use it."""
+
+    status = 403
+    type = "invalid_request_error"
+    code = "model_not_allowed"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"This API key does not have access to the model '{model}'.", param="model")
 
 
 class NotFound(ApiError):
@@ -207,6 +236,13 @@ class ConversationNotFound(NotFound):
 
     def __init__(self, conversation_id: str) -> None:
         super().__init__(f"Conversation with id '{conversation_id}' not found.")
+
+
+class KeyNotFound(NotFound):
+    """An unknown key, or one that is revoked."""
+
+    def __init__(self, key_id: str) -> None:
+        super().__init__(f"There is no valid key {key_id}.")
 
 
 class StoredFileNotFound(NotFound):

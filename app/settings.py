@@ -61,6 +61,14 @@ def parse_allowed(text: str) -> Allowed:
     return Allowed(frozenset(hosts), tuple(networks))
 
 
+Networks = tuple[IPv4Network | IPv6Network, ...]
+
+
+def parse_networks(text: str) -> Networks:
+    """Read addresses and networks, separated by commas. Raises ValueError."""
+    return tuple(ip_network(part.strip()) for part in text.split(",") if part.strip())
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """All settings. Empty strings mean "not set"."""
 
@@ -300,6 +308,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     redis_prefix: Annotated[str, _about("prefix of this server's keys in Redis")] = "reprise"
     lease_s: Annotated[float, _about("how long a process keeps its runs without a heartbeat", gt=0)] = 15.0
     key_cache_s: Annotated[float, _about("how long a revoked key may still be accepted", ge=0)] = 5.0
+    auth_attempts_per_minute: Annotated[
+        int,
+        _about("failed attempts to authenticate of one client address in a minute; the replies to more wait", ge=1),
+    ] = 60
+    auth_delay_max_s: Annotated[float, _about("how long the reply to a failed attempt waits at most", ge=0)] = 5.0
+    proxies: Annotated[
+        str,
+        _about("addresses and networks of proxies whose `X-Forwarded-For` names the client; comma-separated"),
+    ] = ""
+    key_overlap_s: Annotated[
+        float, _about("how long the old secret of a rotated key stays valid, unless the rotation states it", ge=0)
+    ] = 86_400.0
     shutdown_grace_s: Annotated[float, _about("how long running requests may finish after SIGTERM", ge=0)] = 10.0
     shutdown_delay_s: Annotated[
         float,
@@ -362,8 +382,9 @@ def load(environ: Mapping[str, str]) -> Settings:
             raise SettingsError(f"{name}={text!r} is not valid: {error}{_choices(plain)}") from None
         if values[field.name] == math.inf:
             raise SettingsError(f"{name}={text!r} is not valid: expected a finite number")
-    try:
-        parse_allowed(values.get("outbound_allow", ""))
-    except ValueError as error:
-        raise SettingsError(f"REPRISE_OUTBOUND_ALLOW={values['outbound_allow']!r} is not valid: {error}.") from None
+    for name, parse in (("outbound_allow", parse_allowed), ("proxies", parse_networks)):
+        try:
+            parse(values.get(name, ""))
+        except ValueError as error:
+            raise SettingsError(f"{variable(name)}={values[name]!r} is not valid: {error}.") from None
     return Settings(**values)

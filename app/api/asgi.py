@@ -8,6 +8,7 @@ from litestar import Litestar
 from litestar.di import Provide
 from litestar.types import ASGIApp
 
+from app.api.admin import AuditController, KeysController
 from app.api.chat import ChatCompletionsController
 from app.api.compactions import CompactionsController
 from app.api.conversations import ConversationsController
@@ -33,6 +34,8 @@ def build(services: Services, lifespan: Lifespan) -> ASGIApp:
             FilesController,
             input_tokens,
             ModelsController,
+            KeysController,
+            AuditController,
             home,
             livez,
             readyz,

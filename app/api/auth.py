@@ -4,12 +4,14 @@ import hashlib
 import time
 
 from app.api.sites import Headers, refuse_foreign
+from app.domain.rights import Rights
 from app.errors import AuthenticationFailed
 from app.outbound.catalog import KEY
 from app.runs.admission import Caller
 from app.settings import DEFAULT_TENANT, Settings
-from app.storage import tenants
+from app.storage import keys
 from app.storage.database import Database
+from app.storage.keys import Proof
 
 CACHED_KEYS_MAX = 10_000
 
@@ -21,7 +23,7 @@ class Auth:
         self._database = database
         self._cache_s = settings.key_cache_s
         self._per_caller = settings.upstream_auth == "caller"
-        self._known: dict[bytes, tuple[float, str | None]] = {}
+        self._known: dict[bytes, tuple[float, Proof | None]] = {}
         self._in_use: tuple[float, bool] = (0.0, False)
 
     async def caller(self, headers: Headers, *, http_version: str) -> Caller:
@@ -34,41 +36,57 @@ class Auth:
             return await self._open_caller(key or None)
         if not key:
             raise _missing()
-        tenant_id = await self._tenant(key)
-        if tenant_id is None:
-            raise _incorrect(key)
-        return Caller(tenant_id, None)  # a key of this server goes to no upstream
+        rights = await self._rights(key)
+        return Caller(rights.owner, None, rights)  # a key of this server goes to no upstream
 
     async def _keys_in_use(self) -> bool:
         until, in_use = self._in_use
         if in_use or time.monotonic() < until:
             return in_use
         async with self._database.autocommit() as tx:
-            in_use = await tenants.keys_in_use(tx)
+            in_use = await keys.keys_in_use(tx)
         self._in_use = (time.monotonic() + self._cache_s, in_use)
         return in_use
 
     async def _open_caller(self, key: str | None) -> Caller:
         """With REPRISE_UPSTREAM_AUTH=caller each key is a tenant. Raises AuthenticationFailed."""
+        tenant = DEFAULT_TENANT
         if self._per_caller:
             if not key:
                 raise _missing()
             if not KEY.fullmatch(key):  # it can't be sent in a header
                 raise _incorrect(key)
-            return Caller(f"caller_{hashlib.sha256(key.encode()).hexdigest()[:32]}", key)
-        return Caller(DEFAULT_TENANT, key)
+            tenant = f"caller_{hashlib.sha256(key.encode()).hexdigest()[:32]}"
+        return Caller(tenant, key, Rights(tenant))
 
-    async def _tenant(self, key: str) -> str | None:
-        digest = tenants.digest(key)
-        until, tenant_id = self._known.get(digest, (0.0, None))
-        if time.monotonic() < until:
-            return tenant_id
+    async def _rights(self, key: str) -> Rights:
+        """Raises AuthenticationFailed."""
+        proof = await self._proof(keys.digest(key))
+        if proof is None:
+            raise _incorrect(key)
+        if proof.is_revoked:
+            raise AuthenticationFailed("The API key is revoked.", key_id=proof.rights.key_id)
+        if proof.left_s is not None and proof.left_s <= 0:
+            raise AuthenticationFailed("The API key is expired.", key_id=proof.rights.key_id)
+        return proof.rights
+
+    async def _proof(self, digest: bytes) -> Proof | None:
+        until, proof = self._known.get(digest, (0.0, None))
+        asked_at = (
+            time.monotonic()
+        )  # a key that is revoked while the answer arrives is not accepted any longer than others
+        if asked_at < until:
+            return proof
         async with self._database.autocommit() as tx:
-            tenant_id = await tenants.find_tenant(tx, key)
-        if len(self._known) >= CACHED_KEYS_MAX:
-            self._known.clear()
-        self._known[digest] = (time.monotonic() + self._cache_s, tenant_id)
-        return tenant_id
+            proof = await keys.find_proof(tx, digest)
+        cache_s = self._cache_s
+        if proof and proof.left_s is not None and proof.left_s > 0:
+            cache_s = min(cache_s, proof.left_s)
+        self._known.pop(digest, None)
+        while len(self._known) >= CACHED_KEYS_MAX:
+            del self._known[next(iter(self._known))]
+        self._known[digest] = (asked_at + cache_s, proof)
+        return proof
 
 
 def _missing() -> AuthenticationFailed:

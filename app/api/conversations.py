@@ -18,7 +18,7 @@ from app.ids import new_id
 from app.offload import offload
 from app.rooms import Room
 from app.runs.admission import Caller
-from app.storage import contexts, conversations
+from app.storage import audit, contexts, conversations
 from app.storage.conversations import StoredConversation
 from app.wire import conversations as wire
 from app.wire.items import AnyItem, decode_stored_item, encode_items
@@ -84,12 +84,14 @@ class ConversationsController(Controller):
     ) -> Response[bytes]:
         """Delete a conversation; its responses and its forks stay as they are."""
         queries.parse(request, queries.Nothing)
+        entry = audit.entry(caller.rights, "conversation.deleted", conversation_id)
         async for attempt in services.database.settling():
             with attempt:
                 async with services.database.begin() as tx:
                     await conversations.delete_conversation(
                         tx, caller.tenant_id, conversation_id, again=attempt.num > 1
                     )
+                    await audit.write(tx, caller.rights.tenant, entry)
         return small_reply(Deleted(conversation_id, "conversation.deleted"))
 
     @post("/{conversation_id:str}/fork", status_code=200)
@@ -156,12 +158,14 @@ class ConversationsController(Controller):
     ) -> Response[bytes]:
         """Remove an item; gives the conversation. Responses and forks that have the item keep it."""
         queries.parse(request, queries.Nothing)
+        entry = audit.entry(caller.rights, "conversation.item.deleted", item_id)
         async for attempt in services.database.settling():
             with attempt:
                 async with services.database.begin() as tx:
                     left = await conversations.remove_item(
                         tx, caller.tenant_id, conversation_id, item_id, again=attempt.num > 1
                     )
+                    await audit.write(tx, caller.rights.tenant, entry)
         return small_reply(_shown(left))
 
 

@@ -14,7 +14,7 @@ from app.api.replies import small_reply
 from app.api.services import Services
 from app.errors import ApiError
 from app.runs.admission import Caller
-from app.storage import files
+from app.storage import audit, files
 from app.storage.backlog import PAGE_BYTES, Backlog
 from app.storage.files import StoredFile
 from app.telemetry import describe
@@ -74,10 +74,12 @@ class FilesController(Controller):
     ) -> Response[bytes]:
         """Delete a file; items that refer to it keep the reference."""
         queries.parse(request, queries.Nothing)
+        entry = audit.entry(caller.rights, "file.deleted", file_id)
         async for attempt in services.database.settling():
             with attempt:
-                async with services.database.autocommit() as tx:
+                async with services.database.begin() as tx:
                     await files.delete_file(tx, caller.tenant_id, file_id, again=attempt.num > 1)
+                    await audit.write(tx, caller.rights.tenant, entry)
         return small_reply(Deleted(file_id, "file"))
 
 

@@ -25,10 +25,11 @@ class ModelsController(Controller):
     """Models that can be asked for by name."""
 
     path = "/v1/models"
+    opt = {"scope": None}  # any key may ask what it may use
 
     @get()
     async def list(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[bytes]:
-        """Every model, those of the catalog first."""
+        """Every model that the key may use, those of the catalog first."""
         models = await while_connected(request.receive, _models(caller, services))
         return small_reply(Models(models))
 
@@ -47,11 +48,12 @@ class ModelsController(Controller):
 async def _model(name: str, caller: Caller, services: Services) -> Model:
     """As its upstream lists it. An upstream may serve models that it does not list, so those are found too.
 
-    Raises NotFound if no upstream would be asked.
+    Raises NotFound if no upstream would be asked, ModelNotAllowed.
     """
+    route = services.catalog.routes(name)[0]
+    caller.rights.demand_model(name)
     if name in services.catalog.model_names:
         return Model(id=name)
-    route = services.catalog.routes(name)[0]
     upstream = services.upstreams[route.upstream]
     try:
         entries = await _listed(upstream, caller, services.settings.models_wait_s)
@@ -91,7 +93,8 @@ async def _models(caller: Caller, services: Services) -> list[Model]:
     if not named and not listed and answers and all(isinstance(answer, ApiError) for answer in answers):
         raise answers[0]
     known = {model.id for model in named}
-    return named + [model for model in listed if model.id not in known]
+    every = named + [model for model in listed if model.id not in known]
+    return [model for model in every if caller.rights.may_use(model.id)]
 
 
 def _as_model(entry: ModelEntry, upstream: Upstream) -> Model:

@@ -69,6 +69,23 @@ class FilePage(Struct, forbid_unknown_fields=True, frozen=True):
     purpose: str | None = None
 
 
+class KeyPage(Struct, forbid_unknown_fields=True, frozen=True):
+    """`GET /v1/admin/keys`."""
+
+    after: str | None = None
+    limit: Limit = 20
+    order: Order = "desc"
+
+
+class AuditPage(Struct, forbid_unknown_fields=True, frozen=True):
+    """`GET /v1/admin/audit`."""
+
+    after: str | None = None
+    limit: Limit = 20
+    order: Order = "desc"
+    type: str | None = None
+
+
 class Included(Struct, forbid_unknown_fields=True, frozen=True):
     """What the reply holds beyond the defaults."""
 

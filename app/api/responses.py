@@ -18,7 +18,7 @@ from app.errors import InvalidRequest
 from app.offload import offload
 from app.runs.admission import Caller
 from app.runs.following import Followed
-from app.storage import contexts, responses
+from app.storage import audit, contexts, responses
 from app.storage.pages import Page
 from app.storage.responses import Stored
 from app.wire import resources
@@ -124,10 +124,12 @@ class ResponsesController(Controller):
     ) -> Response[bytes]:
         """Delete a response; later ones that build on it keep their context."""
         queries.parse(request, queries.Nothing)
+        entry = audit.entry(caller.rights, "response.deleted", response_id)
         async for attempt in services.database.settling():
             with attempt:
                 async with services.database.begin() as tx:
                     await responses.delete_response(tx, caller.tenant_id, response_id, again=attempt.num > 1)
+                    await audit.write(tx, caller.rights.tenant, entry)
         return small_reply(Deleted(response_id))
 
     @get("/{response_id:str}/input_items")

@@ -1,5 +1,6 @@
 """Services that handlers depend on."""
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,9 +8,13 @@ import structlog
 from litestar import Request
 from msgspec import Struct
 
+from app.api.attempts import FailedAttempts
 from app.api.auth import Auth
 from app.api.bodies import Bodies
+from app.api.connected import while_connected
+from app.domain.rights import Scope, logged
 from app.domain.sealed import Seal
+from app.errors import AuthenticationFailed
 from app.outbound.catalog import Catalog
 from app.outbound.upstream import Upstream
 from app.rooms import Rooms
@@ -21,6 +26,8 @@ from app.runs.following import Following
 from app.settings import Settings
 from app.storage.backlog import Backlogs
 from app.storage.database import Database
+
+log = structlog.get_logger()
 
 
 class Services(Struct, frozen=True):
@@ -41,11 +48,44 @@ class Services(Struct, frozen=True):
     reads: Rooms
     outdated_schemas: frozenset[str]
     auth: Auth
+    attempts: FailedAttempts
 
 
 async def provide_caller(request: Request[Any, Any, Any], services: Services) -> Caller:
     """The caller, which every handler below /v1 depends on."""
     # Not `request.headers`: Litestar keeps what it has parsed as long as the reply takes, which may be long.
-    caller = await services.auth.caller(request.scope["headers"], http_version=request.scope["http_version"])
-    structlog.contextvars.bind_contextvars(tenant_id=caller.tenant_id)
+    headers = request.scope["headers"]
+    try:
+        caller = await services.auth.caller(headers, http_version=request.scope["http_version"])
+    except AuthenticationFailed as error:
+        await _slow_down(request, services.attempts, error)
+        raise
+    structlog.contextvars.bind_contextvars(**logged(caller.tenant_id))
+    if scope := _scope_of(request):
+        caller.rights.demand_scope(scope)
     return caller
+
+
+async def _slow_down(request: Request[Any, Any, Any], attempts: FailedAttempts, error: AuthenticationFailed) -> None:
+    """Log a failed attempt, and let its reply wait where its client has failed often."""
+    peer = request.scope["client"]
+    address = attempts.address(peer[0] if peer else None, request.scope["headers"])
+    delay_s = attempts.delay_s(address)
+    log.warning(
+        "A request was not authenticated.",
+        action="authentication_failed",
+        client=address,
+        code=error.code,
+        key_id=error.key_id,
+        delay_s=round(delay_s, 3),
+    )
+    if delay_s:
+        await while_connected(request.receive, asyncio.sleep(delay_s))
+
+
+def _scope_of(request: Request[Any, Any, Any]) -> Scope | None:
+    """What the route demands: its `scope`, or else to read for GET and to write for other methods."""
+    scope: Scope | None = request.route_handler.opt.get(
+        "scope", "responses.read" if request.method == "GET" else "responses.write"
+    )
+    return scope

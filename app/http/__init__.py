@@ -13,7 +13,7 @@ OPTIONS: dict[str, Any] = {
     "log_config": None,
     "access_log": False,
     "server_header": False,
-    "proxy_headers": False,  # the client's address is not used
+    "proxy_headers": False,  # app/api/attempts.py reads them
     "backlog": BACKLOG,
 }
 """Arguments of `uvicorn.Config` for any application."""

@@ -6,6 +6,7 @@ from msgspec import Struct
 
 from app.domain.context import LeftOut
 from app.domain.lifecycle import open_response
+from app.domain.rights import Rights
 from app.domain.sealed import Seal
 from app.domain.secrets import Secrets, seal_secrets
 from app.errors import ServerUnavailable, TooManyRequests
@@ -28,10 +29,11 @@ from app.wire.resources import Response
 
 
 class Caller(Struct, frozen=True):
-    """Who asks: the tenant, and the key that was sent, unless it is one of ours."""
+    """Who asks: the owner of the data, the key that was sent, unless it is one of ours, and what the caller may do."""
 
     tenant_id: str
     key: str | None
+    rights: Rights
 
 
 class Enqueued(Struct, frozen=True):
@@ -66,7 +68,7 @@ class Admission:
             raise TooManyRequests("Too many responses are being made; please try again.", headers={"Retry-After": "1"})
         self._planning += 1
         try:
-            plan = await self._planner.plan(caller.tenant_id, caller.key, request)
+            plan = await self._planner.plan(caller.tenant_id, caller.key, request, rights=caller.rights)
         finally:
             self._planning -= 1
         try:
@@ -82,7 +84,7 @@ class Admission:
 
     async def enqueue(self, caller: Caller, request: CreateResponse, raw: bytes) -> Enqueued:
         """Store a background response with its place in the queue, in one commit. Raises ApiError."""
-        plan = await self._planner.plan(caller.tenant_id, caller.key, request)
+        plan = await self._planner.plan(caller.tenant_id, caller.key, request, rights=caller.rights)
         try:
             await offload(plan.size, plan.refuse_unanswerable)
             return await self._enqueue(caller, plan, raw)

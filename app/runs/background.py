@@ -18,6 +18,7 @@ from app.domain.compaction import newest_compaction
 from app.domain.context import waits_for_client
 from app.domain.lifecycle import Outcome, close_response
 from app.domain.recovery import Recovered, recover
+from app.domain.rights import logged
 from app.domain.sealed import Seal
 from app.domain.secrets import open_secrets
 from app.errors import ApiError, DatabaseUnavailable, Fenced, RunTooLong, ServerError
@@ -135,7 +136,7 @@ class BackgroundRun:
     async def make(self) -> None:
         """Make what was claimed, or end it: the first time, after a crash, or because it is cancelled."""
         claim = self.claim
-        with structlog.contextvars.bound_contextvars(response_id=claim.response_id, tenant_id=claim.tenant_id):
+        with structlog.contextvars.bound_contextvars(response_id=claim.response_id, **logged(claim.tenant_id)):
             try:
                 if claim.state == "sealed":
                     await self._publish_rest()

@@ -38,7 +38,7 @@ class TokenCounts:
             raise TooManyRequests("Too many tokens are being counted; please try again.", headers={"Retry-After": "1"})
         self._counting += 1
         try:
-            plan = await self._planner.plan(caller.tenant_id, caller.key, request)
+            plan = await self._planner.plan(caller.tenant_id, caller.key, request, rights=caller.rights)
             with plan.room:
                 planned()
                 return Counted(await self._count(plan), plan.context.left_out)

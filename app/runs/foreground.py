@@ -14,6 +14,7 @@ import structlog
 
 from app.domain.context import Context
 from app.domain.lifecycle import Outcome, close_response
+from app.domain.rights import logged
 from app.errors import RESPONSE_ID_HEADER, ApiError, DatabaseUnavailable, ServerError
 from app.offload import offload
 from app.outbound.upstream import ChunkStream
@@ -162,7 +163,7 @@ class ForegroundRun:
 
     async def make(self) -> None:
         """Make the response, then close the sessions with tool servers: the reader does not wait for that."""
-        structlog.contextvars.bind_contextvars(response_id=self.response.id, tenant_id=self.tenant_id)
+        structlog.contextvars.bind_contextvars(response_id=self.response.id, **logged(self.tenant_id))
         try:
             await self._runs.pipeline.make(self)
             _settle(self._finished, None)

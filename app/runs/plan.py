@@ -16,6 +16,7 @@ from app.domain.hosted import HostedRoute, Kind
 from app.domain.item_builders import OutputOptions
 from app.domain.lifecycle import APPENDED, IN_FLIGHT
 from app.domain.prompt import chat_request
+from app.domain.rights import Rights
 from app.domain.sealed import Seal, TenantSeal
 from app.errors import (
     ApiError,
@@ -171,7 +172,7 @@ class Planner:
         self._rooms = Rooms(settings.contexts_bytes_max, waiting_max=settings.foreground_runs_max)
         self._declared = DeclaredTools(settings, catalog)
 
-    async def plan(self, tenant_id: str, caller_key: str | None, request: CreateResponse) -> RunPlan:
+    async def plan(self, tenant_id: str, caller_key: str | None, request: CreateResponse, *, rights: Rights) -> RunPlan:
         """The plan of a new request. Raises ApiError for everything that can be known before the upstream is asked."""
         if len(request.input) > self._settings.input_items_max:
             raise InvalidParameter(f"'input' has more than {self._settings.input_items_max} items.", param="input")
@@ -181,7 +182,7 @@ class Planner:
             names_max=self._settings.tools_named_max,
             listed_max=self._settings.tools_listed_max,
         )
-        routes = await self._routes(request, caller_key)
+        routes = await self._routes(request, caller_key, rights)
         _refuse_untaken(request, [upstream for upstream, _ in routes])
         servers = self._declared.servers(request)
         self._declared.refuse_hosted(request)
@@ -382,9 +383,13 @@ class Planner:
             return chain
         return None
 
-    async def _routes(self, request: CreateResponse, caller_key: str | None) -> list[tuple[Upstream, Route]]:
-        """The ways to the model, each to an upstream whose dialect is known as far as it can be."""
+    async def _routes(
+        self, request: CreateResponse, caller_key: str | None, rights: Rights | None = None
+    ) -> list[tuple[Upstream, Route]]:
+        """The ways to the model, each to an upstream whose dialect is known as far as it can be. Raises NotFound, ModelNotAllowed."""
         routes = [(self._upstreams[route.upstream], route) for route in self._catalog.routes(request.model)]
+        if rights:
+            rights.demand_model(request.model)
         for upstream, _ in routes:
             await upstream.find_dialect(caller_key)
         return routes

@@ -12,6 +12,7 @@ from msgspec import UNSET
 
 from app.domain.calls import PendingCall, arguments_for, container_of, hosted_call, mcp_call
 from app.domain.hosted import container_named
+from app.domain.rights import tenant_of
 from app.domain.toolbox import ByHost, ServerCall
 from app.domain.tools.answers import INVALID_PARAMS, Answer, failure, not_json
 from app.ids import NewId, new_id
@@ -102,7 +103,9 @@ class Tools:
             return self._plan.servers[call.item.server_label], call.item.name, call.given
         route = call.route
         assert route is not None
-        arguments = arguments_for(call, tenant=self._plan.tenant_id, container=_private(self._plan, call.container))
+        arguments = arguments_for(
+            call, tenant=tenant_of(self._plan.tenant_id), container=_private(self._plan, call.container)
+        )
         return self._plan.tool_servers[route.server], route.tool, arguments
 
 

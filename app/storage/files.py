@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from msgspec import Struct
 from sqlalchemy import text
 
+from app.domain.rights import tenant_of
 from app.errors import InvalidParameter, InvalidRequest, ServerUnavailable, StoredFileNotFound
 from app.ids import seconds_of
 from app.storage.database import Database, Query, Row, Tx, storable
 from app.storage.pages import Page
+from app.storage.tables import OF_TENANT
 from app.wire.files import Purpose
 from app.wire.requests import Order
 
@@ -65,11 +67,11 @@ _ABANDONED = Query(
     across_tenants="uploads of processes that died, whose tenants may never come again",
 )
 
-_USED = Query(
-    text(
-        "select count(*) as files, cast(coalesce(sum(bytes), 0) as bigint) as bytes from files where tenant_id = :tenant_id"
-    )
-)
+_USED_BY_TENANT = f"""
+    select count(*) as files, cast(coalesce(sum(bytes), 0) as bigint) as bytes from files where tenant_id {OF_TENANT}
+"""
+
+_USED = Query(text(_USED_BY_TENANT), across_tenants="the limit is that of a tenant with its users")
 
 _BEGIN = Query(
     text("""
@@ -96,17 +98,16 @@ _WRITE = Query(
 
 # Every piece of every upload is committed before its end, so of two that end at once the later statement counts both.
 _END = Query(
-    text("""
-    with used as (
-        select count(*) as files, cast(coalesce(sum(bytes), 0) as bigint) as bytes from files where tenant_id = :tenant_id
-    ), file as (
+    text(f"""
+    with used as ({_USED_BY_TENANT}), file as (
         update files set purpose = :purpose
         where tenant_id = :tenant_id and id = :id
           and exists (select from used where used.files <= :files_max and used.bytes <= :bytes_max)
         returning id, created_at, filename, purpose, bytes
     )
     select used.files, used.bytes as used_bytes, file.* from used left join file on true
-    """)
+    """),
+    across_tenants="the limit is that of a tenant with its users",
 )
 
 _DISCARD = Query(text("delete from files where tenant_id = :tenant_id and id = :id"))
@@ -158,7 +159,7 @@ class Upload:
         """Raises InvalidRequest for a tenant that has too many files."""
         async with self._database.autocommit() as tx:
             await tx.one(_ABANDONED)
-            used = await tx.one(_USED, tenant_id=self._tenant_id)
+            used = await tx.one(_USED, tenant=tenant_of(self._tenant_id))
         assert used
         self._quota.check(used["files"] + 1, used["bytes"])
         self._used = used["bytes"]
@@ -176,7 +177,10 @@ class Upload:
     async def end(self, purpose: Purpose) -> StoredFile:
         """The file, which can be found from now on. Raises InvalidRequest as `begin` and `write`, ServerUnavailable."""
         quota = self._quota
-        row = await self._one(_END, purpose=purpose, files_max=quota.files_max, bytes_max=quota.bytes_max)
+        tenant = tenant_of(self._tenant_id)
+        row = await self._one(
+            _END, tenant=tenant, purpose=purpose, files_max=quota.files_max, bytes_max=quota.bytes_max
+        )
         assert row
         if row["id"] is None:
             quota.check(row["files"], row["used_bytes"])

@@ -11,7 +11,9 @@ from msgspec import Struct
 from msgspec.structs import asdict
 from sqlalchemy import text
 
+from app.domain.rights import tenant_of
 from app.storage.database import Query, Row, Tx
+from app.storage.tables import OF_TENANT
 
 
 class Owner(Struct, frozen=True):
@@ -203,8 +205,8 @@ _REMOVE = Query(
 )
 
 _DEPTH = Query(
-    text("""
-    select (select count(*) from (select from runs where tenant_id = :tenant_id and state = 'queued' limit :tenant_max) one)
+    text(f"""
+    select (select count(*) from (select from runs where tenant_id {OF_TENANT} and state = 'queued' limit :tenant_max) one)
                >= :tenant_max as tenant_full,
            (select count(*) from (select from runs where state = 'queued' limit :all_max) one) >= :all_max as all_full
     """),
@@ -288,7 +290,7 @@ async def remove(tx: Tx, tenant_id: str, response_id: str, epoch: int) -> None:
 
 async def is_full(tx: Tx, tenant_id: str, *, tenant_max: int, all_max: int) -> bool:
     """Whether the queue takes no more, of this tenant or in all."""
-    row = await tx.one(_DEPTH, tenant_id=tenant_id, tenant_max=tenant_max, all_max=all_max)
+    row = await tx.one(_DEPTH, tenant=tenant_of(tenant_id), tenant_max=tenant_max, all_max=all_max)
     return row is not None and bool(row["tenant_full"] or row["all_full"])
 
 

@@ -27,7 +27,7 @@ from sqlalchemy import (
     text,
     true,
 )
-from sqlalchemy.dialects.postgresql import JSON, JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSON, JSONB
 
 from app.domain import lifecycle
 
@@ -43,8 +43,10 @@ metadata = MetaData(
 tenants = Table(
     "tenants",
     metadata,
-    Column("id", Text, primary_key=True),
+    Column("id", Text, primary_key=True, comment="a tenant, or one user of it: what rows have as their tenant_id"),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("tenant", Text, comment="of a user its tenant; else null"),
+    Index("tenants_tenant_idx", "tenant", postgresql_where=text("tenant is not null")),
 )
 
 keys = Table(
@@ -56,6 +58,35 @@ keys = Table(
     Column("name", Text, nullable=False),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     Column("revoked_at", DateTime(timezone=True)),
+    Column("user_name", Text, nullable=False, server_default=text("''"), comment="empty: it is bound to no user"),
+    Column("scopes", ARRAY(Text), nullable=False, server_default=text("array['responses.read', 'responses.write']")),
+    Column("models", ARRAY(Text), comment="names or patterns; null: all"),
+    Column("expires_at", DateTime(timezone=True)),
+    Index("keys_tenant_id_id_idx", "tenant_id", "id"),
+    CheckConstraint(r"concat(tenant_id, user_name) !~ '[\x01-\x1f]'", name="keys_names_check"),
+)
+
+retired_secrets = Table(
+    "retired_secrets",
+    metadata,
+    Column("hash", LargeBinary, primary_key=True, comment="SHA-256 of a secret that its key had before"),
+    Column("tenant_id", Text, nullable=False),
+    Column("key_id", Text, ForeignKey("keys.id"), nullable=False),
+    Column("valid_until", DateTime(timezone=True), nullable=False),
+    Index("retired_secrets_key_id_idx", "key_id"),
+)
+
+audit_log = Table(
+    "audit_log",
+    metadata,
+    Column("tenant_id", Text, primary_key=True, comment="the tenant, also for what its users do"),
+    Column("id", Text, primary_key=True),
+    Column("created_at", BigInteger, nullable=False, comment="unix seconds"),
+    Column("actor", Text, nullable=False, comment="api_key, command_line, anonymous"),
+    Column("key_id", Text),
+    Column("user_name", Text, nullable=False),
+    Column("action", Text, nullable=False),
+    Column("target", Text, nullable=False, comment="the id of what was acted on"),
 )
 
 responses = Table(
@@ -239,6 +270,9 @@ sealing = Table(
     Column("fingerprint", Text, nullable=False, comment="of the secret key, which is kept nowhere"),
     CheckConstraint("is_only", name="sealing_one_row"),
 )
+
+OF_TENANT = "= any(array(select id from tenants where tenant = :tenant) || cast(:tenant as text))"
+"""What a `tenant_id` is that is the tenant's or one of its users', as SQL's condition: `tenant_id …`."""
 
 OUTPUT_POSITION = 1_000_000
 """The `position` of a turn's first output item; a request holds far fewer input items."""

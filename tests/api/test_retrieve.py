@@ -418,7 +418,7 @@ def rows(own):
     """How many rows each table of data has."""
     data = "responses facets items branches conversations removals files file_pieces runs event_journal event_archive approvals"
     names = data.split()
-    assert {*names, "tenants", "keys", "sealing"} == tables.metadata.tables.keys()
+    assert {*names, "tenants", "keys", "retired_secrets", "audit_log", "sealing"} == tables.metadata.tables.keys()
     counts = ", ".join(f"(select count(*) from {name})" for name in names)
     return dict(zip(names, fetch(own.database_url, f"select {counts}")[0], strict=True))
 

@@ -49,6 +49,7 @@ class House(Struct):
 @pytest.fixture(scope="module")
 def house(base_env: Mapping[str, str], new_database: Callable[[], str]) -> Iterator[House]:
     env = {**base_env, "DATABASE_URL": new_database(), "REPRISE_KEY_CACHE_S": f"{KEY_CACHE_S}"}
+    env["REPRISE_AUTH_DELAY_MAX_S"] = "0"
     a, b = made(env, "a")[1], made(env, "b")[1]
     with Served(env) as served:
         yield House(env, served, a, b)
@@ -150,7 +151,7 @@ def test_a_revoked_key_is_refused_soon_and_the_others_go_on(house):
     with house.http(house.a) as http:  # what the key made belongs to the tenant
         assert http.get(f"/responses/{own['id']}").json() == own
     again = reprise(house.env, "keys", "revoke", id)
-    assert (again.returncode, again.stderr) == (1, f"reprise: there is no valid key {id}.\n")
+    assert (again.returncode, again.stderr) == (1, f"reprise: There is no valid key {id}.\n")
 
 
 def test_keys_are_listed_without_their_secrets(house):
@@ -158,8 +159,8 @@ def test_keys_are_listed_without_their_secrets(house):
     assert reprise(house.env, "keys", "revoke", id).returncode == 0
     listed = reprise(house.env, "keys", "list")
     lines = [line.split("\t") for line in listed.stdout.splitlines()]
-    assert {(tenant, name) for _, tenant, name, _, _ in lines} >= {("a", "-"), ("b", "-"), ("c", "for the list")}
-    [(_, _, _, created, state)] = [line for line in lines if line[0] == id]
+    assert {(tenant, name) for _, tenant, _, name, *_ in lines} >= {("a", "-"), ("b", "-"), ("c", "for the list")}
+    [(*_, created, state)] = [line for line in lines if line[0] == id]
     assert state.startswith("revoked 20")
     assert created <= state.removeprefix("revoked ")
     assert {state for line_id, *_, state in lines if line_id != id and not state.startswith("revoked ")} == {"valid"}

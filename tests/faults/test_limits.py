@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from app.storage import tenants
+from app.storage import keys
 from tests.faults.client import begin, call
 from tests.faults.cluster import Cluster
 from tests.upstream import answer, finish, gate, note, repeat, script, text
@@ -14,7 +14,7 @@ from tests.waiting import until
 def add_tenant(cluster, name):
     """A tenant, whose key is `key-<name>`."""
     cluster.query("insert into tenants (id) values ($1)", name)
-    key = (tenants.digest(f"key-{name}"), f"key_{name}", name)
+    key = (keys.digest(f"key-{name}"), f"key_{name}", name)
     cluster.query("insert into keys (hash, id, tenant_id, name) values ($1, $2, $3, '')", *key)
 
 

@@ -65,7 +65,7 @@ def strayed(sql: str, order: tuple[str, ...]) -> list[str]:
             if access["verb"] == "into":
                 bound = rf"\([^)]*\btenant_id\b[^)]*\)(?s:.*){bind}"
             if access["table"] == "tenants":  # its key is the tenant's id itself
-                bound = rf"\(id\)(?s:.*){bind}"
+                bound = rf"\(id\b[^)]*\)(?s:.*){bind}"
             if not re.search(bound, scope):
                 found.append(f"{access[0]}: {' '.join(scope.split())}")
     return found

@@ -31,6 +31,7 @@ GOOD: dict[str, tuple[str, Any]] = {
     "keepalive_events": ("true", True),
     "redis_prefix": ("mine", "mine"),
     "outbound_allow": ("tools.internal,10.1.0.0/16", "tools.internal,10.1.0.0/16"),
+    "proxies": ("10.0.0.1,2001:db8::/64", "10.0.0.1,2001:db8::/64"),
 }
 """A value of each setting that is no plain limit: as it is written, as it is meant."""
 

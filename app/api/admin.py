@@ -1,0 +1,143 @@
+"""`/v1/admin`: the keys of the caller's tenant, and its audit log."""
+
+from typing import Any
+
+from litestar import Controller, Request, Response, delete, get, post
+
+from app.api import pages, queries
+from app.api.replies import json_reply, small_reply
+from app.api.services import Services
+from app.domain.rights import ORDINARY
+from app.runs.admission import Caller
+from app.storage import audit, keys
+from app.storage.audit import Entry
+from app.storage.keys import Key
+from app.wire import admin as wire
+from app.wire.conversations import decode_request
+from app.wire.resources import Deleted, encode
+
+
+class KeysController(Controller):
+    """Keys of the caller's own tenant."""
+
+    path = "/v1/admin/keys"
+    opt = {"scope": "admin"}
+
+    @post(status_code=200)
+    async def create(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[bytes]:
+        """A new key. Only this reply has its secret."""
+        queries.parse(request, queries.Nothing)
+        with services.bodies.reading(request) as body:
+            asked = decode_request(wire.CREATE_KEY, await body.read())
+        key = keys.new_key(
+            caller.rights.tenant,
+            user=asked.user or "",
+            name=asked.name,
+            scopes=ORDINARY if asked.scopes is None else frozenset(asked.scopes),
+            models=None if asked.models is None else tuple(asked.models),
+            expires_at=asked.expires_at,
+        )
+        secret, entry = keys.new_secret(), audit.entry(caller.rights, "key.created", key.id)
+        async for attempt in services.database.settling():
+            with attempt:
+                async with services.database.begin() as tx:
+                    await keys.create_key(tx, key, secret)
+                    await audit.write(tx, key.tenant, entry)
+        return _reply(key, secret)
+
+    @get()
+    async def list(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[Any]:
+        """Keys by creation, also revoked and expired ones."""
+        query = queries.parse(request, queries.KeyPage)
+        async with services.database.autocommit() as tx:
+            page = await keys.list_keys(
+                tx, caller.rights.tenant, after=query.after, limit=query.limit, order=query.order
+            )
+        rows = [(key.id, encode(_shown(key))) for key in page.rows]
+        return json_reply(pages.encoded(rows, has_more=page.has_more), services.backlogs)
+
+    @get("/{key_id:str}")
+    async def retrieve(
+        self, request: Request[Any, Any, Any], key_id: str, caller: Caller, services: Services
+    ) -> Response[bytes]:
+        """One key."""
+        queries.parse(request, queries.Nothing)
+        async with services.database.autocommit() as tx:
+            return _reply(await keys.get_key(tx, caller.rights.tenant, key_id))
+
+    @post("/{key_id:str}/rotate", status_code=200)
+    async def rotate(
+        self, request: Request[Any, Any, Any], key_id: str, caller: Caller, services: Services
+    ) -> Response[bytes]:
+        """A new secret, which only this reply has; the old one stays valid for `overlap_s`."""
+        queries.parse(request, queries.Nothing)
+        with services.bodies.reading(request) as body:
+            asked = decode_request(wire.ROTATE_KEY, await body.read())
+        overlap_s = services.settings.key_overlap_s if asked.overlap_s is None else asked.overlap_s
+        secret, entry = keys.new_secret(), audit.entry(caller.rights, "key.rotated", key_id)
+        async for attempt in services.database.settling():
+            with attempt:
+                async with services.database.begin() as tx:
+                    key = await keys.rotate_key(tx, caller.rights.tenant, key_id, secret, overlap_s=overlap_s)
+                    await audit.write(tx, key.tenant, entry)
+        return _reply(key, secret)
+
+    @delete("/{key_id:str}", status_code=200)
+    async def revoke(
+        self, request: Request[Any, Any, Any], key_id: str, caller: Caller, services: Services
+    ) -> Response[bytes]:
+        """Revoke a key; it stays in the list."""
+        queries.parse(request, queries.Nothing)
+        entry = audit.entry(caller.rights, "key.revoked", key_id)
+        async for attempt in services.database.settling():
+            with attempt:
+                async with services.database.begin() as tx:
+                    await keys.revoke_key(tx, caller.rights.tenant, key_id, again=attempt.num > 1)
+                    await audit.write(tx, caller.rights.tenant, entry)
+        return small_reply(Deleted(key_id, "api_key.deleted"))
+
+
+class AuditController(Controller):
+    """The audit log of the caller's own tenant."""
+
+    path = "/v1/admin/audit"
+    opt = {"scope": "admin"}
+
+    @get()
+    async def list(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[Any]:
+        """What was done, by time."""
+        query = queries.parse(request, queries.AuditPage)
+        async with services.database.autocommit() as tx:
+            page = await audit.list_entries(
+                tx, caller.rights.tenant, query.type, after=query.after, limit=query.limit, order=query.order
+            )
+        rows = [(entry.id, encode(_listed(entry))) for entry in page.rows]
+        return json_reply(pages.encoded(rows, has_more=page.has_more), services.backlogs)
+
+
+def _shown(key: Key) -> wire.ApiKey:
+    return wire.ApiKey(
+        id=key.id,
+        name=key.name,
+        tenant=key.tenant,
+        user=key.user or None,
+        scopes=sorted(key.scopes),
+        models=None if key.models is None else list(key.models),
+        created_at=key.created_at,
+        expires_at=key.expires_at,
+        revoked_at=key.revoked_at,
+    )
+
+
+def _reply(key: Key, secret: str | None = None) -> Response[bytes]:
+    shown = _shown(key)
+    if secret is not None:
+        shown.value = secret
+    return small_reply(shown, {"cache-control": "no-store"})
+
+
+def _listed(entry: Entry) -> wire.AuditEntry:
+    actor = wire.AuditActor(entry.actor, entry.key_id, entry.user or None)
+    return wire.AuditEntry(
+        id=entry.id, type=entry.action, effective_at=entry.created_at, actor=actor, target=entry.target
+    )

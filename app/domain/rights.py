@@ -1,0 +1,83 @@
+"""What a caller may do: scopes and models; and whose data it sees.
+
+A user within a tenant owns data as a tenant does: the `tenant_id` of every row is the owner, which is the tenant, or one user of it.
+So each statement that keeps tenants apart keeps users apart, too.
+"""
+
+import unicodedata
+from fnmatch import fnmatchcase
+from typing import Literal, get_args
+
+from msgspec import Struct
+
+from app.errors import MissingScope, ModelNotAllowed
+
+Scope = Literal["responses.read", "responses.write", "admin"]
+
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+
+ORDINARY: frozenset[Scope] = frozenset({"responses.read", "responses.write"})
+"""The scopes of a key that names none."""
+
+NAME_CHARS_MAX = 256
+"""Of a tenant's, a user's and a key's name."""
+
+_SEPARATOR = "\x1f"
+"""Between a tenant and its user; no name contains it."""
+
+
+class Rights(Struct, frozen=True):
+    """What a key stands for."""
+
+    tenant: str
+    user: str = ""
+    """Empty for a key that is bound to no user."""
+    scopes: frozenset[Scope] = ORDINARY
+    models: tuple[str, ...] | None = None
+    """Names or patterns of models, as in the catalog; None for all."""
+    key_id: str | None = None
+
+    @property
+    def owner(self) -> str:
+        """Whose data it sees: the `tenant_id` of rows."""
+        return owner_of(self.tenant, self.user)
+
+    def demand_scope(self, scope: Scope) -> None:
+        """Raises MissingScope."""
+        if scope not in self.scopes:
+            raise MissingScope(scope)
+
+    def may_use(self, model: str) -> bool:
+        """Whether requests may name this model."""
+        return self.models is None or any(fnmatchcase(model, one) for one in self.models)
+
+    def demand_model(self, model: str) -> None:
+        """Raises ModelNotAllowed."""
+        if not self.may_use(model):
+            raise ModelNotAllowed(model)
+
+
+def owner_of(tenant: str, user: str) -> str:
+    """The owner of a user's data, or with no user of the tenant's own."""
+    return f"{tenant}{_SEPARATOR}{user}" if user else tenant
+
+
+def tenant_of(owner: str) -> str:
+    """The tenant of an owner."""
+    return owner.partition(_SEPARATOR)[0]
+
+
+def logged(owner: str) -> dict[str, str]:
+    """An owner as fields of a log line."""
+    tenant, _, user = owner.partition(_SEPARATOR)
+    return {"tenant_id": tenant, "user": user} if user else {"tenant_id": tenant}
+
+
+def is_name(text: str) -> bool:
+    """Whether a tenant or a user can have this name."""
+    return 0 < len(text) <= NAME_CHARS_MAX and not has_controls(text)
+
+
+def has_controls(text: str) -> bool:
+    """Whether a text has control characters, or halves of surrogate pairs."""
+    return any(unicodedata.category(char) in {"Cc", "Cs"} for char in text)

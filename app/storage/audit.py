@@ -1,0 +1,117 @@
+"""The audit log: who has done what to which thing, never its content. An entry is written in the transaction of its action."""
+
+from typing import Literal
+
+from msgspec import Struct
+from sqlalchemy import text
+
+from app.domain.rights import Rights
+from app.errors import InvalidParameter
+from app.ids import new_id, seconds_of
+from app.storage.database import Query, Row, Tx, storable
+from app.storage.pages import Page
+from app.wire.requests import Order
+
+Actor = Literal["api_key", "command_line", "anonymous"]
+
+Action = Literal[
+    "key.created",
+    "key.rotated",
+    "key.revoked",
+    "response.deleted",
+    "conversation.deleted",
+    "conversation.item.deleted",
+    "file.deleted",
+]
+
+
+class Entry(Struct, frozen=True, kw_only=True):
+    """One action. Attempts at one transaction share an entry, and it is written once."""
+
+    id: str
+    created_at: int
+    actor: Actor
+    key_id: str | None
+    user: str
+    action: Action
+    target: str
+
+
+_INSERT = Query(
+    text("""
+    insert into audit_log (tenant_id, id, created_at, actor, key_id, user_name, action, target)
+    values (:tenant_id, :id, :created_at, :actor, :key_id, :user, :action, :target)
+    on conflict do nothing  -- by an earlier attempt
+    """)
+)
+
+
+def _list(order: Order) -> Query:
+    """Ids begin with the time, so they are in the order of the actions."""
+    return Query(
+        text(f"""
+    select id, created_at, actor, key_id, user_name, action, target from audit_log
+    where tenant_id = :tenant_id and id > :from_id and id < :to_id
+      and action = coalesce(cast(:action as text), action)
+    order by id {order} limit cast(:limit as bigint) + 1
+    """)
+    )
+
+
+_LISTS: dict[Order, Query] = {"asc": _list("asc"), "desc": _list("desc")}
+
+FIRST_ID, LAST_ID = "audit_", "audit_g"
+"""What all ids are between."""
+
+
+def entry(rights: Rights | None, action: Action, target: str) -> Entry:
+    """What a caller does to the thing with this id, now; None for the operator on the command line."""
+    id = new_id("audit")
+    key_id = rights.key_id if rights else None
+    return Entry(
+        id=id,
+        created_at=seconds_of(id) or 0,
+        actor="command_line" if rights is None else "api_key" if key_id else "anonymous",
+        key_id=key_id,
+        user=rights.user if rights else "",
+        action=action,
+        target=target,
+    )
+
+
+async def write(tx: Tx, tenant: str, entry: Entry) -> None:
+    """Write an entry into the log of a tenant."""
+    await tx.one(
+        _INSERT,
+        tenant_id=tenant,
+        id=entry.id,
+        created_at=entry.created_at,
+        actor=entry.actor,
+        key_id=entry.key_id,
+        user=entry.user,
+        action=entry.action,
+        target=entry.target,
+    )
+
+
+async def list_entries(
+    tx: Tx, tenant: str, action: str | None, *, after: str | None, limit: int, order: Order
+) -> Page[Entry]:
+    """Up to `limit` entries of a tenant after the cursor. Raises InvalidParameter for a cursor that is no entry's id."""
+    if after is not None and (not after.startswith(FIRST_ID) or seconds_of(after) is None or not storable(after)):
+        raise InvalidParameter(f"There is no entry with id '{after}'.", param="after")
+    begin, end = (FIRST_ID, after or LAST_ID) if order == "desc" else (after or FIRST_ID, LAST_ID)
+    rows = await tx.all(_LISTS[order], tenant_id=tenant, action=action, from_id=begin, to_id=end, limit=limit)
+    return Page([_entry(row) for row in rows[:limit]], len(rows) > limit)
+
+
+def _entry(row: Row) -> Entry:
+    return Entry(
+        id=row["id"],
+        created_at=row["created_at"],
+        actor=row["actor"],
+        key_id=row["key_id"],
+        user=row["user_name"],
+        action=row["action"],
+        target=row["target"],
+    )

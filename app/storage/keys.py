@@ -1,0 +1,271 @@
+"""Keys, and the tenants and users that they are for. Only a secret's SHA-256 is stored: secrets are 256 random bits, so a fast hash is safe.
+
+A key has one secret, and after a rotation for some time also those that it had before.
+"""
+
+import hashlib
+import secrets
+import time
+from datetime import UTC, datetime
+
+from msgspec import Struct
+from sqlalchemy import text
+
+from app.domain.rights import NAME_CHARS_MAX, ORDINARY, Rights, Scope, has_controls, is_name, owner_of
+from app.errors import InvalidParameter, KeyNotFound
+from app.ids import new_id, seconds_of
+from app.storage.database import Query, Row, Tx, storable
+from app.storage.pages import Page
+from app.wire.requests import Order
+
+_KEY_PREFIX = "sk-reprise-"
+
+_COLUMNS = "id, tenant_id, user_name, name, scopes, models, created_at, expires_at, revoked_at"
+
+_FIND = Query(
+    text("""
+    select id, tenant_id, user_name, scopes, models, revoked_at is not null as is_revoked,
+           cast(extract(epoch from expires_at - now()) as float8) as left_s
+    from keys where hash = :hash
+    union all
+    select key.id, key.tenant_id, key.user_name, key.scopes, key.models, key.revoked_at is not null,
+           cast(extract(epoch from least(key.expires_at, retired.valid_until) - now()) as float8)
+    from retired_secrets retired join keys key on key.tenant_id = retired.tenant_id and key.id = retired.key_id
+    where retired.hash = :hash
+    """),
+    across_tenants="finds the tenant",
+)
+_ANY = Query(
+    text("select exists (select from keys) as any_key"), across_tenants="finds out whether keys are in use at all"
+)
+_TENANT = Query(text("insert into tenants (id) values (:tenant_id) on conflict do nothing returning id"))
+_USER = Query(
+    text("insert into tenants (id, tenant) values (:tenant_id, :tenant) on conflict do nothing returning id"),
+)
+_INSERT = Query(
+    text("""
+    insert into keys (hash, id, tenant_id, user_name, name, scopes, models, expires_at)
+    values (:hash, :id, :tenant_id, :user, :name, cast(:scopes as text[]), cast(:models as text[]),
+            to_timestamp(cast(:expires_at as float8)))
+    on conflict do nothing  -- by an earlier attempt
+    """)
+)
+_ALL = Query(text(f"select {_COLUMNS} from keys order by created_at, id"), across_tenants="the operator's own list")
+_TENANT_OF = Query(
+    text("select tenant_id from keys where id = :id"), across_tenants="the operator names a key by its id"
+)
+_GET = Query(text(f"select {_COLUMNS} from keys where tenant_id = :tenant_id and id = :id"))
+_REVOKE = Query(
+    text("""
+    update keys set revoked_at = now() where tenant_id = :tenant_id and id = :id and revoked_at is null returning id
+    """)
+)
+_ROTATE = Query(
+    text("""
+    with old as (
+        select hash from keys
+        where tenant_id = :tenant_id and id = :id and revoked_at is null and (expires_at is null or expires_at > now())
+        for update
+    ), retired as (
+        insert into retired_secrets (hash, tenant_id, key_id, valid_until)
+        select hash, :tenant_id, :id, now() + cast(:overlap_s as float8) * interval '1 second'
+        from old where hash <> :hash  -- by an earlier attempt
+    ), dropped as (
+        delete from retired_secrets where tenant_id = :tenant_id and key_id = :id and valid_until <= now()
+    )
+    update keys set hash = :hash where tenant_id = :tenant_id and id = :id and exists (select from old)
+    returning id, tenant_id, user_name, name, scopes, models, created_at, expires_at, revoked_at
+    """)
+)
+
+
+def _list(order: Order) -> Query:
+    """Ids begin with the time, so they are in the order of creation."""
+    return Query(
+        text(f"""
+    select {_COLUMNS} from keys where tenant_id = :tenant_id and id > :from_id and id < :to_id
+    order by id {order} limit cast(:limit as bigint) + 1
+    """)
+    )
+
+
+_LISTS: dict[Order, Query] = {"asc": _list("asc"), "desc": _list("desc")}
+
+FIRST_ID, LAST_ID = "key_", "key_g"
+"""What all ids are between."""
+
+
+NAME_RULE = f"expected 1 to {NAME_CHARS_MAX} characters, none of them control characters"
+
+
+class Key(Struct, frozen=True, kw_only=True):
+    """A key as its administrators see it. Times are unix seconds."""
+
+    id: str
+    tenant: str
+    user: str = ""
+    name: str = ""
+    scopes: frozenset[Scope] = ORDINARY
+    models: tuple[str, ...] | None = None
+    created_at: int = 0
+    expires_at: int | None = None
+    revoked_at: int | None = None
+
+
+class Proof(Struct, frozen=True):
+    """What a secret proves."""
+
+    rights: Rights
+    is_revoked: bool
+    left_s: float | None
+    """How long it is valid, in seconds; None if it does not expire."""
+
+
+def new_secret() -> str:
+    """A new secret, which is shown once."""
+    return _KEY_PREFIX + secrets.token_urlsafe(32)
+
+
+def digest(secret: str) -> bytes:
+    """What is stored of a secret."""
+    return hashlib.sha256(secret.encode()).digest()
+
+
+async def find_proof(tx: Tx, hash: bytes) -> Proof | None:
+    """What the secret with this digest proves; None if it is unknown."""
+    row = await tx.one(_FIND, hash=hash)
+    if row is None:
+        return None
+    rights = Rights(row["tenant_id"], row["user_name"], frozenset(row["scopes"]), _models(row), row["id"])
+    return Proof(rights, row["is_revoked"], row["left_s"])
+
+
+async def keys_in_use(tx: Tx) -> bool:
+    """Whether a key was ever made; a revoked one counts, so revoking the last never opens the server."""
+    row = await tx.one(_ANY)
+    return row is not None and bool(row["any_key"])
+
+
+async def create_key(tx: Tx, key: Key, secret: str) -> None:
+    """Store a new key, and its tenant and user if they are new. Needs a transaction."""
+    await tx.one(_TENANT, tenant_id=key.tenant)
+    if key.user:
+        await tx.one(_USER, tenant_id=owner_of(key.tenant, key.user), tenant=key.tenant)
+    await tx.one(
+        _INSERT,
+        hash=digest(secret),
+        id=key.id,
+        tenant_id=key.tenant,
+        user=key.user,
+        name=key.name,
+        scopes=sorted(key.scopes),
+        models=key.models,
+        expires_at=key.expires_at,
+    )
+
+
+async def all_keys(tx: Tx) -> list[Key]:
+    """The keys of all tenants, oldest first."""
+    return [_key(row) for row in await tx.all(_ALL)]
+
+
+async def list_keys(tx: Tx, tenant: str, *, after: str | None, limit: int, order: Order) -> Page[Key]:
+    """Up to `limit` keys of a tenant after the cursor. Raises InvalidParameter for a cursor that is no key's id."""
+    if after is not None and (not after.startswith(FIRST_ID) or seconds_of(after) is None or not storable(after)):
+        raise InvalidParameter(f"There is no key with id '{after}'.", param="after")
+    begin, end = (FIRST_ID, after or LAST_ID) if order == "desc" else (after or FIRST_ID, LAST_ID)
+    rows = await tx.all(_LISTS[order], tenant_id=tenant, from_id=begin, to_id=end, limit=limit)
+    return Page([_key(row) for row in rows[:limit]], len(rows) > limit)
+
+
+async def tenant_of_key(tx: Tx, key_id: str) -> str:
+    """The tenant of a key. Raises KeyNotFound."""
+    row = await tx.one(_TENANT_OF, id=key_id) if storable(key_id) else None
+    if row is None:
+        raise KeyNotFound(key_id)
+    return str(row["tenant_id"])
+
+
+async def get_key(tx: Tx, tenant: str, key_id: str) -> Key:
+    """A key, which may be revoked. Raises KeyNotFound."""
+    return _key(await _one(tx, _GET, tenant, key_id))
+
+
+async def revoke_key(tx: Tx, tenant: str, key_id: str, *, again: bool = False) -> None:
+    """Revoke a key with all its secrets. `again` if an earlier attempt may have revoked it. Raises KeyNotFound for one that is not
+    valid."""
+    try:
+        await _one(tx, _REVOKE, tenant, key_id)
+    except KeyNotFound:
+        if not again:
+            raise
+
+
+async def rotate_key(tx: Tx, tenant: str, key_id: str, secret: str, *, overlap_s: float) -> Key:
+    """Give a key a new secret; the one that it had stays valid for `overlap_s`. Raises KeyNotFound for a key that is not valid."""
+    return _key(await _one(tx, _ROTATE, tenant, key_id, hash=digest(secret), overlap_s=overlap_s))
+
+
+def new_key(
+    tenant: str,
+    *,
+    user: str = "",
+    name: str = "",
+    scopes: frozenset[Scope] = ORDINARY,
+    models: tuple[str, ...] | None = None,
+    expires_at: int | None = None,
+) -> Key:
+    """A key that is not stored yet. Raises InvalidParameter."""
+    if not is_name(tenant):
+        raise InvalidParameter(f"Invalid value for 'tenant': {NAME_RULE}.", param="tenant")
+    if user and not is_name(user):
+        raise InvalidParameter(f"Invalid value for 'user': {NAME_RULE}.", param="user")
+    if has_controls(name):
+        raise InvalidParameter("'name' may not contain control characters.", param="name")
+    if user and "admin" in scopes:
+        raise InvalidParameter("A key that is bound to a user can't have the scope 'admin'.", param="user")
+    if any(has_controls(one) for one in models or ()):
+        raise InvalidParameter("'models' may not contain control characters.", param="models")
+    if expires_at is not None and expires_at <= time.time():
+        raise InvalidParameter("'expires_at' is in the past.", param="expires_at")
+    id = new_id("key")
+    created_at = seconds_of(id) or 0
+    return Key(
+        id=id,
+        tenant=tenant,
+        user=user,
+        name=name,
+        scopes=scopes,
+        models=models,
+        created_at=created_at,
+        expires_at=expires_at,
+    )
+
+
+async def _one(tx: Tx, query: Query, tenant: str, key_id: str, **binds: object) -> Row:
+    row = await tx.one(query, tenant_id=tenant, id=key_id, **binds) if storable(key_id) else None
+    if row is None:
+        raise KeyNotFound(key_id)
+    return row
+
+
+def _key(row: Row) -> Key:
+    return Key(
+        id=row["id"],
+        tenant=row["tenant_id"],
+        user=row["user_name"],
+        name=row["name"],
+        scopes=frozenset(row["scopes"]),
+        models=_models(row),
+        created_at=_seconds(row["created_at"]) or 0,
+        expires_at=_seconds(row["expires_at"]),
+        revoked_at=_seconds(row["revoked_at"]),
+    )
+
+
+def _models(row: Row) -> tuple[str, ...] | None:
+    return None if row["models"] is None else tuple(row["models"])
+
+
+def _seconds(at: datetime | None) -> int | None:
+    return None if at is None else int(at.astimezone(UTC).timestamp())

@@ -1,0 +1,69 @@
+"""Keys and the audit log: what administrators ask for, and what they get."""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+MODELS_MAX = 1_000
+MODEL_CHARS_MAX = 512
+LAST_TIME = 253_402_300_799
+"""The end of the year 9999, in unix seconds."""
+
+ModelName = Annotated[str, Meta(min_length=1, max_length=MODEL_CHARS_MAX)]
+Scope = Literal["responses.read", "responses.write", "admin"]
+
+
+class CreateKey(Struct, forbid_unknown_fields=True):
+    """`POST /v1/admin/keys`. Without `models` every model is allowed; without `user` the key is bound to none."""
+
+    name: Annotated[str, Meta(max_length=256)] = ""
+    user: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    scopes: Annotated[list[Scope], Meta(min_length=1, max_length=16)] | None = None
+    models: Annotated[list[ModelName], Meta(min_length=1, max_length=MODELS_MAX)] | None = None
+    expires_at: Annotated[int, Meta(ge=0, le=LAST_TIME)] | None = None
+
+
+class RotateKey(Struct, forbid_unknown_fields=True):
+    """`POST /v1/admin/keys/{id}/rotate`: how long the old secret stays valid."""
+
+    overlap_s: Annotated[int, Meta(ge=0, le=31_536_000)] | None = None
+
+
+class ApiKey(Struct, kw_only=True):
+    """A key; `value` is the secret, shown once."""
+
+    id: str
+    object: Literal["api_key"] = "api_key"
+    name: str
+    tenant: str
+    user: str | None
+    scopes: list[str]
+    models: list[str] | None
+    created_at: int
+    expires_at: int | None
+    revoked_at: int | None
+    value: str | UnsetType = UNSET
+
+
+class AuditActor(Struct):
+    """Who has acted: a key, the operator on the command line, or a caller of a server without keys."""
+
+    type: Literal["api_key", "command_line", "anonymous"]
+    key_id: str | None
+    user: str | None
+
+
+class AuditEntry(Struct, kw_only=True):
+    """One action; `target` is the id of what it was done to."""
+
+    id: str
+    object: Literal["audit_log"] = "audit_log"
+    type: str
+    effective_at: int
+    actor: AuditActor
+    target: str
+
+
+CREATE_KEY = msgspec.json.Decoder(CreateKey)
+ROTATE_KEY = msgspec.json.Decoder(RotateKey)

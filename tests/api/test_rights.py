@@ -1,0 +1,290 @@
+"""Keys that are made, rotated and revoked, by the API and on the command line; users; failed attempts in the log."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from msgspec import Struct
+
+from app import migrate
+from app.storage import keys
+from tests.servers import Served, reprise
+from tests.waiting import fetch, until
+
+CACHE_S = 0.3
+
+
+class House(Struct):
+    """Two replicas, and the key of a tenant's administrators."""
+
+    env: dict[str, str]
+    one: Served
+    other: Served
+    admin: str
+
+    def http(self, key: str | None = None, served: Served | None = None) -> httpx.Client:
+        headers = {"Authorization": f"Bearer {key or self.admin}"}
+        return httpx.Client(base_url=(served or self.one).url, headers=headers, timeout=30)
+
+    def make(self, **given: Any) -> dict[str, Any]:
+        with self.http() as http:
+            reply = http.post("/admin/keys", json=given)
+        assert reply.status_code == 200, reply.text
+        return reply.json()
+
+    def statuses(self, key: str) -> list[int]:
+        """What each replica answers a key."""
+        found = []
+        for served in (self.one, self.other):
+            with self.http(key, served) as http:
+                found.append(http.get("/models").status_code)
+        return found
+
+
+@pytest.fixture(scope="module")
+def house(base_env: Mapping[str, str], new_database: Callable[[], str]) -> Iterator[House]:
+    env = {**base_env, "DATABASE_URL": new_database(), "REPRISE_KEY_CACHE_S": f"{CACHE_S}"}
+    env |= {"REPRISE_AUTH_DELAY_MAX_S": "0", "REPRISE_FILES_TENANT_MAX": "3", "REPRISE_PROXIES": "127.0.0.1"}
+    scopes = ("--scope=admin", "--scope=responses.read")
+    admin = reprise(env, "keys", "create", "--tenant", "acme", *scopes).stdout.strip()
+    with Served(env) as one, Served(env) as other:
+        yield House(env, one, other, admin)
+
+
+# -- Keys by API ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_is_made_and_its_secret_is_shown_once(house):
+    made = house.make(name="for Ada", user="ada", scopes=["responses.read"], models=["m*"], expires_at=4_000_000_000)
+    secret = made.pop("value")
+    assert secret.startswith("sk-reprise-")
+    assert made == {
+        "id": made["id"],
+        "object": "api_key",
+        "name": "for Ada",
+        "tenant": "acme",
+        "user": "ada",
+        "scopes": ["responses.read"],
+        "models": ["m*"],
+        "created_at": made["created_at"],
+        "expires_at": 4_000_000_000,
+        "revoked_at": None,
+    }
+    with house.http() as http:
+        assert http.get(f"/admin/keys/{made['id']}").json() == made
+        listed = http.get("/admin/keys").json()
+        assert listed["data"][0] == made
+        older = http.get("/admin/keys", params={"after": made["id"], "limit": 1}).json()
+        assert [key["id"] for key in older["data"]] != [made["id"]]
+        assert http.get("/admin/keys", params={"after": "nonsense"}).status_code == 400
+    [row] = fetch(house.env["DATABASE_URL"], "select keys::text from keys where id = $1", made["id"])
+    assert secret.removeprefix("sk-reprise-") not in row[0]
+    assert row[0].count(keys.digest(secret).hex()) == 1
+    assert secret not in "".join(house.one.printed)
+
+
+@pytest.mark.parametrize(
+    ("given", "param", "code"),
+    [
+        ({"scopes": ["everything"]}, "scopes[0]", "invalid_value"),
+        ({"scopes": []}, "scopes", "invalid_value"),
+        ({"models": []}, "models", "invalid_value"),
+        ({"models": ["a\n"]}, "models", "invalid_value"),
+        ({"user": "a\u001fb"}, "user", "invalid_value"),
+        ({"user": ""}, "user", "invalid_value"),
+        ({"user": "ada", "scopes": ["admin"]}, "user", "invalid_value"),
+        ({"expires_at": 1}, "expires_at", "invalid_value"),
+        ({"expires_at": "soon"}, "expires_at", "invalid_type"),
+        ({"name": "a\u0000"}, "name", "invalid_value"),
+        ({"tenant": "other"}, "tenant", "unknown_parameter"),
+    ],
+)
+def test_a_key_that_can_not_be_is_refused(house, given, param, code):
+    with house.http() as http:
+        reply = http.post("/admin/keys", json=given)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"], error["code"]) == (400, param, code)
+
+
+def test_a_revoked_key_is_refused_by_every_replica_soon_and_stays_in_the_list(house):
+    made = house.make()
+    assert house.statuses(made["value"]) == [200, 200]
+    with house.http() as http:
+        gone = http.delete(f"/admin/keys/{made['id']}")
+        assert gone.json() == {"id": made["id"], "object": "api_key.deleted", "deleted": True}
+        until(lambda: house.statuses(made["value"]) == [401, 401], timeout_s=CACHE_S + 2)
+        assert http.delete(f"/admin/keys/{made['id']}").status_code == 404
+        assert http.post(f"/admin/keys/{made['id']}/rotate").status_code == 404
+        assert http.get(f"/admin/keys/{made['id']}").json()["revoked_at"] >= made["created_at"]
+
+
+def test_a_rotated_key_has_a_new_secret_and_the_old_one_is_valid_for_a_while(house):
+    made = house.make(models=["m"])
+    with house.http() as http:
+        second = http.post(f"/admin/keys/{made['id']}/rotate", json={"overlap_s": 1_000}).json()
+        third = http.post(f"/admin/keys/{made['id']}/rotate").json()
+        assert third["models"] == ["m"]
+        secrets = [one["value"] for one in (made, second, third)]
+        assert [house.statuses(secret) for secret in secrets] == [[200, 200]] * 3
+        # What was valid for so long is not any more.
+        query = "update retired_secrets set valid_until = now() where hash = $1"
+        fetch(house.env["DATABASE_URL"], query, keys.digest(made["value"]))
+        until(lambda: house.statuses(secrets[0]) == [401, 401], timeout_s=CACHE_S + 2)
+        assert [house.statuses(secret) for secret in secrets[1:]] == [[200, 200]] * 2
+        last = http.post(f"/admin/keys/{made['id']}/rotate", json={"overlap_s": 0}).json()["value"]
+        until(lambda: house.statuses(third["value"]) == [401, 401], timeout_s=CACHE_S + 2)
+        assert [house.statuses(one) for one in (second["value"], last)] == [[200, 200]] * 2
+        http.delete(f"/admin/keys/{made['id']}")
+    until(lambda: [house.statuses(one) for one in (second["value"], last)] == [[401, 401]] * 2, timeout_s=CACHE_S + 2)
+
+
+def test_a_key_expires_on_every_replica(house):
+    made = house.make(expires_at=4_000_000_000)
+    assert house.statuses(made["value"]) == [200, 200]
+    query = "update keys set expires_at = now() where id = $1"
+    fetch(house.env["DATABASE_URL"], query, made["id"])
+    until(lambda: house.statuses(made["value"]) == [401, 401], timeout_s=CACHE_S + 2)
+    with house.http(made["value"]) as http:
+        assert http.get("/models").json()["error"]["message"] == "The API key is expired."
+
+
+def test_an_administrator_sees_no_key_of_another_tenant(house):
+    done = reprise(house.env, "keys", "create", "--tenant", "other")
+    id = done.stderr.split()[0]
+    with house.http() as http:
+        assert id not in http.get("/admin/keys", params={"limit": 100}).text
+        for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/rotate")):
+            assert http.request(method, f"/admin/keys/{id}{path}").status_code == 404
+    assert house.statuses(done.stdout.strip()) == [200, 200]
+
+
+def test_the_official_client_sees_what_a_key_may_not_do(house):
+    key = house.make(scopes=["responses.read"], models=["m"])["value"]
+    with house.one.client(api_key=key) as client:
+        with pytest.raises(openai.PermissionDeniedError, match=r"Missing scopes: responses\.write\."):
+            client.responses.create(model="m", input="hi")
+        assert client.models.list().data == []
+        with pytest.raises(openai.PermissionDeniedError, match="does not have access to the model 'n'"):
+            client.models.retrieve("n")
+
+
+# -- The command line -------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_makes_rotates_and_lists_keys(house):
+    tomorrow = (datetime.now(UTC) + timedelta(days=1)).strftime("%Y-%m-%d")
+    options = ("--user=ada", "--scope=responses.read", "--model=m*", "--model=n", f"--expires={tomorrow}")
+    made = reprise(house.env, "keys", "create", "--tenant=acme", *options)
+    id, secret = made.stderr.split()[0], made.stdout.strip()
+    assert "for tenant acme, user ada" in made.stderr
+    rotated = reprise(house.env, "keys", "rotate", id, "--overlap-s=0")
+    assert rotated.stderr == f"{id} has a new secret; the old one is valid for 0 s.\n"
+    assert house.statuses(secret) == [401, 401]
+    assert house.statuses(rotated.stdout.strip()) == [200, 200]
+    [line] = [line for line in reprise(house.env, "keys", "list").stdout.splitlines() if line.startswith(id)]
+    _, *cells, _, state = line.split("\t")
+    assert cells == ["acme", "ada", "-", "responses.read", "m*,n"]
+    assert state == f"valid until {tomorrow}T00:00:00+00:00"
+    refused = reprise(house.env, "keys", "create", "--expires=2020-01-01")
+    assert (refused.returncode, refused.stderr) == (1, "reprise: 'expires_at' is in the past.\n")
+    with house.http() as http:
+        log = http.get("/admin/audit", params={"limit": 100}).json()["data"]
+        assert [(one["type"], one["actor"]["type"]) for one in log if one["target"] == id] == [
+            ("key.rotated", "command_line"),
+            ("key.created", "command_line"),
+        ]
+        rotations = http.get("/admin/audit", params={"type": "key.rotated"}).json()["data"]
+        assert {one["type"] for one in rotations} == {"key.rotated"}
+        page = http.get("/admin/audit", params={"limit": 1, "after": log[0]["id"]}).json()
+        assert (page["data"], page["has_more"]) == ([log[1]], True)
+
+
+def test_a_key_of_the_version_before_reads_and_writes(base_env, new_database):
+    empty_database = new_database()
+    for statement in ("drop schema public cascade", "create schema public"):
+        fetch(empty_database, statement)
+    migrate.upgrade(empty_database, "0013")
+    key = "insert into keys (hash, id, tenant_id, name) values ($1, 'key_old', 'a', '')"
+    fetch(empty_database, "insert into tenants (id) values ('a')")
+    fetch(empty_database, key, keys.digest("sk-reprise-old"))
+    migrate.upgrade(empty_database)
+    with Served({**base_env, "DATABASE_URL": empty_database}) as served, served.client("sk-reprise-old") as client:
+        made = client.responses.create(model="any", input="hi")
+        assert client.responses.retrieve(made.id).output_text == made.output_text
+        assert client.models.list().data
+        with pytest.raises(openai.PermissionDeniedError, match="admin"):
+            client.get("/admin/keys", cast_to=object)
+
+
+# -- Users ------------------------------------------------------------------------------------------------------------------
+
+
+def test_users_of_a_tenant_do_not_see_each_other_s_data(house):
+    ada, bob = (house.make(user=user)["value"] for user in ("ada", "bob"))
+    with house.one.client(api_key=ada) as hers, house.other.client(api_key=bob) as his:
+        made = hers.responses.create(model="m", input="hi", background=True)
+        again = house.make(user="ada")["value"]
+        with house.other.client(api_key=again) as also_hers:
+            assert also_hers.responses.retrieve(made.id).id == made.id
+        for unknown in (
+            lambda: his.responses.retrieve(made.id),
+            lambda: his.responses.create(model="m", input="hi", previous_response_id=made.id),
+            lambda: his.responses.delete(made.id),
+        ):
+            with pytest.raises((openai.NotFoundError, openai.BadRequestError), match="not found"):
+                unknown()
+        until(lambda: hers.responses.retrieve(made.id).status == "completed")
+
+
+def test_a_tenant_s_limits_hold_for_all_its_users_together(house):
+    form = {"files": {"file": ("a.txt", b"a")}, "data": {"purpose": "user_data"}}
+    uploaded = []
+    for user in ("u1", "u2", "u3", None, "u4"):
+        with house.http(house.make(user=user)["value"]) as http:
+            reply = http.post("/files", **form)
+            uploaded.append(reply.status_code)
+            if user == "u4":
+                assert reply.json()["error"]["code"] == "storage_limit_exceeded"
+    assert uploaded == [200, 200, 200, 400, 400]
+
+
+# -- Failed attempts --------------------------------------------------------------------------------------------------------
+
+
+def test_failed_attempts_are_logged_with_their_address_and_without_the_secret(house):
+    made = house.make()
+    with house.http() as http:
+        http.delete(f"/admin/keys/{made['id']}")
+    until(lambda: house.statuses(made["value"]) == [401, 401], timeout_s=CACHE_S + 2)
+    for secret in (made["value"], "sk-reprise-0123456789abcdefghij"):
+        with house.http(secret) as http:
+            assert http.get("/models", headers={"X-Forwarded-For": "1.2.3.4, 5.6.7.8"}).status_code == 401
+    lines: list[str] = []
+
+    def logged() -> bool:
+        lines[:] = [line for line in house.one.printed if "authentication_failed" in line and "5.6.7.8" in line]
+        return len(lines) == 2
+
+    until(logged)
+    assert [re.search(r'"key_id": "?(\w+)', line)[1] for line in lines] == [made["id"], "null"]
+    assert not any(
+        secret[11:] in line for line in house.one.printed for secret in (made["value"], "0" * 11 + "0123456789abc")
+    )
+
+
+def test_the_reply_to_a_failed_attempt_waits_where_a_client_has_failed_often(new_server, base_env, new_database):
+    env = {"DATABASE_URL": new_database(), "REPRISE_PROXIES": "127.0.0.1", "REPRISE_AUTH_DELAY_MAX_S": "120"}
+    key = reprise({**base_env, **env}, "keys", "create").stdout.strip()
+    served = new_server(**env, REPRISE_AUTH_ATTEMPTS_PER_MINUTE="1")
+    often, once = {"X-Forwarded-For": "5.6.7.8"}, {"X-Forwarded-For": "5.6.7.9"}
+    with httpx.Client(base_url=served.url, timeout=30) as http:
+        assert http.get("/models", headers=often).status_code == 401
+        with pytest.raises(httpx.ReadTimeout):  # it waits for a minute, or until its client disconnects
+            http.get("/models", headers=often, timeout=0.5)
+        assert http.get("/models", headers=once).status_code == 401
+        assert http.get("/models", headers={**often, "Authorization": f"Bearer {key}"}).status_code == 200
+    until(lambda: any('"status": 499' in line for line in served.printed))
