@@ -19,6 +19,7 @@ from app.api.services import Services
 from app.domain.sealed import Seal
 from app.outbound.catalog import Catalog
 from app.outbound.catalog_file import load_catalog
+from app.outbound.extraction import Extraction
 from app.outbound.guard import Guard
 from app.outbound.mcp import ToolPrograms
 from app.outbound.programs import Programs
@@ -30,6 +31,7 @@ from app.runs.background import BackgroundRuns
 from app.runs.cancellation import Cancellation
 from app.runs.claims import Claims
 from app.runs.counting import TokenCounts
+from app.runs.files import FileReading
 from app.runs.following import Following
 from app.runs.foreground import ForegroundRuns
 from app.runs.leases import Leases
@@ -103,10 +105,12 @@ async def core(settings: Settings, catalog: Catalog, *, claims: bool) -> AsyncIt
     )
     upstreams = {name: Upstream(name, entry, settings) for name, entry in catalog.upstreams.items()}
     logs = RedisLogs(settings)
-    planner = Planner(settings, database, catalog, upstreams, seal)
+    guard = Guard.from_settings(settings)
+    file_reading = FileReading(settings, database, guard, Extraction(settings))
+    planner = Planner(settings, database, catalog, upstreams, seal, file_reading)
     programs: ToolPrograms = Programs(settings)
     counter = TokenCounter(settings)
-    pipeline = Pipeline(settings, Guard.from_settings(settings), programs, counter, prompt)
+    pipeline = Pipeline(settings, guard, programs, counter, prompt)
     leases = Leases(settings, heartbeats, logs)
     background = BackgroundRuns(database, planner, catalog, seal, pipeline, logs)
     try:

@@ -1,6 +1,7 @@
 """The warning about tools and items that the model does not see, in the log and as headers."""
 
 from collections.abc import Sequence
+from urllib.parse import quote
 
 import structlog
 
@@ -15,8 +16,13 @@ LEFT_OUT_TOOLS_HEADER = "x-reprise-left-out-tools"
 LEFT_OUT_ITEMS_HEADER = "x-reprise-left-out-items"
 """Names the types of items that the model does not see: this version does not know them, or they are calls without an output."""
 
+LEFT_OUT_FILES_HEADER = "x-reprise-left-out-files"
+"""Names files of earlier items that are gone: by their ids, or their addresses without the query."""
+
 NAMED_MAX = 16
-"""So many types are named in a header; an ellipsis stands for the others."""
+"""So many types, or files, are named in a header; an ellipsis stands for the others."""
+
+NAME_CHARS_MAX = 200
 
 
 def left_out_headers(left_out: LeftOut) -> dict[str, str]:
@@ -36,7 +42,14 @@ def left_out_headers(left_out: LeftOut) -> dict[str, str]:
             "Items that the model can't read were left out.", action="items_left_out", types=len(left_out.items)
         )
         headers[LEFT_OUT_ITEMS_HEADER] = _named(left_out.items)
+    if left_out.files:
+        log.warning("Files of earlier items are gone.", action="files_left_out", files=len(left_out.files))
+        headers[LEFT_OUT_FILES_HEADER] = _named([_in_ascii(name) for name in left_out.files])
     return headers
+
+
+def _in_ascii(name: str) -> str:
+    return quote(name.partition("?")[0][:NAME_CHARS_MAX], safe=":/")
 
 
 def _named(types: Sequence[str]) -> str:

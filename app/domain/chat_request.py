@@ -131,13 +131,17 @@ def renamed(error: ApiError, messages: Sequence[AnyMessage]) -> ApiError:
     return error
 
 
+_PART_KEYS = {"file_id": "file.file_id", "file_data": "file.file_data", "image_url": "image_url.url"}
+"""The key of a part's content → where Chat Completions have it."""
+
+
 def _place(messages: Sequence[AnyMessage], index: int, rest: str) -> str:
     """Where in the messages the item of this number comes from."""
     place = next((place for at, (place, _) in enumerate(_items(messages)) if at == index), None)
     if place is None:
         return ""
-    path = rest.replace(".output", ".content", 1)
-    return f"[{place}]" + (f"{path.removesuffix('.file_id')}.file.file_id" if path.endswith(".file_id") else path)
+    path, dot, key = rest.replace(".output", ".content", 1).rpartition(".")
+    return f"[{place}]{path}{dot}{_PART_KEYS.get(key, key)}"
 
 
 # -- Messages ----------------------------------------------------------------------------------------------------------------

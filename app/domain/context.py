@@ -77,10 +77,11 @@ NO_ORIGINS: Mapping[str, str] = MappingProxyType({})
 
 class LeftOut(Struct, frozen=True):
     """Types of tools and items that the model does not see: no server here runs them, this version does not know them, or they are
-    calls of other servers that have no output."""
+    calls of other servers that have no output. And ids or addresses of files that are gone."""
 
     tools: tuple[str, ...]
     items: tuple[str, ...]
+    files: tuple[str, ...] = ()
 
 
 class Context(Struct, frozen=True):

@@ -21,6 +21,9 @@ Lack = Literal[
     "repeated_roles",
     "parallel_calls_in_history",
     "strict",
+    "images",
+    "image_urls",
+    "audio",
 ]
 ReasoningForm = Literal["reasoning_content", "reasoning", "think", "parts"]
 """Where a message holds its reasoning: under one of two keys, in its content between `<think>` tags or as a part of it."""
@@ -37,12 +40,16 @@ class Dialect(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     lacks: frozenset[Lack] = frozenset()
     """What must not be sent: options are left out, what can't be left out is refused. Without `tool_choice_named` the tool of
-    that name is the only one that is declared, and some tool is required."""
+    that name is the only one that is declared, and some tool is required. Without `image_urls` this server fetches
+    images."""
     developer_role: bool | None = None
     """It knows the role `developer`; otherwise these messages become `system` ones. Where that is not known, those of Chat Completions
     are sent as they came."""
     refusals: bool = False
     """It knows `refusal` in assistant messages; otherwise a refusal is text."""
+    files: Literal["native", "text", "none"] = "text"
+    """Files other than images and sounds: sent as `file` parts, which hosted services know; as their text, since engines refuse
+    such parts; or refused."""
     tool_images: bool = False
     """Its models see images that MCP tools answer with; otherwise they read that there was one."""
     allowed_tools: bool = False
@@ -80,6 +87,7 @@ class Dialect(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 HOSTED = Dialect(
     developer_role=True,
     refusals=True,
+    files="native",
     tool_images=True,
     allowed_tools=True,
     verbosity=True,
@@ -102,14 +110,16 @@ PRESETS: dict[Preset, Dialect] = {
         count_tokens=("input_tokens", "apply_template", "usage"),
     ),
     "sglang": Dialect(reasoning="reasoning_content"),
-    "ollama": Dialect(reasoning="reasoning", lacks=frozenset({"tool_choice_required", "parallel_tool_calls"})),
+    "ollama": Dialect(
+        reasoning="reasoning", lacks=frozenset({"tool_choice_required", "parallel_tool_calls", "image_urls"})
+    ),
     "mistral": Dialect(
         developer_role=False,
         reasoning="parts",
         call_id_format="nine_alphanumerics",
         lacks=frozenset({"stream_options", "later_system_messages", "repeated_roles"}),
     ),
-    "openrouter": Dialect(reasoning="reasoning", takes=frozenset({"user", "prompt_cache_key"})),
+    "openrouter": Dialect(reasoning="reasoning", files="native", takes=frozenset({"user", "prompt_cache_key"})),
     "deepseek": Dialect(developer_role=False, reasoning="reasoning_content", lacks=frozenset({"json_schema"})),
 }
 """The dialects of known engines and services."""

@@ -21,7 +21,6 @@ from app.domain.sealed import Unseal
 from app.domain.tool_transcript import answer_for_model, asked_of_model
 from app.domain.toolbox import Toolbox
 from app.domain.tools.server_tool import parse_arguments
-from app.errors import UnsupportedParameter
 from app.ids import are_siblings, place_among_siblings
 from app.wire.chat import ChatMessage
 from app.wire.items import (
@@ -46,7 +45,6 @@ from app.wire.items import (
     ServerCallItem,
     call_id_of,
     is_unknown,
-    screenshot_of,
 )
 
 NO_JSON = "not_json"
@@ -73,11 +71,11 @@ def messages(
     recalled_from = _last_asked(context) if recall == "current_turn" else 0
     turn = _AssistantTurn(dialect, unseal, context, recalled_from, files)
     for position, stored in context.visible:
-        item = filled(stored, files)
+        item = filled(stored, files, dialect)
         match item:
             case Compaction() if compacted := open_compacted(item, unseal):
                 made += turn.end()
-                made.append(_message(filled(message_of(compacted), files), dialect))
+                made.append(_message(filled(message_of(compacted), files, dialect), dialect))
             case Message(role="user" | "system" | "developer"):
                 made += turn.end()
                 made.append(_message(item, dialect))
@@ -177,7 +175,7 @@ class _AssistantTurn:
         if answer is not None:
             if self._dialect.call_id_format == "nine_alphanumerics":
                 call["id"] = short_call_id(call["id"])
-            self._calls.append(_Call(item.id, call, filled(answer, self._files)))
+            self._calls.append(_Call(item.id, call, filled(answer, self._files, self._dialect)))
 
     def end(self) -> list[ChatMessage]:
         """The turn's messages: the assistant's, then the outputs of its calls, then what tool messages can't carry."""
@@ -207,7 +205,7 @@ class _AssistantTurn:
 def _instructions(given: str | Sequence[PromptedMessage], dialect: Dialect, files: Files) -> list[ChatMessage]:
     if isinstance(given, str):
         return [{"role": "developer" if dialect.developer_role else "system", "content": given}]
-    return [_message(filled(one, files), dialect) for one in given]
+    return [_message(filled(one, files, dialect), dialect) for one in given]
 
 
 def _message(item: Message | PromptedMessage, dialect: Dialect) -> ChatMessage:
@@ -247,8 +245,6 @@ def _part(part: Content) -> dict[str, Any]:
 
 
 def _image(part: InputImage) -> dict[str, Any]:
-    if not part.image_url:
-        raise UnsupportedParameter("An image needs an 'image_url' or a 'file_id'.", param="input")
     image = {"url": part.image_url}
     if part.detail in {"low", "high"}:
         image["detail"] = part.detail
@@ -256,10 +252,6 @@ def _image(part: InputImage) -> dict[str, Any]:
 
 
 def _file(part: InputFile) -> dict[str, Any]:
-    if not part.file_data:
-        raise UnsupportedParameter(
-            "Files by 'file_url' are not supported by this server; use 'file_data' or 'file_id'.", param="input"
-        )
     file = {"file_data": part.file_data}
     if part.filename:
         file["filename"] = part.filename
@@ -343,10 +335,8 @@ def _output(item: AnyItem, call_id: str, dialect: Dialect) -> tuple[str, list[di
             parts: Sequence[Any] = item.output
             texts = [text for part in parts if (text := _text_of(part)) is not None]
             return _with_attachments(texts, [part for part in parts if _text_of(part) is None], call_id)
-        case McpCall(images=[*images]) if dialect.tool_images:
+        case McpCall(images=[*images]) if dialect.tool_images and "images" not in dialect.lacks:
             return _with_attachments([answer_for_model(item)], images, call_id)
-        case OpaqueItem() if screenshot := screenshot_of(item):
-            return _with_attachments([], [screenshot], call_id)
         case OpaqueItem():
             return _carried_output(item), []
     return answer_for_model(item), []

@@ -35,7 +35,7 @@ import msgspec
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
-from app.domain.dialect import PRESETS, Dialect, Preset, preset_of_host
+from app.domain.dialect import PRESETS, Dialect, Lack, Preset, preset_of_host
 from app.domain.hosted import HostedRoute, Kind
 from app.domain.prompt_templates import Prompt
 from app.errors import NotFound
@@ -113,11 +113,13 @@ class UpstreamEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Route(Struct, frozen=True, forbid_unknown_fields=True):
-    """An upstream, the model's name there (default: the requested name), and the size of its context (default: the upstream's)."""
+    """An upstream, the model's name there (default: the requested name), the size of its context (default: the upstream's), and what
+    this model lacks beyond its upstream's dialect."""
 
     upstream: str
     model: str = ""
     context_tokens: Annotated[int, Meta(ge=1)] | None = None
+    lacks: frozenset[Lack] = frozenset()
 
 
 class ModelEntry(Struct, frozen=True, forbid_unknown_fields=True):

@@ -114,7 +114,7 @@ class Admission:
 
         await insert(self._database, plan, response.id, response, queued, refuse=refuse)
         self._logs.notify(RunQueued())
-        return Enqueued(response, entries, plan.context.left_out)
+        return Enqueued(response, entries, plan.left_out)
 
 
 def _open(plan: RunPlan) -> Response:

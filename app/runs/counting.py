@@ -41,13 +41,13 @@ class TokenCounts:
             plan = await self._planner.plan(caller.tenant_id, caller.key, request, rights=caller.rights)
             with plan.room:
                 planned()
-                return Counted(await self._count(plan), plan.context.left_out)
+                return Counted(await self._count(plan), plan.left_out)
         finally:
             self._counting -= 1
 
     async def _count(self, plan: RunPlan) -> int:
         async def ask(upstream: Upstream, route: Route) -> int:
-            body = await offload(plan.size, plan.chat_request, plan.request, plan.context, upstream, route.model)
+            body = await offload(plan.size, plan.chat_request, plan.request, plan.context, upstream, route)
             return await self._counter.count(plan.tenant_id, ChatRequest(upstream, route.model, body, plan.caller_key))
 
         return await plan.first_in_order(ask)

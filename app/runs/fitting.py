@@ -41,7 +41,7 @@ class Fitting:
         for later in range(LATER_MAX + 1):
             begun = await self._begun(context, self._starts.get(at, 0))
             body = await offload(
-                plan.size, plan.chat_request, request, begun, upstream, route.model, output_tokens_max=tokens_max
+                plan.size, plan.chat_request, request, begun, upstream, route, output_tokens_max=tokens_max
             )
             share = await self._share_over(request, begun, body, tokens_max, upstream, route) if is_auto else None
             is_counted = later < COUNTED_MAX

@@ -100,7 +100,7 @@ class ForegroundRun:
     def __init__(self, runs: ForegroundRuns, plan: RunPlan, response: Response, backlog: Backlog | None) -> None:
         self._runs, self._plan = runs, plan
         self.tenant_id = plan.tenant_id
-        self.left_out = plan.context.left_out
+        self.left_out = plan.left_out
         """Declared tools that the model does not see."""
         self.response = response
         self.log = MemoryLog(backlog) if backlog else None

@@ -10,8 +10,9 @@ from msgspec.structs import replace
 from app.domain import files, limits
 from app.domain.approvals import signing
 from app.domain.compaction import can_compact, context_tokens, counted_tokens, estimated_tokens, newest_compaction
-from app.domain.context import Context, answered_requests, check_parent, references, resolve, restore
-from app.domain.files import NO_FILES, Files
+from app.domain.context import Context, LeftOut, answered_requests, check_parent, references, resolve, restore
+from app.domain.dialect import Dialect
+from app.domain.files import NO_FILES, Files, Gone
 from app.domain.hosted import HostedRoute, Kind
 from app.domain.item_builders import OutputOptions
 from app.domain.lifecycle import APPENDED, IN_FLIGHT
@@ -35,7 +36,7 @@ from app.outbound.declared import DeclaredTools
 from app.outbound.mcp import ToolServer
 from app.outbound.upstream import Upstream
 from app.rooms import Room, Rooms
-from app.runs import files as referred
+from app.runs.files import FileReading, sizes
 from app.settings import Settings
 from app.storage import approvals, contexts, responses
 from app.storage.contexts import Chain, Parent, StoredItem
@@ -80,24 +81,24 @@ class RunPlan(Struct, frozen=True):
     def refuse_unanswerable(self) -> None:
         """Raises UnsupportedParameter for what the first upstream can't be asked: before a run is queued for it."""
         upstream, route = self.routes[0]
-        self.chat_request(self.request, self.context, upstream, route.model)
+        self.chat_request(self.request, self.context, upstream, route)
 
     def chat_request(
         self,
         request: CreateResponse,
         context: Context,
         upstream: Upstream,
-        model: str,
+        route: Route,
         *,
         output_tokens_max: int | None = None,
     ) -> bytes:
         """The body of a request to an upstream, in its dialect (`domain/prompt.py`). Raises UnsupportedParameter."""
-        dialect = upstream.dialect_for(model)
+        dialect = _dialect(upstream, route)
         taken = {name: value for name, value in request.extra.items() if upstream.entry.takes(name)}
         return chat_request(
             replace(request, extra=taken),
             context,
-            model=model,
+            model=route.model,
             dialect=dialect.keeping_roles() if request.is_chat else dialect,
             unseal=self.seal.open,
             output_tokens_max=output_tokens_max,
@@ -123,6 +124,12 @@ class RunPlan(Struct, frozen=True):
         """Gives an id to the list of this server's tools, which says whose it is."""
         origin = self.context.origins[label]
         return lambda prefix: new_id(prefix) + origin
+
+    @property
+    def left_out(self) -> LeftOut:
+        """What the model does not see of what it would see in the hosted API, and files that are gone."""
+        gone = tuple(key for key, file in self.files.items() if isinstance(file, Gone))
+        return replace(self.context.left_out, files=gone)
 
     @property
     def begins_with_upstream(self) -> bool:
@@ -152,6 +159,8 @@ class _Found(Struct):
     requests: dict[str, McpApprovalRequest] = {}
     tokens: int = 0
     """Those of the context, where it may be compacted."""
+    own: frozenset[str] = frozenset()
+    """Ids of the request's own items."""
     files: Files = NO_FILES
 
 
@@ -165,8 +174,10 @@ class Planner:
         catalog: Catalog,
         upstreams: Mapping[str, Upstream],
         seal: Seal,
+        file_reading: FileReading,
     ) -> None:
         self._settings, self._database, self._catalog = settings, database, catalog
+        self._files = file_reading
         self._upstreams, self._seal = upstreams, seal
         self._items_max = settings.context_items_max
         self._rooms = Rooms(settings.contexts_bytes_max, waiting_max=settings.foreground_runs_max)
@@ -189,7 +200,12 @@ class Planner:
         room = self.room()
         try:
             found, context, size = await self._with_files(
-                tenant_id, request, partial(self._found, tenant_id, request, servers, room)
+                tenant_id,
+                request,
+                routes,
+                room,
+                partial(self._found, tenant_id, request, servers, room),
+                wait_s=self._settings.context_wait_s,
             )
             slot = found.parent.conversation if found.parent else None
             usage = await self._usage(tenant_id, request, slot.writer if slot else request.body.previous_response_id)
@@ -206,25 +222,41 @@ class Planner:
         """What is stored of a new request's context, the context, and its size, once there is room for it beside so many bytes."""
         found = await self._find(tenant_id, request, room, beside)
         size = request.size + found.bytes + beside
-        return found, await offload(size, self._resolve, self._seal.of(tenant_id), servers, request, found), size
+        context = await offload(size, self._resolve, self._seal.of(tenant_id), servers, request, found)
+        found.own = frozenset(item.id for item in context.input)
+        return found, context, size
 
     async def _with_files(
-        self, tenant_id: str, request: CreateResponse, look: Callable[[int], Awaitable[tuple["_Found", Context, int]]]
+        self,
+        tenant_id: str,
+        request: CreateResponse,
+        routes: Sequence[tuple[Upstream, Route]],
+        room: Room,
+        look: Callable[[int], Awaitable[tuple["_Found", Context, int]]],
+        *,
+        wait_s: float | None,
     ) -> tuple["_Found", Context, int]:
         """What `look` finds, with the files that its context refers to. It looks again, without having kept anything, where these need
-        room beside the rest. Raises InvalidRequest."""
-        seal, beside = self._seal.of(tenant_id), 0
+        room beside the rest. Raises InvalidRequest, also for what the first upstream takes in no form; TooManyRequests, unless `wait_s`
+        is None."""
+        unseal, beside = self._seal.of(tenant_id).open, 0
+        dialects = [_dialect(upstream, route) for upstream, route in routes]
+        needs = files.Needs.of(dialects)
         while True:
             found, context, size = await look(beside)
-            wanted = await offload(size, files.references, request, context, seal.open)
-            if not wanted:
-                return found, context, size
-            stored = await referred.find(self._database, tenant_id, wanted, files_max=self._settings.context_files_max)
-            if (needed := referred.encoded_bytes(stored)) <= beside:
-                found.files = await referred.read(self._database, tenant_id, stored, wanted)
-                return found, context, size
-            del found, context
-            beside = needed
+            places = await offload(size, files.places, request, context, found.own, unseal)
+            wanted = await offload(size, files.wanted, places, needs)
+            stored = await self._files.find(tenant_id, wanted, needs, size - beside)
+            if stored.bytes > beside:
+                del found, context, places, wanted
+                beside = stored.bytes
+                continue
+            if wanted:
+                found.files = await self._files.read(tenant_id, wanted, stored, dialects, wait_s=wait_s)
+                size += sizes(found.files) - beside
+                room.shrink(size)
+            await offload(size, files.check, places, found.files, dialects[0])
+            return found, context, size
 
     def _resolve(
         self, seal: TenantSeal, servers: Mapping[str, ToolServer], request: CreateResponse, found: "_Found"
@@ -277,14 +309,14 @@ class Planner:
             )
             usage = await self._usage(tenant_id, request, request.body.previous_response_id)
             tokens = await _tokens(size, request, context, chain.parent.place.turn - 1, rows, usage)
-            return _Found(tokens=tokens), context, size
+            return _Found(tokens=tokens, own=frozenset(item.id for item in own)), context, size
 
         try:
             hosted = frozenset(self._catalog.hosted)
             routes, servers = await self._routes(request, caller_key), self._declared.servers(request)
             seal = self._seal.of(tenant_id)
             origins = _origins(servers, seal)
-            found, context, size = await self._with_files(tenant_id, request, look)
+            found, context, size = await self._with_files(tenant_id, request, routes, room, look, wait_s=None)
         except BaseException:
             room.release()
             raise
@@ -435,6 +467,12 @@ class Planner:
             context_tokens=found.tokens,
             files=found.files,
         )
+
+
+def _dialect(upstream: Upstream, route: Route) -> Dialect:
+    """The dialect of a route's model."""
+    dialect = upstream.dialect_for(route.model)
+    return replace(dialect, lacks=dialect.lacks | route.lacks) if route.lacks else dialect
 
 
 async def _requests(

@@ -84,7 +84,11 @@ class Audio(Struct, forbid_unknown_fields=True):
 
 
 class InputAudio(Part, tag="input_audio"):
-    input_audio: Audio
+    """The hosted API has `input_audio` only."""
+
+    input_audio: Audio | UnsetType = UNSET
+    audio_url: str | UnsetType | None = UNSET
+    file_id: str | UnsetType | None = UNSET
 
 
 class OutputText(Part, tag="output_text"):
@@ -548,8 +552,10 @@ def tools_added_by(item: AnyItem) -> Sequence[AnyTool]:
 def screenshot_of(item: AnyItem) -> InputImage | None:
     """The image in the output of a computer call."""
     output = item.fields.get("output") if isinstance(item, OpaqueItem) else None
-    url = output.get("image_url") if isinstance(output, dict) else None
-    return InputImage(image_url=url) if url and isinstance(url, str) else None
+    url, file_id = (output.get("image_url"), output.get("file_id")) if isinstance(output, dict) else (None, None)
+    if url and isinstance(url, str):
+        return InputImage(image_url=url)
+    return InputImage(file_id=file_id) if file_id and isinstance(file_id, str) else None
 
 
 def with_id(item: AnyItem, id: str) -> AnyItem:

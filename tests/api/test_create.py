@@ -14,7 +14,6 @@ from tests.unit.build import ECHO
 from tests.upstream import answer, finish, no_usage, note, reasoning, script, text, usage
 
 PIXEL = "data:image/png;base64," + base64.b64encode(b"\x89PNG pixel").decode()
-PDF = "data:application/pdf;base64," + base64.b64encode(b"%PDF").decode()
 
 BARE = ECHO | {"status": "completed"}
 """The reply to a request that gives nothing but model and input, without what is made."""
@@ -224,7 +223,7 @@ def test_several_parts_stay_parts(client, said, heard):
                     {"type": "input_text", "text": said},
                     {"type": "input_image", "image_url": "https://example.com/cat.png", "detail": "high"},
                     {"type": "input_image", "image_url": PIXEL},
-                    {"type": "input_file", "file_data": PDF, "filename": "a.pdf"},
+                    {"type": "input_file", "file_data": "aGk=", "filename": "a.txt"},
                     {"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}},
                     {"type": "input_text", "text": "What is all this?"},
                 ],
@@ -238,7 +237,10 @@ def test_several_parts_stay_parts(client, said, heard):
                 {"type": "text", "text": said},
                 {"type": "image_url", "image_url": {"url": "https://example.com/cat.png", "detail": "high"}},
                 {"type": "image_url", "image_url": {"url": PIXEL}},
-                {"type": "file", "file": {"file_data": PDF, "filename": "a.pdf"}},
+                {
+                    "type": "text",
+                    "text": 'Extracted text of the file "a.txt" (plain text):\n\nhi\n\n(End of the file "a.txt".)',
+                },
                 {"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}},
                 {"type": "text", "text": "What is all this?"},
             ],
@@ -250,11 +252,11 @@ def test_several_parts_stay_parts(client, said, heard):
     "part",
     [
         {"type": "input_image"},
-        {"type": "input_file", "file_url": "https://example.com/a.pdf"},
+        {"type": "input_file", "filename": "a.pdf"},
     ],
-    ids=["image without content", "file by url"],
+    ids=["image", "file"],
 )
-def test_files_that_the_server_does_not_hold_are_refused(client, said, part):
+def test_parts_without_content_are_refused(client, said, part):
     with pytest.raises(openai.BadRequestError) as refused:
         client.responses.create(
             model="m", input=[{"role": "user", "content": [{"type": "input_text", "text": said}, part]}]

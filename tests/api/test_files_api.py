@@ -274,23 +274,6 @@ def test_an_image_reaches_the_model_in_every_turn_and_its_item_keeps_the_id(stor
     assert record.body["messages"][0] == {"role": "user", "content": [seen, {"type": "text", "text": "What is it?"}]}
     [item] = store.client.responses.input_items.list(first.id)
     assert (item.content[0].file_id, item.content[0].image_url) == (file.id, None)
-    store.client.files.delete(file.id)
-    with pytest.raises(openai.BadRequestError) as refused:
-        store.client.responses.create(model="m", input="more", previous_response_id=first.id)
-    assert (refused.value.code, refused.value.param) == ("file_not_found", "input")
-    assert store.client.responses.retrieve(first.id) == first
-
-
-def test_a_file_reaches_the_model_under_its_name(store, upstream, said):
-    file = upload(store, PDF, "plan.pdf")
-    for part in (
-        {"type": "input_file", "file_id": file.id},
-        {"type": "input_file", "file_id": file.id, "filename": "b"},
-    ):
-        store.client.responses.create(model="m", input=[of_user(part, said)])
-    sent = [record.body["messages"][0]["content"][0] for record in upstream.asked(said)]
-    url = data_url("application/pdf", PDF)
-    assert sent == [{"type": "file", "file": {"file_data": url, "filename": name}} for name in ("plan.pdf", "b")]
 
 
 def test_an_output_of_a_function_may_hold_an_image(store, upstream, said):

@@ -302,7 +302,7 @@ def test_every_parameter_of_a_count_is_taken(client, said):
 
 
 def test_what_the_upstream_can_not_be_asked_is_refused(client):
-    file = [{"role": "user", "content": [{"type": "input_file", "file_url": "https://example.com/a.pdf"}]}]
+    file = [{"role": "user", "content": [{"type": "input_file", "filename": "a.pdf"}]}]
     assert refused(client, "vllm@m", file)["code"] == "unsupported_parameter"
 
 

@@ -221,7 +221,7 @@ SERVER = '[tool_servers.s]\nurl = "http://x/mcp"\n'
         ('[upstreams.near]\nbase_url = "x"', r"\[upstreams\.near\]: .*base_url"),
         (
             ONE + 'dialect = { lacks = ["everything"] }',
-            r"\[upstreams\.a\]: .*'everything'.*; it may be content_parts, .*strict",
+            r"\[upstreams\.a\]: .*'everything'.*; it may be audio, .*strict",
         ),
         (
             ONE + 'dialect = { count_tokens = ["tokenise"] }',

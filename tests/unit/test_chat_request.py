@@ -202,6 +202,7 @@ def test_errors_about_items_name_the_message_and_its_part():
     assert as_chat("tools[0].name") == ("tools[0].name", "Wrong 'tools[0].name'.")
     at = "messages[2].content[1].file.file_id"
     assert as_chat("input[4].content[1].file_id") == (at, f"Wrong '{at}'.")
+    assert as_chat("input[4].content[1].image_url")[0] == "messages[2].content[1].image_url.url"
     assert as_chat("input[9]")[0] == "messages"
 
 

@@ -73,7 +73,7 @@ def start(*, fails: bool) -> tuple[ForegroundRuns, ForegroundRun, "weakref.ref[R
     runs = ForegroundRuns(settings, None, pipeline, Owner("worker_1", 10.0))  # type: ignore[arg-type]
     asked = request(store=False, stream=True)
     room = Room(Rooms(1 << 20, waiting_max=4))
-    route: Any = SimpleNamespace(model="m")
+    route: Any = SimpleNamespace(model="m", lacks=frozenset())
     plan = RunPlan(
         tenant_id="tenant",
         request=asked,

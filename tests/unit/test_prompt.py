@@ -123,7 +123,7 @@ def test_a_message_becomes_a_message(item: dict[str, Any], message: dict[str, An
     [
         ({"type": "input_image"}, "file_id"),
         ({"type": "input_file"}, "file_data"),
-        ({"type": "input_file", "file_url": "https://x/y.pdf"}, "file_data"),
+        ({"type": "input_audio"}, "audio_url"),
     ],
 )
 def test_what_can_t_be_carried_is_refused(part: dict[str, Any], named: str):

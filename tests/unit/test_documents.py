@@ -1,0 +1,119 @@
+"""PDFs and office files → their text; what is damaged or hostile; what a process remembers."""
+
+import pytest
+
+from app.documents import Unreadable, read
+from app.outbound import extraction
+from app.outbound.extraction import Extraction
+from app.settings import Settings
+from tests.documents import ENCRYPTED, archive, docx, paragraph, pdf, pptx, xlsx
+
+MIB = 1024 * 1024
+
+TABLE = f"<w:tbl><w:tr><w:tc>{paragraph('a')}</w:tc><w:tc>{paragraph('b')}</w:tc></w:tr></w:tbl>"
+TABS = (
+    "<w:p><w:pPr><w:tabs><w:tab/></w:tabs></w:pPr><w:r><w:t>x</w:t><w:tab/><w:t>y</w:t><w:br/><w:t>z</w:t></w:r></w:p>"
+)
+TWICE = "<w:p><Choice><w:r><w:t>once</w:t></w:r></Choice><Fallback><w:r><w:t>once</w:t></w:r></Fallback></w:p>"
+DATES = (
+    '<numFmts><numFmt numFmtId="164" formatCode="dd/mm/yyyy"/><numFmt numFmtId="165" formatCode="0.00 &quot;days&quot;"/></numFmts>'
+    '<cellStyleXfs><xf numFmtId="14"/></cellStyleXfs>'
+    '<cellXfs><xf numFmtId="0"/><xf numFmtId="14"/><xf numFmtId="164"/><xf numFmtId="165"/><xf numFmtId="20"/></cellXfs>'
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "pages", "text"),
+    [
+        (pdf("One", "Two"), "PDF", 2, "[Page 1]\nOne\n\n[Page 2]\nTwo"),
+        (docx(paragraph("Hello ", "world") + TABLE), "Word document", 0, "Hello world\na \tb"),
+        (docx(TABS + TWICE), "Word document", 0, "x\ty\nz\nonce"),
+        (
+            docx(paragraph("a"), **{"word/footnotes.xml": "<f><p><r><t>note</t></r></p></f>"}),
+            "Word document",
+            0,
+            "a\n\n[Footnotes]\nnote",
+        ),
+        (pptx("First", "Second"), "presentation", 2, "[Slide 1]\nFirst\n\n[Slide 2]\nSecond"),
+        (
+            xlsx(
+                '<row><c r="A1" t="s"><v>0</v></c><c r="C1"><v>4.5</v></c><c t="b"><v>1</v></c></row><row/>'
+                '<row><c r="B3" t="inlineStr"><is><r><t>in</t></r><rPh><t>no</t></rPh></is></c></row>',
+                ["sum"],
+            ),
+            "spreadsheet",
+            1,
+            "[Sheet Sums]\nsum\t\t4.5\tTRUE\n\tin",
+        ),
+        (
+            xlsx(
+                "<row>"
+                + "".join(f'<c s="{s}"><v>45292.5</v></c>' for s in range(4))
+                + '<c s="4"><v>0.25</v></c></row>',
+                (),
+                DATES,
+            ),
+            "spreadsheet",
+            1,
+            "[Sheet Sums]\n45292.5\t2024-01-01 12:00:00\t2024-01-01 12:00:00\t45292.5\t06:00:00",
+        ),
+    ],
+)
+def test_a_document_becomes_text(content, kind, pages, text):
+    outcome, made = read(content, MIB)
+    assert (outcome["kind"], outcome["pages"], made.decode()) == (kind, pages, text)
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (pdf("One", extra=ENCRYPTED), "is encrypted"),
+        (pdf(""), "has no text"),
+        (pdf("a" * 2000), "more than 1000 bytes"),
+        (docx(paragraph("é" * 600)), "more than 1000 bytes"),
+        (docx(""), "has no text"),
+        (archive({"a.txt": "hello"}), "is an archive"),
+    ],
+)
+def test_a_document_without_text_says_why(content, fault):
+    with pytest.raises(Unreadable, match=fault):
+        read(content, 1000)
+
+
+def test_a_document_type_definition_is_refused():
+    bomb = '<!DOCTYPE a [<!ENTITY b "bbb">]><w:document xmlns:w="w"><w:p><w:t>&b;</w:t></w:p></w:document>'
+    with pytest.raises(Exception, match="DTDForbidden"):
+        read(archive({"word/document.xml": bomb}), 1000)
+
+
+HOSTILE = Settings(file_text_cpu_s=2.0, file_text_memory_bytes_max=256 * MIB)
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (lambda: docx(f"<w:p><w:r><w:t>{'a' * 200 * MIB}</w:t></w:r></w:p>"), "takes too much memory"),
+        (lambda: docx(f"<w:p>{'<w:r/>' * 5 * MIB}</w:p>"), "takes too (much memory|long)"),
+        (lambda: pdf("One")[:60], "is damaged"),
+        (lambda: b"PK\x03\x04" + bytes(100), "is damaged"),
+        (lambda: b"\0\1\2\3", "is of no type"),
+    ],
+)
+async def test_a_hostile_file_has_an_outcome_and_is_not_read_twice(content, fault, monkeypatch):
+    made, texts = content(), Extraction(HOSTILE)
+    with pytest.raises(extraction.Unreadable, match=fault):
+        await texts.text(("t", b"1"), made, wait_s=None)
+    monkeypatch.setattr(extraction.sys, "executable", "/nowhere")
+    with pytest.raises(extraction.Unreadable, match=fault):
+        await texts.text(("t", b"1"), made, wait_s=None)
+
+
+async def test_a_text_is_extracted_once_for_each_tenant(monkeypatch):
+    texts = Extraction(Settings(file_texts_cached_bytes_max=64))
+    first = await texts.text(("t", b"1"), pdf("One"), wait_s=None)
+    monkeypatch.setattr(extraction.sys, "executable", "/nowhere")
+    assert await texts.text(("t", b"1"), pdf("One"), wait_s=None) is first
+    with pytest.raises(FileNotFoundError):
+        await texts.text(("other", b"1"), pdf("One"), wait_s=None)
+    assert (await texts.text(("t", b"2"), b"x" * 60, wait_s=None)).text == "x" * 60
+    assert texts.known(("t", b"1")) is None  # it made room
