@@ -129,7 +129,9 @@ def _existing() -> Settings:
     type=click.Choice(SCOPES),
     help="What the key may do; may be given several times. By default it reads and writes.",
 )
-@click.option("--model", "models", multiple=True, help="A model that it may use, or a pattern; by default every model.")
+@click.option(
+    "--model", "models", multiple=True, help="A model that it may use, or a pattern with `*`; by default every model."
+)
 @click.option("--expires", type=click.DateTime(("%Y-%m-%d", "%Y-%m-%dT%H:%M:%S")), help="When it expires, in UTC.")
 def create_key(
     tenant: str, user: str, name: str, scopes: tuple[Scope, ...], models: tuple[str, ...], expires: datetime | None

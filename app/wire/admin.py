@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-MODELS_MAX = 1_000
+MODELS_MAX = 100
 MODEL_CHARS_MAX = 512
 LAST_TIME = 253_402_300_799
 """The end of the year 9999, in unix seconds."""

@@ -172,6 +172,13 @@ def test_the_official_client_sees_what_a_key_may_not_do(house):
             client.models.retrieve("n")
 
 
+def test_a_server_without_keys_has_no_administrators(server):
+    with httpx.Client(base_url=server.url) as http:
+        for reply in (http.post("/admin/keys", json={}), http.get("/admin/audit")):
+            assert (reply.status_code, reply.json()["error"]["code"]) == (403, "missing_scope")
+    assert fetch(server.database_url, "select from keys") == []
+
+
 # -- The command line -------------------------------------------------------------------------------------------------------
 
 

@@ -135,7 +135,7 @@ def house(base_env: Mapping[str, str], new_database: Callable[[], str], upstream
         keys = {"admin": admin, "other tenant": theirs, "wrong": "sk-reprise-wrong", "unbound": make()["value"]}
         keys |= {user: make(user=user)["value"] for user in ("alice", "bob")}
         keys |= {f"all but {scope}": make(scopes=[one for one in ALL if one != scope])["value"] for scope in ALL}
-        keys["other model"] = make(scopes=[*ALL], models=["othe?", "x"])["value"]
+        keys["other model"] = make(scopes=[*ALL], models=["oth*", "x"])["value"]
         gone = {state: make(scopes=[*ALL], name=state) for state in ("revoked", "expired")}
         keys |= {state: key["value"] for state, key in gone.items()}
         assert http.delete(f"/admin/keys/{gone['revoked']['id']}").status_code == 200
