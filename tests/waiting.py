@@ -9,9 +9,16 @@ from typing import Any, TypeVar
 
 import asyncpg
 import redis
-import zstandard
+
+from app.storage import journal
+from app.storage.parts import together
 
 T = TypeVar("T")
+
+ARCHIVED = f"""
+select archive.frames, {together("response").replace(":tenant_id", "response.tenant_id")}
+from event_archive archive join responses response on response.tenant_id = archive.tenant_id and response.id = archive.response_id
+"""
 
 POLL_S = (0.01, 0.01, 0.01, 0.02, 0.03)
 POLL_LATER_S = 0.05
@@ -58,7 +65,7 @@ def dumped(database_url: str) -> str:
         for row in fetch(database_url, f"select (to_jsonb(one) - 'frames')::text from \"{table}\" one")
     ]
     journalled = [row[0] for row in fetch(database_url, "select frames from event_journal")]
-    archived = [zstandard.decompress(row[0]) for row in fetch(database_url, "select frames from event_archive")]
+    archived = [journal.decompress(*row) for row in fetch(database_url, ARCHIVED)]
     return "\n".join([*rows, *(frames.decode() for frames in (*journalled, *archived))])
 
 

@@ -299,7 +299,7 @@ class BackgroundRun:
         assert self._room
         self._room.release()
         claim = self.claim
-        archive = await asyncio.to_thread(journal.archive, list(entries)) if claim.streamed else []
+        archive = await asyncio.to_thread(journal.archive, list(entries), closed) if claim.streamed else []
         async for attempt in self._runs.database.retrying(forever=True):
             with attempt:
                 async with self._runs.database.begin() as tx:

@@ -6,11 +6,12 @@ from sqlalchemy import text
 
 from app.errors import InvalidRequest
 from app.storage.database import Query, Tx, storable
+from app.storage.parts import whole
 from app.storage.tables import OUTPUT_POSITION
 
 _FIND_REQUESTS = Query(
-    text("""
-    select body from items
+    text(f"""
+    select {whole("item")} as body from items item
     where tenant_id = :tenant_id and id = any(cast(:ids as text[])) and position >= :output_position
     """).bindparams(output_position=OUTPUT_POSITION)
 )

@@ -21,6 +21,7 @@ from app.errors import (
 )
 from app.storage.database import Query, Row, Tx, storable
 from app.storage.pages import SHOWN, Page
+from app.storage.parts import size, whole
 from app.storage.tables import IN_FLIGHT, LAST_POSITION, OUTPUT_POSITION
 from app.wire.requests import Order
 
@@ -130,18 +131,18 @@ def _chain(target: str) -> Query:
     {path(target)}
     , measured as (
         select coalesce(context_bytes, (
-            select coalesce(sum(octet_length(cast(item.body as text))), 0) from path cross join lateral (
-                select body from items
+            select coalesce(sum({size("item")}), 0) from path cross join lateral (
+                select body, bytes from items
                 where tenant_id = :tenant_id and thread_id = path.thread_id and {ON_PATH}
                 order by turn, position
             ) item
         )) as bytes from target
     )
     select target.thread_id, target.turn as tip, target.status, target.writer, target.must_branch, measured.bytes,
-           item.turn, item.position, item.id, item.body
+           item.turn, item.position, item.id, {whole("item")} as body
     from target cross join measured cross join path
     left join lateral (  -- ordered, so that it stays a scan of the primary key for each thread, whatever the statistics say
-        select turn, position, id, body from items
+        select turn, position, id, body, part_hashes from items
         where tenant_id = :tenant_id and thread_id = path.thread_id and {ON_PATH}
           and measured.bytes <= :bytes_max and (:in_flight or target.status not in {IN_FLIGHT})
         order by turn, position
@@ -156,15 +157,15 @@ _CHAIN = _chain(_WITH_OUTPUT)
 _CONVERSATION_CHAIN = _chain(CONVERSATION)
 
 _FIND_ITEMS = Query(
-    text("""
+    text(f"""
     with found as materialized (
-        select distinct on (id) id, body from items
+        select distinct on (id) id, body, part_hashes, bytes from items
         where tenant_id = :tenant_id and id = any(cast(:ids as text[]))
         order by id, thread_id desc, turn desc, position
     ), measured as (
-        select coalesce(sum(octet_length(cast(body as text))), 0) as bytes from found
+        select coalesce(sum({size("found")}), 0) as bytes from found
     )
-    select measured.bytes, found.id, found.body from measured left join found on measured.bytes <= :bytes_max
+    select measured.bytes, found.id, {whole("found")} as body from measured left join found on measured.bytes <= :bytes_max
     """)
 )
 
@@ -183,10 +184,11 @@ def _page_of_context(target: str, order: Order) -> Query:
         order by item.turn, item.position limit 1
     )
     , page as (
-        select item.*, row_number() over walk as number, sum(octet_length(cast(item.body as text))) over walk as bytes
+        select item.turn, item.position, item.id, item.body, item.part_hashes,
+               row_number() over walk as number, sum({size("item")}) over walk as bytes
         from target cross join lateral (
             select one.* from path cross join lateral (
-                select turn, position, id, body from items
+                select turn, position, id, body, part_hashes, bytes from items
                 where tenant_id = :tenant_id and thread_id = path.thread_id and {ON_PATH}
                   and (:after = '' or (turn, position) {beyond} (select turn, position from cursor))
                 order by turn {direction}, position {direction} limit cast(:limit as bigint) + 1
@@ -197,7 +199,7 @@ def _page_of_context(target: str, order: Order) -> Query:
         window walk as (order by item.turn {direction}, item.position {direction})
     ), {SHOWN}
     select (:after = '' or exists (select from cursor)) as found, whole.bytes,
-           whole.last < (select count(*) from page) as has_more, shown.turn, shown.position, shown.id, shown.body
+           whole.last < (select count(*) from page) as has_more, shown.turn, shown.position, shown.id, {whole("shown")} as body
     from target cross join whole left join shown on whole.bytes <= :bytes_max
     where target.is_visible
     order by shown.number

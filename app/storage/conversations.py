@@ -18,8 +18,9 @@ from app.storage.contexts import CONVERSATION, ON_PATH, Place, path
 from app.storage.database import Query, Row, Tx, storable
 from app.storage.facets import CONVERSATION as FACET
 from app.storage.facets import facets, terms_of
-from app.storage.items import item_rows
+from app.storage.items import INSERT, item_rows
 from app.storage.pages import Page
+from app.storage.parts import KNOWN, STORE, SharedParts, size, whole
 from app.wire.requests import Order
 from app.wire.resources import encode
 
@@ -36,12 +37,6 @@ class StoredConversation(Struct, frozen=True):
 NO_BODY = -1
 """As a bound: no item is that small."""
 
-_ITEM = """
-    insert into items (tenant_id, thread_id, turn, position, id, body)
-    select :tenant_id, :thread_id, :turn, new.position, new.id, new.body
-    from unnest(cast(:positions as int[]), cast(:item_ids as text[]), cast(:bodies as json[])) as new (position, id, body)
-"""
-
 _BRANCH = """
     insert into branches (tenant_id, thread_id, parent_thread_id, parent_turn, parent_position)
     select :tenant_id, :thread_id, :parent_thread_id, :parent_turn, :parent_position
@@ -54,8 +49,8 @@ _CREATE = Query(
         insert into conversations (tenant_id, id, created_at, metadata, thread_id, turn, context_bytes)
         values (:tenant_id, :id, :created_at, cast(:metadata as jsonb), :thread_id, :turn, :own_bytes)
         on conflict do nothing  -- by an earlier attempt
-        returning 1
-    ), item as ({_ITEM} where exists (select from conversation))
+        returning thread_id, turn
+    ), known_part as ({KNOWN}), part as ({STORE.format(user="conversation")}), item as ({INSERT.format(place="conversation")})
     select exists (select from conversation) as created
     """)
 )
@@ -80,11 +75,11 @@ _TIP = Query(text(f"select thread_id, turn, status, must_branch from ({CONVERSAT
 _FIND = Query(
     text(f"""
     {path(CONVERSATION)}
-    select item.thread_id, item.turn, item.position, item.id, item.bytes,
-           case when item.bytes <= :bytes_max then item.body end as body
+    select item.thread_id, item.turn, item.position, item.id, item.size as bytes,
+           case when item.size <= :bytes_max then {whole("item")} end as body
     from target left join lateral (
-        select path.thread_id, item.turn, item.position, item.id, item.body, octet_length(cast(item.body as text)) as bytes
-        from (select thread_id, turn, position, id, body from items
+        select path.thread_id, item.turn, item.position, item.id, item.body, item.part_hashes, {size("item")} as size
+        from (select thread_id, turn, position, id, body, part_hashes, bytes from items
               where tenant_id = :tenant_id and id = any(cast(:item_ids as text[])) offset 0) item
         join path on item.thread_id = path.thread_id and {ON_PATH}
         order by item.turn, item.position limit 1
@@ -94,7 +89,9 @@ _FIND = Query(
 
 _APPEND = Query(
     text(f"""
-    with item as ({_ITEM}), branch as ({_BRANCH})
+    with place as (select cast(:thread_id as text) as thread_id, cast(:turn as int) as turn),
+         known_part as ({KNOWN}), part as ({STORE.format(user="place")}), item as ({INSERT.format(place="place")}),
+         branch as ({_BRANCH})
     update conversations set thread_id = :thread_id, turn = :turn, context_bytes = context_bytes + cast(:own_bytes as bigint)
     where tenant_id = :tenant_id and id = :id returning 1
     """)
@@ -169,7 +166,7 @@ async def create_conversation(
         created_at=made.created_at,
         metadata=made.metadata,
         **place,
-        **item_rows(items, ()),
+        **_rows(items),
     )
 
 
@@ -211,7 +208,7 @@ async def append_items(
             return
         raise InvalidRequest(f"Item with id '{found['id']}' is in the conversation already.", param="items")
     binds = await _next_turn(tx, tenant_id, conversation_id)
-    await tx.one(_APPEND, tenant_id=tenant_id, id=conversation_id, **binds, **item_rows(items, ()))
+    await tx.one(_APPEND, tenant_id=tenant_id, id=conversation_id, **binds, **_rows(items))
 
 
 async def get_item(
@@ -345,6 +342,12 @@ async def _next_turn(tx: Tx, tenant_id: str, conversation_id: str) -> dict[str, 
         "parent_turn": place.turn if branches else None,
         "parent_position": None,
     }
+
+
+def _rows(items: Sequence[tuple[str, bytes]]) -> dict[str, Any]:
+    """The binds of items that a client adds."""
+    parts = SharedParts()
+    return {**item_rows(items, (), parts), **parts.binds}
 
 
 def _stored(row: Row) -> StoredConversation:

@@ -6,29 +6,29 @@ that has just ended; without it they write nothing.
 
 from typing import Any
 
-import msgspec
 from sqlalchemy import text
 
 from app.domain.lifecycle import APPENDED
 from app.storage.database import Query, Tx
-from app.storage.items import item_rows
+from app.storage.items import INSERT
 from app.storage.journal import Pages
+from app.storage.parts import KNOWN, STORE
+from app.storage.responses import rows_of
 from app.storage.tables import IN_FLIGHT
-from app.wire.resources import Response, encode
+from app.wire.resources import Response
 
 _RESPONSE = """
-    update responses set status = :status, body = cast(:body as json),
+    update responses set status = :status, body = cast(:body as json), part_hashes = :part_hashes, bytes = :bytes,
                          context_bytes = context_bytes + cast(:own_bytes as bigint)
     where tenant_id = :tenant_id and id = :id and status in {in_flight} {owned}
     returning thread_id, turn, context_bytes
 """
 
-_OUTPUT = """
-    insert into items (tenant_id, thread_id, turn, position, id, body)
-    select :tenant_id, response.thread_id, response.turn, new.position, new.id, new.body
-    from response, unnest(cast(:positions as int[]), cast(:item_ids as text[]), cast(:bodies as json[]))
-         as new (position, id, body)
-"""
+_OUTPUT = {
+    "known_part": KNOWN,
+    "part": STORE.format(user="response"),
+    "output": INSERT.format(place="response"),
+}
 
 _CONVERSATION = """
     update conversations conversation
@@ -40,7 +40,7 @@ _CONVERSATION = """
 
 _FOREGROUND = {
     "response": _RESPONSE.format(in_flight=IN_FLIGHT, owned=""),
-    "output": _OUTPUT,
+    **_OUTPUT,
     "conversation": _CONVERSATION,
     "lease": "delete from runs where tenant_id = :tenant_id and response_id = :id",
 }
@@ -53,7 +53,7 @@ _BACKGROUND = {
         returning 1
     """,
     "response": _RESPONSE.format(in_flight=IN_FLIGHT, owned="and exists (select from run)"),
-    "output": _OUTPUT,
+    **_OUTPUT,
     "conversation": _CONVERSATION,
     "archive": """
         insert into event_archive (tenant_id, response_id, first_number, frames)
@@ -85,7 +85,7 @@ _END_BACKGROUND = _with(
 
 async def end_foreground(tx: Tx, tenant_id: str, response: Response) -> bool:
     """End a foreground response whose row is inserted. False if another process has ended it, or it is deleted."""
-    row = await tx.one(_END_FOREGROUND, tenant_id=tenant_id, **_binds(response))
+    row = await tx.one(_END_FOREGROUND, tenant_id=tenant_id, **await _binds(response))
     return row is not None and bool(row["ended"])
 
 
@@ -96,7 +96,7 @@ async def end_background(tx: Tx, tenant_id: str, response: Response, epoch: int,
         "epoch": epoch,
         "first_numbers": [number for number, _ in archive],
         "pages": [frames for _, frames in archive],
-        **_binds(response),
+        **await _binds(response),
     }
     row = await tx.one(_END_BACKGROUND, **binds)
     if row and not (row["ended"] or row["known"]):
@@ -105,12 +105,11 @@ async def end_background(tx: Tx, tenant_id: str, response: Response, epoch: int,
     return row is not None and bool(row["ended"] or row["known"])
 
 
-def _binds(response: Response) -> dict[str, Any]:
+async def _binds(response: Response) -> dict[str, Any]:
     conversation = response.conversation if response.status in APPENDED else None
     return {
         "conversation_id": conversation.id if conversation else None,
         "id": response.id,
         "status": response.status,
-        "body": encode(msgspec.structs.replace(response, output=[])).decode(),
-        **item_rows([], response.output),
+        **await rows_of(response, []),
     }

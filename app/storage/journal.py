@@ -11,9 +11,10 @@ from app.errors import Fenced
 from app.offload import offload
 from app.storage.backlog import pages_of, size_of
 from app.storage.database import Database, Query, Tx, storable
+from app.storage.parts import repeated, together
 from app.storage.tables import IN_FLIGHT
 from app.wire.events import Entry, split_frames
-from app.wire.resources import Usage
+from app.wire.resources import Response, Usage
 
 ARCHIVE_LEVEL = 3
 """zstd's own default: 239 kB of events become 9 kB."""
@@ -58,6 +59,7 @@ _READ = Query(
     text(f"""
     select response.status, response.background, run.streamed,
            archive.frames as archive, archive.next_number as archive_next,
+           case when archive.frames is not null then {together("response")} end as dictionary,
            journal.frames as journal, journal.next_number as journal_next
     from responses response
     left join lateral ({_page("event_archive")}) archive on true
@@ -91,9 +93,19 @@ def paged(entries: list[Entry]) -> Pages:
     ]
 
 
-def archive(entries: list[Entry]) -> Pages:
-    """Events as the archive keeps them: pages, compressed."""
-    return [(number, zstandard.compress(frames, ARCHIVE_LEVEL)) for number, frames in paged(entries)]
+def archive(entries: list[Entry], response: Response) -> Pages:
+    """Events as the archive keeps them: pages, compressed. What is kept once of their response is not in them."""
+    compressor = zstandard.ZstdCompressor(ARCHIVE_LEVEL, dict_data=_dictionary(b"".join(repeated(response))))
+    return [(number, compressor.compress(frames)) for number, frames in paged(entries)]
+
+
+def decompress(frames: bytes, dictionary: str | None) -> bytes:
+    """A page of the archive; `dictionary` are the parts of its response."""
+    return zstandard.ZstdDecompressor(dict_data=_dictionary((dictionary or "").encode())).decompress(frames)
+
+
+def _dictionary(parts: bytes) -> zstandard.ZstdCompressionDict | None:
+    return zstandard.ZstdCompressionDict(parts, dict_type=zstandard.DICT_TYPE_RAWCONTENT) if parts else None
 
 
 async def append(tx: Tx, tenant_id: str, response_id: str, epoch: int, pages: Pages, usage: Usage | None) -> bool:
@@ -136,7 +148,7 @@ async def read(tx: Tx, tenant_id: str, response_id: str, after: int) -> StoredEv
         if row is None:
             return None
         archived = row["archive"] is not None
-        frames = zstandard.decompress(row["archive"]) if archived else row["journal"] or b""
+        frames = decompress(row["archive"], row["dictionary"]) if archived else row["journal"] or b""
         entries = [entry for entry in split_frames(frames) if entry.sequence_number > after]
         next_number = row["archive_next"] if archived else row["journal_next"]
         if entries or next_number is None:

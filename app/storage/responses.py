@@ -19,12 +19,14 @@ from app.errors import (
     ResponseNotFound,
 )
 from app.ids import new_id, seconds_of
+from app.offload import offload
 from app.storage import threads
 from app.storage.contexts import Parent, Place
 from app.storage.database import Query, Row, Tx, storable
 from app.storage.facets import STATUSES, facets, terms_of
-from app.storage.items import item_rows
+from app.storage.items import INSERT, item_rows
 from app.storage.pages import BYTES_MAX, SHOWN, Page
+from app.storage.parts import KNOWN, STORE, SharedParts, repeated, size, whole
 from app.storage.queue import Owner, Queued
 from app.storage.tables import IN_FLIGHT, OUTPUT_POSITION
 from app.wire.decoding import decode_stored
@@ -43,7 +45,7 @@ class Stored(Struct, frozen=True):
 # -- Writing ----------------------------------------------------------------------------------------------------------------
 
 _INSERT = Query(
-    text("""
+    text(f"""
     with parent as (
         select 1 from responses
         where tenant_id = :tenant_id and id = :previous_response_id and deleted_at is null
@@ -55,20 +57,15 @@ _INSERT = Query(
         returning 1
     ), response as (
         insert into responses (tenant_id, id, thread_id, turn, previous_response_id, conversation_id, status, background,
-                               model, metadata, created_at, body, context_bytes)
+                               model, metadata, created_at, body, part_hashes, bytes, context_bytes)
         select :tenant_id, :id, :thread_id, :turn, :previous_response_id, :conversation_id, :status, :background, :model,
-               cast(:metadata as jsonb), :created_at, cast(:body as json),
+               cast(:metadata as jsonb), :created_at, cast(:body as json), :part_hashes, :bytes,
                cast(:earlier_bytes as bigint) + cast(:own_bytes as bigint)
         where (cast(:previous_response_id as text) is null or exists (select from parent))
           and (cast(:conversation_id as text) is null or exists (select from conversation))
         on conflict do nothing
-        returning 1
-    ), item as (
-        insert into items (tenant_id, thread_id, turn, position, id, body)
-        select :tenant_id, :thread_id, :turn, new.position, new.id, new.body
-        from unnest(cast(:positions as int[]), cast(:item_ids as text[]), cast(:bodies as json[])) as new (position, id, body)
-        where exists (select from response)
-    ), branch as (
+        returning thread_id, turn
+    ), known_part as ({KNOWN}), part as ({STORE.format(user="response")}), item as ({INSERT.format(place="response")}), branch as (
         insert into branches (tenant_id, thread_id, parent_thread_id, parent_turn)
         select :tenant_id, :thread_id, :parent_thread_id, :parent_turn
         where cast(:parent_thread_id as text) is not null and exists (select from response)
@@ -122,8 +119,7 @@ async def insert_response(
         **_run(run),
         "id": response.id,
         "status": response.status,
-        "body": encode(msgspec.structs.replace(response, output=[])).decode(),
-        **item_rows(input_items, response.output),
+        **await rows_of(response, input_items),
     }
     if parent is None:
         await _insert_at(tx, Place(new_id("thread"), 1), None, binds)
@@ -134,6 +130,19 @@ async def insert_response(
     # Its turn is taken, or its parent is gone: as a branch it fails only for the second reason.
     if not await _insert_at(tx, Place(new_id("thread"), turn), parent.place, binds):
         raise ConversationLocked if slot else PreviousResponseNotFound(str(response.previous_response_id))
+
+
+async def rows_of(response: Response, input_items: Sequence[tuple[str, bytes]]) -> dict[str, Any]:
+    """The binds of a response's body, its items, and the parts of these that are kept once."""
+    work = sum(len(body) for _, body in input_items) + sum(memoryview(item).nbytes for item in response.output)
+    return await offload(work, _rows_of, response, input_items)
+
+
+def _rows_of(response: Response, input_items: Sequence[tuple[str, bytes]]) -> dict[str, Any]:
+    parts = SharedParts()
+    body = parts.take(encode(msgspec.structs.replace(response, output=[])), repeated(response))
+    items = item_rows(input_items, response.output, parts)
+    return {"body": body.text, "part_hashes": body.part_hashes, "bytes": body.bytes, **items, **parts.binds}
 
 
 def _run(run: Owner | Queued | None) -> dict[str, Any]:
@@ -186,10 +195,10 @@ async def begin_response(tx: Tx, tenant_id: str, response_id: str, epoch: int, s
 
 # -- Reading ----------------------------------------------------------------------------------------------------------------
 
-_OUTPUT_OF = """
+_OUTPUT_OF = f"""
     array(
-        select item.body from items item
-        where item.tenant_id = :tenant_id and item.thread_id = {0}.thread_id and item.turn = {0}.turn
+        select {whole("item")} from items item
+        where item.tenant_id = :tenant_id and item.thread_id = {{0}}.thread_id and item.turn = {{0}}.turn
           and item.position >= :output_position
         order by item.position
     )
@@ -197,12 +206,12 @@ _OUTPUT_OF = """
 
 _GET = Query(
     text(f"""
-    select status, measured.bytes, case when measured.bytes <= :bytes_max then body end as body,
+    select status, measured.bytes, case when measured.bytes <= :bytes_max then {whole("response")} end as body,
            case when measured.bytes <= :bytes_max then output end as output
     from responses response cross join lateral (
         select {_OUTPUT_OF.format("response")} as output offset 0  -- so that it is read once
     ) made cross join lateral (
-        select cast(octet_length(cast(response.body as text)) + pg_column_size(made.output) as bigint) as bytes offset 0
+        select cast({size("response")} + pg_column_size(made.output) as bigint) as bytes offset 0
     ) measured
     where tenant_id = :tenant_id and id = :id and deleted_at is null
       and (background or status not in {IN_FLIGHT})
@@ -224,10 +233,10 @@ def _list_of_responses(order: Order, ranges: int) -> Query:
     return Query(
         text(f"""
     with recursive listed as materialized (
-        select row_number() over ({walk}) as number, id, status, body, thread_id, turn from (
+        select row_number() over ({walk}) as number, id, status, body, part_hashes, bytes, thread_id, turn from (
             select created_at, response_id, response.*
             from (select created_at, response_id from ({every}) one {walk}) along cross join lateral (
-                select id, status, body, thread_id, turn from responses
+                select id, status, body, part_hashes, bytes, thread_id, turn from responses
                 where tenant_id = :tenant_id and id = along.response_id
                   and (cast(:model as text) is null or model = :model) and metadata @> cast(:metadata as jsonb)
                 limit 1
@@ -236,16 +245,16 @@ def _list_of_responses(order: Order, ranges: int) -> Query:
         ) one
     ), page as (
         select cast(0 as bigint) as number, cast(0 as bigint) as bytes, cast(null as text) as id, cast(null as text) as status,
-               cast(null as json) as body, cast(null as json[]) as output
+               cast(null as json) as body, cast(null as bytea) as part_hashes, cast(null as text[]) as output
         union all
-        select next.number, page.bytes + octet_length(cast(next.body as text)) + pg_column_size(made.output),
-               next.id, next.status, next.body, made.output
+        select next.number, page.bytes + {size("next")} + pg_column_size(made.output),
+               next.id, next.status, next.body, next.part_hashes, made.output
         from page
         cross join lateral (select * from listed where number = page.number + 1 limit 1) next
         cross join lateral (select {_OUTPUT_OF.format("next")} as output offset 0) made
         where page.bytes <= :page_bytes
     ), {SHOWN}
-    select whole.bytes, whole.last < (select count(*) from listed) as has_more, shown.id, status, body, output
+    select whole.bytes, whole.last < (select count(*) from listed) as has_more, shown.id, status, {whole("shown")} as body, output
     from whole left join shown on whole.bytes <= :bytes_max
     order by shown.number
     """).bindparams(output_position=OUTPUT_POSITION)
@@ -334,7 +343,9 @@ async def _created_at(tx: Tx, tenant_id: str, id: str) -> int:
     return int(seconds)
 
 
-_BODY = Query(text("select body from responses where tenant_id = :tenant_id and id = :id"))
+_BODY = Query(
+    text(f"select {whole('response')} as body from responses response where tenant_id = :tenant_id and id = :id")
+)
 
 
 async def load_body(tx: Tx, tenant_id: str, response_id: str) -> Response | None:

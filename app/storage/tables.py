@@ -8,6 +8,8 @@ A conversation is a pointer to a turn, as a branch of git is one to a commit. Wh
 response that has ended, items that a client adds, items that it removes. No turn changes, so responses and forks keep what they had.
 """
 
+from typing import Any
+
 from sqlalchemy import (
     BigInteger,
     Boolean,
@@ -89,6 +91,19 @@ audit_log = Table(
     Column("target", Text, nullable=False, comment="the id of what was acted on"),
 )
 
+
+def _parts() -> list[Column[Any]]:
+    """The columns of a body that may have parts which are kept once (storage/parts.py)."""
+    return [
+        Column(
+            "part_hashes",
+            LargeBinary,
+            comment="SHA-256 of each, one after another; then `body` lists the texts around them",
+        ),
+        Column("bytes", Integer, comment="of the body with its parts; null without them"),
+    ]
+
+
 responses = Table(
     "responses",
     metadata,
@@ -111,6 +126,7 @@ responses = Table(
         BigInteger,
         comment="of the items of its context and its own; null where that was not counted yet",
     ),
+    *_parts(),
     # Not by tenant first: of two such indexes Postgres takes any for its first plans, as long as it has not analyzed the table,
     # and may read all of a tenant's rows for one id.
     Index("responses_thread_id_tenant_id_turn_key", "thread_id", "tenant_id", "turn", unique=True),
@@ -135,8 +151,28 @@ items = Table(
     Column("position", Integer, primary_key=True, comment="input items from 0, output items from OUTPUT_POSITION"),
     Column("id", Text, nullable=False),
     Column("body", JSON, nullable=False),
+    *_parts(),
     # Not unique: a client that resends its history resends the items' ids.
     Index("items_tenant_id_id_idx", "tenant_id", "id"),
+)
+
+parts = Table(
+    "parts",
+    metadata,
+    Column("tenant_id", Text, primary_key=True),
+    Column("hash", LargeBinary, primary_key=True, comment="SHA-256 of the body"),
+    Column("body", Text, nullable=False, comment="what rows share: tool lists, instructions, long strings, as JSON"),
+)
+
+part_uses = Table(
+    "part_uses",
+    metadata,
+    Column("tenant_id", Text, primary_key=True),
+    Column("hash", LargeBinary, primary_key=True),
+    Column("thread_id", Text, primary_key=True),
+    Column("turn", Integer, primary_key=True),
+    Column("position", Integer, primary_key=True, comment="of the item; -1: the response"),
+    ForeignKeyConstraint(["tenant_id", "hash"], ["parts.tenant_id", "parts.hash"]),
 )
 
 branches = Table(
@@ -276,6 +312,9 @@ OF_TENANT = "= any(array(select id from tenants where tenant = :tenant) || cast(
 
 OUTPUT_POSITION = 1_000_000
 """The `position` of a turn's first output item; a request holds far fewer input items."""
+
+HASH_BYTES = 32
+"""Of a part's SHA-256."""
 
 LAST_POSITION = 2**31 - 1
 """No `position` is higher."""

@@ -416,7 +416,7 @@ def test_a_websocket_handshake_is_not_taken_for_a_list(http):
 
 def rows(own):
     """How many rows each table of data has."""
-    data = "responses facets items branches conversations removals files file_pieces runs event_journal event_archive approvals"
+    data = "responses facets items parts part_uses branches conversations removals files file_pieces runs event_journal event_archive approvals"
     names = data.split()
     assert {*names, "tenants", "keys", "retired_secrets", "audit_log", "sealing"} == tables.metadata.tables.keys()
     counts = ", ".join(f"(select count(*) from {name})" for name in names)

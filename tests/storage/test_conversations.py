@@ -5,7 +5,6 @@ import itertools
 import json
 import random
 
-import asyncpg
 import msgspec
 import pytest
 
@@ -34,6 +33,7 @@ class House:
         self.responses: dict[str, tuple[list[str], list[str]]] = {}
         """Id → what it was made from, and its output."""
         self.begun: dict[str, list[str]] = {}
+        self.instructions: dict[str, str | None] = {}
 
     def new(self, prefix):
         return f"{prefix}_{next(self.numbers)}"
@@ -62,9 +62,11 @@ class House:
         else:
             chain = await contexts.load_chain(self.tx, self.tenant_id, previous, **EVERYTHING)
         create = request(
-            **({"conversation": conversation} if conversation is not None else {"previous_response_id": previous})
+            **({"conversation": conversation} if conversation is not None else {"previous_response_id": previous}),
+            instructions=LONG[next(self.numbers) % 5 : 3_000],
         )
         response = open_response(create, id=self.new("resp"), created_at=0)
+        self.instructions[response.id] = response.instructions
         earlier = [one.id for one in chain.items]
         assert chain.bytes == sum(len(item(one)) for one in earlier)
         async with self.tx.transaction():
@@ -133,16 +135,42 @@ class House:
         for id, (context, output) in self.responses.items():
             assert await self.listed(contexts.list_input_items, id) == context
             chain = await contexts.load_chain(self.tx, self.tenant_id, id, **EVERYTHING)
-            assert [one.id for one in chain.items] == [*context, *output]
+            assert [(one.id, one.body) for one in chain.items] == [
+                (id, item(id).decode()) for id in (*context, *output)
+            ]
+            stored = await responses.get_response(self.tx, self.tenant_id, id)
+            assert responses.response_of(stored).instructions == self.instructions.get(id)
+        assert [*map(tuple, await self.connection.fetch(USES, self.tenant_id))] == []
 
     async def rows(self, table):
         return await self.connection.fetchval(f"select count(*) from {table} where tenant_id = $1", self.tenant_id)
 
 
+LONG = "long " * 14_000
+
+USES = """
+with kept as (
+    select part_hashes, thread_id, turn, -1 as position from responses where tenant_id = $1
+    union all select part_hashes, thread_id, turn, position from items where tenant_id = $1
+), used as (
+    select part.hash, thread_id, turn, position from kept, hashes_of(part_hashes) part (hash)
+), known as (
+    select hash, thread_id, turn, position from part_uses where tenant_id = $1
+)
+(select * from used except select * from known) union all (select * from known except select * from used)
+union all select hash, 'unused', 0, 0 from parts where tenant_id = $1 and hash not in (select hash from used)
+"""
+"""What Postgres has wrong of which rows use which parts."""
+
+
 def item(id):
-    return json.dumps({"type": "message", "id": id}).encode()
+    """Every seventh has a text that is kept once; there are three such texts."""
+    number = int(id.split("_")[1])
+    content = LONG[number % 3 :] if number % 7 == 0 else str(number)
+    return json.dumps({"type": "message", "id": id, "content": content}).encode()
 
 
+TABLES = ("responses", "items", "branches", "conversations", "facets", "parts", "part_uses")
 STEPS = "append answer fail chain remove remove fork fork_at delete delete_response delete_response create".split()
 
 
@@ -183,7 +211,7 @@ async def test_any_history_is_what_plain_lists_hold_and_leaves_nothing(connectio
     for leave, id in leaving:
         await leave(id)
         await house.check()
-    left = {table: await house.rows(table) for table in ("responses", "items", "branches", "conversations", "facets")}
+    left = {table: await house.rows(table) for table in TABLES}
     assert not any(left.values()), left
     assert await house.rows("removals") == 0
 
@@ -250,22 +278,7 @@ async def test_failed_responses_in_a_row_cost_the_next_one_nothing(connection):
     await house.check()
 
 
-@pytest.fixture
-async def another(url):
-    """Another connection to the database."""
-    opened = await asyncpg.connect(url)
-    yield opened
-    await opened.close()
-
-
-async def waits(connection, task):
-    """Until Postgres says that the task waits for a lock."""
-    sql = "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
-    while not await connection.fetchval(sql):
-        assert not task.done()
-
-
-async def test_a_turn_whose_response_is_being_deleted_is_taken_after_it(connection, another):
+async def test_a_turn_whose_response_is_being_deleted_is_taken_after_it(connection, another, waits):
     house = House(connection, "taken")
     root = await house.begin(conversation=await house.create(0))
     await house.end(root, "completed")
@@ -277,7 +290,7 @@ async def test_a_turn_whose_response_is_being_deleted_is_taken_after_it(connecti
     await deleting.start()
     await house.delete_response_within(turn.id)
     other = House(another, house.tenant_id)
-    other.numbers, other.responses = house.numbers, house.responses
+    other.numbers, other.responses, other.instructions = house.numbers, house.responses, house.instructions
     inserting = asyncio.create_task(other.begin(previous=parent.id))
     await waits(connection, inserting)
     await deleting.commit()
@@ -287,7 +300,7 @@ async def test_a_turn_whose_response_is_being_deleted_is_taken_after_it(connecti
     assert len(await connection.fetch("select from branches where tenant_id = $1", house.tenant_id)) == 1
 
 
-async def test_two_that_delete_the_last_responses_at_once_leave_nothing(connection, another):
+async def test_two_that_delete_the_last_responses_at_once_leave_nothing(connection, another, waits):
     house = House(connection, "both")
     id = await house.create(0)
     first = await house.begin(conversation=id)

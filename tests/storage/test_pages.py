@@ -3,10 +3,14 @@
 import pytest
 import zstandard
 
+from app.domain.lifecycle import open_response
 from app.storage import journal
 from app.storage.database import Tx
 from app.storage.journal import STORED_PAGE_BYTES
 from app.wire.events import split_frames
+from tests.unit.build import request
+
+RESPONSE = open_response(request(), id="r", created_at=0)
 
 ROWS = """
 insert into responses (tenant_id, id, thread_id, turn, status, background, model, metadata, created_at, body)
@@ -48,8 +52,9 @@ async def store(connection, id, table, pages):
 
 @pytest.mark.parametrize("table", ["event_archive", "event_journal"])
 async def test_a_long_run_is_read_in_pages_from_any_number_on(connection, table):
-    pages_of = journal.archive if table == "event_archive" else journal.paged
-    await store(connection, table, table, pages_of(entries(range(100), STORED_PAGE_BYTES // 10)))
+    events = entries(range(100), STORED_PAGE_BYTES // 10)
+    pages = journal.archive(events, RESPONSE) if table == "event_archive" else journal.paged(events)
+    await store(connection, table, table, pages)
     found = await all_of(connection, table)
     assert [number for page in found for number in page] == list(range(100))
     assert 10 <= len(found) <= 15

@@ -91,6 +91,7 @@ class Postgres:
             "streamed": True,
             "archive": zstandard.compress(frames) if archived else None,
             "archive_next": None,
+            "dictionary": None,
             "journal": frames,
             "journal_next": None,
         }

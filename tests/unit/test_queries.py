@@ -74,7 +74,7 @@ def strayed(sql: str, order: tuple[str, ...]) -> list[str]:
 def test_the_statements_are_there():
     assert len(database.QUERIES) > 15
     touched = {table for query in database.QUERIES for table in tables.metadata.tables if table in query.sql}
-    assert touched == tables.metadata.tables.keys()
+    assert touched == tables.metadata.tables.keys() - {"part_uses"}  # triggers keep it
 
 
 def test_no_statement_has_a_list_of_statuses_of_its_own():

@@ -1,0 +1,160 @@
+"""What rows share is kept once per tenant, and is freed with the last row that has it, whatever happens at the same time."""
+
+import asyncio
+
+import asyncpg
+import msgspec
+import pytest
+
+from app.domain.lifecycle import Outcome, close_response, open_response
+from app.errors import PreviousResponseNotFound
+from app.storage import contexts, endings, responses
+from app.storage.database import Tx
+from app.storage.pages import BYTES_MAX
+from app.storage.queue import Owner
+from app.wire.resources import encode
+from tests.unit.build import request
+
+OWNER = Owner("worker", 60.0)
+LONG = "a long text, " * 6_000
+IMAGE = {"type": "input_image", "image_url": "data:image/png;base64," + "A" * 100_000}
+
+
+def message(id):
+    return id, encode({"type": "message", "id": id, "role": "user", "content": [IMAGE]})
+
+
+async def insert(connection, tenant_id, id, *, instructions=LONG, parent=None, run=OWNER):
+    response = open_response(request(instructions=instructions), id=id, created_at=0)
+    await responses.insert_response(
+        Tx(connection), tenant_id, response, [message(f"msg_{id}")], parent=parent, earlier_bytes=0, run=run
+    )
+    return response
+
+
+async def end(connection, tenant_id, response):
+    """End it with an answer that is the image again."""
+    made = msgspec.structs.replace(response, output=[msgspec.Raw(message(f"msg_out_{response.id}")[1])])
+    closed = close_response(made, Outcome("completed"), usage=None, now=1)
+    assert await endings.end_foreground(Tx(connection), tenant_id, closed)
+    return closed
+
+
+async def delete(connection, tenant_id, id):
+    async with connection.transaction():
+        await responses.delete_response(Tx(connection), tenant_id, id)
+
+
+async def parts(connection, tenant_id):
+    """How many parts it has, and how many uses of them."""
+    counted = "select (select count(*) from parts where tenant_id = $1), (select count(*) from part_uses where tenant_id = $1)"
+    return tuple(await connection.fetchrow(counted, tenant_id))
+
+
+async def read(connection, tenant_id, id):
+    stored = await responses.get_response(Tx(connection), tenant_id, id)
+    return responses.response_of(stored)
+
+
+async def test_rows_share_what_they_have_in_common_and_are_read_as_they_came(connection):
+    made = [await end(connection, "t", await insert(connection, "t", f"resp_{n}")) for n in range(3)]
+    assert await parts(connection, "t") == (2, 9)
+    for closed in made:
+        stored = await responses.get_response(Tx(connection), "t", closed.id)
+        assert encode(responses.response_of(stored)) == encode(closed)
+        chain = await contexts.load_chain(Tx(connection), "t", closed.id, items_max=9, bytes_max=BYTES_MAX)
+        assert [one.body.encode() for one in chain.items] == [
+            message(id)[1] for id in (f"msg_{closed.id}", f"msg_out_{closed.id}")
+        ]
+        assert chain.bytes == sum(len(one.body) for one in chain.items)
+    size, found = await contexts.find_items(Tx(connection), "t", ["msg_resp_1"], bytes_max=BYTES_MAX)
+    assert found == {"msg_resp_1": message("msg_resp_1")[1].decode()}
+    assert size == len(found["msg_resp_1"])
+
+
+async def test_another_tenant_has_a_copy_of_its_own(connection):
+    for tenant_id in ("one", "other"):
+        await end(connection, tenant_id, await insert(connection, tenant_id, "resp_1"))
+    await delete(connection, "one", "resp_1")
+    assert (await parts(connection, "one"), await parts(connection, "other")) == ((0, 0), (2, 3))
+    assert (await read(connection, "other", "resp_1")).instructions == LONG
+
+
+async def test_what_fails_to_be_inserted_leaves_no_parts(connection):
+    await end(connection, "gone", await insert(connection, "gone", "resp_1"))
+    chain = await contexts.load_chain(Tx(connection), "gone", "resp_1", items_max=9, bytes_max=BYTES_MAX)
+    await delete(connection, "gone", "resp_1")
+    response = open_response(request(instructions=LONG, previous_response_id="resp_1"), id="resp_2", created_at=0)
+    with pytest.raises(PreviousResponseNotFound):
+        await responses.insert_response(
+            Tx(connection), "gone", response, [message("m")], parent=chain.parent, earlier_bytes=0, run=OWNER
+        )
+    assert await parts(connection, "gone") == (0, 0)
+
+
+async def test_an_end_with_other_fields_uses_those(connection):
+    response = await insert(connection, "changed", "resp_1")
+    await end(connection, "changed", msgspec.structs.replace(response, instructions=LONG[1:]))
+    assert (await read(connection, "changed", "resp_1")).instructions == LONG[1:]
+    assert await parts(connection, "changed") == (2, 3)
+    await delete(connection, "changed", "resp_1")
+    assert await parts(connection, "changed") == (0, 0)
+
+
+async def test_two_that_delete_the_last_users_at_once_free_it(connection, another, waits):
+    for id in ("resp_1", "resp_2"):
+        await end(connection, "both", await insert(connection, "both", id))
+    deleting = connection.transaction()
+    await deleting.start()
+    await responses.delete_response(Tx(connection), "both", "resp_1")
+    waiting = asyncio.create_task(delete(another, "both", "resp_2"))
+    await waits(connection, waiting)
+    await deleting.commit()
+    await waiting
+    assert await parts(connection, "both") == (0, 0)
+
+
+async def test_what_is_inserted_while_its_parts_are_deleted_has_them(connection, another, waits):
+    await end(connection, "again", await insert(connection, "again", "resp_1"))
+    deleting = connection.transaction()
+    await deleting.start()
+    await responses.delete_response(Tx(connection), "again", "resp_1")
+    inserting = asyncio.create_task(insert(another, "again", "resp_2"))
+    await waits(connection, inserting)
+    await deleting.commit()
+    await end(connection, "again", await inserting)
+    assert (await read(connection, "again", "resp_2")).instructions == LONG
+    assert await parts(connection, "again") == (2, 3)
+
+
+async def test_what_is_deleted_while_another_begins_to_use_its_parts_leaves_them(connection, another, waits):
+    await end(connection, "kept", await insert(connection, "kept", "resp_1"))
+    inserting = another.transaction()
+    await inserting.start()
+    response = await insert(another, "kept", "resp_2")
+    deleting = asyncio.create_task(delete(connection, "kept", "resp_1"))
+    await waits(another, deleting)
+    await inserting.commit()
+    await deleting
+    await end(connection, "kept", response)
+    assert (await read(connection, "kept", "resp_2")).instructions == LONG
+    assert await parts(connection, "kept") == (2, 3)
+
+
+async def test_many_that_come_and_go_at_once_keep_what_they_use(url):
+    """With the same parts, of which each may be the last user at any time."""
+    connections = [await asyncpg.connect(url) for _ in range(8)]
+
+    async def come_and_go(at, connection):
+        for number in range(15):
+            id = f"resp_{at}_{number}"
+            closed = await end(
+                connection, "many", await insert(connection, "many", id, instructions=LONG[number % 2 :])
+            )
+            assert encode(await read(connection, "many", id)) == encode(closed)
+            await delete(connection, "many", id)
+
+    await asyncio.gather(*(come_and_go(*one) for one in enumerate(connections)))
+    assert await parts(connections[0], "many") == (0, 0)
+    for connection in connections:
+        await connection.close()
