@@ -35,10 +35,10 @@ from app.runs.files import FileReading
 from app.runs.following import Following
 from app.runs.foreground import ForegroundRuns
 from app.runs.leases import Leases
-from app.runs.pipeline import Pipeline
+from app.runs.pipeline import Pipeline, Prompts
 from app.runs.plan import Planner
 from app.settings import Settings, SettingsError
-from app.setup import OTHER_KEY, compaction_prompt, open_seal
+from app.setup import OTHER_KEY, compaction_prompt, open_seal, reasoning_summary_prompt
 from app.storage import key_fingerprint, keys
 from app.storage.backlog import Backlogs
 from app.storage.database import Database
@@ -97,7 +97,7 @@ class Core(Struct, frozen=True):
 @asynccontextmanager
 async def core(settings: Settings, catalog: Catalog, *, claims: bool) -> AsyncIterator[Core]:
     """Everything below the API, closed at the end. Raises SettingsError."""
-    seal, prompt = open_seal(settings), compaction_prompt(settings)
+    seal, prompts = open_seal(settings), Prompts(compaction_prompt(settings), reasoning_summary_prompt(settings))
     database = Database(settings)
     heartbeats = Database(
         msgspec.structs.replace(settings, database_pool_size=1),
@@ -110,7 +110,7 @@ async def core(settings: Settings, catalog: Catalog, *, claims: bool) -> AsyncIt
     planner = Planner(settings, database, catalog, upstreams, seal, file_reading)
     programs: ToolPrograms = Programs(settings)
     counter = TokenCounter(settings)
-    pipeline = Pipeline(settings, guard, programs, counter, prompt)
+    pipeline = Pipeline(settings, guard, programs, counter, prompts)
     leases = Leases(settings, heartbeats, logs)
     background = BackgroundRuns(database, planner, catalog, seal, pipeline, logs)
     try:

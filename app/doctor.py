@@ -52,6 +52,7 @@ async def examine(environ: Mapping[str, str]) -> AsyncIterator[Finding]:
     try:
         settings = _with_short_waits(load(environ))
         setup.compaction_prompt(settings)
+        setup.reasoning_summary_prompt(settings)
     except SettingsError as error:
         yield Finding("settings", False, str(error))
         return

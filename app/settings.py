@@ -95,6 +95,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     compaction_prompt: Annotated[
         str, _about("file with the text that asks a model for the summary of a compaction; not set: the project's own")
     ] = ""
+    reasoning_summary_prompt: Annotated[
+        str, _about("file with the text that asks a model for a summary of reasoning; not set: the project's own")
+    ] = ""
     old_secret_keys: Annotated[
         str, _about("former secret keys, and future ones: what they seal can be opened; comma-separated")
     ] = ""
@@ -207,6 +210,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             le=1024 * 1024,
         ),
     ] = 512 * 1024
+    reasoning_summaries_max: Annotated[
+        int, _about("summaries of reasoning that a model makes in one run; reasoning after that has none", ge=0)
+    ] = 32
+    reasoning_summary_timeout_s: Annotated[
+        float, _about("how long the answer waits for a summary of reasoning by a model; longer: there is none", gt=0)
+    ] = 20.0
+    reasoning_summary_bytes_max: Annotated[
+        int, _about("what a model may send for one summary of reasoning; more: there is none", ge=1024)
+    ] = 4 * 1024 * 1024
     run_duration_max_s: Annotated[float, _about("duration of a run", gt=0)] = 3_600.0
     turn_calls_max: Annotated[int, _about("calls in one completion; more: the run fails", ge=1)] = 1_000
     run_output_bytes_max: Annotated[

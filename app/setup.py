@@ -17,18 +17,26 @@ OTHER_KEY = (
     "REPRISE_OLD_SECRET_KEYS; if the key is lost, `reprise rekey` gives up what it has sealed."
 )
 
-COMPACTION_PROMPT = Path(__file__).with_name("compaction_prompt.md")
-
 
 def compaction_prompt(settings: Settings) -> str:
-    """The text that asks a model for a summary. Raises SettingsError."""
-    path = Path(settings.compaction_prompt) if settings.compaction_prompt else COMPACTION_PROMPT
+    """The text that asks a model for the summary of a compaction. Raises SettingsError."""
+    return _prompt(settings.compaction_prompt, "compaction_prompt")
+
+
+def reasoning_summary_prompt(settings: Settings) -> str:
+    """The text that asks a model for a summary of reasoning. Raises SettingsError."""
+    return _prompt(settings.reasoning_summary_prompt, "reasoning_summary_prompt")
+
+
+def _prompt(given: str, name: str) -> str:
+    path = Path(given) if given else Path(__file__).with_name(f"{name}.md")
+    setting = f"REPRISE_{name.upper()}"
     try:
         text = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeError) as error:
-        raise SettingsError(f"REPRISE_COMPACTION_PROMPT can't be read: {error}.") from None
+        raise SettingsError(f"{setting} can't be read: {error}.") from None
     if not text:
-        raise SettingsError(f"REPRISE_COMPACTION_PROMPT: {path} is empty.")
+        raise SettingsError(f"{setting}: {path} is empty.")
     return text
 
 

@@ -79,6 +79,7 @@ def test_a_database_url_may_say_all_that_libpq_knows(base_env, new_database):
         ("REPRISE_CATALOG", "/nowhere/catalog.toml", "/nowhere/catalog.toml"),
         ("REPRISE_COMPACTION_PROMPT", "/nowhere/prompt.md", "REPRISE_COMPACTION_PROMPT can't be read: "),
         ("REPRISE_COMPACTION_PROMPT", "/dev/null", "/dev/null is empty"),
+        ("REPRISE_REASONING_SUMMARY_PROMPT", "/dev/null", "/dev/null is empty"),
         ("DATABASE_URL", "nonsense", "DATABASE_URL is not valid: expected postgresql://USER:PASSWORD@HOST/NAME, "),
         ("DATABASE_URL", "postgresql://h/d?channel_binding=require", "DATABASE_URL asks for channel_binding=require"),
         ("REDIS_URL", "redis://h:port", "REDIS_URL is not valid: "),

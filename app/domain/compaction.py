@@ -181,6 +181,14 @@ def context_tokens(request: CreateResponse, visible: Sequence[AnyItem]) -> int:
 
 def counted_tokens(usage: Usage | None, output: Sequence[AnyItem]) -> int | None:
     """The tokens of a response's context and output, by its usage; None where that says too little: a response of several turns
-    has the sum of all."""
-    took_one_turn = bool(output) and all(isinstance(item, MADE_BY_MODEL) for item in output)
+    has the sum of all, also with summaries of its reasoning."""
+    took_one_turn = bool(output) and all(
+        isinstance(item, MADE_BY_MODEL) and not _has_summary_of_a_model(item) for item in output
+    )
     return usage.total_tokens or None if usage and took_one_turn else None
+
+
+def _has_summary_of_a_model(item: AnyItem) -> bool:
+    if not isinstance(item, Reasoning) or not item.summary or not item.content:
+        return False
+    return item.summary[0].text != item.content[0].text

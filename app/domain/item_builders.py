@@ -56,6 +56,8 @@ class OutputOptions(Struct, frozen=True):
 
     summarize: bool = False
     """Mirror the reasoning into the summary, which is all that some clients show."""
+    summary_follows: bool = False
+    """Leave reasoning open until its summary is given."""
     seal: Callable[[str], str] | None = None
     """Makes `encrypted_content`, where it is included."""
 
@@ -162,15 +164,27 @@ class MessageBuilder:
 
 
 class ReasoningBuilder:
-    """Raw reasoning text, mirrored into the summary where one was asked for."""
+    """Raw reasoning text, with a summary where one was asked for: the same text, or what is given before it is closed."""
 
     ready = complete = True
 
     def __init__(self, id: str, options: OutputOptions) -> None:
         self.id = id
         self.pending: list[str] = []
+        self.summary: str | None = None
+        """Made from the text; empty if there is none, None if it may follow."""
         self._options = options
         self._drained: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """What has been drained."""
+        return "".join(self._drained)
+
+    @property
+    def waits(self) -> bool:
+        """Whether a summary is to be given before it is closed."""
+        return self._options.summary_follows and self.summary is None
 
     def open(self, output_index: int) -> Iterator[Event]:
         self._at: dict[str, Any] = {"item_id": self.id, "output_index": output_index}
@@ -188,15 +202,19 @@ class ReasoningBuilder:
         self.pending.clear()
 
     def close(self, status: ItemStatus) -> Iterator[Event]:
-        text = "".join(self._drained)
+        text = self.text
         yield ReasoningDone(**self._at, text=text)
         yield PartDone(**self._at, part=ReasoningText(text=text))
-        if self._options.summarize:
-            yield SummaryDone(**self._at, text=text)
-            yield SummaryPartDone(**self._at, part=SummaryText(text=text))
+        summary = text if self._options.summarize else self.summary
+        if self.summary:
+            yield SummaryPartAdded(**self._at, part=SummaryText(text=""))
+            yield SummaryDelta(**self._at, delta=self.summary)
+        if summary:
+            yield SummaryDone(**self._at, text=summary)
+            yield SummaryPartDone(**self._at, part=SummaryText(text=summary))
         item = Reasoning(
             id=self.id,
-            summary=[SummaryText(text=text)] if self._options.summarize else [],
+            summary=[SummaryText(text=summary)] if summary else [],
             content=[ReasoningText(text=text)],
             encrypted_content=self._options.seal(text) if self._options.seal else UNSET,
             status=status,

@@ -1,10 +1,12 @@
 """Context → chat request: messages, tools, parameters."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 from msgspec.structs import replace
 
+from app.domain.chat_template import fitted
 from app.domain.context import Context
 from app.domain.dialect import WRAPPED_INPUT, Dialect
 from app.domain.files import NO_FILES, Files
@@ -12,9 +14,17 @@ from app.domain.messages import messages
 from app.domain.sealed import Unseal
 from app.domain.toolbox import Offer, Toolbox
 from app.errors import UnsupportedParameter
+from app.wire.chat import ChatMessage
 from app.wire.items import InputText, Message
-from app.wire.requests import CreateResponse, JsonObjectFormat, JsonSchemaFormat
+from app.wire.requests import CreateResponse, Detail, JsonObjectFormat, JsonSchemaFormat
 from app.wire.tools import CustomTool, FunctionTool, Grammar
+
+DETAILS: Mapping[Detail, str] = {
+    "auto": "",
+    "concise": "Be concise: one or two sentences.",
+    "detailed": "Be detailed: a short paragraph for each step.",
+}
+"""`reasoning.summary` → what is added to the prompt for the summary."""
 
 
 def chat_request(
@@ -32,16 +42,27 @@ def chat_request(
     reasoning = request.body.reasoning
     recall = (reasoning.context if reasoning else None) or "auto"
     chat = messages(context, dialect, unseal, recall, files=files)
-    body: dict[str, Any] = {"model": model, "messages": chat, "stream": True}
-    if "stream_options" not in dialect.lacks:
-        body["stream_options"] = {"include_usage": True}
-    body |= (
+    body = _streamed(model, chat, dialect) | (
         _sampling(request, dialect, output_tokens_max)
         | _text(request, dialect)
         | _tools(request, context.toolbox, dialect)
         | request.extra
     )
     return msgspec.json.encode(body)
+
+
+def _streamed(model: str, chat: list[ChatMessage], dialect: Dialect) -> dict[str, Any]:
+    body: dict[str, Any] = {"model": model, "messages": chat, "stream": True}
+    if "stream_options" not in dialect.lacks:
+        body["stream_options"] = {"include_usage": True}
+    return body
+
+
+def reasoning_summary_request(text: str, prompt: str, detail: Detail, *, model: str, dialect: Dialect) -> bytes:
+    """The body of the request that asks a model for a summary of another's reasoning."""
+    asked = "\n\n".join(filter(None, (prompt, DETAILS[detail])))
+    chat: list[ChatMessage] = [{"role": "system", "content": asked}, {"role": "user", "content": text}]
+    return msgspec.json.encode(_streamed(model, fitted(chat, dialect), dialect))
 
 
 def summary_turn(request: CreateResponse, context: Context, prompt: str) -> tuple[CreateResponse, Context]:

@@ -77,6 +77,9 @@ class Turn:
         self.reasoning_form: ReasoningForm | None = None
         """The form of the upstream's reasoning; None if there is none."""
         self.has_too_many_calls = False
+        self.unsummarized: str | None = None
+        """Reasoning that waits for its summary, and with it all that follows."""
+        self._has_ended = False
         self._toolbox, self._new_id, self._options, self._sources = toolbox, new_id, options, sources
         self._splitter = splitter or ThinkSplitter()
         self._call_ids = set() if call_ids is None else call_ids
@@ -103,6 +106,19 @@ class Turn:
             self._take(choice.delta, choice)
         if choice.finish_reason:
             self.finish_reason = choice.finish_reason
+        return list(self._advance())
+
+    def summarize(self, summary: str) -> list[Event]:
+        """End the reasoning that waits, with its summary; an empty one is none. More reasoning may wait then."""
+        head = self._queue[0]
+        assert isinstance(head, ReasoningBuilder)
+        head.summary, self.unsummarized = summary, None
+        return list(self._advance())
+
+    def settle(self) -> list[Event]:
+        """No more chunks come: reasoning at the end waits for its summary, too."""
+        self._split(self._splitter.close())
+        self._has_ended = True
         return list(self._advance())
 
     def close(self, status: ItemStatus = "completed") -> list[Event]:
@@ -230,7 +246,13 @@ class Turn:
                     continue
                 yield from self._open(head)
             yield from head.drain()
-            if not (followed and head.complete):
+            if isinstance(head, ReasoningBuilder):
+                if not (followed or self._has_ended):
+                    return
+                if head.waits:
+                    self.unsummarized = head.text
+                    return
+            elif not (followed and head.complete):
                 return
             yield from head.close("completed")
             self._queue.popleft()

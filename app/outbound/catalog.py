@@ -28,7 +28,7 @@ A model that no entry names goes to the `default` upstream, or to the only one; 
 import re
 import sys
 from fnmatch import fnmatchcase
-from typing import Annotated
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 import msgspec
@@ -122,11 +122,22 @@ class Route(Struct, frozen=True, forbid_unknown_fields=True):
     lacks: frozenset[Lack] = frozenset()
 
 
+class SummaryModel(Struct, frozen=True, forbid_unknown_fields=True):
+    """The model that makes the summaries of reasoning, by its name in the catalog."""
+
+    model: Annotated[str, Meta(min_length=1)]
+
+
+ReasoningSummary = Literal["verbatim", "off"] | SummaryModel
+"""What `reasoning.summary` gives: the reasoning word for word, nothing, or what a model makes of it."""
+
+
 class ModelEntry(Struct, frozen=True, forbid_unknown_fields=True):
     """`[[models]]`."""
 
     name: Annotated[str, Meta(min_length=1)]
     routes: Annotated[list[Route], Meta(min_length=1)]
+    reasoning_summary: ReasoningSummary = "verbatim"
 
 
 class ToolServerEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -158,7 +169,7 @@ class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
 
     def routes(self, model: str) -> list[Route]:
         """The routes to a model, in order. Raises NotFound."""
-        if entry := next((entry for entry in self.models if fnmatchcase(model, entry.name)), None):
+        if entry := self._entry(model):
             return [replace(route, model=route.model or model) for route in entry.routes]
         upstream, at, name = model.partition("@")
         if at and upstream in self.upstreams:
@@ -171,6 +182,14 @@ class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
             code="model_not_found",
             param="model",
         )
+
+    def reasoning_summary(self, model: str) -> ReasoningSummary:
+        """What a model's summaries of reasoning are."""
+        entry = self._entry(model)
+        return entry.reasoning_summary if entry else "verbatim"
+
+    def _entry(self, model: str) -> ModelEntry | None:
+        return next((entry for entry in self.models if fnmatchcase(model, entry.name)), None)
 
     def tool_server(self, name: str) -> ToolServer | None:
         """The operator's tool server of this name."""

@@ -16,7 +16,7 @@ from app.domain.hosted import HostedRoute, Kind
 from app.domain.prompt_templates import Prompt, PromptVersion
 from app.domain.tools.table import HOSTED, KINDS
 from app.errors import ApiError
-from app.outbound.catalog import KEY, Catalog, ModelEntry, ToolServerEntry, UpstreamEntry
+from app.outbound.catalog import KEY, Catalog, ModelEntry, SummaryModel, ToolServerEntry, UpstreamEntry
 from app.settings import SWITCHES, Settings, SettingsError
 from app.wire.keys import choices, nearest, suggestion
 
@@ -244,6 +244,11 @@ def _faults_of_models(catalog: Catalog) -> Iterator[str]:
             if route.upstream not in catalog.upstreams:
                 known = ", ".join(catalog.upstreams)
                 yield f"model '{model.name}' names an unknown upstream '{route.upstream}'; there are {known}"
+        if isinstance(model.reasoning_summary, SummaryModel):
+            try:
+                catalog.routes(model.reasoning_summary.model)
+            except ApiError as error:
+                yield f"model '{model.name}': 'reasoning_summary': {error.message.removesuffix('.')}"
         for earlier in catalog.models[:index]:
             if fnmatchcase(model.name, earlier.name):
                 yield f"model '{model.name}' is never reached: '{earlier.name}' stands before it and matches"

@@ -20,6 +20,7 @@ from app.outbound.upstream import ChunkStream
 from app.runs.fitting import Fitting
 from app.runs.plan import RunPlan
 from app.runs.recorder import Recorder
+from app.runs.summaries import Summaries
 from app.storage.backlog import Backlog
 from app.wire.events import Event, TextDelta
 from app.wire.items import ItemStatus, call_id_of
@@ -37,26 +38,28 @@ class ModelTurns:
         *,
         calls_max: int,
         summary_prompt: str,
+        summaries: Summaries,
         call_ids: Collection[str] = (),
         reader: Backlog | None = None,
     ) -> None:
-        """`calls_max` limits the calls of one turn; `call_ids` are taken already. The run waits for its `reader`, if it has one
+        """`calls_max` limits the calls of one turn; `summaries` are those of reasoning; `call_ids` are taken already. The run waits for its `reader`, if it has one
         that can't read later."""
         self._plan, self._recorder, self._reader = plan, recorder, reader
         self._fitting = Fitting(plan, counter)
-        self._calls_max, self._summary_prompt = calls_max, summary_prompt
+        self._calls_max, self._summary_prompt, self._summaries = calls_max, summary_prompt, summaries
         # Clients distinguish calls by their ids, along the whole chain.
         self._call_ids = {*call_ids, *filter(None, map(call_id_of, plan.context.items))}
         self.opening: asyncio.Task[ChunkStream] | None = None
         """The upstream's answer to the next turn, if it is requested already."""
         self._summary_tokens = 0
-        """Of the output tokens so far, those of summaries."""
+        """Of the output tokens so far, those of compactions."""
 
     @property
     def tokens_left(self) -> int | None:
         """What `max_output_tokens` leaves for further turns; None for no limit. Summaries do not count."""
         most, usage = self._plan.request.body.max_output_tokens, self._recorder.usage
-        return most - usage.output_tokens + self._summary_tokens if most and usage else most
+        summaries = self._summary_tokens + self._summaries.output_tokens
+        return most - usage.output_tokens + summaries if most and usage else most
 
     @property
     def is_spent(self) -> bool:
@@ -155,14 +158,24 @@ class ModelTurns:
                 if chunks:
                     await self._recorder.record([event for chunk in chunks for event in turn.feed(chunk)])
                 self._recorder.count_upstream(stream.read_bytes)
+                if turn.unsummarized is not None:
+                    await self._summarize(turn)
                 if turn.has_too_many_calls:
                     raise UpstreamGarbled(f"The upstream sent more than {self._calls_max} calls in one turn.")
                 if self._reader and self._reader.is_full:
                     await self._reader.room()
             if outcome_of(turn.finish_reason).status == "completed":
+                if self._plan.options.summary_follows:
+                    await self._recorder.record(turn.settle())
+                    await self._summarize(turn)
                 status = "completed"
         finally:
             await self._recorder.record(turn.close(status), ends_turn=True)
+
+    async def _summarize(self, turn: Turn) -> None:
+        """Give the turn's reasoning its summaries; meanwhile the upstream's answer is not read."""
+        while turn.unsummarized is not None:
+            await self._recorder.record(turn.summarize(await self._summaries.of(turn.unsummarized)))
 
 
 def _texts(events: Iterable[Event]) -> list[str]:

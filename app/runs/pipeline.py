@@ -34,6 +34,7 @@ from app.runs.compacting import Compacting
 from app.runs.model_turn import ModelTurns
 from app.runs.plan import RunPlan
 from app.runs.recorder import Recorder
+from app.runs.summaries import Summaries
 from app.runs.tool_round import ToolRounds
 from app.runs.tools import Tools
 from app.settings import Settings
@@ -47,6 +48,13 @@ MODEL_CHARS_MAX = 100
 """Of a logged model name."""
 
 _CODE = re.compile(r"[a-z_]{1,64}")
+
+
+class Prompts(Struct, frozen=True):
+    """The texts that ask models for summaries."""
+
+    compaction: str
+    reasoning_summary: str
 
 
 class Turns(Struct):
@@ -98,10 +106,10 @@ class Pipeline:
     """Makes responses."""
 
     def __init__(
-        self, settings: Settings, guard: Guard, programs: ToolPrograms, counter: TokenCounter, summary_prompt: str
+        self, settings: Settings, guard: Guard, programs: ToolPrograms, counter: TokenCounter, prompts: Prompts
     ) -> None:
         self.settings, self._guard, self._programs, self._counter = settings, guard, programs, counter
-        self._summary_prompt = summary_prompt
+        self._prompts = prompts
 
     async def make(self, run: Run) -> None:
         """Make a response. Raises Fenced, DatabaseUnavailable and CancelledError if another worker continues the run."""
@@ -126,7 +134,8 @@ class Pipeline:
             recorder,
             self._counter,
             calls_max=self.settings.turn_calls_max,
-            summary_prompt=self._summary_prompt,
+            summary_prompt=self._prompts.compaction,
+            summaries=Summaries(plan, recorder, self.settings, self._prompts.reasoning_summary),
             call_ids=call_ids,
             reader=reader,
         )

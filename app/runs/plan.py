@@ -77,6 +77,8 @@ class RunPlan(Struct, frozen=True):
     """Tokens of a context that is compacted before the next turn; None for none."""
     context_tokens: int = 0
     """Those of the context, where there is a threshold."""
+    summary_routes: Sequence[tuple[Upstream, Route]] = ()
+    """The ways to the model that makes summaries of reasoning, where there is one and the request asks for them."""
 
     def refuse_unanswerable(self) -> None:
         """Raises UnsupportedParameter for what the first upstream can't be asked: before a run is queued for it."""
@@ -105,10 +107,13 @@ class RunPlan(Struct, frozen=True):
             files=self.files,
         )
 
-    async def first_in_order(self, ask: Callable[[Upstream, Route], Awaitable[T]]) -> T:
-        """What `ask` gets from the upstream of the first route that is in order. Raises ApiError."""
+    async def first_in_order(
+        self, ask: Callable[[Upstream, Route], Awaitable[T]], routes: Sequence[tuple[Upstream, Route]] = ()
+    ) -> T:
+        """What `ask` gets from the upstream of the first route that is in order; by default of the routes to the model. Raises
+        ApiError."""
         failed: ApiError | None = None
-        for upstream, route in self.routes:
+        for upstream, route in routes or self.routes:
             try:
                 return await ask(upstream, route)
             except (UpstreamUnavailable, UpstreamBusy, UpstreamGarbled, UpstreamStalled) as error:
@@ -162,6 +167,7 @@ class _Found(Struct):
     own: frozenset[str] = frozenset()
     """Ids of the request's own items."""
     files: Files = NO_FILES
+    summary_routes: Sequence[tuple[Upstream, Route]] = ()
 
 
 class Planner:
@@ -193,7 +199,7 @@ class Planner:
             names_max=self._settings.tools_named_max,
             listed_max=self._settings.tools_listed_max,
         )
-        routes = await self._routes(request, caller_key, rights)
+        routes = await self._routes(request.model, caller_key, rights)
         _refuse_untaken(request, [upstream for upstream, _ in routes])
         servers = self._declared.servers(request)
         self._declared.refuse_hosted(request)
@@ -211,6 +217,7 @@ class Planner:
             usage = await self._usage(tenant_id, request, slot.writer if slot else request.body.previous_response_id)
             turn = found.parent.place.turn if found.parent else None
             found.tokens = await _tokens(size, request, context, turn, found.earlier, usage)
+            found.summary_routes = await self._summary_routes(request, caller_key)
         except BaseException:
             room.release()
             raise
@@ -313,10 +320,11 @@ class Planner:
 
         try:
             hosted = frozenset(self._catalog.hosted)
-            routes, servers = await self._routes(request, caller_key), self._declared.servers(request)
+            routes, servers = await self._routes(request.model, caller_key), self._declared.servers(request)
             seal = self._seal.of(tenant_id)
             origins = _origins(servers, seal)
             found, context, size = await self._with_files(tenant_id, request, routes, room, look, wait_s=None)
+            found.summary_routes = await self._summary_routes(request, caller_key)
         except BaseException:
             room.release()
             raise
@@ -415,13 +423,20 @@ class Planner:
             return chain
         return None
 
+    async def _summary_routes(self, request: CreateResponse, caller_key: str | None) -> list[tuple[Upstream, Route]]:
+        """The ways to the model that makes the summaries of reasoning that a request asks for, if there is one."""
+        form = self._catalog.reasoning_summary(request.model)
+        if isinstance(form, str) or not _asks_for_summary(request):
+            return []
+        return await self._routes(form.model, caller_key)
+
     async def _routes(
-        self, request: CreateResponse, caller_key: str | None, rights: Rights | None = None
+        self, model: str, caller_key: str | None, rights: Rights | None = None
     ) -> list[tuple[Upstream, Route]]:
-        """The ways to the model, each to an upstream whose dialect is known as far as it can be. Raises NotFound, ModelNotAllowed."""
-        routes = [(self._upstreams[route.upstream], route) for route in self._catalog.routes(request.model)]
+        """The ways to a model, each to an upstream whose dialect is known as far as it can be. Raises NotFound, ModelNotAllowed."""
+        routes = [(self._upstreams[route.upstream], route) for route in self._catalog.routes(model)]
         if rights:
-            rights.demand_model(request.model)
+            rights.demand_model(model)
         for upstream, _ in routes:
             await upstream.find_dialect(caller_key)
         return routes
@@ -438,12 +453,13 @@ class Planner:
         room: Room,
         found: "_Found",
     ) -> RunPlan:
-        reasoning, seal = request.body.reasoning, self._seal.of(tenant_id)
+        seal = self._seal.of(tenant_id)
         management = request.body.context_management or ()
         # A client that keeps the history itself has to keep the reasoning, too.
         is_sealed = not request.store or "reasoning.encrypted_content" in request.include
         options = OutputOptions(
-            summarize=bool(reasoning and (reasoning.summary or reasoning.generate_summary)),
+            summarize=_asks_for_summary(request) and self._catalog.reasoning_summary(request.model) == "verbatim",
+            summary_follows=bool(found.summary_routes),
             seal=seal.close if is_sealed else None,
         )
         return RunPlan(
@@ -466,6 +482,7 @@ class Planner:
             ),
             context_tokens=found.tokens,
             files=found.files,
+            summary_routes=found.summary_routes,
         )
 
 
@@ -473,6 +490,11 @@ def _dialect(upstream: Upstream, route: Route) -> Dialect:
     """The dialect of a route's model."""
     dialect = upstream.dialect_for(route.model)
     return replace(dialect, lacks=dialect.lacks | route.lacks) if route.lacks else dialect
+
+
+def _asks_for_summary(request: CreateResponse) -> bool:
+    reasoning = request.body.reasoning
+    return bool(reasoning and (reasoning.summary or reasoning.generate_summary))
 
 
 async def _requests(

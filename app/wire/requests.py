@@ -72,10 +72,14 @@ class TextConfig(Struct, omit_defaults=True, forbid_unknown_fields=True):
     verbosity: Verbosity | None = None
 
 
+Detail = Literal["auto", "concise", "detailed"]
+"""How much a summary of reasoning says."""
+
+
 class ReasoningConfig(Struct, forbid_unknown_fields=True):
     effort: Effort | None = None
-    summary: Literal["auto", "concise", "detailed"] | None = None
-    generate_summary: Literal["auto", "concise", "detailed"] | UnsetType | None = UNSET
+    summary: Detail | None = None
+    generate_summary: Detail | UnsetType | None = UNSET
     context: Literal["auto", "current_turn", "all_turns"] | UnsetType | None = UNSET
     mode: str | UnsetType | None = UNSET
 

@@ -184,6 +184,14 @@ def test_parameters_are_let_through_that_any_upstream_takes(read: Read):
         ('default = "b"\n' + ONE, "'default' names an unknown upstream 'b'"),
         (TWO + '[[models]]\nname = "m"\nroutes = []\n', "routes"),
         (TWO + '[[models]]\nname = "m"\nroutes = [{ upstream = "c" }]\n', "model 'm' names an unknown upstream 'c'"),
+        (
+            TWO + '[[models]]\nname = "m"\nroutes = [{ upstream = "spare" }]\nreasoning_summary = { model = "n" }\n',
+            "model 'm': 'reasoning_summary': The model 'n' does not exist",
+        ),
+        (
+            TWO + '[[models]]\nname = "m"\nroutes = [{ upstream = "spare" }]\nreasoning_summary = "of"\n',
+            "Invalid enum value 'of'.*it may be off, verbatim",
+        ),
     ],
 )
 def test_a_bad_catalog_is_refused_with_the_place(read: Read, toml: str, said: str):

@@ -245,11 +245,19 @@ def test_the_messages_of_a_prompt_are_estimated_as_those_of_a_context():
     assert MEDIA_TOKENS + 100 <= context_tokens(asked, []) <= MEDIA_TOKENS + 150
 
 
+def summarized(text: str, summary: str) -> dict[str, Any]:
+    """Reasoning with a summary."""
+    parts = [{"type": "summary_text", "text": summary}]
+    return {"type": "reasoning", "summary": parts, "content": [{"type": "reasoning_text", "text": text}]}
+
+
 @pytest.mark.parametrize(
     ("output", "counted"),
     [
         ([assistant("x")], 30),
         ([{"type": "reasoning", "summary": []}, call("c")], 30),
+        ([summarized("hm", "hm"), assistant("x")], 30),
+        ([summarized("hm", "by another model"), assistant("x")], None),
         ([], None),
         ([assistant("x"), {"type": "web_search_call", "id": "ws_1"}], None),
         ([compaction(), assistant("x")], None),

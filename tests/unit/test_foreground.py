@@ -19,7 +19,7 @@ from app.outbound.guard import Guard
 from app.outbound.tokens import TokenCounter
 from app.rooms import Room, Rooms
 from app.runs.foreground import ForegroundRun, ForegroundRuns
-from app.runs.pipeline import Pipeline
+from app.runs.pipeline import Pipeline, Prompts
 from app.runs.plan import RunPlan
 from app.settings import Settings
 from app.storage.backlog import Backlogs
@@ -69,7 +69,9 @@ def start(*, fails: bool) -> tuple[ForegroundRuns, ForegroundRun, "weakref.ref[R
     """A stream that is not stored among the runs of its process, and a weak reference to a part of its plan."""
     settings = Settings()
     programs: Any = SimpleNamespace(release=lambda *_: None)
-    pipeline = Pipeline(settings, Guard.from_settings(settings), programs, TokenCounter(settings), "Summarize.")
+    pipeline = Pipeline(
+        settings, Guard.from_settings(settings), programs, TokenCounter(settings), Prompts("Summarize.", "Summarize.")
+    )
     runs = ForegroundRuns(settings, None, pipeline, Owner("worker_1", 10.0))  # type: ignore[arg-type]
     asked = request(store=False, stream=True)
     room = Room(Rooms(1 << 20, waiting_max=4))

@@ -9,7 +9,7 @@ from app.domain.lifecycle import Outcome, open_response
 from app.errors import DatabaseUnavailable, ServerError
 from app.outbound.guard import Guard
 from app.outbound.tokens import TokenCounter
-from app.runs.pipeline import Pipeline, Turns
+from app.runs.pipeline import Pipeline, Prompts, Turns
 from app.runs.recorder import Recorder
 from app.settings import Settings
 from app.wire.events import Entry
@@ -56,7 +56,9 @@ class MemoryRun:
 
 def pipeline() -> Pipeline:
     settings = Settings()
-    return Pipeline(settings, Guard.from_settings(settings), None, TokenCounter(settings), "Summarize.")  # type: ignore[arg-type]  # no programs
+    return Pipeline(
+        settings, Guard.from_settings(settings), None, TokenCounter(settings), Prompts("Summarize.", "Summarize.")
+    )  # type: ignore[arg-type]  # no programs
 
 
 @pytest.mark.parametrize(

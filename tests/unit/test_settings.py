@@ -24,6 +24,7 @@ GOOD: dict[str, tuple[str, Any]] = {
     "upstream_auth": ("caller", "caller"),
     "secret_key": ("AAAA", "AAAA"),
     "compaction_prompt": ("prompt.md", "prompt.md"),
+    "reasoning_summary_prompt": ("prompt.md", "prompt.md"),
     "old_secret_keys": ("AAAA,BBBB", "AAAA,BBBB"),
     "on_disconnect": ("finish", "finish"),
     "log_level": ("debug", "debug"),
@@ -36,7 +37,7 @@ GOOD: dict[str, tuple[str, Any]] = {
 """A value of each setting that is no plain limit: as it is written, as it is meant."""
 
 UNITS = frozenset(
-    "pages bytes events headers items runs calls programs tools servers turns s attempts connections files chars size counts tokens".split()
+    "pages bytes events headers items runs calls programs tools servers turns s attempts connections files chars size counts summaries tokens".split()
 )
 
 

@@ -12,6 +12,7 @@ from app.domain.think import ThinkSplitter
 from app.domain.toolbox import Rejected, Toolbox
 from app.domain.turn import OwnCall, Turn
 from app.wire.chat import Chunk, decode_chunk
+from app.wire.events import Event
 from tests.unit.build import chunk, counting, deltas, function, heard, made, piece, plain, said, toolbox
 
 TOOLS = toolbox(function("f"), function("g"), {"type": "custom", "name": "run"})
@@ -151,6 +152,54 @@ def test_a_summary_mirrors_the_reasoning_where_one_is_asked_for():
     reasoning, _ = made(turn(options=OutputOptions(summarize=True)), chunks)
     assert reasoning["summary"] == [{"type": "summary_text", "text": "hm"}]
     assert made(turn(), chunks)[0]["summary"] == []
+
+
+FOLLOWS = OutputOptions(summary_follows=True)
+SUMMED = [f"reasoning_summary_{what}" for what in ("part.added", "text.delta", "text.done", "part.done")]
+
+
+def kinds(events: list[Event]) -> list[str]:
+    """The types of events as a turn gives them."""
+    return types([plain(event) for event in events])
+
+
+def test_what_follows_reasoning_waits_for_its_summary():
+    speaking = turn(options=FOLLOWS)
+    events = speaking.feed(chunk(reasoning_content="hm"))
+    assert kinds(events) == ["output_item.added", "content_part.added", "reasoning_text.delta"]
+    assert speaking.feed(chunk(content="ye")) == speaking.feed(chunk(content="s")) == []
+    assert speaking.unsummarized == "hm"
+    events = speaking.summarize("In short.")
+    assert kinds(events)[:7] == ["reasoning_text.done", "content_part.done", *SUMMED, "output_item.done"]
+    assert deltas(events, "reasoning_summary_text") == ["In short."]
+    assert deltas(events, "output_text") == ["ye", "s"]
+    assert speaking.unsummarized is None
+
+
+def test_each_reasoning_waits_also_one_at_the_end():
+    speaking = turn(options=FOLLOWS)
+    for one in (chunk(reasoning_content="a"), chunk(content="b"), chunk(reasoning_content="c"), chunk(content="d")):
+        speaking.feed(one)
+    waited = []
+    for _ in range(2):
+        waited.append(speaking.unsummarized)
+        speaking.summarize("")
+    speaking.feed(chunk(reasoning_content="e"))
+    assert speaking.unsummarized is None
+    speaking.settle()
+    assert [*waited, speaking.unsummarized] == ["a", "c", "e"]
+    assert kinds(speaking.summarize("x"))[-1] == "output_item.done"
+    assert speaking.close() == []
+
+
+def test_reasoning_whose_turn_breaks_off_while_it_waits_has_no_summary():
+    speaking = turn(options=FOLLOWS)
+    speaking.feed(chunk(reasoning_content="hm"))
+    speaking.feed(chunk(content="yes"))
+    events = [plain(event) for event in speaking.close("incomplete")]
+    done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+    assert [(one["type"], one["status"]) for one in done] == [("reasoning", "completed"), ("message", "incomplete")]
+    assert done[0]["summary"] == []
 
 
 def test_reasoning_is_sealed_where_that_is_included():
