@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-ID = re.compile(r"^(resp|msg|rs|fc|ctc|cmp|call|sh|lsh|apc|cu|tsc)_[0-9a-f]{36}$")
+ID = re.compile(r"^(resp|msg|rs|fc|fco|ctc|ctco|cmp|call|sh|lsh|apc|cu|tsc)_[0-9a-f]{36}$")
 TIMES = frozenset({"created_at", "completed_at"})
 
 

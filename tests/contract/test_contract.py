@@ -122,7 +122,7 @@ def test_the_official_client_hears_how_a_response_ended_early(name: str, heard: 
 # -- The official client's types --------------------------------------------------------------------------------------------
 
 
-def _tag(model: type[BaseModel]) -> str:
+def tag(model: type[BaseModel]) -> str:
     """The value of a model's `type`, a literal or an enumeration of one."""
     annotation = model.model_fields["type"].annotation
     if isinstance(annotation, type) and issubclass(annotation, Enum):
@@ -131,7 +131,7 @@ def _tag(model: type[BaseModel]) -> str:
 
 
 OPENAI_EVENTS: dict[str, TypeAdapter[Any]] = {
-    _tag(model): TypeAdapter(model) for model in get_args(get_args(ResponseStreamEvent)[0])
+    tag(model): TypeAdapter(model) for model in get_args(get_args(ResponseStreamEvent)[0])
 }
 OPENAI_RESPONSE = TypeAdapter(Response)
 
@@ -147,15 +147,15 @@ OPENAI_EXTRAS = {
 """(Model, field) that the SDK's types do not have → why it is sent. Its models take any field, so a misspelt one would pass."""
 
 
-def _extras(model: Any) -> Iterator[tuple[str, str]]:
+def extras(model: Any) -> Iterator[tuple[str, str]]:
     """The fields that no model declares."""
     if isinstance(model, BaseModel):
         yield from ((type(model).__name__, key) for key in model.model_extra or ())
         for value in model.__dict__.values():
-            yield from _extras(value)
+            yield from extras(value)
     elif isinstance(model, list):
         for value in model:
-            yield from _extras(value)
+            yield from extras(value)
 
 
 OPENAI_CODES = {
@@ -175,7 +175,7 @@ def _with_a_known_code(event: Event) -> Event:
 def test_every_event_is_one_of_the_official_client_s_types(name: str, heard: Heard):
     for event in map(_with_a_known_code, heard(name)):
         model = OPENAI_EVENTS[event["type"]].validate_python(event, strict=True)
-        assert set(_extras(model)) <= OPENAI_EXTRAS.keys(), event
+        assert set(extras(model)) <= OPENAI_EXTRAS.keys(), event
     OPENAI_RESPONSE.validate_python(_with_a_known_code(heard(name)[-1])["response"], strict=True)
 
 
@@ -184,7 +184,7 @@ def test_no_extra_is_declared_in_vain(heard: Heard):
         extra
         for name in CASES
         for event in map(_with_a_known_code, heard(name))
-        for extra in _extras(OPENAI_EVENTS[event["type"]].validate_python(event))
+        for extra in extras(OPENAI_EVENTS[event["type"]].validate_python(event))
     }
     assert sent == OPENAI_EXTRAS.keys()
 
@@ -192,7 +192,7 @@ def test_no_extra_is_declared_in_vain(heard: Heard):
 # -- The open specification's types -----------------------------------------------------------------------------------------
 
 OPEN_EVENTS: dict[str, TypeAdapter[Any]] = {
-    _tag(model): TypeAdapter(model)
+    tag(model): TypeAdapter(model)
     for key, model in vars(open_responses).items()
     if key.startswith("Response") and key.endswith("StreamingEvent")
 }
