@@ -209,6 +209,7 @@ def test_items_of_every_kind_are_carried(client, upstream, conversation, said):
         {"type": "function_call", "call_id": "c1", "name": "look", "arguments": "{}"},
         {"type": "function_call_output", "call_id": "c1", "output": "seen"},
         {"type": "local_shell_call", "id": "lsh_1", "call_id": "s1", "action": {"type": "exec"}, "status": "completed"},
+        {"type": "local_shell_call_output", "id": "s1", "output": "done"},
     ]
     client.conversations.items.create(conversation, items=given)
     listed = client.conversations.items.list(conversation, order="asc").data
