@@ -152,7 +152,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     file_fetch_bytes_max: Annotated[
         int, _about("files that one context refers to by their addresses, together; larger: 400", ge=1024)
     ] = 32 * 1024 * 1024
-    file_fetch_timeout_s: Annotated[float, _about("fetching a file at an address; longer: 400", gt=0)] = 30.0
+    file_fetch_timeout_s: Annotated[float, _about("fetching the files of one context, together; longer: 400", gt=0)] = (
+        30.0
+    )
     file_text_bytes_max: Annotated[
         int, _about("text that is extracted from the files of one context, together; longer: 400", ge=1024)
     ] = 4 * 1024 * 1024

@@ -10,6 +10,7 @@ from app.outbound.guard import Guard, OutboundRefused
 
 REDIRECTS_MAX = 5
 FILENAME_CHARS_MAX = 255
+TOO_LATE = "The file was not sent in time."
 
 
 class NotFetched(Exception):
@@ -26,30 +27,41 @@ class Download(Struct, frozen=True):
 
 async def fetch(guard: Guard, tenant: str, url: str, *, bytes_max: int, timeout_s: float) -> Download:
     """The file at an address. Raises NotFetched."""
+    if timeout_s <= 0:
+        raise NotFetched(TOO_LATE)
     try:
         async with (
             asyncio.timeout(timeout_s),
             httpx2.AsyncClient(
                 transport=guard.transport(tenant),
                 headers={"Accept": "*/*", "Accept-Encoding": "identity"},
-                follow_redirects=True,
-                max_redirects=REDIRECTS_MAX,
                 timeout=timeout_s,
                 trust_env=False,
             ) as client,
-            client.stream("GET", url) as response,
         ):
-            return await _read(response, bytes_max)
+            return await _follow(client, url, bytes_max)
     except OutboundRefused as error:
         raise NotFetched(str(error)) from None
     except (TimeoutError, httpx2.TimeoutException):
-        raise NotFetched(f"The file was not sent in {timeout_s:g} s.") from None
-    except httpx2.TooManyRedirects:
-        raise NotFetched(f"There are more than {REDIRECTS_MAX} redirects.") from None
+        raise NotFetched(TOO_LATE) from None
     except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, ValueError):
         raise NotFetched("It is no http:// or https:// URL.") from None
     except httpx2.HTTPError:
         raise NotFetched("The connection failed.") from None
+
+
+async def _follow(client: httpx2.AsyncClient, url: str, bytes_max: int) -> Download:
+    """The file at the end of the redirects. Their bodies, which the client would read whole and decompress, are not read."""
+    request = client.build_request("GET", url)
+    for _ in range(1 + REDIRECTS_MAX):
+        response = await client.send(request, stream=True)
+        try:
+            if response.next_request is None:
+                return await _read(response, bytes_max)
+        finally:
+            await response.aclose()
+        request = response.next_request
+    raise NotFetched(f"There are more than {REDIRECTS_MAX} redirects.")
 
 
 async def _read(response: httpx2.Response, bytes_max: int) -> Download:

@@ -27,8 +27,8 @@ BOOTSTRAP = f"import sys; sys.path.insert(0, {str(PROJECT)!r}); from app.documen
 WALL_TIMES = 10
 """A child that has not ended after so many times its CPU seconds does not run."""
 
-FAULT_BYTES = 256
-"""What a remembered fault takes, about."""
+ENTRY_BYTES = 512
+"""What a remembered text or fault takes beside its characters, about."""
 
 ARCHIVE = b"PK\x03\x04"
 PDF = b"%PDF-"
@@ -77,9 +77,9 @@ class Extraction:
         try:
             found = await self._read(content, wait_s)
         except Unreadable as error:
-            self._remember(key, str(error), FAULT_BYTES)
+            self._remember(key, str(error))
             raise
-        self._remember(key, found, await offload(len(found.text), lambda: len(found.text.encode())))
+        self._remember(key, found)
         return found
 
     async def _read(self, content: bytes, wait_s: float | None) -> FileText:
@@ -133,15 +133,21 @@ class Extraction:
                 await child.wait()
         return await offload(len(answer), _text, answer, child.returncode or 0)
 
-    def _remember(self, key: Key, found: FileText | str, size: int) -> None:
-        most = self._settings.file_texts_cached_bytes_max
+    def _remember(self, key: Key, found: FileText | str) -> None:
+        most, size = self._settings.file_texts_cached_bytes_max, _size(found)
         if size > most or key in self._known:
             return
         self._known[key] = found
         self._bytes += size
         while self._bytes > most:
             _, oldest = self._known.popitem(last=False)
-            self._bytes -= FAULT_BYTES if isinstance(oldest, str) else len(oldest.text.encode())
+            self._bytes -= _size(oldest)
+
+
+def _size(found: FileText | str) -> int:
+    """The memory that a remembered text or fault takes: a single wide character makes all of them wide."""
+    text = found if isinstance(found, str) else found.text
+    return ENTRY_BYTES + len(text) * (1 if text.isascii() else 4)
 
 
 def _text(answer: bytes, status: int) -> FileText:

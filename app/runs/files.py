@@ -1,5 +1,6 @@
 """The files that a run's context refers to: looked up, fetched, read, and made text where an upstream takes no files."""
 
+import asyncio
 import base64
 import mimetypes
 from collections.abc import Mapping, Sequence
@@ -98,6 +99,7 @@ class _Reading:
         self._is_text = is_text
         """Whether the first upstream takes texts only."""
         self._fetched_left, self._text_left = found.fetched_bytes_max, found.text_bytes_max
+        self._fetching_left_s = files.settings.file_fetch_timeout_s
 
     async def read(self, key: str, one: Wanted) -> FileData | Gone:
         """One content."""
@@ -130,13 +132,15 @@ class _Reading:
         return await self._made(key, one, file.filename, type_, pieces)
 
     async def _fetched(self, url: str, one: Wanted) -> FileData | Gone:
+        time = asyncio.get_running_loop().time
+        began = time()
         try:
             got = await fetch(
                 self._files.guard,
                 self._tenant_id,
                 url,
                 bytes_max=self._fetched_left,
-                timeout_s=self._files.settings.file_fetch_timeout_s,
+                timeout_s=self._fetching_left_s,
             )
         except NotFetched as error:
             if not one.place.is_new:
@@ -144,6 +148,8 @@ class _Reading:
             raise InvalidRequest(
                 f"The file can't be fetched. {error}", param=one.place.param, code="file_not_fetched"
             ) from None
+        finally:
+            self._fetching_left_s = max(0.0, self._fetching_left_s - (time() - began))
         self._fetched_left -= len(got.content)
         filename = name_of(one.place.part) or got.filename or "file"
         type_ = media_type(got.content, got.media_type or mimetypes.guess_type(filename)[0])

@@ -64,6 +64,13 @@ class Web:
                     self.send_header("Location", "http://10.255.255.1/plan.pdf")
                     self.end_headers()
                     return
+                if path == "/endless":
+                    self.send_response(302)
+                    self.send_header("Location", "/plan.pdf")
+                    self.send_header("Content-Length", "1000000000")
+                    self.end_headers()
+                    self.rfile.read(1)  # until the client closes the connection
+                    return
                 content = None if path in web.gone else SERVED.get(path)
                 self.send_response(404 if content is None else 200)
                 self.end_headers()
@@ -303,6 +310,12 @@ def test_what_can_t_be_fetched_is_refused_by_its_path(served, web, address, why)
     assert error["param"] == "input[0].content[0].file_url"
     assert why in error["message"]
     assert "pass" not in error["message"].replace("password", "")
+
+
+def test_the_body_of_a_redirect_is_not_read(api, web, upstream, said):
+    part = {"type": "input_file", "file_url": f"{web.url}/endless"}
+    api.responses.create(model="m", input=[of_user(part, said)])
+    assert PLAN_TEXT in upstream.asked(said)[0].text
 
 
 # -- Files that are gone ---------------------------------------------------------------------------------------------------
