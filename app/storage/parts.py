@@ -34,7 +34,7 @@ STORE = """
     select :tenant_id, new.hash, new.body
     from unnest(cast(:stored_hashes as bytea[]), cast(:stored_bodies as text[])) as new (hash, body)
     where new.hash not in (select hash from known_part) and exists (select from {user})
-    on conflict do nothing
+    on conflict (tenant_id, hash) do update set body = excluded.body where false  -- which locks what others have stored meanwhile
 """
 """Stores the others, if there is a `user`: the row that is stored by the same statement."""
 
@@ -93,14 +93,14 @@ class SharedParts:
         """The body without its parts, which it has in this order."""
         if not parts:
             return Body(body.decode())
-        around, hashes, rest = [], [], body
+        around, hashes, end = [], [], 0
         for part in parts:
-            before, found, rest = rest.partition(part)
-            assert found
-            around.append(before.decode())
+            at = body.index(part, end)
+            around.append(body[end:at].decode())
             hashes.append(hashlib.sha256(part).digest())
             self._bodies[hashes[-1]] = part
-        return Body(encode([*around, rest.decode()]).decode(), b"".join(hashes), len(body))
+            end = at + len(part)
+        return Body(encode([*around, body[end:].decode()]).decode(), b"".join(hashes), len(body))
 
     @property
     def binds(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What rows share is kept once per tenant, and is freed with the last row that has it, whatever happens at the same time."""
 
 import asyncio
+import hashlib
 
 import asyncpg
 import msgspec
@@ -32,9 +33,19 @@ async def insert(connection, tenant_id, id, *, instructions=LONG, parent=None, r
     return response
 
 
-async def end(connection, tenant_id, response):
+async def insert_part(connection, tenant_id, id, *, instructions):
+    """A response with only one of the two parts."""
+    response = open_response(request(instructions=LONG if instructions else None), id=id, created_at=0)
+    items = [] if instructions else [message(f"msg_{id}")]
+    await responses.insert_response(Tx(connection), tenant_id, response, items, parent=None, earlier_bytes=0, run=OWNER)
+    return response
+
+
+async def end(connection, tenant_id, response, *, output=True):
     """End it with an answer that is the image again."""
-    made = msgspec.structs.replace(response, output=[msgspec.Raw(message(f"msg_out_{response.id}")[1])])
+    made = msgspec.structs.replace(
+        response, output=[msgspec.Raw(message(f"msg_out_{response.id}")[1])] if output else []
+    )
     closed = close_response(made, Outcome("completed"), usage=None, now=1)
     assert await endings.end_foreground(Tx(connection), tenant_id, closed)
     return closed
@@ -139,6 +150,30 @@ async def test_what_is_deleted_while_another_begins_to_use_its_parts_leaves_them
     await end(connection, "kept", response)
     assert (await read(connection, "kept", "resp_2")).instructions == LONG
     assert await parts(connection, "kept") == (2, 3)
+
+
+async def test_a_part_that_others_store_and_free_meanwhile_is_there(connection, another, url, waits):
+    """Ours begins before another's is committed, and waits for a second part while a third client deletes that one."""
+    lock_order = sorted([encode(LONG), encode(IMAGE["image_url"])], key=lambda part: hashlib.sha256(part).digest())
+    instructions_first = lock_order[0] == encode(LONG)
+    first, second = await asyncpg.connect(url), await asyncpg.connect(url)
+    of_first, of_second = first.transaction(), second.transaction()
+    await of_first.start()
+    await of_second.start()
+    made = await insert_part(first, "meanwhile", "resp_first", instructions=instructions_first)
+    await insert_part(second, "meanwhile", "resp_second", instructions=not instructions_first)
+    inserting = asyncio.create_task(insert(connection, "meanwhile", "resp_1"))
+    await waits(another, inserting)
+    await end(first, "meanwhile", made, output=False)
+    await of_first.commit()
+    deleting = asyncio.create_task(delete(another, "meanwhile", "resp_first"))
+    await asyncio.wait([deleting], timeout=0.5)  # done at once without a lock of ours
+    await of_second.commit()
+    await end(connection, "meanwhile", await inserting)
+    await deleting
+    assert (await read(connection, "meanwhile", "resp_1")).instructions == LONG
+    await first.close()
+    await second.close()
 
 
 async def test_many_that_come_and_go_at_once_keep_what_they_use(url):

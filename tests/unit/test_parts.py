@@ -92,6 +92,22 @@ def test_the_work_is_linear():
         assert body.looked_at < 6 * len(body)
 
 
+def test_a_body_of_many_parts_is_not_copied_for_each():
+    class Whole(bytes):
+        def partition(self, sub):
+            before, found, rest = super().partition(sub)
+            copied.append(len(rest))
+            return before, found, Whole(rest)
+
+        def __getitem__(self, at):
+            copied.append(len(found := super().__getitem__(at)))
+            return found
+
+    copied, body = [], Whole(encode(["x" * STRING_BYTES_MIN] * 100))
+    SharedParts().take(body, [encode("x" * STRING_BYTES_MIN)] * 100)
+    assert sum(copied) < 2 * STRING_BYTES_MIN
+
+
 class Counted(bytes):
     """Counts what is looked at."""
 
