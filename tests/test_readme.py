@@ -86,7 +86,8 @@ def _with_venv(env: dict[str, str]) -> dict[str, str]:
 
 
 def test_the_catalog_is_a_valid_one(catalog_file):
-    [toml, prompts], [tools] = snippets("toml", DOCS / "catalog.md"), snippets("toml", DOCS / "tools.md")
+    [toml, summaries, prompts], [tools] = snippets("toml", DOCS / "catalog.md"), snippets("toml", DOCS / "tools.md")
+    load_catalog(load({"REPRISE_CATALOG": catalog_file(toml.split("[[models]]")[0] + summaries)}), {"SPARE_KEY": "k"})
     settings = load({"REPRISE_CATALOG": catalog_file(toml + prompts)})
     catalog = load_catalog(settings, {"SPARE_KEY": "k"})
     assert [route.model for route in catalog.routes("qwen3-32b")] == ["qwen3-32b", "qwen3-8b"]

@@ -146,7 +146,15 @@ def upgrade() -> None:
     op.execute(AGAIN)
 
 
+# What was compressed with the parts of its response can't be read by the version before, which has no streams of these then.
+DROP_ARCHIVES = """
+delete from event_archive page using responses response
+where response.part_hashes is not null and page.tenant_id = response.tenant_id and page.response_id = response.id
+"""
+
+
 def downgrade() -> None:
+    op.execute(DROP_ARCHIVES)
     op.execute("drop trigger keep_part_uses_again on responses")
     for table in TABLES:
         op.execute(f"drop trigger keep_part_uses on {table}")
