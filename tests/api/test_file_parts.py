@@ -314,8 +314,9 @@ def test_what_can_t_be_fetched_is_refused_by_its_path(served, web, address, why)
 
 def test_the_body_of_a_redirect_is_not_read(api, web, upstream, said):
     part = {"type": "input_file", "file_url": f"{web.url}/endless"}
-    api.responses.create(model="m", input=[of_user(part, said)])
-    assert PLAN_TEXT in upstream.asked(said)[0].text
+    api.responses.create(model="m", input=[of_user(part, "Read."), of_user(said)])
+    [record] = upstream.asked(said)
+    assert PLAN_TEXT in record.body["messages"][0]["content"][0]["text"]
 
 
 # -- Files that are gone ---------------------------------------------------------------------------------------------------
