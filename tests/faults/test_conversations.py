@@ -12,7 +12,7 @@ from tests.upstream import finish, gate, script, text
 from tests.waiting import settled, until
 
 WRITERS = 50
-WAITS = "select from pg_stat_activity where wait_event_type = 'Lock' and query like '%update conversations%'"
+WAITS = "select from pg_locks where not granted and relation = 'conversations'::regclass"
 
 
 @pytest.fixture
