@@ -373,6 +373,7 @@ _STRUCTS: tuple[type[Item], ...] = (
 _DECODERS: dict[str, msgspec.json.Decoder[Any]] = {
     str(struct.__struct_config__.tag): msgspec.json.Decoder(struct) for struct in _STRUCTS
 }
+_KNOWN = (*_DECODERS, "additional_tools", *CARRIED)
 _ELSEWHERE = frozenset(
     {"image_url", *(str(part.__struct_config__.tag) for part in get_args(Content)), *TOOL_TYPES, *HOSTED}
 )
@@ -455,7 +456,7 @@ def _check_output_text(part: OutputText, at: str) -> None:
 def decode_stored_item(raw: bytes | Raw) -> AnyItem:
     """An item that a server has stored, perhaps one of a newer version: keys that are unknown here are left out."""
     try:
-        return _decode_item(raw, "")
+        return _decode_item(raw, "", is_stored=True)
     except InvalidRequest:
         fields = _OPAQUE.decode(raw)
         if decoder := _DECODERS.get(str(fields.get("type", "message"))):
@@ -463,7 +464,8 @@ def decode_stored_item(raw: bytes | Raw) -> AnyItem:
         return OpaqueItem(id=str(fields.get("id") or ""), type=str(fields.get("type")), fields=fields)
 
 
-def _decode_item(raw: bytes | Raw, at: str) -> AnyItem:
+def _decode_item(raw: bytes | Raw, at: str, *, is_stored: bool = False) -> AnyItem:
+    """`is_stored` for what has been checked: any other type is an unknown one then, and no mistake."""
     peek = decode(_PEEK, raw, at)
     type_ = peek.type
     if not isinstance(peek.id, str | UnsetType | None):
@@ -484,11 +486,10 @@ def _decode_item(raw: bytes | Raw, at: str) -> AnyItem:
     if type_ == "additional_tools":
         tools = decode(_ADDITIONAL_TOOLS, raw, at)
         return AdditionalTools(id=tools.id, role=tools.role, tools=_added_tools(tools.tools, f"{at}.tools"))
-    known = (*_DECODERS, "additional_tools", *CARRIED)
-    if type_ in CARRIED or (type_ not in _ELSEWHERE and may_be_newer(type_, known)):
+    if is_stored or type_ in CARRIED or (type_ not in _ELSEWHERE and may_be_newer(type_, _KNOWN)):
         fields = decode(_OPAQUE, raw, at)
         return OpaqueItem(id=str(fields.get("id") or ""), type=type_, fields=fields)
-    hint = did_you_mean(nearest(type_, known))
+    hint = did_you_mean(nearest(type_, _KNOWN))
     raise UnsupportedParameter(f"Items of type '{type_}' are not supported by this server.{hint}", param=f"{at}.type")
 
 

@@ -1,5 +1,7 @@
 """Items on the wire: what is taken, what is kept as it came, what is refused and with which path."""
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -144,6 +146,21 @@ def test_a_stored_item_of_a_newer_version_is_read_without_what_is_unknown_here()
     )
     newer = {"type": "thought_transfer", "id": "tt_1", "payload": [1]}
     assert decode_stored_item(msgspec.json.encode(newer)) == OpaqueItem("tt_1", "thought_transfer", newer)
+
+
+def took(decode: Callable[[bytes], object], type_: str) -> float:
+    """The CPU time of decoding items of many types, or of one."""
+    bodies = [msgspec.json.encode({"type": type_.format(n), "id": "x_1", "call_id": "c"}) for n in range(300)]
+    begun = time.thread_time()
+    for body in bodies:
+        decode(body)
+    return time.thread_time() - begun
+
+
+def test_an_unknown_type_is_compared_with_the_known_ones_once_and_when_it_comes_only():
+    known = took(decode_stored_item, "computer_call")
+    assert took(decode_stored_item, "dream_{}") < 5 * known
+    assert took(lambda body: decode_item(body, "input[0]"), "dream") < 5 * known
 
 
 @pytest.mark.parametrize(
