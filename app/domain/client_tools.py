@@ -333,6 +333,9 @@ CHOICES: Mapping[str, str] = {**{type_: tool.kind for type_, tool in _TOOLS.item
 ID_PREFIXES: Mapping[str, str] = {tool.item_type: tool.id_prefix for tool in _TOOLS.values()}
 """Type of a call's item → the prefix of its id."""
 
+CUT_OFF_STATUSES: Mapping[str, str] = {tool.item_type: tool.cut_off for tool in _TOOLS.values()}
+"""Type of a call's item → its status in a turn that breaks off."""
+
 
 def owner_of(kind: str) -> str:
     """The owner of such a tool, beside the labels of MCP servers and the namespaces of clients; neither holds a space."""
@@ -349,9 +352,13 @@ def client_tool_of(declared: HostedTool) -> ClientTool | None:
 
 def is_client_run(item: AnyItem) -> TypeGuard[OpaqueItem]:
     """Whether an item is a call of a client's tool."""
-    if not isinstance(item, OpaqueItem) or is_in_container(item.fields):
-        return False
-    return item.type in ID_PREFIXES and not _is_search_elsewhere(item.type, "tool_search_call", item.fields)
+    return isinstance(item, OpaqueItem) and is_client_call(item.type, item.fields)
+
+
+def is_client_call(type_: str, fields: Json) -> bool:
+    """Whether an item of this type, with these fields, is a call of a client's tool."""
+    is_elsewhere = is_in_container(fields) or _is_search_elsewhere(type_, "tool_search_call", fields)
+    return type_ in ID_PREFIXES and not is_elsewhere
 
 
 def _is_search_elsewhere(type_: str, search: str, fields: Json) -> bool:

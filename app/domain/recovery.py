@@ -1,8 +1,8 @@
 """A run's events so far → how another owner continues it.
 
-An open item is closed as `incomplete` and left out of the response's output: the official client's accumulator takes no other
-shape of a recovered stream. Done items stay, and the model continues from them; except reasoning at the end, because its turn is
-made again and brings its own. A server-run call without an end may have been made: it is not made again, ends as failed, and
+An open item is closed as `incomplete` (`in_progress` if its type has no such status) and left out of the response's output: the
+official client's accumulator takes no other shape of a recovered stream. Done items stay, and the model continues from them; except
+reasoning at the end, because its turn is made again and brings its own. A server-run call without an end may have been made: it is not made again, ends as failed, and
 stays.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from msgspec import Raw, Struct
 
-from app.domain.tools.shell import is_in_container
+from app.domain.client_tools import CUT_OFF_STATUSES, is_client_call
 from app.domain.tools.table import SERVER_TOOLS
 from app.wire.events import (
     ArgumentsDone,
@@ -138,9 +138,7 @@ class _OpenItem:
     @property
     def is_call(self) -> bool:
         """Whether it is a server-run call."""
-        return self._item["type"] in SERVER_TOOLS and (
-            self._item["type"] != "shell_call" or is_in_container(self._item)
-        )
+        return self._item["type"] in SERVER_TOOLS and not is_client_call(self._item["type"], self._item)
 
     def take(self, event: _Event) -> None:
         where = (
@@ -172,7 +170,8 @@ class _OpenItem:
         for where, part in self._parts.items():
             if where not in self._done:
                 events += self._close_part(where, part)
-        item = {**self._item, **({"status": "incomplete"} if "status" in self._item else {})}
+        cut_off = CUT_OFF_STATUSES.get(self._item["type"], "incomplete")
+        item = {**self._item, **({"status": cut_off} if "status" in self._item else {})}
         for name in ("content", "summary"):
             parts = [part for (kind, _), part in sorted(self._parts.items()) if kind == name]
             if parts or name in item:

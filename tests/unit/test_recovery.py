@@ -46,3 +46,9 @@ def test_an_open_item_is_closed_as_incomplete_and_its_index_is_not_used_again():
     assert isinstance(done, ItemDone)
     assert b'"status":"incomplete"' in bytes(done.item)
     assert (recovered.next_number, recovered.next_output_index) == (2, 2)
+
+
+def test_an_open_patch_is_closed_with_a_status_that_its_type_has():
+    patch = {"type": "apply_patch_call", "id": "apc_1", "call_id": "c1", "operation": {}, "status": "in_progress"}
+    (done,) = recover(said(last=patch)).closing
+    assert b'"status":"in_progress"' in bytes(done.item)
