@@ -36,7 +36,7 @@ from app.runs.following import Following
 from app.runs.foreground import ForegroundRuns
 from app.runs.leases import Leases
 from app.runs.pipeline import Pipeline, Prompts
-from app.runs.plan import Planner
+from app.runs.planning import Planner
 from app.settings import Settings, SettingsError
 from app.setup import OTHER_KEY, compaction_prompt, open_seal, reasoning_summary_prompt
 from app.storage import key_fingerprint, keys

@@ -40,7 +40,7 @@ from app.errors import (
     UpstreamUnavailable,
 )
 from app.idle_timeout import IdleTimeout
-from app.outbound.catalog import UpstreamEntry
+from app.outbound.catalog import Route, UpstreamEntry
 from app.outbound.failures import NO_CREDIT, NO_JSON, ErrorContext, KeyRefused, failed_in_stream, refused
 from app.outbound.masking import KEY_NAME, Mask, secrets_of
 from app.settings import Settings
@@ -259,10 +259,13 @@ class Upstream:
         self.dialect_name = found = preset_of_owners(model.owned_by for model in models) or "plain"
         self.dialect = PRESETS[found]
 
-    def dialect_for(self, model: str) -> Dialect:
-        """The dialect for a model: earlier reasoning is sent back in the form in which the model sends it."""
-        form = self._forms.get(model)
-        return replace(self.dialect, reasoning=form) if form else self.dialect
+    def dialect_for(self, route: Route) -> Dialect:
+        """The dialect for a route's model: without what that lacks, and earlier reasoning is sent back in the form in which it sends
+        it."""
+        dialect, form = self.dialect, self._forms.get(route.model)
+        if route.lacks:
+            dialect = replace(dialect, lacks=dialect.lacks | route.lacks)
+        return replace(dialect, reasoning=form) if form else dialect
 
     def record_reasoning_form(self, model: str, form: ReasoningForm | None) -> None:
         """Remember the form of a model's reasoning, for the last FORMS_MAX models."""

@@ -14,7 +14,8 @@ from app.ids import new_id
 from app.offload import offload
 from app.runs.foreground import ForegroundRun, ForegroundRuns
 from app.runs.insert import insert
-from app.runs.plan import Planner, RunPlan
+from app.runs.plan import RunPlan
+from app.runs.planning import Planner
 from app.settings import Settings
 from app.storage import queue
 from app.storage.backlog import Backlogs

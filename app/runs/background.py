@@ -26,7 +26,7 @@ from app.offload import offload
 from app.outbound.catalog import Catalog
 from app.rooms import Room
 from app.runs.pipeline import Pipeline, Turns
-from app.runs.plan import Planner
+from app.runs.planning import Planner
 from app.runs.recorder import Recorder
 from app.runs.tools import Tools
 from app.storage import endings, journal, queue, responses

@@ -11,7 +11,8 @@ from app.outbound.catalog import Route
 from app.outbound.tokens import ChatRequest, TokenCounter
 from app.outbound.upstream import Upstream
 from app.runs.admission import Caller
-from app.runs.plan import Planner, RunPlan
+from app.runs.plan import RunPlan
+from app.runs.planning import Planner
 from app.settings import Settings
 from app.wire.requests import CreateResponse
 

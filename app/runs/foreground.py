@@ -101,7 +101,6 @@ class ForegroundRun:
         self._runs, self._plan = runs, plan
         self.tenant_id = plan.tenant_id
         self.left_out = plan.left_out
-        """Declared tools that the model does not see."""
         self.response = response
         self.log = MemoryLog(backlog) if backlog else None
         self.recorder = Recorder(

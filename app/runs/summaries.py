@@ -59,7 +59,7 @@ class Summaries:
             self._prompt,
             self._detail,
             model=route.model,
-            dialect=upstream.dialect_for(route.model),
+            dialect=upstream.dialect_for(route),
         )
         return await upstream.open(route.model, body, self._plan.caller_key)
 

@@ -3,7 +3,7 @@
 import httpx2
 import pytest
 
-from app.outbound.catalog import UpstreamEntry
+from app.outbound.catalog import Route, UpstreamEntry
 from app.outbound.upstream import FORMS_MAX, Upstream, _Transport
 from app.settings import Settings
 
@@ -33,7 +33,7 @@ def test_the_reasoning_of_so_many_models_is_remembered_and_those_heard_last_stay
     upstream = Upstream("u", UpstreamEntry(base_url="http://h/v1"), Settings())
     for name in ("kept", "forgotten", "kept", *map(str, range(FORMS_MAX - 1))):
         upstream.record_reasoning_form(name, "think")
-    assert [upstream.dialect_for(name).reasoning for name in ("kept", "forgotten", "unheard")] == [
+    assert [upstream.dialect_for(Route("u", name)).reasoning for name in ("kept", "forgotten", "unheard")] == [
         "think",
         "same",
         "same",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from app.domain.context import resolve
+from app.domain.context import LeftOut, resolve
 from app.domain.dialect import PRESETS
 from app.domain.item_builders import OutputOptions
 from app.domain.lifecycle import open_response
@@ -56,7 +56,7 @@ class Upstream:
     def __init__(self, *, fails: bool) -> None:
         self.fails = fails
 
-    def dialect_for(self, model: str) -> Any:
+    def dialect_for(self, _: Any) -> Any:
         return self.dialect
 
     def record_reasoning_form(self, *_: Any) -> None: ...
@@ -91,6 +91,7 @@ def start(*, fails: bool) -> tuple[ForegroundRuns, ForegroundRun, "weakref.ref[R
         hosted={},
         tool_servers={},
         size=10,
+        left_out=LeftOut((), ()),
     )
     response = open_response(asked, id="resp_1", created_at=1)
     return runs, runs.start(plan, response, Backlogs(settings).open()), weakref.ref(room)
