@@ -179,9 +179,9 @@ def _server_output(request: pytest.FixtureRequest) -> Iterator[None]:
         print("".join(shared.printed[begun:]))  # captured, and shown only for a failed test
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def client(server: Served) -> Iterator[openai.OpenAI]:
-    """The official client of the shared server."""
+    """The official client of the shared server, or of the module's own."""
     with server.client() as made:
         yield made
 

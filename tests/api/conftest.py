@@ -14,9 +14,9 @@ Heard = Callable[[], dict[str, Any]]
 Declare = Callable[..., dict[str, Any]]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def http(server: Served) -> Iterator[httpx.Client]:
-    """Raw HTTP to the shared server, below /v1."""
+    """Raw HTTP to the shared server, or the module's own, below /v1."""
     with httpx.Client(base_url=server.url, timeout=30) as made:
         yield made
 

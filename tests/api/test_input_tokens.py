@@ -4,7 +4,6 @@ import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import openai
 import pytest
 
@@ -71,18 +70,6 @@ def server(new_cataloged: NewServer, upstream: Upstream) -> Iterator[Served]:
             REPRISE_CONTEXTS_BYTES_MAX="1000000",
             REPRISE_CONTEXT_WAIT_S="2",
         )
-
-
-@pytest.fixture(scope="module")
-def client(server: Served) -> Iterator[openai.OpenAI]:
-    with server.client() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def http(server: Served) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=30) as made:
-        yield made
 
 
 def counted(client, model, given, **options):

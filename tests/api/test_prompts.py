@@ -1,7 +1,5 @@
 """Prompts of the catalog, through the official client: what the model gets, what is echoed, what lasts."""
 
-from collections.abc import Iterator
-
 import openai
 import pytest
 
@@ -60,16 +58,9 @@ GREET = [
 
 
 @pytest.fixture(scope="module")
-def served(new_cataloged: NewServer, upstream: Upstream) -> Served:
+def server(new_cataloged: NewServer, upstream: Upstream) -> Served:
     """A server with prompts. Background responses wait in its queue for another process."""
     return new_cataloged(CATALOG.format(upstream=upstream.base_url), REPRISE_WORKERS_IN_API="false")
-
-
-@pytest.fixture(scope="module")
-def client(served: Served) -> Iterator[openai.OpenAI]:
-    """The official client of that server."""
-    with served.client() as made:
-        yield made
 
 
 def test_a_prompt_gives_the_model_the_instructions_and_the_parameters(client, said, heard):
@@ -149,12 +140,12 @@ def test_the_next_response_of_a_chain_does_not_inherit_it(client, said, upstream
 
 
 def test_a_queued_response_is_made_as_it_was_admitted_whatever_the_catalog_has_then(
-    client, served, said, heard, new_server, catalog_file, upstream
+    client, server, said, heard, new_server, catalog_file, upstream
 ):
     queued = client.responses.create(prompt=GREETING, input=said, background=True)
     assert (queued.status, queued.to_dict()["instructions"]) == ("queued", GREET)
     changed = catalog_file(CHANGED.format(upstream=upstream.base_url))
-    second = new_server(DATABASE_URL=served.database_url, REPRISE_CATALOG=changed)
+    second = new_server(DATABASE_URL=server.database_url, REPRISE_CATALOG=changed)
     with second.client() as later:
         until(lambda: later.responses.retrieve(queued.id).status == "completed", "it is made")
         done = later.responses.retrieve(queued.id)
@@ -193,10 +184,10 @@ def test_a_wrong_variable_is_a_400_with_its_path(client, variables, param):
     assert caught.value.param == param
 
 
-async def test_an_agent_of_the_agents_sdk_leaves_its_model_and_instructions_to_the_prompt(served, said, heard):
+async def test_an_agent_of_the_agents_sdk_leaves_its_model_and_instructions_to_the_prompt(server, said, heard):
     from agents import Agent, OpenAIProvider, RunConfig, Runner
 
-    async with served.async_client() as own:
+    async with server.async_client() as own:
         config = RunConfig(model_provider=OpenAIProvider(openai_client=own), tracing_disabled=True)
         result = await Runner.run(Agent(name="Greeter", prompt=GREETING), said, run_config=config)
     assert result.final_output == f"ok: {said}"

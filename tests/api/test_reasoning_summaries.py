@@ -1,15 +1,12 @@
 """Summaries of reasoning, as the catalog says: word for word, none, or made by a model."""
 
-from collections.abc import Callable, Iterator, Mapping
-
-import httpx
-import openai
 import pytest
 
 from app.domain.prompt import DETAILS
 from app.settings import Settings
 from app.setup import reasoning_summary_prompt
 from tests.api.streams import events_of
+from tests.conftest import NewServer
 from tests.replay import replay
 from tests.servers import Served
 from tests.upstream import (
@@ -46,39 +43,28 @@ reasoning_summary = "off"
 [[models]]
 name = "summarizer"
 routes = [{{ upstream = "only", model = "small" }}]
+
+[[models]]
+name = "sums by an old engine"
+routes = [{{ upstream = "only", model = "m" }}]
+reasoning_summary = {{ model = "old" }}
+
+[[models]]
+name = "old"
+routes = [{{ upstream = "only", model = "old", lacks = ["stream_options"] }}]
 """
 BYTES_MAX = 4096
 
 
 @pytest.fixture(scope="module")
-def server(
-    base_env: Mapping[str, str],
-    new_database: Callable[[], str],
-    upstream: Upstream,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Served]:
+def server(new_cataloged: NewServer, upstream: Upstream) -> Served:
     """A server whose models make summaries, or none."""
-    path = tmp_path_factory.mktemp("summaries") / "catalog.toml"
-    path.write_text(CATALOG.format(base=upstream.base_url))
-    limits = {
-        "REPRISE_REASONING_SUMMARY_TIMEOUT_S": "3",
-        "REPRISE_REASONING_SUMMARY_BYTES_MAX": str(BYTES_MAX),
-        "REPRISE_REASONING_SUMMARIES_MAX": "2",
-    }
-    with Served({**base_env, **limits, "REPRISE_CATALOG": str(path), "DATABASE_URL": new_database()}) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server: Served) -> Iterator[openai.OpenAI]:
-    with server.client() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def http(server: Served) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=30) as made:
-        yield made
+    return new_cataloged(
+        CATALOG.format(base=upstream.base_url),
+        REPRISE_REASONING_SUMMARY_TIMEOUT_S="3",
+        REPRISE_REASONING_SUMMARY_BYTES_MAX=str(BYTES_MAX),
+        REPRISE_REASONING_SUMMARIES_MAX="2",
+    )
 
 
 @pytest.fixture
@@ -141,6 +127,12 @@ def _ended(response):
     return response
 
 
+def test_reasoning_that_ends_its_turn_has_one_too(client, thought):
+    shortly = thought(*answer("In short."))
+    response = client.responses.create(**{**asked(shortly), "input": script([reasoning(shortly), finish()])})
+    assert [part.text for part in response.output[0].summary] == ["In short."]
+
+
 @pytest.mark.parametrize("detail", ["concise", "detailed"])
 def test_the_prompt_says_how_detailed_it_is_to_be(client, upstream, thought, detail):
     client.responses.create(**asked(thought(), reasoning={"generate_summary": detail}))
@@ -159,6 +151,12 @@ def test_models_without_the_key_give_the_reasoning_itself(client, upstream, thou
     response = client.responses.create(**asked(thought(), model="m"))
     assert response.output[0].summary[0].text == thought()
     assert upstream.asked(thought()) == []
+
+
+def test_the_model_that_makes_it_is_not_sent_what_its_route_lacks(client, upstream, thought):
+    client.responses.create(**asked(thought(), model="sums by an old engine"))
+    [record] = upstream.asked(thought())
+    assert (record.body["model"], "stream_options" in record.body) == ("old", False)
 
 
 FAULTS = {

@@ -1,7 +1,5 @@
 """`truncation: auto`: what of a long context reaches the upstream, once that has refused the whole."""
 
-from collections.abc import Iterator
-
 import openai
 import pytest
 
@@ -36,12 +34,6 @@ routes = [{{ upstream = "silent", context_tokens = 2_000 }}]
 def server(new_cataloged: NewServer, upstream: Upstream) -> Served:
     """A server with upstreams that refuse long prompts, and one that is known to cut them."""
     return new_cataloged(CATALOG.format(base=upstream.base_url))
-
-
-@pytest.fixture(scope="module")
-def client(server: Served) -> Iterator[openai.OpenAI]:
-    with server.client() as made:
-        yield made
 
 
 def refusal(words, times=1):
