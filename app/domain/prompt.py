@@ -65,8 +65,8 @@ def reasoning_summary_request(text: str, prompt: str, detail: Detail, *, model: 
     return msgspec.json.encode(_streamed(model, fitted(chat, dialect), dialect))
 
 
-def summary_turn(request: CreateResponse, context: Context, prompt: str) -> tuple[CreateResponse, Context]:
-    """The request and the context of the turn in which the model makes a summary: the same messages and tools, which the upstream's
+def compaction_turn(request: CreateResponse, context: Context, prompt: str) -> tuple[CreateResponse, Context]:
+    """The request and the context of the turn in which the model makes the summary of a compaction: the same messages and tools, which the upstream's
     cache of the prompt knows, and then what asks for the summary. It is plain text, without calls."""
     body = replace(request.body, text=None, include=None, top_logprobs=None)
     asked = Message(role="user", content=[InputText(text=prompt)])

@@ -7,7 +7,7 @@ upstream streams its parallel calls, and a single item streams without delay.
 
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import msgspec
 from msgspec import Raw, Struct
@@ -28,7 +28,7 @@ from app.domain.toolbox import ClientCall, NeedsApproval, Rejected, ServerCall, 
 from app.ids import NewId
 from app.wire.chat import CallDelta, ChatUsage, Choice, Chunk, CustomDelta, Delta, FunctionDelta
 from app.wire.decoding import Json
-from app.wire.events import Event
+from app.wire.events import Event, TextDelta
 from app.wire.items import CALL_ID_CHARS_MAX, ItemStatus
 
 
@@ -250,7 +250,7 @@ class Turn:
                 if not (followed or self._has_ended):
                     return
                 if head.waits:
-                    self.unsummarized = head.text
+                    self.unsummarized = self.unsummarized or head.text
                     return
             elif not (followed and head.complete):
                 return
@@ -271,6 +271,11 @@ class Turn:
             return False
         self.own_calls.append(OwnCall(call.call_id, call.name, call.input, verdict, self._call_items("")))
         return True
+
+
+def texts_of(events: Iterable[Event]) -> list[str]:
+    """What the events of a turn say."""
+    return [event.delta for event in events if isinstance(event, TextDelta)]
 
 
 def _begins_another(delta: CallDelta, inner: FunctionDelta | CustomDelta, known: CallBuilder) -> bool:

@@ -8,7 +8,6 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-import msgspec
 import structlog
 from msgspec import Struct
 from msgspec.structs import replace
@@ -37,7 +36,7 @@ from app.storage.redislog import RedisLog, RedisLogs
 from app.wire.events import Entry, InProgress
 from app.wire.items import AnyItem, decode_stored_item
 from app.wire.requests import CreateResponse, decode_create, with_secrets
-from app.wire.resources import Response, Usage
+from app.wire.resources import Response
 
 log = structlog.get_logger()
 
@@ -172,6 +171,7 @@ class BackgroundRun:
                 token=found.stream_token,
                 recreate=lost and found.stream_token is None,
             )
+        usage, unlimited_tokens = journal.read_spent(claim.usage)
         self._recorder = Recorder(
             replace(found.response, status="in_progress", output=recovered.done),
             self.log,
@@ -180,7 +180,8 @@ class BackgroundRun:
             next_number=max(number, claim.number_ceiling) if lost else number,
             # An index that a lost event may have used is not used again.
             next_output_index=recovered.next_output_index + (1 if lost else 0),
-            usage=msgspec.json.decode(claim.usage, type=Usage | None) if claim.usage else None,
+            usage=usage,
+            unlimited_tokens=unlimited_tokens,
             recorded=found.recorded,
             pending=found.pending,
             journal=RunJournal(self._runs.database, claim.tenant_id, claim.response_id, claim.epoch),

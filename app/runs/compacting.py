@@ -64,7 +64,7 @@ class Compacting:
 
     async def _compact(self, context: Context) -> tuple[Context, Outcome]:
         """Record a compaction item."""
-        await self._model.open_summary(context)
+        await self._model.open_compaction(context)
         recorder, index = self._recorder, self._recorder.next_output_index
         recorder.next_output_index += 1
         item = Compaction(id=new_id("cmp"), encrypted_content="")
@@ -87,7 +87,7 @@ class Compacting:
         return context, outcome
 
     async def _summarize(self, context: Context) -> tuple[Compacted | None, Outcome]:
-        summary, turn = await self._model.summarize(context, self._bytes_max)
+        summary, turn = await self._model.compact(context, self._bytes_max)
         outcome = outcome_of(turn.finish_reason)
         if outcome.status != "completed":
             return None, outcome

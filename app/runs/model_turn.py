@@ -4,15 +4,15 @@
 """
 
 import asyncio
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from functools import partial
 
 from app.domain.citations import NO_SOURCES, sources_of
 from app.domain.context import Context
-from app.domain.lifecycle import add_usage, outcome_of
-from app.domain.prompt import summary_turn
+from app.domain.lifecycle import outcome_of
+from app.domain.prompt import compaction_turn
 from app.domain.think import ThinkSplitter
-from app.domain.turn import Turn
+from app.domain.turn import Turn, texts_of
 from app.errors import UpstreamGarbled
 from app.ids import new_id, siblings
 from app.outbound.tokens import TokenCounter
@@ -22,7 +22,6 @@ from app.runs.plan import RunPlan
 from app.runs.recorder import Recorder
 from app.runs.summaries import Summaries
 from app.storage.backlog import Backlog
-from app.wire.events import Event, TextDelta
 from app.wire.items import ItemStatus, call_id_of
 from app.wire.requests import CreateResponse
 
@@ -37,29 +36,27 @@ class ModelTurns:
         counter: TokenCounter,
         *,
         calls_max: int,
-        summary_prompt: str,
+        compaction_prompt: str,
         summaries: Summaries,
         call_ids: Collection[str] = (),
         reader: Backlog | None = None,
     ) -> None:
-        """`calls_max` limits the calls of one turn; `summaries` are those of reasoning; `call_ids` are taken already. The run waits for its `reader`, if it has one
-        that can't read later."""
+        """`calls_max` limits the calls of one turn; `summaries` are those of reasoning; `call_ids` are taken already. The run waits for
+        its `reader`, if it has one that can't read later."""
         self._plan, self._recorder, self._reader = plan, recorder, reader
         self._fitting = Fitting(plan, counter)
-        self._calls_max, self._summary_prompt, self._summaries = calls_max, summary_prompt, summaries
+        self._calls_max, self._compaction_prompt, self._summaries = calls_max, compaction_prompt, summaries
         # Clients distinguish calls by their ids, along the whole chain.
         self._call_ids = {*call_ids, *filter(None, map(call_id_of, plan.context.items))}
         self.opening: asyncio.Task[ChunkStream] | None = None
         """The upstream's answer to the next turn, if it is requested already."""
-        self._summary_tokens = 0
-        """Of the output tokens so far, those of compactions."""
 
     @property
     def tokens_left(self) -> int | None:
-        """What `max_output_tokens` leaves for further turns; None for no limit. Summaries do not count."""
+        """What `max_output_tokens` leaves for further turns; None for no limit. Compactions and summaries of reasoning do not
+        count."""
         most, usage = self._plan.request.body.max_output_tokens, self._recorder.usage
-        summaries = self._summary_tokens + self._summaries.output_tokens
-        return most - usage.output_tokens + summaries if most and usage else most
+        return most - usage.output_tokens + self._recorder.unlimited_tokens if most and usage else most
 
     @property
     def is_spent(self) -> bool:
@@ -67,17 +64,17 @@ class ModelTurns:
         return self.tokens_left is not None and self.tokens_left <= 0
 
     def open_first(self) -> "asyncio.Task[ChunkStream]":
-        """Request the first turn of the plan, which may make a summary. The task raises ApiError."""
+        """Request the first turn of the plan, which may be a compaction. The task raises ApiError."""
         plan = self._plan
-        return self.open_summary(plan.context) if plan.compacts_first else self.open(plan.context)
+        return self.open_compaction(plan.context) if plan.compacts_first else self.open(plan.context)
 
     def open(self, context: Context) -> "asyncio.Task[ChunkStream]":
         """Request the next turn. The task raises ApiError."""
         return self._begin(self._plan.request, context, self.tokens_left)
 
-    def open_summary(self, context: Context) -> "asyncio.Task[ChunkStream]":
-        """Request the turn that makes a summary. The task raises ApiError."""
-        return self._begin(*summary_turn(self._plan.request, context, self._summary_prompt), None)
+    def open_compaction(self, context: Context) -> "asyncio.Task[ChunkStream]":
+        """Request the turn that makes the summary of a compaction. The task raises ApiError."""
+        return self._begin(*compaction_turn(self._plan.request, context, self._compaction_prompt), None)
 
     def _begin(self, request: CreateResponse, context: Context, tokens_max: int | None) -> "asyncio.Task[ChunkStream]":
         if self.opening is None:
@@ -119,10 +116,10 @@ class ModelTurns:
             await self._end(stream, turn)
         return turn
 
-    async def summarize(self, context: Context, bytes_max: int) -> tuple[str, Turn]:
+    async def compact(self, context: Context, bytes_max: int) -> tuple[str, Turn]:
         """One turn of the model, which is not recorded, but for its usage: its text, and the turn. Raises ApiError; UpstreamGarbled
         for a longer text."""
-        stream = await self.open_summary(context)
+        stream = await self.open_compaction(context)
         self._recorder.upstream = stream.upstream.name
         turn = Turn(
             context.toolbox,
@@ -134,20 +131,19 @@ class ModelTurns:
         left = bytes_max
         try:
             async for chunks in stream:
-                texts += (more := _texts(event for chunk in chunks for event in turn.feed(chunk)))
+                texts += (more := texts_of(event for chunk in chunks for event in turn.feed(chunk)))
                 self._recorder.count_upstream(stream.read_bytes)
                 left -= sum(len(text.encode()) for text in more)
                 if left < 0:
                     raise UpstreamGarbled(f"The upstream made a summary of more than {bytes_max} bytes.")
-            texts += _texts(turn.close())
+            texts += texts_of(turn.close())
         finally:
-            self._summary_tokens += (turn.usage and turn.usage.completion_tokens) or 0
-            await self._end(stream, turn)
+            await self._end(stream, turn, is_limited=False)
         return "".join(texts), turn
 
-    async def _end(self, stream: ChunkStream, turn: Turn) -> None:
+    async def _end(self, stream: ChunkStream, turn: Turn, *, is_limited: bool = True) -> None:
         stream.upstream.record_reasoning_form(stream.model, turn.reasoning_form)
-        self._recorder.usage = add_usage(self._recorder.usage, turn.usage)
+        self._recorder.spend(turn.usage, is_limited=is_limited)
         self.opening = None
         await asyncio.shield(stream.close())
 
@@ -176,7 +172,3 @@ class ModelTurns:
         """Give the turn's reasoning its summaries; meanwhile the upstream's answer is not read."""
         while turn.unsummarized is not None:
             await self._recorder.record(turn.summarize(await self._summaries.of(turn.unsummarized)))
-
-
-def _texts(events: Iterable[Event]) -> list[str]:
-    return [event.delta for event in events if isinstance(event, TextDelta)]

@@ -134,7 +134,7 @@ class Pipeline:
             recorder,
             self._counter,
             calls_max=self.settings.turn_calls_max,
-            summary_prompt=self._prompts.compaction,
+            compaction_prompt=self._prompts.compaction,
             summaries=Summaries(plan, recorder, self.settings, self._prompts.reasoning_summary),
             call_ids=call_ids,
             reader=reader,

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from app.domain.fold import Fold
+from app.domain.lifecycle import add_usage
 from app.errors import Fenced, RunTooLong
 from app.storage.eventlog import EventLog
+from app.wire.chat import ChatUsage
 from app.wire.events import SNAPSHOTS, TERMINAL, Created, Entry, Event, InProgress, ItemDone, encode_event
 from app.wire.resources import Response, Usage
 
@@ -17,8 +19,8 @@ from app.wire.resources import Response, Usage
 class Journal(Protocol):
     """Where the events of a background run survive their process and Redis."""
 
-    async def checkpoint(self, entries: Sequence[Entry], usage: Usage | None) -> None:
-        """Commit events, and the usage of the turns before. Raises Fenced."""
+    async def checkpoint(self, entries: Sequence[Entry], usage: Usage | None, unlimited_tokens: int) -> None:
+        """Commit events, and what the run has used before. Raises Fenced."""
         ...
 
 
@@ -43,6 +45,7 @@ class Recorder:
         next_number: int = 0,
         next_output_index: int = 0,
         usage: Usage | None = None,
+        unlimited_tokens: int = 0,
         recorded: Sequence[Entry] = (),
         pending: Sequence[Entry] = (),
         journal: Journal | None = None,
@@ -54,7 +57,10 @@ class Recorder:
         """The name of the upstream that answered last."""
         self._begun = time.monotonic()
         self.usage = usage
-        """Of the finished turns, those of earlier owners included; None while no upstream has reported any."""
+        """Of the finished turns and the summaries of reasoning, those of earlier owners included; None while no upstream has reported
+        any."""
+        self.unlimited_tokens = unlimited_tokens
+        """Of the output tokens, those that `max_output_tokens` does not limit: of compactions and summaries of reasoning."""
         self.next_number = next_number
         self.next_output_index = next_output_index
         """The index of the next output item that this run makes."""
@@ -119,6 +125,12 @@ class Recorder:
         if self._events_left < 0:
             raise RunTooLong("The run made more events than REPRISE_RUN_EVENTS_MAX allows.")
 
+    def spend(self, reported: ChatUsage | None, *, is_limited: bool = True) -> None:
+        """Add what an upstream has reported, and whether `max_output_tokens` limits it."""
+        self.usage = add_usage(self.usage, reported)
+        if reported and not is_limited:
+            self.unlimited_tokens += reported.completion_tokens or 0
+
     def count_upstream(self, count: int) -> None:
         """Count bytes that the upstream has sent; they have the limit of a run's output. Raises RunTooLong."""
         self._upstream_bytes_left -= count
@@ -157,7 +169,7 @@ class Recorder:
         assert self._journal
         self.is_committing = True
         try:
-            await self._journal.checkpoint([*self._pending, *entries], self.usage)
+            await self._journal.checkpoint([*self._pending, *entries], self.usage, self.unlimited_tokens)
         except BaseException as error:
             # Their numbers are taken, and they may be committed: nothing else may follow here.
             self.stop(error if isinstance(error, Exception) else None)

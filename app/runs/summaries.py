@@ -5,11 +5,11 @@ from functools import partial
 
 import structlog
 
-from app.domain.lifecycle import add_usage, outcome_of
+from app.domain.lifecycle import outcome_of
 from app.domain.prompt import reasoning_summary_request
 from app.domain.think import ThinkSplitter
 from app.domain.toolbox import open_toolbox
-from app.domain.turn import Turn
+from app.domain.turn import Turn, texts_of
 from app.errors import ApiError, UpstreamGarbled
 from app.ids import new_id
 from app.offload import offload
@@ -18,7 +18,6 @@ from app.outbound.upstream import ChunkStream, Upstream
 from app.runs.plan import RunPlan
 from app.runs.recorder import Recorder
 from app.settings import Settings
-from app.wire.events import Event, TextDelta
 from app.wire.requests import Detail
 
 log = structlog.get_logger()
@@ -32,8 +31,6 @@ class Summaries:
         self._left = settings.reasoning_summaries_max
         self._timeout_s = settings.reasoning_summary_timeout_s
         self._bytes_max = settings.reasoning_summary_bytes_max
-        self.output_tokens = 0
-        """What all of them took."""
 
     async def of(self, text: str) -> str:
         """A summary of this reasoning; empty where there is none."""
@@ -73,19 +70,17 @@ class Summaries:
         turn = Turn(
             open_toolbox((), (), "none"), new_id, splitter=ThinkSplitter(stream.upstream.dialect.think), calls_max=0
         )
-        events: list[Event] = []
+        texts: list[str] = []
         left = self._bytes_max
         try:
             async for chunks in stream:
-                events += [event for chunk in chunks for event in turn.feed(chunk)]
+                texts += texts_of(event for chunk in chunks for event in turn.feed(chunk))
                 left -= stream.read_bytes
                 if left < 0:
                     raise UpstreamGarbled(f"The upstream made a summary of more than {self._bytes_max} bytes.")
         finally:
-            self._recorder.usage = add_usage(self._recorder.usage, turn.usage)
-            self.output_tokens += (turn.usage and turn.usage.completion_tokens) or 0
+            self._recorder.spend(turn.usage, is_limited=False)
             await asyncio.shield(stream.close())
         if outcome_of(turn.finish_reason).status != "completed":
             raise UpstreamGarbled("The upstream's summary is not whole.")
-        events += turn.close()
-        return "".join(event.delta for event in events if isinstance(event, TextDelta)).strip()
+        return "".join([*texts, *texts_of(turn.close())]).strip()

@@ -71,6 +71,12 @@ _READ = Query(
 )
 
 
+class _Spent(Usage):
+    """A run's usage so far, as the queue keeps it for the next owner."""
+
+    unlimited_output_tokens: int = 0
+
+
 class StoredEvents(Struct, frozen=True):
     """A page of a response's events: of the archive once it has ended, before that of the journal."""
 
@@ -108,8 +114,8 @@ def _dictionary(parts: bytes) -> zstandard.ZstdCompressionDict | None:
     return zstandard.ZstdCompressionDict(parts, dict_type=zstandard.DICT_TYPE_RAWCONTENT) if parts else None
 
 
-async def append(tx: Tx, tenant_id: str, response_id: str, epoch: int, pages: Pages, usage: Usage | None) -> bool:
-    """Checkpoint events, and the usage so far. False if the lease is lost."""
+async def append(tx: Tx, tenant_id: str, response_id: str, epoch: int, pages: Pages, spent: str) -> bool:
+    """Checkpoint events, and what is `spent` so far. False if the lease is lost."""
     row = await tx.one(
         _APPEND,
         tenant_id=tenant_id,
@@ -117,7 +123,7 @@ async def append(tx: Tx, tenant_id: str, response_id: str, epoch: int, pages: Pa
         epoch=epoch,
         first_numbers=[number for number, _ in pages],
         pages=[frames for _, frames in pages],
-        usage=msgspec.json.encode(usage).decode(),
+        usage=spent,
     )
     return row is not None and bool(row["ours"])
 
@@ -129,15 +135,29 @@ class RunJournal:
         self._database = database
         self._place = (tenant_id, response_id, epoch)
 
-    async def checkpoint(self, entries: Sequence[Entry], usage: Usage | None) -> None:
+    async def checkpoint(self, entries: Sequence[Entry], usage: Usage | None, unlimited_tokens: int) -> None:
         """Commit events, however long Postgres is unavailable: meanwhile no other worker can continue either, and what only
         this one knows would be lost. Raises Fenced."""
         pages = await offload(size_of(entries), paged, list(entries))
+        spent = _spent(usage, unlimited_tokens)
         async for attempt in self._database.retrying(forever=True):
             with attempt:
                 async with self._database.begin() as tx:
-                    if not await append(tx, *self._place, pages, usage):
+                    if not await append(tx, *self._place, pages, spent):
                         raise Fenced
+
+
+def _spent(usage: Usage | None, unlimited_tokens: int) -> str:
+    spent = usage and _Spent(**msgspec.structs.asdict(usage), unlimited_output_tokens=unlimited_tokens)
+    return msgspec.json.encode(spent).decode()
+
+
+def read_spent(stored: str | None) -> tuple[Usage | None, int]:
+    """The usage that the queue has of a run, and how many of its output tokens `max_output_tokens` does not limit."""
+    spent = msgspec.json.decode(stored, type=_Spent | None) if stored else None
+    if spent is None:
+        return None, 0
+    return Usage(*(getattr(spent, name) for name in Usage.__struct_fields__)), spent.unlimited_output_tokens
 
 
 async def read(tx: Tx, tenant_id: str, response_id: str, after: int) -> StoredEvents | None:

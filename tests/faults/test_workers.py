@@ -13,7 +13,7 @@ from app.wire.items import InputText, Message
 from tests.faults.client import ENDED_S, Follower, begin, get
 from tests.faults.cluster import frozen, locked
 from tests.faults.stream_oracle import closed_as, rounds_of, text_of
-from tests.upstream import answer, finish, gate, note, reasoning, repeat, script, text
+from tests.upstream import answer, finish, gate, note, reasoning, repeat, script, text, usage
 from tests.upstream import call as tool_call
 from tests.waiting import until
 
@@ -298,6 +298,48 @@ def test_two_workers_race_and_make_each_response_once(cluster, upstream):
         response = get(cluster.urls[0], response_id)
         assert (response["status"], text_of(response)) == ("completed", f"answer {number}")
         assert len(upstream.asked(said)) == 1
+
+
+SUMS = """
+[upstreams.only]
+base_url = "{base}"
+
+[[models]]
+name = "sums"
+routes = [{{ upstream = "only", model = "m" }}]
+reasoning_summary = {{ model = "m" }}
+"""
+
+
+def test_a_worker_killed_while_it_waits_for_a_summary_of_reasoning_or_after_it_is_replaced(
+    cluster, upstream, check, said, monkeypatch, tmp_path
+):
+    """The reasoning is closed; the next worker makes it, its summary and the answer anew. No summary's tokens are the answer's."""
+    path = tmp_path / "catalog.toml"
+    path.write_text(SUMS.format(base=upstream.base_url))
+    cluster.kill_workers()
+    cluster.start_worker(REPRISE_CATALOG=str(path))
+    thought = f"thought of {said}"
+    shortly = [text("In "), gate("mid-summary-of-reasoning"), text("short."), finish(), usage(10, 500)]
+    monkeypatch.setitem(upstream.scripts, thought, script(shortly))
+    asked = script([reasoning(thought), text("Ye"), gate("after-a-summary"), text("s."), finish(), usage(10, 5)])
+    response_id = begin(cluster.urls[0], asked, model="sums", reasoning={"summary": "auto"}, max_output_tokens=100)
+    follower = Follower(cluster.urls, response_id)
+    upstream.wait_reached("mid-summary-of-reasoning", ENDED_S)
+    follower.wait_for("response.reasoning_text.delta")
+    cluster.kill_owner(response_id)
+    cluster.start_worker(REPRISE_CATALOG=str(path))
+    upstream.open("mid-summary-of-reasoning")
+    follower.wait_for("response.output_text.delta")
+    cluster.kill_owner(response_id)
+    cluster.start_worker(REPRISE_CATALOG=str(path))
+    upstream.open("after-a-summary")
+    thinking, answered = check(follower)["output"]
+    assert [part["text"] for part in thinking["summary"]] == ["In short."]
+    assert (thinking["content"][0]["text"], answered["content"][0]["text"]) == (thought, "Yes.")
+    assert closed_as(follower.seen) == ["incomplete", "completed", "incomplete", "completed", "completed"]
+    assert (len(upstream.asked(asked)), len(upstream.asked(thought))) == (3, 3)
+    assert upstream.asked(asked)[-1].body["max_tokens"] == 100
 
 
 COMPACTING = {"context_management": [{"type": "compaction", "compact_threshold": 1000}]}

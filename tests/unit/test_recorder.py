@@ -35,7 +35,7 @@ class Journal:
         self.checkpoints: list[tuple[list[int], list[int]]] = []
         self.fails: Exception | None = None
 
-    async def checkpoint(self, entries: Sequence[Entry], usage: Usage | None) -> None:
+    async def checkpoint(self, entries: Sequence[Entry], usage: Usage | None, unlimited_tokens: int) -> None:
         if self.fails:
             raise self.fails
         self.checkpoints.append((numbers(entries), numbers(self.log.entries)))
