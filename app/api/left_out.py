@@ -1,4 +1,4 @@
-"""The warning about tools and items that the model does not see, in the log and as headers."""
+"""The warning about tools, items and files that the model does not see, in the log and as headers."""
 
 from collections.abc import Sequence
 from urllib.parse import quote
