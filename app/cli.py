@@ -16,11 +16,12 @@ import click
 import app
 from app import setup
 from app.clients import CLIENTS
-from app.domain.rights import ORDINARY, SCOPES, Scope
+from app.domain.rights import ORDINARY, SCOPES
 from app.embedded import POSTGRES, EmbeddedError
 from app.errors import ApiError
 from app.settings import DEFAULT_TENANT, Settings, SettingsError, load
 from app.telemetry import log_loop_fault, start_logging
+from app.wire.admin import Scope
 
 T = TypeVar("T")
 
@@ -191,7 +192,7 @@ def _time(seconds: int) -> str:
 
 @keys.command("rotate")
 @click.argument("key_id")
-@click.option("--overlap-s", type=click.FloatRange(0), help="How long the old secret stays valid, in seconds.")
+@click.option("--overlap-s", type=click.FloatRange(0), help="How long earlier secrets stay valid, in seconds.")
 def rotate_key(key_id: str, overlap_s: float | None) -> None:
     """Give a key a new secret and print it, this once."""
     settings = _existing()
@@ -209,7 +210,7 @@ def rotate_key(key_id: str, overlap_s: float | None) -> None:
 
     _run(rotate())
     click.echo(secret)
-    click.echo(f"{key_id} has a new secret; the old one is valid for {overlap_s:g} s.", err=True)
+    click.echo(f"{key_id} has a new secret; earlier ones are valid for {overlap_s:g} s.", err=True)
 
 
 @keys.command("revoke")

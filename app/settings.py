@@ -61,6 +61,9 @@ def parse_allowed(text: str) -> Allowed:
     return Allowed(frozenset(hosts), tuple(networks))
 
 
+KEY_OVERLAP_S_MAX = 31_536_000
+"""A year: so long at most a rotation leaves earlier secrets valid."""
+
 Networks = tuple[IPv4Network | IPv6Network, ...]
 
 
@@ -350,7 +353,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         _about("addresses and networks of proxies whose `X-Forwarded-For` names the client; comma-separated"),
     ] = ""
     key_overlap_s: Annotated[
-        float, _about("how long the old secret of a rotated key stays valid, unless the rotation states it", ge=0)
+        float,
+        _about(
+            "how long earlier secrets of a rotated key stay valid at most, unless the rotation states it",
+            ge=0,
+            le=KEY_OVERLAP_S_MAX,
+        ),
     ] = 86_400.0
     shutdown_grace_s: Annotated[float, _about("how long running requests may finish after SIGTERM", ge=0)] = 10.0
     shutdown_delay_s: Annotated[

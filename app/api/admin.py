@@ -69,7 +69,7 @@ class KeysController(Controller):
     async def rotate(
         self, request: Request[Any, Any, Any], key_id: str, caller: Caller, services: Services
     ) -> Response[bytes]:
-        """A new secret, which only this reply has; the old one stays valid for `overlap_s`."""
+        """A new secret, which only this reply has; those that it had stay valid for at most `overlap_s`."""
         queries.parse(request, queries.Nothing)
         with services.bodies.reading(request) as body:
             asked = decode_request(wire.ROTATE_KEY, await body.read())

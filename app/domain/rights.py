@@ -5,21 +5,17 @@ So each statement that keeps tenants apart keeps users apart, too.
 """
 
 import unicodedata
-from typing import Literal, get_args
+from typing import get_args
 
 from msgspec import Struct
 
 from app.errors import MissingScope, ModelNotAllowed
-
-Scope = Literal["responses.read", "responses.write", "admin"]
+from app.wire.admin import NAME_CHARS_MAX, Scope
 
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 ORDINARY: frozenset[Scope] = frozenset({"responses.read", "responses.write"})
 """The scopes of a key that names none."""
-
-NAME_CHARS_MAX = 256
-"""Of a tenant's, a user's and a key's name."""
 
 _SEPARATOR = "\x1f"
 """Between a tenant and its user; no name contains it."""

@@ -11,11 +11,13 @@ from datetime import UTC, datetime
 from msgspec import Struct
 from sqlalchemy import text
 
-from app.domain.rights import NAME_CHARS_MAX, ORDINARY, Rights, Scope, has_controls, is_name, owner_of
+from app.domain.rights import ORDINARY, Rights, has_controls, is_name, owner_of
 from app.errors import InvalidParameter, KeyNotFound
 from app.ids import new_id, seconds_of
+from app.settings import KEY_OVERLAP_S_MAX
 from app.storage.database import Query, Row, Tx, storable
 from app.storage.pages import Page
+from app.wire.admin import NAME_CHARS_MAX, Scope
 from app.wire.requests import Order
 
 _KEY_PREFIX = "sk-reprise-"
@@ -72,6 +74,10 @@ _ROTATE = Query(
         from old where hash <> :hash  -- by an earlier attempt
     ), dropped as (
         delete from retired_secrets where tenant_id = :tenant_id and key_id = :id and valid_until <= now()
+    ), shortened as (
+        update retired_secrets set valid_until = now() + cast(:overlap_s as float8) * interval '1 second'
+        where tenant_id = :tenant_id and key_id = :id and exists (select from old)
+          and valid_until > now() + cast(:overlap_s as float8) * interval '1 second'
     )
     update keys set hash = :hash where tenant_id = :tenant_id and id = :id and exists (select from old)
     returning id, tenant_id, user_name, name, scopes, models, created_at, expires_at, revoked_at
@@ -202,7 +208,10 @@ async def revoke_key(tx: Tx, tenant: str, key_id: str, *, again: bool = False) -
 
 
 async def rotate_key(tx: Tx, tenant: str, key_id: str, secret: str, *, overlap_s: float) -> Key:
-    """Give a key a new secret; the one that it had stays valid for `overlap_s`. Raises KeyNotFound for a key that is not valid."""
+    """Give a key a new secret; those that it had stay valid for at most `overlap_s`. Raises KeyNotFound for a key that is not
+    valid, InvalidParameter."""
+    if not 0 <= overlap_s <= KEY_OVERLAP_S_MAX:
+        raise InvalidParameter(f"'overlap_s' must be from 0 to {KEY_OVERLAP_S_MAX}.", param="overlap_s")
     return _key(await _one(tx, _ROTATE, tenant, key_id, hash=digest(secret), overlap_s=overlap_s))
 
 
@@ -220,8 +229,11 @@ def new_key(
         raise InvalidParameter(f"Invalid value for 'tenant': {NAME_RULE}.", param="tenant")
     if user and not is_name(user):
         raise InvalidParameter(f"Invalid value for 'user': {NAME_RULE}.", param="user")
-    if has_controls(name):
-        raise InvalidParameter("'name' may not contain control characters.", param="name")
+    if len(name) > NAME_CHARS_MAX or has_controls(name):
+        raise InvalidParameter(
+            f"Invalid value for 'name': expected at most {NAME_CHARS_MAX} characters, none of them control characters.",
+            param="name",
+        )
     if user and "admin" in scopes:
         raise InvalidParameter("A key that is bound to a user can't have the scope 'admin'.", param="user")
     if any(has_controls(one) for one in models or ()):

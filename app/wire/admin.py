@@ -5,11 +5,15 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+NAME_CHARS_MAX = 256
+"""Of a tenant's, a user's and a key's name."""
+
 MODELS_MAX = 100
 MODEL_CHARS_MAX = 512
 LAST_TIME = 253_402_300_799
 """The end of the year 9999, in unix seconds."""
 
+Name = Annotated[str, Meta(max_length=NAME_CHARS_MAX)]
 ModelName = Annotated[str, Meta(min_length=1, max_length=MODEL_CHARS_MAX)]
 Scope = Literal["responses.read", "responses.write", "admin"]
 
@@ -17,17 +21,17 @@ Scope = Literal["responses.read", "responses.write", "admin"]
 class CreateKey(Struct, forbid_unknown_fields=True):
     """`POST /v1/admin/keys`. Without `models` every model is allowed; without `user` the key is bound to none."""
 
-    name: Annotated[str, Meta(max_length=256)] = ""
-    user: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
-    scopes: Annotated[list[Scope], Meta(min_length=1, max_length=16)] | None = None
+    name: Name = ""
+    user: Annotated[Name, Meta(min_length=1)] | None = None
+    scopes: Annotated[list[Scope], Meta(min_length=1)] | None = None
     models: Annotated[list[ModelName], Meta(min_length=1, max_length=MODELS_MAX)] | None = None
     expires_at: Annotated[int, Meta(ge=0, le=LAST_TIME)] | None = None
 
 
 class RotateKey(Struct, forbid_unknown_fields=True):
-    """`POST /v1/admin/keys/{id}/rotate`: how long the old secret stays valid."""
+    """`POST /v1/admin/keys/{id}/rotate`: how long earlier secrets stay valid."""
 
-    overlap_s: Annotated[int, Meta(ge=0, le=31_536_000)] | None = None
+    overlap_s: Annotated[int, Meta(ge=0)] | None = None
 
 
 class ApiKey(Struct, kw_only=True):

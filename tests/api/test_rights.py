@@ -100,6 +100,7 @@ def test_a_key_is_made_and_its_secret_is_shown_once(house):
         ({"expires_at": 1}, "expires_at", "invalid_value"),
         ({"expires_at": "soon"}, "expires_at", "invalid_type"),
         ({"name": "a\u0000"}, "name", "invalid_value"),
+        ({"name": "a" * 257}, "name", "invalid_value"),
         ({"tenant": "other"}, "tenant", "unknown_parameter"),
     ],
 )
@@ -122,7 +123,7 @@ def test_a_revoked_key_is_refused_by_every_replica_soon_and_stays_in_the_list(ho
         assert http.get(f"/admin/keys/{made['id']}").json()["revoked_at"] >= made["created_at"]
 
 
-def test_a_rotated_key_has_a_new_secret_and_the_old_one_is_valid_for_a_while(house):
+def test_a_rotated_key_has_a_new_secret_and_those_that_it_had_are_valid_for_a_while(house):
     made = house.make(models=["m"])
     with house.http() as http:
         second = http.post(f"/admin/keys/{made['id']}/rotate", json={"overlap_s": 1_000}).json()
@@ -136,10 +137,15 @@ def test_a_rotated_key_has_a_new_secret_and_the_old_one_is_valid_for_a_while(hou
         until(lambda: house.statuses(secrets[0]) == [401, 401], timeout_s=CACHE_S + 2)
         assert [house.statuses(secret) for secret in secrets[1:]] == [[200, 200]] * 2
         last = http.post(f"/admin/keys/{made['id']}/rotate", json={"overlap_s": 0}).json()["value"]
-        until(lambda: house.statuses(third["value"]) == [401, 401], timeout_s=CACHE_S + 2)
-        assert [house.statuses(one) for one in (second["value"], last)] == [[200, 200]] * 2
+        until(lambda: [house.statuses(one) for one in secrets[1:]] == [[401, 401]] * 2, timeout_s=CACHE_S + 2)
+        assert house.statuses(last) == [200, 200]
+        for overlap_s in (-1, 31_536_001):
+            refused = http.post(f"/admin/keys/{made['id']}/rotate", json={"overlap_s": overlap_s})
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "overlap_s")
+        http.post(f"/admin/keys/{made['id']}/rotate")
+        assert house.statuses(last) == [200, 200]
         http.delete(f"/admin/keys/{made['id']}")
-    until(lambda: [house.statuses(one) for one in (second["value"], last)] == [[401, 401]] * 2, timeout_s=CACHE_S + 2)
+    until(lambda: house.statuses(last) == [401, 401], timeout_s=CACHE_S + 2)
 
 
 def test_a_key_expires_on_every_replica(house):
@@ -188,8 +194,10 @@ def test_the_command_line_makes_rotates_and_lists_keys(house):
     made = reprise(house.env, "keys", "create", "--tenant=acme", *options)
     id, secret = made.stderr.split()[0], made.stdout.strip()
     assert "for tenant acme, user ada" in made.stderr
+    endless = reprise(house.env, "keys", "rotate", id, "--overlap-s=inf")
+    assert (endless.returncode, endless.stderr) == (1, "reprise: 'overlap_s' must be from 0 to 31536000.\n")
     rotated = reprise(house.env, "keys", "rotate", id, "--overlap-s=0")
-    assert rotated.stderr == f"{id} has a new secret; the old one is valid for 0 s.\n"
+    assert rotated.stderr == f"{id} has a new secret; earlier ones are valid for 0 s.\n"
     assert house.statuses(secret) == [401, 401]
     assert house.statuses(rotated.stdout.strip()) == [200, 200]
     [line] = [line for line in reprise(house.env, "keys", "list").stdout.splitlines() if line.startswith(id)]
