@@ -13,7 +13,6 @@ from app.storage import audit, keys
 from app.storage.audit import Entry
 from app.storage.keys import Key
 from app.wire import admin as wire
-from app.wire.conversations import decode_request
 from app.wire.resources import Deleted, encode
 
 
@@ -27,8 +26,7 @@ class KeysController(Controller):
     async def create(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[bytes]:
         """A new key. Only this reply has its secret."""
         queries.parse(request, queries.Nothing)
-        with services.bodies.reading(request) as body:
-            asked = decode_request(wire.CREATE_KEY, await body.read())
+        asked = await services.bodies.decoded(request, wire.CREATE_KEY)
         key = keys.new_key(
             caller.rights.tenant,
             user=asked.user or "",
@@ -71,8 +69,7 @@ class KeysController(Controller):
     ) -> Response[bytes]:
         """A new secret, which only this reply has; those that it had stay valid for at most `overlap_s`."""
         queries.parse(request, queries.Nothing)
-        with services.bodies.reading(request) as body:
-            asked = decode_request(wire.ROTATE_KEY, await body.read())
+        asked = await services.bodies.decoded(request, wire.ROTATE_KEY)
         overlap_s = services.settings.key_overlap_s if asked.overlap_s is None else asked.overlap_s
         secret, entry = keys.new_secret(), audit.entry(caller.rights, "key.rotated", key_id)
         async for attempt in services.database.settling():

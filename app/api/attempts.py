@@ -13,6 +13,8 @@ from app.settings import Networks, Settings, parse_networks
 
 ADDRESSES_MAX = 10_000
 
+MINUTE_S = 60.0
+
 SITE_BITS = 64
 """The part of an IPv6 address that one client has for itself."""
 
@@ -23,11 +25,11 @@ class FailedAttempts:
     """Remembers failures by the client's address: a leaky bucket for each."""
 
     def __init__(self, settings: Settings, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._interval_s = 60.0 / settings.auth_attempts_per_minute
+        self._interval_s = MINUTE_S / settings.auth_attempts_per_minute
         self._delay_max_s = settings.auth_delay_max_s
         self._proxies = parse_networks(settings.proxies)
         self._clock = clock
-        self._full_until: dict[str, float] = {}
+        self._empty_at: dict[str, float] = {}
         """For each address, when its bucket will be empty."""
 
     def address(self, peer: str | None, headers: Headers) -> str:
@@ -35,14 +37,14 @@ class FailedAttempts:
         named = b",".join(value for name, value in headers if name == b"x-forwarded-for").decode("latin-1")
         return str(client_address(peer, named.split(","), self._proxies) or "unknown")
 
-    def delay_s(self, address: str) -> float:
-        """Count a failure of an address; how long its reply has to wait."""
+    def count(self, address: str) -> float:
+        """Count a failure of an address. Returns how long its reply waits, in seconds."""
         now, bucket = self._clock(), _bucket(address)
-        full_until = max(self._full_until.pop(bucket, 0.0), now) + self._interval_s
-        delay_s = min(max(0.0, full_until - now - 60.0), self._delay_max_s)
-        while len(self._full_until) >= ADDRESSES_MAX:
-            del self._full_until[next(iter(self._full_until))]
-        self._full_until[bucket] = min(full_until, now + 60.0 + self._delay_max_s)
+        empty_at = max(self._empty_at.pop(bucket, 0.0), now) + self._interval_s
+        delay_s = min(max(0.0, empty_at - now - MINUTE_S), self._delay_max_s)
+        while len(self._empty_at) >= ADDRESSES_MAX:
+            del self._empty_at[next(iter(self._empty_at))]
+        self._empty_at[bucket] = min(empty_at, now + MINUTE_S + self._delay_max_s)
         return delay_s
 
 
@@ -60,7 +62,8 @@ def client_address(peer: str | None, forwarded: Iterable[str], proxies: Networks
 
 
 def _parsed(text: str) -> Address | None:
-    """An address, perhaps with a port."""
+    """An address, perhaps with a port; an IPv6 zone is any text, and left out."""
+    text = text.partition("%")[0]
     host = text[1:].partition("]")[0] if text.startswith("[") else text
     if host.count(":") == 1:
         host = host.partition(":")[0]

@@ -17,7 +17,7 @@ CACHED_KEYS_MAX = 10_000
 
 
 class Auth:
-    """Caches keys for REPRISE_KEY_CACHE_S, so that a request costs no query."""
+    """Caches what secrets prove for REPRISE_KEY_CACHE_S, so that a request costs no query."""
 
     def __init__(self, settings: Settings, database: Database) -> None:
         self._database = database
@@ -37,7 +37,7 @@ class Auth:
         if not key:
             raise _missing()
         rights = await self._rights(key)
-        return Caller(rights.owner, None, rights)  # a key of this server goes to no upstream
+        return Caller(None, rights)  # a key of this server goes to no upstream
 
     async def _keys_in_use(self) -> bool:
         until, in_use = self._in_use
@@ -57,7 +57,7 @@ class Auth:
             if not KEY.fullmatch(key):  # it can't be sent in a header
                 raise _incorrect(key)
             tenant = f"caller_{hashlib.sha256(key.encode()).hexdigest()[:32]}"
-        return Caller(tenant, key, Rights(tenant))
+        return Caller(key, Rights(tenant))
 
     async def _rights(self, key: str) -> Rights:
         """Raises AuthenticationFailed."""
@@ -72,9 +72,7 @@ class Auth:
 
     async def _proof(self, digest: bytes) -> Proof | None:
         until, proof = self._known.get(digest, (0.0, None))
-        asked_at = (
-            time.monotonic()
-        )  # a key that is revoked while the answer arrives is not accepted any longer than others
+        asked_at = time.monotonic()  # a key that is revoked while the answer arrives is accepted no longer than others
         if asked_at < until:
             return proof
         async with self._database.autocommit() as tx:

@@ -8,13 +8,17 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Self, TypeVar
 
+import msgspec
 from litestar import Request
 from litestar.exceptions import InternalServerException
 
 from app.api.connected import ClientDisconnected
 from app.errors import ApiError, ServerUnavailable, TooManyRequests
+from app.offload import offload
 from app.settings import Settings
+from app.wire.conversations import decode_request
 
+S = TypeVar("S", bound=msgspec.Struct)
 T = TypeVar("T")
 
 UNCOUNTED_BYTES = 64 * 1024
@@ -34,6 +38,12 @@ class Bodies:
     def reading(self, request: Request[Any, Any, Any]) -> "Body":
         """The body of a request, counted by a context manager until the request is admitted."""
         return Body(self, request)
+
+    async def decoded(self, request: Request[Any, Any, Any], decoder: msgspec.json.Decoder[S]) -> S:
+        """A request's whole body, decoded. Raises as `Body.read` and `decode_request`."""
+        with self.reading(request) as body:
+            raw = await body.read()
+            return await offload(len(raw), decode_request, decoder, raw)
 
     def begin(self, body: "Body") -> None:
         """The body begins to arrive."""

@@ -17,7 +17,7 @@ from app.offload import offload
 from app.runs.admission import Caller
 from app.wire import resources
 from app.wire.chat_requests import ChatRequest, decode_chat
-from app.wire.completions import Chunk, encode_chunk
+from app.wire.completions import Chunk
 from app.wire.events import Entry
 from app.wire.requests import CreateResponse
 from app.wire.resources import ErrorBody, ErrorReply, encode
@@ -47,7 +47,7 @@ class ChatCompletionsController(Controller):
                 keepalive_chunks=services.settings.keepalive_events,
             )
             return EventStream(services.following.follow(run), frames, headers)
-        body = await offload(sum(map(len, map(bytes, made.output))), _completed, made)
+        body = await offload(sum(memoryview(item).nbytes for item in made.output), _completed, made)
         return json_reply(body, services.backlogs, headers, made=made.id, stored=made.store)
 
 
@@ -79,7 +79,7 @@ class ChunkFrames:
     def _frame(self, one: Chunk | ErrorBody) -> bytes:
         if isinstance(one, ErrorBody):
             return b"data: %b\n\n" % encode(ErrorReply(one))
-        body = encode_chunk(one)
+        body = encode(one)
         frame = b"data: %b\n\n" % body
         return padded(frame, len(body)) if self._obfuscate and one.choices else frame
 

@@ -2,11 +2,10 @@
 
 import time
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
-import msgspec
 from litestar import Controller, Request, Response, delete, get, post
-from msgspec import Raw, Struct
+from msgspec import Raw
 
 from app.api import pages, queries
 from app.api.replies import json_reply, small_reply
@@ -23,8 +22,6 @@ from app.storage.conversations import StoredConversation
 from app.wire import conversations as wire
 from app.wire.items import AnyItem, decode_stored_item, encode_items
 from app.wire.resources import Deleted, encode
-
-T = TypeVar("T", bound=Struct)
 
 
 class ConversationsController(Controller):
@@ -72,7 +69,7 @@ class ConversationsController(Controller):
     ) -> Response[bytes]:
         """Replace the metadata."""
         queries.parse(request, queries.Nothing)
-        asked = await _asked(services, request, wire.UPDATE)
+        asked = await services.bodies.decoded(request, wire.UPDATE)
         metadata = encode(asked.metadata or {}).decode()
         async with services.database.autocommit() as tx:
             updated = await conversations.update_conversation(tx, caller.tenant_id, conversation_id, metadata)
@@ -100,7 +97,7 @@ class ConversationsController(Controller):
     ) -> Response[bytes]:
         """A new conversation that shares the items of this one, up to `after`; beyond the hosted API."""
         queries.parse(request, queries.Nothing)
-        asked = await _asked(services, request, wire.FORK)
+        asked = await services.bodies.decoded(request, wire.FORK)
         async with services.database.autocommit() as tx:
             source = await conversations.get_conversation(tx, caller.tenant_id, conversation_id)
         fork = _new(source.metadata if asked.metadata is None else encode(asked.metadata).decode())
@@ -167,12 +164,6 @@ class ConversationsController(Controller):
                     )
                     await audit.write(tx, caller.rights.tenant, entry)
         return small_reply(_shown(left))
-
-
-async def _asked(services: Services, request: Request[Any, Any, Any], decoder: msgspec.json.Decoder[T]) -> T:
-    """A short body. Raises as `decode_request`."""
-    with services.bodies.reading(request) as body:
-        return wire.decode_request(decoder, await body.read())
 
 
 async def _accepted(

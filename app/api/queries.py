@@ -7,6 +7,7 @@ from litestar import Request
 from msgspec import Meta, Struct
 
 from app.errors import InvalidParameter
+from app.wire.admin import Action
 from app.wire.decoding import invalid
 from app.wire.requests import Include, Order
 from app.wire.resources import Status
@@ -83,7 +84,7 @@ class AuditPage(Struct, forbid_unknown_fields=True, frozen=True):
     after: str | None = None
     limit: Limit = 20
     order: Order = "desc"
-    type: str | None = None
+    type: Action | None = None
 
 
 class Included(Struct, forbid_unknown_fields=True, frozen=True):

@@ -12,7 +12,7 @@ from app.api.attempts import FailedAttempts
 from app.api.auth import Auth
 from app.api.bodies import Bodies
 from app.api.connected import while_connected
-from app.domain.rights import Scope, logged
+from app.domain.rights import logged
 from app.domain.sealed import Seal
 from app.errors import AuthenticationFailed
 from app.outbound.catalog import Catalog
@@ -26,6 +26,7 @@ from app.runs.following import Following
 from app.settings import Settings
 from app.storage.backlog import Backlogs
 from app.storage.database import Database
+from app.wire.admin import Scope
 
 log = structlog.get_logger()
 
@@ -70,7 +71,7 @@ async def _slow_down(request: Request[Any, Any, Any], attempts: FailedAttempts, 
     """Log a failed attempt, and let its reply wait where its client has failed often."""
     peer = request.scope["client"]
     address = attempts.address(peer[0] if peer else None, request.scope["headers"])
-    delay_s = attempts.delay_s(address)
+    delay_s = attempts.count(address)
     log.warning(
         "A request was not authenticated.",
         action="authentication_failed",

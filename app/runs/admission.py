@@ -30,11 +30,15 @@ from app.wire.resources import Response
 
 
 class Caller(Struct, frozen=True):
-    """Who asks: the owner of the data, the key that was sent, unless it is one of ours, and what the caller may do."""
+    """Who asks: the key that was sent, unless it is one of ours, and what the caller may do."""
 
-    tenant_id: str
     key: str | None
     rights: Rights
+
+    @property
+    def tenant_id(self) -> str:
+        """The owner of the data."""
+        return self.rights.owner
 
 
 class Enqueued(Struct, frozen=True):

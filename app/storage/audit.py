@@ -1,28 +1,15 @@
 """The audit log: who has done what to which thing, never its content. An entry is written in the transaction of its action."""
 
-from typing import Literal
-
 from msgspec import Struct
 from sqlalchemy import text
 
 from app.domain.rights import Rights
 from app.errors import InvalidParameter
 from app.ids import new_id, seconds_of
-from app.storage.database import Query, Row, Tx, storable
-from app.storage.pages import Page
+from app.storage.database import Query, Row, Tx
+from app.storage.pages import Page, id_range
+from app.wire.admin import Action, Actor
 from app.wire.requests import Order
-
-Actor = Literal["api_key", "command_line", "anonymous"]
-
-Action = Literal[
-    "key.created",
-    "key.rotated",
-    "key.revoked",
-    "response.deleted",
-    "conversation.deleted",
-    "conversation.item.deleted",
-    "file.deleted",
-]
 
 
 class Entry(Struct, frozen=True, kw_only=True):
@@ -60,9 +47,6 @@ def _list(order: Order) -> Query:
 
 _LISTS: dict[Order, Query] = {"asc": _list("asc"), "desc": _list("desc")}
 
-FIRST_ID, LAST_ID = "audit_", "audit_g"
-"""What all ids are between."""
-
 
 def entry(rights: Rights | None, action: Action, target: str) -> Entry:
     """What a caller does to the thing with this id, now; None for the operator on the command line."""
@@ -95,13 +79,13 @@ async def write(tx: Tx, tenant: str, entry: Entry) -> None:
 
 
 async def list_entries(
-    tx: Tx, tenant: str, action: str | None, *, after: str | None, limit: int, order: Order
+    tx: Tx, tenant: str, action: Action | None, *, after: str | None, limit: int, order: Order
 ) -> Page[Entry]:
     """Up to `limit` entries of a tenant after the cursor. Raises InvalidParameter for a cursor that is no entry's id."""
-    if after is not None and (not after.startswith(FIRST_ID) or seconds_of(after) is None or not storable(after)):
+    between = id_range("audit_", after, order)
+    if between is None:
         raise InvalidParameter(f"There is no entry with id '{after}'.", param="after")
-    begin, end = (FIRST_ID, after or LAST_ID) if order == "desc" else (after or FIRST_ID, LAST_ID)
-    rows = await tx.all(_LISTS[order], tenant_id=tenant, action=action, from_id=begin, to_id=end, limit=limit)
+    rows = await tx.all(_LISTS[order], tenant_id=tenant, action=action, limit=limit, **between)
     return Page([_entry(row) for row in rows[:limit]], len(rows) > limit)
 
 

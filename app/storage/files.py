@@ -11,9 +11,8 @@ from sqlalchemy import text
 
 from app.domain.rights import tenant_of
 from app.errors import InvalidParameter, InvalidRequest, ServerUnavailable, StoredFileNotFound
-from app.ids import seconds_of
 from app.storage.database import Database, Query, Row, Tx, storable
-from app.storage.pages import Page
+from app.storage.pages import Page, id_range
 from app.storage.tables import OF_TENANT
 from app.wire.files import Purpose
 from app.wire.requests import Order
@@ -142,9 +141,6 @@ def _list(order: Order) -> Query:
 
 _LISTS: dict[Order, Query] = {"asc": _list("asc"), "desc": _list("desc")}
 
-FIRST_ID, LAST_ID = "file_", "file_g"
-"""What all ids are between."""
-
 
 class Upload:
     """A file that is being uploaded."""
@@ -233,11 +229,11 @@ async def list_files(
     tx: Tx, tenant_id: str, purpose: str | None, *, after: str | None, limit: int, order: Order
 ) -> Page[StoredFile]:
     """Up to `limit` files after the cursor, which may be deleted. Raises InvalidParameter for a cursor that is no file's id."""
-    if after is not None and (not after.startswith(FIRST_ID) or seconds_of(after) is None or not storable(after)):
+    between = id_range("file_", after, order)
+    if between is None:
         raise InvalidParameter(f"No such File object: {after}", param="after")
-    begin, end = (FIRST_ID, after or LAST_ID) if order == "desc" else (after or FIRST_ID, LAST_ID)
     limit = min(limit, PAGE_ROWS_MAX)
-    rows = await tx.all(_LISTS[order], tenant_id=tenant_id, purpose=purpose, from_id=begin, to_id=end, limit=limit)
+    rows = await tx.all(_LISTS[order], tenant_id=tenant_id, purpose=purpose, limit=limit, **between)
     return Page([_stored(row) for row in rows[:limit]], len(rows) > limit)
 
 

@@ -16,7 +16,7 @@ from app.errors import InvalidParameter, KeyNotFound
 from app.ids import new_id, seconds_of
 from app.settings import KEY_OVERLAP_S_MAX
 from app.storage.database import Query, Row, Tx, storable
-from app.storage.pages import Page
+from app.storage.pages import Page, id_range
 from app.wire.admin import NAME_CHARS_MAX, Scope
 from app.wire.requests import Order
 
@@ -97,10 +97,6 @@ def _list(order: Order) -> Query:
 
 _LISTS: dict[Order, Query] = {"asc": _list("asc"), "desc": _list("desc")}
 
-FIRST_ID, LAST_ID = "key_", "key_g"
-"""What all ids are between."""
-
-
 NAME_RULE = f"expected 1 to {NAME_CHARS_MAX} characters, none of them control characters"
 
 
@@ -177,10 +173,10 @@ async def all_keys(tx: Tx) -> list[Key]:
 
 async def list_keys(tx: Tx, tenant: str, *, after: str | None, limit: int, order: Order) -> Page[Key]:
     """Up to `limit` keys of a tenant after the cursor. Raises InvalidParameter for a cursor that is no key's id."""
-    if after is not None and (not after.startswith(FIRST_ID) or seconds_of(after) is None or not storable(after)):
+    between = id_range("key_", after, order)
+    if between is None:
         raise InvalidParameter(f"There is no key with id '{after}'.", param="after")
-    begin, end = (FIRST_ID, after or LAST_ID) if order == "desc" else (after or FIRST_ID, LAST_ID)
-    rows = await tx.all(_LISTS[order], tenant_id=tenant, from_id=begin, to_id=end, limit=limit)
+    rows = await tx.all(_LISTS[order], tenant_id=tenant, limit=limit, **between)
     return Page([_key(row) for row in rows[:limit]], len(rows) > limit)
 
 

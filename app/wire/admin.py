@@ -16,6 +16,16 @@ LAST_TIME = 253_402_300_799
 Name = Annotated[str, Meta(max_length=NAME_CHARS_MAX)]
 ModelName = Annotated[str, Meta(min_length=1, max_length=MODEL_CHARS_MAX)]
 Scope = Literal["responses.read", "responses.write", "admin"]
+Actor = Literal["api_key", "command_line", "anonymous"]
+Action = Literal[
+    "key.created",
+    "key.rotated",
+    "key.revoked",
+    "response.deleted",
+    "conversation.deleted",
+    "conversation.item.deleted",
+    "file.deleted",
+]
 
 
 class CreateKey(Struct, forbid_unknown_fields=True):
@@ -53,7 +63,7 @@ class ApiKey(Struct, kw_only=True):
 class AuditActor(Struct):
     """Who has acted: a key, the operator on the command line, or a caller of a server without keys."""
 
-    type: Literal["api_key", "command_line", "anonymous"]
+    type: Actor
     key_id: str | None
     user: str | None
 
@@ -63,7 +73,7 @@ class AuditEntry(Struct, kw_only=True):
 
     id: str
     object: Literal["audit_log"] = "audit_log"
-    type: str
+    type: Action
     effective_at: int
     actor: AuditActor
     target: str

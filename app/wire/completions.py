@@ -5,7 +5,6 @@
 
 from typing import Any, Literal
 
-import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 from app.wire.chat import CompletionTokensDetails, PromptTokensDetails
@@ -107,7 +106,3 @@ class Completion(Struct, kw_only=True):
     usage: CompletionUsage | None
     metadata: dict[str, str] | UnsetType = UNSET
     response_id: str | UnsetType = UNSET
-
-
-encode_chunk = msgspec.json.Encoder().encode
-"""A chunk → JSON."""

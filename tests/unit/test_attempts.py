@@ -26,25 +26,25 @@ def clock():
 
 def test_the_reply_to_more_failures_than_a_minute_may_have_waits_longer_and_longer_up_to_a_limit(clock):
     failed = FailedAttempts(Settings(auth_attempts_per_minute=4, auth_delay_max_s=40), clock=clock)
-    assert [failed.delay_s("1.2.3.4") for _ in range(8)] == [0, 0, 0, 0, 15, 30, 40, 40]
-    assert failed.delay_s("1.2.3.5") == 0
+    assert [failed.count("1.2.3.4") for _ in range(8)] == [0, 0, 0, 0, 15, 30, 40, 40]
+    assert failed.count("1.2.3.5") == 0
     clock.now += 85
-    assert [failed.delay_s("1.2.3.4") for _ in range(4)] == [0, 0, 0, 15]
+    assert [failed.count("1.2.3.4") for _ in range(4)] == [0, 0, 0, 15]
     clock.now += 1_000
-    assert failed.delay_s("1.2.3.4") == 0
+    assert failed.count("1.2.3.4") == 0
 
 
 def test_addresses_of_one_ipv6_site_are_one_client(clock):
     failed = FailedAttempts(Settings(auth_attempts_per_minute=1, auth_delay_max_s=60), clock=clock)
-    assert [failed.delay_s(one) for one in ("2001:db8::1", "2001:db8::2", "2001:db8:0:1::1")] == [0, 60, 0]
+    assert [failed.count(one) for one in ("2001:db8::1", "2001:db8::2", "2001:db8:0:1::1")] == [0, 60, 0]
 
 
 def test_few_addresses_are_remembered_those_that_failed_last(clock, monkeypatch):
     monkeypatch.setattr(attempts, "ADDRESSES_MAX", 3)
     failed = FailedAttempts(Settings(auth_attempts_per_minute=1, auth_delay_max_s=60), clock=clock)
     for last in (1, 2, 3, 1, 4):
-        failed.delay_s(f"1.1.1.{last}")
-    assert list(failed._full_until) == ["1.1.1.3", "1.1.1.1", "1.1.1.4"]
+        failed.count(f"1.1.1.{last}")
+    assert list(failed._empty_at) == ["1.1.1.3", "1.1.1.1", "1.1.1.4"]
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,7 @@ def test_few_addresses_are_remembered_those_that_failed_last(clock, monkeypatch)
         ("2001:db8::1", "[2001:db8::2]:4711", "2001:db8::2"),
         ("2001:db8::1", "2001:db8::2", "2001:db8::2"),
         ("::ffff:10.0.0.1", "::ffff:5.6.7.8", "5.6.7.8"),
+        ("10.0.0.1", "fe80::1%any text", "fe80::1"),
         (None, "5.6.7.8", "None"),
     ],
 )
