@@ -1,6 +1,7 @@
 """`/v1/chat/completions`: create. Another reader of the runs that `/v1/responses` makes."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -44,6 +45,7 @@ class ChatCompletionsController(Controller):
             frames = ChunkFrames(
                 Chunks(include_usage=chat.include_usage),
                 obfuscate=bool(options and options.include_obfuscation),
+                keepalive_s=services.settings.keepalive_s,
                 keepalive_chunks=services.settings.keepalive_events,
             )
             return EventStream(services.following.follow(run), frames, headers)
@@ -67,14 +69,32 @@ def _completed(made: resources.Response) -> bytes:
 class ChunkFrames:
     """Events as the chunks of a completion."""
 
-    def __init__(self, chunks: Chunks, *, obfuscate: bool, keepalive_chunks: bool) -> None:
-        self._chunks, self._obfuscate, self._keepalive_chunks = chunks, obfuscate, keepalive_chunks
+    def __init__(
+        self,
+        chunks: Chunks,
+        *,
+        obfuscate: bool,
+        keepalive_s: float,
+        keepalive_chunks: bool,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._chunks, self._obfuscate = chunks, obfuscate
+        self._keepalive_s, self._keepalive_chunks = keepalive_s, keepalive_chunks
+        self._clock = clock
+        self._written_at = clock()
         self._is_begun = False
 
     def frames(self, batch: Sequence[Entry]) -> bytes:
-        """The frames of the chunks that a batch makes; none if it makes nothing."""
+        """The frames of the chunks that a batch makes. Events that make none, as those of a call that the server makes, may follow
+        each other for long: then a sign of life."""
         self._is_begun = True
-        return b"".join(self._frame(one) for entry in batch for one in self._chunks.take(entry))
+        frames = b"".join(self._frame(one) for entry in batch for one in self._chunks.take(entry))
+        now = self._clock()
+        if not frames and now - self._written_at >= self._keepalive_s:
+            frames = self.keepalive()
+        if frames:
+            self._written_at = now
+        return frames
 
     def _frame(self, one: Chunk | ErrorBody) -> bytes:
         if isinstance(one, ErrorBody):

@@ -24,6 +24,7 @@ from app.wire.requests import (
     JsonObjectFormat,
     Metadata,
     PromptCacheOptions,
+    SchemaName,
     TextFormat,
     Verbosity,
     check_metadata,
@@ -228,7 +229,7 @@ class WebSearchOptions(Struct, forbid_unknown_fields=True):
 
 
 class JsonSchema(Struct, kw_only=True, forbid_unknown_fields=True):
-    name: Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")]
+    name: SchemaName
     schema: Json = field(default_factory=dict)
     description: str | None = None
     strict: bool | None = None
@@ -254,7 +255,7 @@ class ChatBody(Struct, kw_only=True):
     stream: bool | None = None
     stream_options: ChatStreamOptions | None = None
     store: bool | None = None
-    metadata: Annotated[Metadata, Meta(max_length=16)] | None = None
+    metadata: Metadata | None = None
     n: Annotated[int, Meta(ge=1)] | None = None
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None

@@ -16,27 +16,26 @@ ITEMS_MAX = 20
 T = TypeVar("T", bound=Struct)
 
 Items = Annotated[list[Raw], Meta(max_length=ITEMS_MAX)]
-Entries = Annotated[Metadata, Meta(max_length=16)]
 
 
 class CreateConversation(Struct, forbid_unknown_fields=True):
     """`POST /v1/conversations`."""
 
-    metadata: Entries | None = None
+    metadata: Metadata | None = None
     items: Items | None = None
 
 
 class UpdateConversation(Struct, forbid_unknown_fields=True):
     """`POST /v1/conversations/{id}`."""
 
-    metadata: Entries | None
+    metadata: Metadata | None
 
 
 class ForkConversation(Struct, forbid_unknown_fields=True):
     """`POST /v1/conversations/{id}/fork`, beyond the hosted API; without metadata the fork has that of the source."""
 
     after: str | None = None
-    metadata: Entries | None = None
+    metadata: Metadata | None = None
 
 
 class CreateItems(Struct, forbid_unknown_fields=True):

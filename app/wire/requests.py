@@ -46,7 +46,10 @@ Include = Literal[
     "compaction.summary",
 ]
 Order = Literal["asc", "desc"]
-Metadata = dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]]
+Metadata = Annotated[
+    dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
+]
+SchemaName = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")]
 
 
 class TextFormat(Struct, tag_field="type", tag="text", forbid_unknown_fields=True):
@@ -58,7 +61,7 @@ class JsonObjectFormat(Struct, tag_field="type", tag="json_object", forbid_unkno
 
 
 class JsonSchemaFormat(Struct, tag_field="type", tag="json_schema", kw_only=True, forbid_unknown_fields=True):
-    name: Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")]
+    name: SchemaName
     schema: Json
     description: str | None = None
     strict: bool | None = None
@@ -154,7 +157,7 @@ class Body(PromptParameters, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     include: list[Include] | None = None
-    metadata: Annotated[Metadata, Meta(max_length=16)] | None = None
+    metadata: Metadata | None = None
     context_management: list[ContextManagement] | None = None
     moderation: Raw = NOTHING
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"] | None = None

@@ -5,11 +5,13 @@ from typing import Any
 import msgspec
 import pytest
 
+from app.api.chat import ChunkFrames
+from app.api.sse import KEEPALIVE
 from app.domain.chat_completion import Chunks, completion, error_of
 from app.domain.lifecycle import Outcome, close_response, open_response
 from app.domain.turn import Turn
 from app.errors import UpstreamBusy, UpstreamError
-from app.wire.events import TERMINAL, AnnotationAdded, Created, Event, ItemDone, encode_event
+from app.wire.events import TERMINAL, AnnotationAdded, Created, Event, ItemDone, McpArgumentsDelta, encode_event
 from app.wire.resources import ErrorBody, InputTokensDetails, OutputTokensDetails, Response, Usage
 from tests.unit.build import chunk, counting, function, piece, plain, request, toolbox
 
@@ -205,3 +207,20 @@ def test_why_there_is_no_completion():
     assert failed == ErrorBody("Broken.", "server_error", None, "server_error")
     cancelled = error_of(run([], outcome=Outcome("cancelled"))[1])
     assert cancelled and cancelled.code == "cancelled"
+
+
+@pytest.mark.parametrize(("keepalive_chunks", "sign"), [(False, KEEPALIVE), (True, b'"delta":{}')])
+def test_events_that_make_no_chunks_leave_no_client_in_silence(keepalive_chunks, sign):
+    times = iter([0.0, 1.0, 9.0, 16.0, 17.0, 31.0])
+    frames = ChunkFrames(
+        Chunks(include_usage=False),
+        obfuscate=False,
+        keepalive_s=15,
+        keepalive_chunks=keepalive_chunks,
+        clock=lambda: next(times),
+    )
+    assert b"assistant" in frames.frames([encode_event(run([])[0][0])])
+    passed_over = encode_event(McpArgumentsDelta(item_id="mcp_1", output_index=0, delta="{"))
+    written = [frames.frames([passed_over]) for _ in range(4)]
+    assert [bool(one) for one in written] == [False, True, False, True]
+    assert sign in written[1]
