@@ -106,7 +106,7 @@ class House(Struct):
 @pytest.fixture(scope="module")
 def house(base_env: Mapping[str, str], new_database: Callable[[], str], upstream, tmp_path_factory) -> Iterator[House]:
     catalog = tmp_path_factory.mktemp("rights") / "catalog.toml"
-    routes = f'[{{ upstream = "up", model = "{"scripted"}" }}]'
+    routes = '[{ upstream = "up", model = "scripted" }]'
     catalog.write_text(f"""
         [upstreams.up]
         base_url = "{upstream.base_url}"
