@@ -45,6 +45,7 @@ BETWEEN = "\n\n"
 
 _ERROR_TYPES = {
     "rate_limit_exceeded": "requests",
+    "insufficient_quota": "requests",
     "invalid_prompt": "invalid_request_error",
     "context_length_exceeded": "invalid_request_error",
 }

@@ -34,7 +34,7 @@ def _without_type(tool: dict[str, Any]) -> dict[str, Any]:
 
 BODIES = {name: body for name, case in CASES.items() if (body := _body(case))}
 FAILED = [name for name in BODIES if CASES[name].ends.startswith("failed")]
-REASONS = {"completed": "stop", "incomplete:max_output_tokens": "length", "incomplete:content_filter": "content_filter"}
+REASONS = {"completed": "stop", "incomplete:content_filter": "content_filter"}
 
 
 def _chunks(http: httpx.Client, name: str) -> list[dict[str, Any]]:
@@ -64,7 +64,7 @@ def _choice(response: dict[str, Any], ends: str) -> dict[str, Any]:
     message = {key: "\n\n".join(filter(None, pieces)) or None for key, pieces in texts.items()}
     if not message["reasoning_content"]:
         del message["reasoning_content"]
-    reason = "tool_calls" if calls and ends == "completed" else REASONS[ends]
+    reason = "tool_calls" if calls and ends == "completed" else REASONS.get(ends, "length")
     message = {"role": "assistant", "annotations": [], **message, **({"tool_calls": calls} if calls else {})}
     return {"index": 0, "message": message, "finish_reason": reason}
 
