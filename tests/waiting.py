@@ -11,12 +11,12 @@ import asyncpg
 import redis
 
 from app.storage import journal
-from app.storage.parts import together
+from app.storage.parts import dictionary
 
 T = TypeVar("T")
 
 ARCHIVED = f"""
-select archive.frames, {together("response").replace(":tenant_id", "response.tenant_id")}
+select archive.frames, {dictionary("response").replace(":tenant_id", "response.tenant_id")}
 from event_archive archive join responses response on response.tenant_id = archive.tenant_id and response.id = archive.response_id
 """
 

@@ -11,7 +11,7 @@ from app.errors import Fenced
 from app.offload import offload
 from app.storage.backlog import pages_of, size_of
 from app.storage.database import Database, Query, Tx, storable
-from app.storage.parts import repeated, together
+from app.storage.parts import dictionary, dictionary_of
 from app.storage.tables import IN_FLIGHT
 from app.wire.events import Entry, split_frames
 from app.wire.resources import Response, Usage
@@ -59,7 +59,7 @@ _READ = Query(
     text(f"""
     select response.status, response.background, run.streamed,
            archive.frames as archive, archive.next_number as archive_next,
-           case when archive.frames is not null then {together("response")} end as dictionary,
+           case when archive.frames is not null then {dictionary("response")} end as dictionary,
            journal.frames as journal, journal.next_number as journal_next
     from responses response
     left join lateral ({_page("event_archive")}) archive on true
@@ -101,13 +101,13 @@ def paged(entries: list[Entry]) -> Pages:
 
 def archive(entries: list[Entry], response: Response) -> Pages:
     """Events as the archive keeps them: pages, compressed. What is kept once of their response is not in them."""
-    compressor = zstandard.ZstdCompressor(ARCHIVE_LEVEL, dict_data=_dictionary(b"".join(repeated(response))))
+    compressor = zstandard.ZstdCompressor(ARCHIVE_LEVEL, dict_data=_dictionary(dictionary_of(response)))
     return [(number, compressor.compress(frames)) for number, frames in paged(entries)]
 
 
-def decompress(frames: bytes, dictionary: str | None) -> bytes:
-    """A page of the archive; `dictionary` are the parts of its response."""
-    return zstandard.ZstdDecompressor(dict_data=_dictionary((dictionary or "").encode())).decompress(frames)
+def decompress(frames: bytes, parts: str | None) -> bytes:
+    """A page of the archive, which was compressed with these parts of its response."""
+    return zstandard.ZstdDecompressor(dict_data=_dictionary((parts or "").encode())).decompress(frames)
 
 
 def _dictionary(parts: bytes) -> zstandard.ZstdCompressionDict | None:

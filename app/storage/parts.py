@@ -2,7 +2,8 @@
 
 An agent sends the same tools and instructions with every request, and a client without state the same images. A row whose body has
 such parts keeps the text around them, as a JSON array of strings, and their hashes; what reads the row puts them back (`whole`).
-Postgres' triggers (migration 0015) know which rows use a part, and delete it with the last of them: no statement can forget it.
+Postgres' triggers (migration 0015) keep which rows use a part. What deletes rows frees their parts at its end (`free`), after every
+other lock, and in the order of their hashes: so none waits crosswise for another.
 """
 
 import hashlib
@@ -10,7 +11,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from msgspec import Struct
+from sqlalchemy import text
 
+from app.storage.database import Query, Tx
 from app.storage.tables import HASH_BYTES
 from app.wire.resources import Response, encode
 
@@ -20,12 +23,15 @@ STRING_BYTES_MIN = 64 * 1024
 FIELD_BYTES_MIN = 2 * 1024
 """Of a response's fields, these are. What is smaller costs less in the row than as a part."""
 
+DICTIONARY_PART_BYTES_MAX = 256 * 1024
+"""A larger part is not worth reading with each page of an archive."""
+
 _FIELDS = ("instructions", "text", "tools")
 """Those that requests repeat, in the order in which a response has them."""
 
 KNOWN = """
     select hash from parts where tenant_id = :tenant_id and hash = any(cast(:stored_hashes as bytea[]))
-    for key share  -- one that is being deleted is either gone for us, or waits and then finds its user
+    order by hash for key share  -- one that is being deleted is either gone for us, or waits and then finds its user
 """
 """The parts that are stored already, as `known_part`."""
 
@@ -50,12 +56,18 @@ def whole(row: str) -> str:
     """
 
 
-def together(row: str) -> str:
-    """SQL for the parts of a row, one after another, as text."""
+def size(row: str) -> str:
+    """SQL for the bytes of that body."""
+    return f"coalesce({row}.bytes, octet_length(cast({row}.body as text)))"
+
+
+def dictionary(row: str) -> str:
+    """SQL for the parts of a response that `dictionary_of` gives, one after another, as text."""
     return f"""(
         select string_agg(part.body, '' order by number)
         from generate_series(1, octet_length({row}.part_hashes) / {HASH_BYTES}) number
         cross join lateral ({_part(row, "number")}) part
+        where octet_length(part.body) <= {DICTIONARY_PART_BYTES_MAX}
     )"""
 
 
@@ -67,9 +79,19 @@ def _part(row: str, number: str) -> str:
     """
 
 
-def size(row: str) -> str:
-    """SQL for the bytes of that."""
-    return f"coalesce({row}.bytes, octet_length(cast({row}.body as text)))"
+_FREE = Query(
+    text("""
+    select free_parts(:tenant_id, array(
+        select distinct part.hash from unnest(cast(:part_hashes as bytea[])) one, hashes_of(one) part (hash)
+    ))
+    """)
+)
+
+
+async def free(tx: Tx, tenant_id: str, part_hashes: Sequence[bytes]) -> None:
+    """Delete those parts of deleted rows that no row uses any more. Call it after every other lock of the transaction is taken."""
+    if part_hashes:
+        await tx.one(_FREE, tenant_id=tenant_id, part_hashes=part_hashes)
 
 
 class Body(Struct, frozen=True):
@@ -113,6 +135,11 @@ def repeated(response: Response) -> list[bytes]:
     """The fields of a response that are kept once, as JSON."""
     fields = (encode(getattr(response, name)) for name in _FIELDS)
     return [field for field in fields if len(field) >= FIELD_BYTES_MIN]
+
+
+def dictionary_of(response: Response) -> bytes:
+    """What the archive of its events need not hold again."""
+    return b"".join(part for part in repeated(response) if len(part) <= DICTIONARY_PART_BYTES_MAX)
 
 
 def long_strings(body: bytes) -> list[bytes]:

@@ -134,13 +134,18 @@ async def insert_response(
 
 async def rows_of(response: Response, input_items: Sequence[tuple[str, bytes]]) -> dict[str, Any]:
     """The binds of a response's body, its items, and the parts of these that are kept once."""
-    work = sum(len(body) for _, body in input_items) + sum(memoryview(item).nbytes for item in response.output)
-    return await offload(work, _rows_of, response, input_items)
+    encoded = encode(msgspec.structs.replace(response, output=[]))
+    lengths = [
+        len(encoded),
+        *(len(body) for _, body in input_items),
+        *(memoryview(raw).nbytes for raw in response.output),
+    ]
+    return await offload(sum(lengths), _rows_of, response, encoded, input_items)
 
 
-def _rows_of(response: Response, input_items: Sequence[tuple[str, bytes]]) -> dict[str, Any]:
+def _rows_of(response: Response, encoded: bytes, input_items: Sequence[tuple[str, bytes]]) -> dict[str, Any]:
     parts = SharedParts()
-    body = parts.take(encode(msgspec.structs.replace(response, output=[])), repeated(response))
+    body = parts.take(encoded, repeated(response))
     items = item_rows(input_items, response.output, parts)
     return {"body": body.text, "part_hashes": body.part_hashes, "bytes": body.bytes, **items, **parts.binds}
 

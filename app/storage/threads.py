@@ -2,6 +2,7 @@
 
 from sqlalchemy import text
 
+from app.storage import parts
 from app.storage.database import Query, Tx
 from app.storage.tables import LAST_POSITION, OUTPUT_POSITION
 
@@ -36,7 +37,7 @@ _PURGE = Query(
         delete from items
         where tenant_id = :tenant_id and thread_id = :thread_id
           and (turn, position) > (coalesce((select turn from needed), 0), coalesce((select position from needed), 0))
-        returning id, position
+        returning id, position, part_hashes
     ), approval as (
         delete from approvals
         where tenant_id = :tenant_id and request_id in (select id from item where position >= :output_position)
@@ -46,12 +47,15 @@ _PURGE = Query(
     ), response as (
         delete from responses
         where tenant_id = :tenant_id and thread_id = :thread_id and turn > coalesce((select turn from needed), 0)
+        returning part_hashes
     ), branch as (
         delete from branches
         where tenant_id = :tenant_id and thread_id = :thread_id and not exists (select from needed)
         returning parent_thread_id
     )
-    select parent_thread_id from branch
+    select (select parent_thread_id from branch) as parent_thread_id,
+           array(select part_hashes from item where part_hashes is not null
+                 union select part_hashes from response where part_hashes is not null) as part_hashes
     """).bindparams(output_position=OUTPUT_POSITION, last_position=LAST_POSITION)
 )
 """`needed`: up to which item. Every turn after it is that of a deleted response, or of a conversation that is gone."""
@@ -78,13 +82,16 @@ _FORGET = Query(
         delete from items
         where tenant_id = :tenant_id and thread_id = :thread_id and turn = any(array(select item_turn from forgotten))
           and (turn, position) in (select item_turn, item_position from forgotten)
+        returning part_hashes
     ), approval as (
         delete from approvals
         where tenant_id = :tenant_id and request_id in (select id from forgotten where item_position >= :output_position)
+    ), removal as (
+        delete from removals
+        where tenant_id = :tenant_id and thread_id = :thread_id and turn >= :since and item_thread_id = :thread_id
+          and (turn, item_turn, item_position) in (select turn, item_turn, item_position from forgotten)
     )
-    delete from removals
-    where tenant_id = :tenant_id and thread_id = :thread_id and turn >= :since and item_thread_id = :thread_id
-      and (turn, item_turn, item_position) in (select turn, item_turn, item_position from forgotten)
+    select array(select part_hashes from item where part_hashes is not null) as part_hashes
     """).bindparams(output_position=OUTPUT_POSITION)
 )
 """Items that were removed from a conversation before any response or fork had them, or whose responses and forks are gone."""
@@ -95,16 +102,24 @@ async def purge(tx: Tx, tenant_id: str, thread_id: str | None) -> None:
 
     One purge of a thread waits for another: the later one sees what the earlier has left.
     """
+    part_hashes: list[bytes] = []
     while thread_id is not None:
-        binds = {"tenant_id": tenant_id, "thread_id": thread_id}
-        await tx.one(_LOCK, **binds)
-        await tx.one(_FORGET, since=0, **binds)
-        row = await tx.one(_PURGE, **binds)
-        thread_id = row["parent_thread_id"] if row else None
+        part_hashes += await _forget(tx, tenant_id, thread_id, since=0)
+        row = await tx.one(_PURGE, tenant_id=tenant_id, thread_id=thread_id)
+        assert row
+        part_hashes += row["part_hashes"]
+        thread_id = row["parent_thread_id"]
+    await parts.free(tx, tenant_id, part_hashes)
 
 
 async def forget(tx: Tx, tenant_id: str, thread_id: str, turn: int) -> None:
     """Delete the item that this turn of a conversation removes, unless something has it. Needs a transaction."""
+    await parts.free(tx, tenant_id, await _forget(tx, tenant_id, thread_id, since=turn))
+
+
+async def _forget(tx: Tx, tenant_id: str, thread_id: str, *, since: int) -> list[bytes]:
+    """The parts of what is deleted."""
     binds = {"tenant_id": tenant_id, "thread_id": thread_id}
     await tx.one(_LOCK, **binds)
-    await tx.one(_FORGET, since=turn, **binds)
+    row = await tx.one(_FORGET, since=since, **binds)
+    return list(row["part_hashes"]) if row else []

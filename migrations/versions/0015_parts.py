@@ -59,25 +59,16 @@ end $$
 
 FORGET = """
 create function forget_part_uses() returns trigger language plpgsql as $$
-declare
-    freed record;
 begin
     if tg_table_name = 'items' then
         delete from part_uses used using gone cross join lateral hashes_of(gone.part_hashes) part (hash)
-        where used.tenant_id = gone.tenant_id and used.hash = part.hash
+        where gone.part_hashes is not null and used.tenant_id = gone.tenant_id and used.hash = part.hash
           and used.thread_id = gone.thread_id and used.turn = gone.turn and used.position = gone.position;
     else
         delete from part_uses used using gone cross join lateral hashes_of(gone.part_hashes) part (hash)
-        where used.tenant_id = gone.tenant_id and used.hash = part.hash
+        where gone.part_hashes is not null and used.tenant_id = gone.tenant_id and used.hash = part.hash
           and used.thread_id = gone.thread_id and used.turn = gone.turn and used.position = -1;
     end if;
-    for freed in
-        select tenant_id, array_agg(distinct part.hash) as hashes
-        from gone cross join lateral hashes_of(gone.part_hashes) part (hash)
-        group by tenant_id order by tenant_id
-    loop
-        perform free_parts(freed.tenant_id, freed.hashes);
-    end loop;
     return null;
 end $$
 """

@@ -9,7 +9,7 @@ import pytest
 
 from app.domain.lifecycle import Outcome, close_response, open_response
 from app.errors import PreviousResponseNotFound
-from app.storage import contexts, endings, responses
+from app.storage import contexts, endings, responses, threads
 from app.storage.database import Tx
 from app.storage.pages import BYTES_MAX
 from app.storage.queue import Owner
@@ -174,6 +174,25 @@ async def test_a_part_that_others_store_and_free_meanwhile_is_there(connection, 
     assert (await read(connection, "meanwhile", "resp_1")).instructions == LONG
     await first.close()
     await second.close()
+
+
+async def test_a_branch_and_its_parent_that_are_deleted_at_once_do_not_wait_crosswise(connection, another, waits):
+    """They share instructions, and the purge of the branch continues with the thread of its parent."""
+    root = await end(connection, "crosswise", await insert(connection, "crosswise", "resp_root"))
+    for id in ("resp_tip", "resp_branch"):
+        chain = await contexts.load_chain(Tx(connection), "crosswise", root.id, items_max=9, bytes_max=BYTES_MAX)
+        await end(connection, "crosswise", await insert(connection, "crosswise", id, parent=chain.parent))
+    await delete(connection, "crosswise", root.id)
+    deleting = connection.transaction()
+    await deleting.start()
+    thread_id = await connection.fetchval("select thread_id from responses where tenant_id = 'crosswise' and turn = 1")
+    await Tx(connection).one(threads._LOCK, tenant_id="crosswise", thread_id=thread_id)
+    waiting = asyncio.create_task(delete(another, "crosswise", "resp_branch"))
+    await waits(connection, waiting)
+    await responses.delete_response(Tx(connection), "crosswise", "resp_tip")
+    await deleting.commit()
+    await waiting
+    assert await parts(connection, "crosswise") == (0, 0)
 
 
 async def test_many_that_come_and_go_at_once_keep_what_they_use(url):
