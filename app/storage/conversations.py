@@ -20,7 +20,7 @@ from app.storage.facets import CONVERSATION as FACET
 from app.storage.facets import facets, terms_of
 from app.storage.items import INSERT, item_rows
 from app.storage.pages import Page
-from app.storage.parts import KNOWN, STORE, SharedParts, size, whole
+from app.storage.parts import SharedParts, ctes, size, storing, whole
 from app.wire.requests import Order
 from app.wire.resources import encode
 
@@ -50,7 +50,7 @@ _CREATE = Query(
         values (:tenant_id, :id, :created_at, cast(:metadata as jsonb), :thread_id, :turn, :own_bytes)
         on conflict do nothing  -- by an earlier attempt
         returning thread_id, turn
-    ), known_part as ({KNOWN}), part as ({STORE.format(user="conversation")}), item as ({INSERT.format(place="conversation")})
+    ), {ctes({**storing("conversation"), "item": INSERT.format(place="conversation")})}
     select exists (select from conversation) as created
     """)
 )
@@ -90,8 +90,7 @@ _FIND = Query(
 _APPEND = Query(
     text(f"""
     with place as (select cast(:thread_id as text) as thread_id, cast(:turn as int) as turn),
-         known_part as ({KNOWN}), part as ({STORE.format(user="place")}), item as ({INSERT.format(place="place")}),
-         branch as ({_BRANCH})
+         {ctes({**storing("place"), "item": INSERT.format(place="place"), "branch": _BRANCH})}
     update conversations set thread_id = :thread_id, turn = :turn, context_bytes = context_bytes + cast(:own_bytes as bigint)
     where tenant_id = :tenant_id and id = :id returning 1
     """)

@@ -12,7 +12,7 @@ from app.domain.lifecycle import APPENDED
 from app.storage.database import Query, Tx
 from app.storage.items import INSERT
 from app.storage.journal import Pages
-from app.storage.parts import KNOWN, STORE
+from app.storage.parts import ctes, with_and_without
 from app.storage.responses import rows_of
 from app.storage.tables import IN_FLIGHT
 from app.wire.resources import Response
@@ -24,11 +24,7 @@ _RESPONSE = """
     returning thread_id, turn, context_bytes
 """
 
-_OUTPUT = {
-    "known_part": KNOWN,
-    "part": STORE.format(user="response"),
-    "output": INSERT.format(place="response"),
-}
+_OUTPUT = INSERT.format(place="response")
 
 _CONVERSATION = """
     update conversations conversation
@@ -40,7 +36,7 @@ _CONVERSATION = """
 
 _FOREGROUND = {
     "response": _RESPONSE.format(in_flight=IN_FLIGHT, owned=""),
-    **_OUTPUT,
+    "output": _OUTPUT,
     "conversation": _CONVERSATION,
     "lease": "delete from runs where tenant_id = :tenant_id and response_id = :id",
 }
@@ -53,7 +49,7 @@ _BACKGROUND = {
         returning 1
     """,
     "response": _RESPONSE.format(in_flight=IN_FLIGHT, owned="and exists (select from run)"),
-    **_OUTPUT,
+    "output": _OUTPUT,
     "conversation": _CONVERSATION,
     "archive": """
         insert into event_archive (tenant_id, response_id, first_number, frames)
@@ -67,25 +63,29 @@ _BACKGROUND = {
 """The end of a background run. Its own row stays until the terminal event is sent."""
 
 
-def _with(parts: dict[str, str], result: str) -> Query:
-    return Query(text(f"with {', '.join(f'{name} as ({sql})' for name, sql in parts.items())} {result}"))
+def _foreground(parts: dict[str, str]) -> Query:
+    return Query(text(f"with {ctes({**_FOREGROUND, **parts})} select exists (select from response) as ended"))
 
 
-_END_FOREGROUND = _with(_FOREGROUND, "select exists (select from response) as ended")
-
-_END_BACKGROUND = _with(
-    _BACKGROUND,
-    """
+def _background(parts: dict[str, str]) -> Query:
+    return Query(
+        text(f"""
+    with {ctes({**_BACKGROUND, **parts})}
     select exists (select from run) as ended,
            exists (select from runs where tenant_id = :tenant_id and response_id = :id and lease = :epoch
                                           and state = 'sealed') as known  -- by an earlier attempt
-    """,
-)
+    """)
+    )
+
+
+_END_FOREGROUND = with_and_without(_foreground, "response")
+_END_BACKGROUND = with_and_without(_background, "response")
 
 
 async def end_foreground(tx: Tx, tenant_id: str, response: Response) -> bool:
     """End a foreground response whose row is inserted. False if another process has ended it, or it is deleted."""
-    row = await tx.one(_END_FOREGROUND, tenant_id=tenant_id, **await _binds(response))
+    binds = await _binds(response)
+    row = await tx.one(_END_FOREGROUND[bool(binds["stored_hashes"])], tenant_id=tenant_id, **binds)
     return row is not None and bool(row["ended"])
 
 
@@ -98,10 +98,11 @@ async def end_background(tx: Tx, tenant_id: str, response: Response, epoch: int,
         "pages": [frames for _, frames in archive],
         **await _binds(response),
     }
-    row = await tx.one(_END_BACKGROUND, **binds)
+    query = _END_BACKGROUND[bool(binds["stored_hashes"])]
+    row = await tx.one(query, **binds)
     if row and not (row["ended"] or row["known"]):
         # Perhaps it is, by an attempt of ours whose commit the first look could not see yet.
-        row = await tx.one(_END_BACKGROUND, **binds)
+        row = await tx.one(query, **binds)
     return row is not None and bool(row["ended"] or row["known"])
 
 

@@ -7,7 +7,7 @@ other lock, and in the order of their hashes: so none waits crosswise for anothe
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from msgspec import Struct
@@ -29,20 +29,33 @@ DICTIONARY_PART_BYTES_MAX = 256 * 1024
 _FIELDS = ("instructions", "text", "tools")
 """Those that requests repeat, in the order in which a response has them."""
 
-KNOWN = """
+_KNOWN = """
     select hash from parts where tenant_id = :tenant_id and hash = any(cast(:stored_hashes as bytea[]))
     order by hash for key share  -- one that is being deleted is either gone for us, or waits and then finds its user
 """
-"""The parts that are stored already, as `known_part`."""
 
-STORE = """
+_NEW = """
     insert into parts (tenant_id, hash, body)
     select :tenant_id, new.hash, new.body
     from unnest(cast(:stored_hashes as bytea[]), cast(:stored_bodies as text[])) as new (hash, body)
     where new.hash not in (select hash from known_part) and exists (select from {user})
     on conflict (tenant_id, hash) do update set body = excluded.body where false  -- which locks what others have stored meanwhile
 """
-"""Stores the others, if there is a `user`: the row that is stored by the same statement."""
+
+
+def storing(user: str) -> dict[str, str]:
+    """The SQL, by name, of what a statement needs to store parts, if there is a `user`: the row that it stores with them."""
+    return {"known_part": _KNOWN, "part": _NEW.format(user=user)}
+
+
+def with_and_without(statement: Callable[[dict[str, str]], Query], user: str) -> dict[bool, Query]:
+    """A statement for rows that have parts (True), and the same for those that have none, which is by a quarter faster."""
+    return {has_parts: statement(storing(user) if has_parts else {}) for has_parts in (False, True)}
+
+
+def ctes(named: dict[str, str]) -> str:
+    """SQL of a `with` clause."""
+    return ", ".join(f"{name} as ({sql})" for name, sql in named.items())
 
 
 def whole(row: str) -> str:
@@ -126,7 +139,7 @@ class SharedParts:
 
     @property
     def binds(self) -> dict[str, Any]:
-        """Those of KNOWN and STORE, in the order in which every statement locks them."""
+        """Those of `storing`, in the order in which every statement locks them."""
         hashes = sorted(self._bodies)
         return {"stored_hashes": hashes, "stored_bodies": [self._bodies[hash].decode() for hash in hashes]}
 

@@ -26,7 +26,7 @@ from app.storage.database import Query, Row, Tx, storable
 from app.storage.facets import STATUSES, facets, terms_of
 from app.storage.items import INSERT, item_rows
 from app.storage.pages import BYTES_MAX, SHOWN, Page
-from app.storage.parts import KNOWN, STORE, SharedParts, repeated, size, whole
+from app.storage.parts import SharedParts, ctes, repeated, size, whole, with_and_without
 from app.storage.queue import Owner, Queued
 from app.storage.tables import IN_FLIGHT, OUTPUT_POSITION
 from app.wire.decoding import decode_stored
@@ -44,8 +44,10 @@ class Stored(Struct, frozen=True):
 
 # -- Writing ----------------------------------------------------------------------------------------------------------------
 
-_INSERT = Query(
-    text(f"""
+
+def _insert(parts: dict[str, str]) -> Query:
+    return Query(
+        text(f"""
     with parent as (
         select 1 from responses
         where tenant_id = :tenant_id and id = :previous_response_id and deleted_at is null
@@ -65,7 +67,7 @@ _INSERT = Query(
           and (cast(:conversation_id as text) is null or exists (select from conversation))
         on conflict do nothing
         returning thread_id, turn
-    ), known_part as ({KNOWN}), part as ({STORE.format(user="response")}), item as ({INSERT.format(place="response")}), branch as (
+    ), {ctes({**parts, "item": INSERT.format(place="response")})}, branch as (
         insert into branches (tenant_id, thread_id, parent_thread_id, parent_turn)
         select :tenant_id, :thread_id, :parent_thread_id, :parent_turn
         where cast(:parent_thread_id as text) is not null and exists (select from response)
@@ -83,7 +85,10 @@ _INSERT = Query(
     select exists (select from response) as inserted,
            exists (select from responses where tenant_id = :tenant_id and id = :id) as known  -- by an earlier attempt
     """)
-)
+    )
+
+
+_INSERT = with_and_without(_insert, "response")
 
 
 async def insert_response(
@@ -168,7 +173,7 @@ def _run(run: Owner | Queued | None) -> dict[str, Any]:
 
 async def _insert_at(tx: Tx, place: Place, parent: Place | None, binds: dict[str, Any]) -> bool:
     row = await tx.one(
-        _INSERT,
+        _INSERT[bool(binds["stored_hashes"])],
         thread_id=place.thread_id,
         turn=place.turn,
         parent_thread_id=parent.thread_id if parent else None,

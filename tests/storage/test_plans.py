@@ -131,9 +131,12 @@ async def test_a_response_costs_its_own_output(filled):
 
 
 BY_ID = {
-    "insert": responses._INSERT,
-    "finish": endings._END_FOREGROUND,
-    "seal": endings._END_BACKGROUND,
+    "insert": responses._INSERT[False],
+    "insert with parts": responses._INSERT[True],
+    "finish": endings._END_FOREGROUND[False],
+    "finish with parts": endings._END_FOREGROUND[True],
+    "seal": endings._END_BACKGROUND[False],
+    "seal with parts": endings._END_BACKGROUND[True],
     "begin": responses._BEGIN,
     "chain": contexts._CHAIN,
     "get": responses._GET,
