@@ -5,7 +5,7 @@ from typing import Any
 from litestar import Controller, Request, Response, delete, get, post
 
 from app.api import pages, queries
-from app.api.replies import json_reply, small_reply
+from app.api.replies import small_reply
 from app.api.services import Services
 from app.domain.rights import ORDINARY
 from app.runs.admission import Caller
@@ -13,7 +13,7 @@ from app.storage import audit, keys
 from app.storage.audit import Entry
 from app.storage.keys import Key
 from app.wire import admin as wire
-from app.wire.resources import Deleted, encode
+from app.wire.resources import Deleted
 
 
 class KeysController(Controller):
@@ -47,12 +47,7 @@ class KeysController(Controller):
     async def list(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[Any]:
         """Keys by creation, also revoked and expired ones."""
         query = queries.parse(request, queries.KeyPage)
-        async with services.database.autocommit() as tx:
-            page = await keys.list_keys(
-                tx, caller.rights.tenant, after=query.after, limit=query.limit, order=query.order
-            )
-        rows = [(key.id, encode(_shown(key))) for key in page.rows]
-        return json_reply(pages.encoded(rows, has_more=page.has_more), services.backlogs)
+        return await pages.resources(services, query, keys.list_keys, caller.rights.tenant, show=_shown)
 
     @get("/{key_id:str}")
     async def retrieve(
@@ -104,12 +99,9 @@ class AuditController(Controller):
     async def list(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[Any]:
         """What was done, by time."""
         query = queries.parse(request, queries.AuditPage)
-        async with services.database.autocommit() as tx:
-            page = await audit.list_entries(
-                tx, caller.rights.tenant, query.type, after=query.after, limit=query.limit, order=query.order
-            )
-        rows = [(entry.id, encode(_listed(entry))) for entry in page.rows]
-        return json_reply(pages.encoded(rows, has_more=page.has_more), services.backlogs)
+        return await pages.resources(
+            services, query, audit.list_entries, caller.rights.tenant, query.type, show=_listed
+        )
 
 
 def _shown(key: Key) -> wire.ApiKey:

@@ -48,11 +48,8 @@ class ConversationsController(Controller):
     async def list(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[Any]:
         """Conversations by creation; beyond the hosted API."""
         query = queries.parse(request, queries.ConversationPage)
-        async with services.database.autocommit() as tx:
-            page = await conversations.list_conversations(
-                tx, caller.tenant_id, query.metadata, after=query.after, limit=query.limit, order=query.order
-            )
-        return pages.reply(services, [_shown(row) for row in page.rows], has_more=page.has_more)
+        list_rows = conversations.list_conversations
+        return await pages.resources(services, query, list_rows, caller.tenant_id, query.metadata, show=_shown)
 
     @get("/{conversation_id:str}")
     async def retrieve(

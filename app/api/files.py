@@ -43,11 +43,7 @@ class FilesController(Controller):
     async def list(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[Any]:
         """Files by creation."""
         query = queries.parse(request, queries.FilePage)
-        async with services.database.autocommit() as tx:
-            page = await files.list_files(
-                tx, caller.tenant_id, query.purpose, after=query.after, limit=query.limit, order=query.order
-            )
-        return pages.reply(services, [_shown(row) for row in page.rows], has_more=page.has_more)
+        return await pages.resources(services, query, files.list_files, caller.tenant_id, query.purpose, show=_shown)
 
     @get("/{file_id:str}")
     async def retrieve(

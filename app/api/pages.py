@@ -16,7 +16,7 @@ from app.rooms import Room
 from app.storage.contexts import ItemPage, StoredItem
 from app.storage.database import Tx
 from app.storage.pages import Page
-from app.wire import resources
+from app.wire import resources as wire
 from app.wire.items import OpaqueItem, decode_stored_item, encode_item
 from app.wire.redaction import Redaction
 from app.wire.requests import Order
@@ -33,6 +33,22 @@ class Identified(Protocol):
     @property
     def id(self) -> str:
         """Its id."""
+
+
+class Query(Protocol):
+    """The page that a client asks for."""
+
+    @property
+    def after(self) -> str | None:
+        """The id of the last row of the page before."""
+
+    @property
+    def limit(self) -> int:
+        """Rows on the page, at most."""
+
+    @property
+    def order(self) -> Order:
+        """By creation."""
 
 
 ListItems = Callable[[Tx, str, str, ItemPage, int], Awaitable[tuple[int, Page[StoredItem] | None]]]
@@ -85,7 +101,7 @@ def shown(body: bytes, include: Collection[str]) -> bytes:
 def encoded(rows: Sequence[tuple[str, bytes]], *, has_more: bool) -> bytes:
     """A page of rows (id, JSON) as JSON."""
     return encode(
-        resources.Page(
+        wire.Page(
             data=[msgspec.Raw(body) for _, body in rows],
             first_id=rows[0][0] if rows else None,
             last_id=rows[-1][0] if rows else None,
@@ -94,9 +110,18 @@ def encoded(rows: Sequence[tuple[str, bytes]], *, has_more: bool) -> bytes:
     )
 
 
-def reply(services: Services, rows: Sequence[Identified], *, has_more: bool) -> Response[Any]:
-    """A reply with a page of resources."""
-    return json_reply(encoded([(row.id, encode(row)) for row in rows], has_more=has_more), services.backlogs)
+async def resources(
+    services: Services,
+    query: Query,
+    list_rows: Callable[..., Awaitable[Page[T]]],
+    *of: object,
+    show: Callable[[T], Identified],
+) -> Response[Any]:
+    """A reply with a page of rows `of` a tenant, as `show` makes them. Raises InvalidParameter for the cursor."""
+    async with services.database.autocommit() as tx:
+        page = await list_rows(tx, *of, after=query.after, limit=query.limit, order=query.order)
+    made = [show(row) for row in page.rows]
+    return json_reply(encoded([(one.id, encode(one)) for one in made], has_more=page.has_more), services.backlogs)
 
 
 def _listed(body: bytes) -> bytes:
