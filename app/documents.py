@@ -11,6 +11,7 @@ import os
 import re
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator
 from datetime import date, datetime, timedelta
 from posixpath import dirname, join, normpath
@@ -36,8 +37,9 @@ class Limits(TypedDict):
 
 
 class Outcome(TypedDict, total=False):
-    """Either `fault`, a predicate for the file's name, or the other keys."""
+    """Either `fault`, a predicate for the file's name, or the other keys, and the CPU seconds that this process took."""
 
+    cpu_s: float
     fault: str
     kind: str
     pages: int
@@ -60,6 +62,7 @@ def main() -> None:
         outcome, text = {"fault": "takes too much memory to be read"}, b""
     except Exception:  # noqa: BLE001 the libraries raise whatever a damaged file leads to
         outcome, text = {"fault": "is damaged"}, b""
+    outcome["cpu_s"] = time.process_time()
     sys.stdout.buffer.write(json.dumps(outcome).encode() + b"\n" + text)
 
 

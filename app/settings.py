@@ -151,7 +151,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     context_bytes_max: Annotated[
         int, _about("items of a chain and its new input together, as JSON; longer: 400", ge=1024)
     ] = 128 * 1024 * 1024
-    context_files_max: Annotated[int, _about("files that one context refers to by `file_id`; more: 400", ge=1)] = 500
+    context_files_max: Annotated[int, _about("files that one context refers to; more: 400", ge=1)] = 500
+    file_fetches_max: Annotated[
+        int,
+        _about(
+            "files of one context that are fetched; more in a request: 400; of earlier items the newest are fetched",
+            ge=1,
+        ),
+    ] = 32
     file_fetch_bytes_max: Annotated[
         int, _about("files that one context refers to by their addresses, together; larger: 400", ge=1024)
     ] = 32 * 1024 * 1024
@@ -161,13 +168,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     file_text_bytes_max: Annotated[
         int, _about("text that is extracted from the files of one context, together; longer: 400", ge=1024)
     ] = 4 * 1024 * 1024
-    file_text_cpu_s: Annotated[float, _about("CPU time for the extraction of a file's text; longer: 400", gt=0)] = 20.0
+    file_text_cpu_s: Annotated[
+        float, _about("CPU time for extracting texts from the files of one context, together; longer: 400", gt=0)
+    ] = 20.0
     file_text_memory_bytes_max: Annotated[
         int, _about("memory of a process that extracts the text of a file; more: 400", ge=1024)
     ] = 512 * 1024 * 1024
     file_programs_max: Annotated[
         int,
-        _about("child processes of one process that extract texts; more files wait for REPRISE_CONTEXT_WAIT_S", ge=1),
+        _about(
+            "child processes of one process that extract texts, for one tenant all but one at most; more files wait for "
+            "REPRISE_CONTEXT_WAIT_S",
+            ge=1,
+        ),
     ] = 2
     file_texts_cached_bytes_max: Annotated[int, _about("extracted texts that one process remembers", ge=0)] = (
         64 * 1024 * 1024

@@ -7,6 +7,7 @@ what an upstream is sent.
 import base64
 import binascii
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
@@ -17,9 +18,9 @@ from msgspec.structs import replace
 
 from app.domain.compaction import open_compacted
 from app.domain.context import Context
-from app.domain.dialect import Dialect
+from app.domain.dialect import Dialect, Lack
 from app.domain.sealed import Unseal
-from app.errors import InvalidRequest, UnsupportedParameter
+from app.errors import InvalidParameter, InvalidRequest, UnsupportedParameter
 from app.wire.items import (
     AnyItem,
     Audio,
@@ -63,6 +64,8 @@ _MAGIC = {
 _RIFF = {b"WEBP": "image/webp", b"WAVE": "audio/wav"}
 
 UNKNOWN_TYPE = "application/octet-stream"
+_TYPE = re.compile("[a-z0-9][a-z0-9!#$&^_.+-]{0,126}/[a-z0-9][a-z0-9!#$&^_.+-]{0,126}")
+"""As RFC 6838 has them."""
 
 _HEAD_CHARS = 32
 """Of base64: enough to know a type."""
@@ -151,13 +154,13 @@ class Needs(Struct, frozen=True):
 
 
 def media_type(content: bytes, default: str | None) -> str:
-    """The type of a content by how it begins, else the default."""
+    """The type of a content by how it begins, else the default, if it is a type in small letters."""
     if content.startswith(b"RIFF") and (found := _RIFF.get(content[8:12])):
         return found
     if content[:1] == b"\xff" and len(content) > 1 and content[1] & 0xE6 == 0xE2:  # a frame of MPEG layer 3
         return "audio/mpeg"
     known = (type_ for magic, type_ in _MAGIC.items() if content.startswith(magic))
-    return next(known, default or UNKNOWN_TYPE)
+    return next(known, default if default and _TYPE.fullmatch(default) else UNKNOWN_TYPE)
 
 
 def is_document(type_: str) -> bool:
@@ -206,6 +209,8 @@ def wanted(found: Sequence[Place], needs: Needs) -> dict[str, Wanted]:
         if not key or not _is_needed(place.part, source, key, needs):
             continue
         known = made.get(key)
+        if known and place.is_new and not known.place.is_new:
+            del made[key]  # from now on it is one of the request's own, in their order
         first = known.place if known and (known.place.is_new or not place.is_new) else place
         made[key] = Wanted(source, first, isinstance(place.part, InputFile) or bool(known and known.is_file))
     return made
@@ -218,6 +223,19 @@ def _is_needed(part: Media, source: Source, key: str, needs: Needs) -> bool:
         case InputFile() if source == "data":
             return needs.texts and is_document(_given_type(key))
     return source != "data"
+
+
+def unfetched(wanted: Mapping[str, Wanted], fetches_max: int) -> frozenset[str]:
+    """Addresses of earlier items that are too many to be fetched: the oldest ones. Raises InvalidParameter if the request itself has
+    too many."""
+    own = [one.place for one in wanted.values() if one.source == "url" and one.place.is_new]
+    earlier = [key for key, one in wanted.items() if one.source == "url" and not one.place.is_new]
+    if len(own) > fetches_max:
+        raise InvalidParameter(
+            f"The request has {len(own)} files that have to be fetched; more than {fetches_max} are not possible.",
+            param=own[fetches_max].param,
+        )
+    return frozenset(earlier[: max(0, len(own) + len(earlier) - fetches_max)])
 
 
 def check(found: Sequence[Place], files: Files, dialect: Dialect) -> None:
@@ -302,7 +320,8 @@ def _key_of(part: Media) -> str:
 
 # -- What an upstream gets --------------------------------------------------------------------------------------------------
 
-Form = Literal["note", "image", "image_url", "file", "text", "audio"]
+Form = Literal["note", "given", "image", "file", "text", "audio"]
+"""What stands for a part; `given` is the part itself."""
 
 
 def filled(item: Any, files: Files, dialect: Dialect) -> Any:
@@ -356,46 +375,29 @@ def _form(part: Media, files: Files, dialect: Dialect) -> tuple[Form, FileData]:
         return "note", NO_DATA
     match part:
         case InputImage():
-            return _image_form(source, file, dialect)
+            is_sent = source == "url" and "image_urls" not in dialect.lacks
+            return _form_as(_IMAGE, None if is_sent else file, dialect)
         case InputAudio():
-            return _audio_form(file, dialect)
+            return _form_as(_SOUND, file, dialect)
     file = _with_name(part, key, file) if file or source != "data" else _own(part, key)
     if file.media_type in IMAGE_TYPES:
-        return _image_form("id", file, dialect)
+        return _form_as(_IMAGE, file, dialect)
     if file.media_type in AUDIO_FORMATS:
-        return _audio_form(file, dialect)
+        return _form_as(_SOUND, file, dialect)
     if dialect.files == "none":
         raise UnsupportedParameter("Files are not supported with this model.", param="input")
     is_text = file.text is not None and (dialect.files == "text" or not (file.base64 or part.file_data))
     return ("text" if is_text else "file"), file
 
 
-def _image_form(source: Source, file: FileData | None, dialect: Dialect) -> tuple[Form, FileData]:
-    if "images" in dialect.lacks:
-        raise UnsupportedParameter("Images are not supported with this model.", param="input")
-    if file is None or (source == "url" and "image_urls" not in dialect.lacks):
-        return "image_url", NO_DATA
-    if file.media_type not in IMAGE_TYPES:
-        raise InvalidRequest(
-            f"File '{file.filename}' is no image that models see: those are PNG, JPEG, GIF and WebP.",
-            param="input",
-            code="unsupported_image_media_type",
-        )
-    return "image", file
-
-
-def _audio_form(file: FileData | None, dialect: Dialect) -> tuple[Form, FileData]:
-    if "audio" in dialect.lacks:
-        raise UnsupportedParameter("Audio is not supported with this model.", param="input")
+def _form_as(medium: "_Medium", file: FileData | None, dialect: Dialect) -> tuple[Form, FileData]:
+    if medium.lack in dialect.lacks:
+        raise UnsupportedParameter(f"{medium.name} not supported with this model.", param="input")
     if file is None:
-        return "file", NO_DATA
-    if file.media_type not in AUDIO_FORMATS:
-        raise InvalidRequest(
-            f"File '{file.filename}' is no audio that models hear: that is WAV, MP3, FLAC, Ogg, M4A and WebM.",
-            param="input",
-            code="unsupported_audio_media_type",
-        )
-    return "audio", file
+        return "given", NO_DATA
+    if file.media_type not in medium.types:
+        raise InvalidRequest(f"File '{file.filename}' is {medium.otherwise}.", param="input", code=medium.code)
+    return medium.form, file
 
 
 def _with_name(part: InputFile, key: str, file: FileData | None) -> FileData:
@@ -411,6 +413,38 @@ def _own(part: InputFile, file_data: str) -> FileData:
 
 
 NO_DATA = FileData("", UNKNOWN_TYPE)
+
+
+class _Medium(Struct, frozen=True):
+    """What models see or hear."""
+
+    form: Form
+    types: Collection[str]
+    lack: Lack
+    """Of a dialect that does not take it."""
+    name: str
+    """With its verb."""
+    otherwise: str
+    """What a file of another type is."""
+    code: str
+
+
+_IMAGE = _Medium(
+    form="image",
+    types=IMAGE_TYPES,
+    lack="images",
+    name="Images are",
+    otherwise="no image that models see: those are PNG, JPEG, GIF and WebP",
+    code="unsupported_image_media_type",
+)
+_SOUND = _Medium(
+    form="audio",
+    types=AUDIO_FORMATS,
+    lack="audio",
+    name="Audio is",
+    otherwise="no audio that models hear: that is WAV, MP3, FLAC, Ogg, M4A and WebM",
+    code="unsupported_audio_media_type",
+)
 
 _NOTHING: Mapping[type, str] = {
     InputImage: "An image needs an 'image_url' or a 'file_id'.",

@@ -17,6 +17,15 @@ class NotFetched(Exception):
     """A file can't be fetched; the message has the reason, and the host at most."""
 
 
+class Allowance(Struct):
+    """What the fetches for one context may still take together."""
+
+    bytes: int
+    seconds: float
+    too_large: str
+    """The reason for NotFetched if a file has more bytes."""
+
+
 class Download(Struct, frozen=True):
     """What was fetched; `media_type` is the server's word."""
 
@@ -25,21 +34,23 @@ class Download(Struct, frozen=True):
     filename: str
 
 
-async def fetch(guard: Guard, tenant: str, url: str, *, bytes_max: int, timeout_s: float) -> Download:
-    """The file at an address. Raises NotFetched."""
-    if timeout_s <= 0:
+async def fetch(guard: Guard, tenant: str, url: str, allowance: Allowance) -> Download:
+    """The file at an address; what it takes is taken from the allowance. Raises NotFetched."""
+    if allowance.seconds <= 0:
         raise NotFetched(TOO_LATE)
+    time = asyncio.get_running_loop().time
+    began = time()
     try:
         async with (
-            asyncio.timeout(timeout_s),
+            asyncio.timeout(allowance.seconds),
             httpx2.AsyncClient(
                 transport=guard.transport(tenant),
                 headers={"Accept": "*/*", "Accept-Encoding": "identity"},
-                timeout=timeout_s,
+                timeout=allowance.seconds,
                 trust_env=False,
             ) as client,
         ):
-            return await _follow(client, url, bytes_max)
+            return await _follow(client, url, allowance)
     except OutboundRefused as error:
         raise NotFetched(str(error)) from None
     except (TimeoutError, httpx2.TimeoutException):
@@ -48,36 +59,39 @@ async def fetch(guard: Guard, tenant: str, url: str, *, bytes_max: int, timeout_
         raise NotFetched("It is no http:// or https:// URL.") from None
     except httpx2.HTTPError:
         raise NotFetched("The connection failed.") from None
+    finally:
+        allowance.seconds -= time() - began
 
 
-async def _follow(client: httpx2.AsyncClient, url: str, bytes_max: int) -> Download:
+async def _follow(client: httpx2.AsyncClient, url: str, allowance: Allowance) -> Download:
     """The file at the end of the redirects. Their bodies, which the client would read whole and decompress, are not read."""
     request = client.build_request("GET", url)
     for _ in range(1 + REDIRECTS_MAX):
         response = await client.send(request, stream=True)
         try:
             if response.next_request is None:
-                return await _read(response, bytes_max)
+                return await _read(response, allowance)
         finally:
             await response.aclose()
         request = response.next_request
     raise NotFetched(f"There are more than {REDIRECTS_MAX} redirects.")
 
 
-async def _read(response: httpx2.Response, bytes_max: int) -> Download:
+async def _read(response: httpx2.Response, allowance: Allowance) -> Download:
     if response.status_code != 200:
         raise NotFetched(f"The server answered with status {response.status_code}.")
     if response.headers.get("content-encoding", "identity").lower() != "identity":
         raise NotFetched("The server's answer is compressed, which was not asked for.")
     length = response.headers.get("content-length", "")
-    if length.isdecimal() and int(length[:20]) > bytes_max:
-        raise NotFetched(f"The file has more than {bytes_max} bytes.")
+    if length.isdecimal() and int(length[:20]) > allowance.bytes:
+        raise NotFetched(allowance.too_large)
     content = bytearray()
     async for chunk in response.aiter_raw():
         content += chunk
-        if len(content) > bytes_max:
-            raise NotFetched(f"The file has more than {bytes_max} bytes.")
+        if len(content) > allowance.bytes:
+            raise NotFetched(allowance.too_large)
     if not content:
         raise NotFetched("The file is empty.")
+    allowance.bytes -= len(content)
     name = unquote(response.url.path).rpartition("/")[2][:FILENAME_CHARS_MAX]
     return Download(bytes(content), response.headers.get("content-type", "").partition(";")[0].strip().lower(), name)

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections import OrderedDict
 from collections.abc import AsyncIterator
+from weakref import WeakValueDictionary
 
 import structlog
 from msgspec import Struct
@@ -41,9 +42,20 @@ class Unreadable(Exception):
     """A file has no text that can be read; the message is a predicate for its name."""
 
 
+class OutOfTime(Unreadable):
+    """Files before this one have taken the time that it needs."""
+
+
+class CpuTime(Struct):
+    """What children may still take for the files of one context, in seconds."""
+
+    left: float
+
+
 class _Outcome(Struct):
     """What a child has made of a file; without `kind` it is a fault."""
 
+    cpu_s: float
     fault: str = ""
     kind: str = ""
     pages: int = 0
@@ -56,6 +68,8 @@ class Extraction:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._places = asyncio.Semaphore(settings.file_programs_max)
+        self._own_places: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        """Of tenants: all places but one, so that others come to their turn."""
         self._known: OrderedDict[Key, FileText | str] = OrderedDict()
         """Texts and faults, the most recently used one last."""
         self._bytes = 0
@@ -70,22 +84,25 @@ class Extraction:
             raise Unreadable(found)
         return found
 
-    async def text(self, key: Key, content: bytes, *, wait_s: float | None) -> FileText:
-        """The text of a file. Raises Unreadable; TooManyRequests if no child is free in time, unless `wait_s` is None."""
+    async def text(self, key: Key, content: bytes, time: CpuTime, *, wait_s: float | None) -> FileText:
+        """The text of a file. Raises Unreadable; TooManyRequests if no child is free in time, unless `wait_s` is None, or if the child
+        gets no time from this machine."""
         if found := self.known(key):
             return found
         try:
-            found = await self._read(content, wait_s)
+            found = await self._read(key[0], content, time, wait_s)
+        except OutOfTime:
+            raise
         except Unreadable as error:
             self._remember(key, str(error))
             raise
         self._remember(key, found)
         return found
 
-    async def _read(self, content: bytes, wait_s: float | None) -> FileText:
+    async def _read(self, tenant_id: str, content: bytes, time: CpuTime, wait_s: float | None) -> FileText:
         if content.startswith((PDF, ARCHIVE)):
-            async with self._place(wait_s):
-                return await self._ask_child(content)
+            async with self._place(tenant_id, wait_s):
+                return await self._ask_child(content, time)
         try:
             text = await offload(len(content), decoded, content)
         except UnreadableFile:
@@ -95,23 +112,31 @@ class Extraction:
         return FileText("plain text", text)
 
     @contextlib.asynccontextmanager
-    async def _place(self, wait_s: float | None) -> AsyncIterator[None]:
-        try:
-            async with asyncio.timeout(wait_s):
-                await self._places.acquire()
-        except TimeoutError:
-            raise TooManyRequests(
-                "Too many files are being read; please try again.", headers={"Retry-After": "5"}
-            ) from None
-        try:
+    async def _place(self, tenant_id: str, wait_s: float | None) -> AsyncIterator[None]:
+        most = max(1, self._settings.file_programs_max - 1)
+        own = self._own_places.setdefault(tenant_id, asyncio.Semaphore(most))
+        async with contextlib.AsyncExitStack() as places:
+            try:
+                async with asyncio.timeout(wait_s):
+                    await places.enter_async_context(own)
+                    await places.enter_async_context(self._places)
+            except TimeoutError:
+                raise TooManyRequests(
+                    "Too many files are being read; please try again.", headers={"Retry-After": "5"}
+                ) from None
             yield
-        finally:
-            self._places.release()
 
-    async def _ask_child(self, content: bytes) -> FileText:
+    async def _ask_child(self, content: bytes, time: CpuTime) -> FileText:
+        """The child's text of a file. It takes all the time unless it says how much."""
         settings = self._settings
+        given_s, time.left = time.left, 0.0
+        too_long = (
+            f"takes too long to be read: all files of a context have {settings.file_text_cpu_s:g} seconds of CPU time"
+        )
+        if given_s <= 0:
+            raise OutOfTime(too_long)
         limits = {
-            "cpu_s": math.ceil(settings.file_text_cpu_s),
+            "cpu_s": math.ceil(given_s),
             "memory_bytes": settings.file_text_memory_bytes_max,
             "bytes_max": settings.file_text_bytes_max,
         }
@@ -131,7 +156,13 @@ class Extraction:
             if child.returncode is None:
                 child.kill()
                 await child.wait()
-        return await offload(len(answer), _text, answer, child.returncode or 0)
+        if child.returncode in {-signal.SIGXCPU, -signal.SIGKILL}:
+            raise (Unreadable if given_s >= settings.file_text_cpu_s else OutOfTime)(too_long)
+        outcome, text = await offload(len(answer), _answered, answer, child.returncode or 0)
+        time.left = given_s - outcome.cpu_s
+        if outcome.fault:
+            raise Unreadable(outcome.fault)
+        return FileText(outcome.kind, text, outcome.pages, outcome.unit)
 
     def _remember(self, key: Key, found: FileText | str) -> None:
         most, size = self._settings.file_texts_cached_bytes_max, _size(found)
@@ -150,18 +181,13 @@ def _size(found: FileText | str) -> int:
     return ENTRY_BYTES + len(text) * (1 if text.isascii() else 4)
 
 
-def _text(answer: bytes, status: int) -> FileText:
+def _answered(answer: bytes, status: int) -> tuple[_Outcome, str]:
     """What a child has answered. Raises Unreadable."""
-    if status in {-signal.SIGXCPU, -signal.SIGKILL}:
-        raise Unreadable("takes too long to be read")
     head, _, text = answer.partition(b"\n")
     if status or not head:
         log.warning("A process that reads files failed.", action="file_reader_failed", status=status)
         raise Unreadable("can't be read")
-    outcome = _Outcome(**json.loads(head))
-    if outcome.fault:
-        raise Unreadable(outcome.fault)
-    return FileText(outcome.kind, text.decode(), outcome.pages, outcome.unit)
+    return _Outcome(**json.loads(head)), text.decode()
 
 
 def content_key(tenant_id: str, content: bytes) -> Key:

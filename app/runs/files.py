@@ -1,9 +1,8 @@
 """The files that a run's context refers to: looked up, fetched, read, and made text where an upstream takes no files."""
 
-import asyncio
 import base64
 import mimetypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from msgspec import Struct
 
@@ -21,11 +20,12 @@ from app.domain.files import (
     media_type,
     name_of,
     not_found,
+    unfetched,
 )
 from app.errors import InvalidRequest, StoredFileNotFound
 from app.offload import offload
-from app.outbound.downloads import NotFetched, fetch
-from app.outbound.extraction import Extraction, Key, Unreadable, content_key
+from app.outbound.downloads import Allowance, NotFetched, fetch
+from app.outbound.extraction import CpuTime, Extraction, Key, Unreadable, content_key
 from app.outbound.guard import Guard
 from app.settings import Settings
 from app.storage import files
@@ -41,6 +41,8 @@ class Found(Struct, frozen=True):
     text_bytes_max: int
     bytes: int
     """In requests to upstreams, all together."""
+    unfetched: Collection[str] = ()
+    """Addresses that are too many."""
 
 
 class FileReading:
@@ -58,6 +60,7 @@ class FileReading:
                 f"The context refers to {len(wanted)} files; more than {settings.context_files_max} are not possible.",
                 param="input",
             )
+        too_many = unfetched(wanted, settings.file_fetches_max)
         ids = [key for key, one in wanted.items() if one.source == "id"]
         stored = {}
         if ids:
@@ -72,7 +75,7 @@ class FileReading:
         text_bytes_max = min(settings.file_text_bytes_max, left) if reads_text else 0
         fetches = any(one.source == "url" for one in wanted.values())
         fetched = min(settings.file_fetch_bytes_max, (left - text_bytes_max) * 3 // 4) if fetches else 0
-        return Found(stored, fetched, text_bytes_max, needed + text_bytes_max + _encoded(fetched))
+        return Found(stored, fetched, text_bytes_max, needed + text_bytes_max + _encoded(fetched), too_many)
 
     async def read(
         self,
@@ -98,8 +101,13 @@ class _Reading:
         self._tenant_id, self._needs, self._found, self._wait_s = tenant_id, needs, found, wait_s
         self._is_text = is_text
         """Whether the first upstream takes texts only."""
-        self._fetched_left, self._text_left = found.fetched_bytes_max, found.text_bytes_max
-        self._fetching_left_s = files.settings.file_fetch_timeout_s
+        settings = self._settings = files.settings
+        self._text_left, self._cpu_time = found.text_bytes_max, CpuTime(settings.file_text_cpu_s)
+        self._allowance = Allowance(
+            found.fetched_bytes_max,
+            settings.file_fetch_timeout_s,
+            self._too_large(found.fetched_bytes_max, settings.file_fetch_bytes_max, "of files at addresses"),
+        )
 
     async def read(self, key: str, one: Wanted) -> FileData | Gone:
         """One content."""
@@ -132,25 +140,16 @@ class _Reading:
         return await self._made(key, one, file.filename, type_, pieces)
 
     async def _fetched(self, url: str, one: Wanted) -> FileData | Gone:
-        time = asyncio.get_running_loop().time
-        began = time()
+        if url in self._found.unfetched:
+            return Gone()
         try:
-            got = await fetch(
-                self._files.guard,
-                self._tenant_id,
-                url,
-                bytes_max=self._fetched_left,
-                timeout_s=self._fetching_left_s,
-            )
+            got = await fetch(self._files.guard, self._tenant_id, url, self._allowance)
         except NotFetched as error:
             if not one.place.is_new:
                 return Gone()
             raise InvalidRequest(
                 f"The file can't be fetched. {error}", param=one.place.param, code="file_not_fetched"
             ) from None
-        finally:
-            self._fetching_left_s = max(0.0, self._fetching_left_s - (time() - began))
-        self._fetched_left -= len(got.content)
         filename = name_of(one.place.part) or got.filename or "file"
         type_ = media_type(got.content, got.media_type or mimetypes.guess_type(filename)[0])
         key = await offload(len(got.content), content_key, self._tenant_id, got.content)
@@ -188,8 +187,9 @@ class _Reading:
 
     async def _text(self, key: Key, place: Place, filename: str, content: bytes) -> FileText | None:
         """The text of a document; None if it has none, and the first upstream takes it as it is."""
+        extraction = self._files.extraction
         try:
-            return self._counted(await self._files.extraction.text(key, content, wait_s=self._wait_s), place)
+            return self._counted(await extraction.text(key, content, self._cpu_time, wait_s=self._wait_s), place)
         except Unreadable as error:
             if not self._is_text:
                 return None
@@ -201,12 +201,17 @@ class _Reading:
         self._text_left -= len(text.text.encode())
         if self._text_left < 0:
             raise InvalidRequest(
-                f"The files of the context have more than {self._found.text_bytes_max} bytes of text together, "
-                "which is not possible.",
+                self._too_large(self._found.text_bytes_max, self._settings.file_text_bytes_max, "of text"),
                 param=place.param,
                 code="context_length_exceeded",
             )
         return text
+
+    def _too_large(self, most: int, setting: int, what: str) -> str:
+        """What is wrong with more than `most` bytes, which the setting allows, unless the rest of the context leaves less."""
+        if most < setting:
+            return f"With its files the context has more than {self._settings.context_bytes_max} bytes, which is not possible."
+        return f"The context has more than {setting} bytes {what}, which is not possible."
 
 
 def sizes(read: Files) -> int:

@@ -46,19 +46,30 @@ name = "texts"
 routes = [{{ upstream = "plain", lacks = ["images", "audio"] }}]
 """
 
-SERVED = {"/plan.pdf": PLAN, "/pixel.png": PNG, "/tone.wav": WAV, "/large.bin": bytes(300 * KIB), "/empty": b""}
+SERVED = {
+    "/plan.pdf": PLAN,
+    "/pixel.png": PNG,
+    "/tone.wav": WAV,
+    "/large.bin": bytes(300 * KIB),
+    "/empty": b"",
+    "/half.bin": bytes(200 * KIB),
+    "/table.csv": b"a,b",
+}
 
 
 class Web:
-    """A web server of files; those in `gone` are not there any more."""
+    """A web server of files; those in `gone` are not there any more. It has a type for those in `types`."""
 
     def __init__(self) -> None:
         self.gone: set[str] = set()
+        self.types: dict[str, str] = {}
+        self.asked: list[str] = []
         web = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 path = self.path.partition("?")[0]
+                web.asked.append(self.path)
                 if path == "/redirect":
                     self.send_response(302)
                     self.send_header("Location", "http://10.255.255.1/plan.pdf")
@@ -73,6 +84,8 @@ class Web:
                     return
                 content = None if path in web.gone else SERVED.get(path)
                 self.send_response(404 if content is None else 200)
+                if path in web.types:
+                    self.send_header("Content-Type", web.types[path])
                 self.end_headers()
                 self.wfile.write(content or b"")
 
@@ -97,7 +110,11 @@ def served(
 ) -> Iterator[Served]:
     catalog = tmp_path_factory.mktemp("parts") / "catalog.toml"
     catalog.write_text(CATALOG.format(url=upstream.base_url))
-    limits = {"REPRISE_FILE_FETCH_BYTES_MAX": f"{256 * KIB}", "REPRISE_FILE_TEXT_BYTES_MAX": f"{64 * KIB}"}
+    limits = {
+        "REPRISE_FILE_FETCH_BYTES_MAX": f"{256 * KIB}",
+        "REPRISE_FILE_FETCHES_MAX": "2",
+        "REPRISE_FILE_TEXT_BYTES_MAX": f"{64 * KIB}",
+    }
     env = {**base_env, "DATABASE_URL": new_database(), "REPRISE_CATALOG": str(catalog), **limits}
     with Served(env) as running:
         yield running
@@ -192,6 +209,23 @@ def test_a_chain_and_a_background_run_have_the_text_again(api, upstream, said):
     assert record.body["messages"][0]["content"][0] == extracted("b.pdf", "PDF, 2 pages", PLAN_TEXT)
 
 
+def test_a_queued_run_fails_if_its_file_is_deleted_or_not_read_in_time(new_server, upstream, said):
+    queueing = new_server(REPRISE_WORKERS_IN_API="false")
+    with queueing.client() as client:
+        ids = [upload(client, PLAN, name) for name in ("deleted.pdf", "slow.pdf")]
+        parts = [{"type": "input_file", "file_id": id} for id in ids]
+        queued = [client.responses.create(model="m", input=[of_user(part, said)], background=True) for part in parts]
+        client.files.delete(ids[0])
+        new_server(DATABASE_URL=queueing.database_url, REPRISE_FILE_TEXT_CPU_S="0.001")  # ten times that for the child
+        until(lambda: all(client.responses.retrieve(one.id).status == "failed" for one in queued))
+        errors = [client.responses.retrieve(one.id).error for one in queued]
+    assert [(error.code, error.message) for error in errors] == [
+        ("file_not_found", f"File with id '{ids[0]}' not found."),
+        ("rate_limit_exceeded", "A file could not be read in time; please try again."),
+    ]
+    assert upstream.asked(said) == []
+
+
 def test_an_output_of_a_function_has_texts_and_images(api, upstream, said):
     call = {"type": "function_call", "call_id": "c", "name": "look", "arguments": "{}"}
     image = {"type": "input_image", "file_id": upload(api, PNG, "pixel.png")}
@@ -231,6 +265,18 @@ def test_an_image_by_its_address_is_fetched_for_upstreams_that_do_not(api, web, 
         api.responses.create(model=model, input=[of_user(part, said)])
     urls = [record.body["messages"][0]["content"][0]["image_url"]["url"] for record in upstream.asked(said)]
     assert urls == [f"{web.url}/pixel.png", data_url("image/png", PNG)]
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [("Text/CSV; charset=utf-8", "text/csv"), ("text/csv,hello", "application/octet-stream")],
+)
+def test_the_type_of_a_fetched_file_is_sent_if_it_is_one(api, web, upstream, said, given, sent):
+    web.types["/table.csv"] = given
+    part = {"type": "input_file", "file_url": f"{web.url}/table.csv"}
+    api.responses.create(model="hosted@m", input=[of_user(part, said)])
+    [record] = upstream.asked(said)
+    assert record.body["messages"][0]["content"][0]["file"]["file_data"] == data_url(sent, b"a,b")
 
 
 def test_a_screenshot_by_its_id_reaches_the_model(api, upstream, said):
@@ -310,6 +356,37 @@ def test_what_can_t_be_fetched_is_refused_by_its_path(served, web, address, why)
     assert error["param"] == "input[0].content[0].file_url"
     assert why in error["message"]
     assert "pass" not in error["message"].replace("password", "")
+
+
+def test_files_of_addresses_that_are_too_large_together_are_refused_with_the_limit(served, web):
+    parts = [{"type": "input_file", "file_url": f"{web.url}/half.bin?{n}"} for n in range(2)]
+    reply = httpx.post(f"{served.url}/responses", json={"model": "hosted@m", "input": [of_user(*parts)]}, timeout=30)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["code"]) == (400, "file_not_fetched")
+    assert error["param"] == "input[0].content[1].file_url"
+    assert f"more than {256 * KIB} bytes" in error["message"]
+
+
+def test_addresses_that_are_too_many_are_refused_or_left_out(api, web, upstream, said):
+    def part(name: str) -> dict[str, Any]:
+        return {"type": "input_file", "file_url": f"{web.url}/plan.pdf?{said}{name}", "filename": f"{name}.pdf"}
+
+    def fetched() -> list[str]:
+        return [path.partition(said)[2] for path in web.asked if said in path]
+
+    with pytest.raises(openai.BadRequestError, match="more than 2") as refused:
+        api.responses.create(model="m", input=[of_user("Hi", part("a")), of_user(part("b"), part("c"))])
+    assert (refused.value.code, refused.value.param) == ("invalid_value", "input[1].content[1].file_url")
+    assert fetched() == []
+    first = api.responses.create(model="m", input=[of_user(part("a"), part("b"), "Read.")])
+    web.asked.clear()
+    reply = api.responses.with_raw_response.create(
+        model="m", input=[of_user(part("c"), said)], previous_response_id=first.id
+    )
+    assert sorted(fetched()) == ["b", "c"]
+    assert reply.headers["x-reprise-left-out-files"] == f"{web.url}/plan.pdf"
+    [record] = upstream.asked(said)
+    assert '"a.pdf", which was attached here, is not' in text_of(record.body["messages"][0])
 
 
 def test_the_body_of_a_redirect_is_not_read(api, web, upstream, said):
