@@ -214,7 +214,8 @@ def test_a_queued_run_fails_if_its_file_is_deleted_or_not_read_in_time(new_serve
     with queueing.client() as client:
         ids = [upload(client, PLAN, name) for name in ("deleted.pdf", "slow.pdf")]
         parts = [{"type": "input_file", "file_id": id} for id in ids]
-        queued = [client.responses.create(model="m", input=[of_user(part, said)], background=True) for part in parts]
+        inputs = [[of_user(part, "Read."), of_user(said)] for part in parts]
+        queued = [client.responses.create(model="m", input=given, background=True) for given in inputs]
         client.files.delete(ids[0])
         new_server(DATABASE_URL=queueing.database_url, REPRISE_FILE_TEXT_CPU_S="0.001")  # ten times that for the child
         until(lambda: all(client.responses.retrieve(one.id).status == "failed" for one in queued))
@@ -381,7 +382,7 @@ def test_addresses_that_are_too_many_are_refused_or_left_out(api, web, upstream,
     first = api.responses.create(model="m", input=[of_user(part("a"), part("b"), "Read.")])
     web.asked.clear()
     reply = api.responses.with_raw_response.create(
-        model="m", input=[of_user(part("c"), said)], previous_response_id=first.id
+        model="m", input=[of_user(part("c"), "And."), of_user(said)], previous_response_id=first.id
     )
     assert sorted(fetched()) == ["b", "c"]
     assert reply.headers["x-reprise-left-out-files"] == f"{web.url}/plan.pdf"
