@@ -152,7 +152,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         int, _about("items of a chain and its new input together, as JSON; longer: 400", ge=1024)
     ] = 128 * 1024 * 1024
     context_files_max: Annotated[int, _about("files that one context refers to; more: 400", ge=1)] = 500
-    file_fetches_max: Annotated[
+    context_fetched_files_max: Annotated[
         int,
         _about(
             "files of one context that are fetched; more in a request: 400; of earlier items the newest are fetched",

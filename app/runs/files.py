@@ -60,7 +60,7 @@ class FileReading:
                 f"The context refers to {len(wanted)} files; more than {settings.context_files_max} are not possible.",
                 param="input",
             )
-        too_many = unfetched(wanted, settings.file_fetches_max)
+        too_many = unfetched(wanted, settings.context_fetched_files_max)
         ids = [key for key, one in wanted.items() if one.source == "id"]
         stored = {}
         if ids:

@@ -112,7 +112,7 @@ def served(
     catalog.write_text(CATALOG.format(url=upstream.base_url))
     limits = {
         "REPRISE_FILE_FETCH_BYTES_MAX": f"{256 * KIB}",
-        "REPRISE_FILE_FETCHES_MAX": "2",
+        "REPRISE_CONTEXT_FETCHED_FILES_MAX": "2",
         "REPRISE_FILE_TEXT_BYTES_MAX": f"{64 * KIB}",
     }
     env = {**base_env, "DATABASE_URL": new_database(), "REPRISE_CATALOG": str(catalog), **limits}
