@@ -88,7 +88,9 @@ class FileReading:
     ) -> Files:
         """The contents, as the upstreams need them. Raises InvalidRequest for one that can't be read."""
         reading = _Reading(self, tenant_id, Needs.of(dialects), found, wait_s, is_text=dialects[0].files == "text")
-        return {key: await reading.read(key, one) for key, one in wanted.items()}
+        # Earlier addresses come last: they may be slow, and what is left out for that reason must not be the request's own.
+        in_order = sorted(wanted.items(), key=lambda item: item[1].source == "url" and not item[1].place.is_new)
+        return {key: await reading.read(key, one) for key, one in in_order}
 
 
 class _Reading:

@@ -7,7 +7,7 @@ import pytest
 
 from app.domain.dialect import Dialect
 from app.domain.files import Gone, Needs, Place, Wanted, media_type, unfetched, wanted
-from app.errors import InvalidParameter
+from app.errors import InvalidParameter, InvalidRequest
 from app.outbound.extraction import Extraction
 from app.outbound.guard import Guard
 from app.runs.files import FileReading, Found
@@ -15,7 +15,7 @@ from app.settings import Settings, parse_allowed
 from app.wire.items import InputFile, InputImage
 
 
-async def test_the_files_of_a_context_share_the_time_for_fetching():
+async def test_the_files_of_a_context_share_the_time_for_fetching_and_the_request_s_own_have_it_first():
     nothing: Any = None
     settings = Settings(file_fetch_timeout_s=0.5)
     reading = FileReading(settings, nothing, Guard(parse_allowed("127.0.0.1")), Extraction(settings))
@@ -26,6 +26,11 @@ async def test_the_files_of_a_context_share_the_time_for_fetching():
         }
         found = Found({}, fetched_bytes_max=1024, text_bytes_max=1024, bytes=2048)
         read = await reading.read("t", silence, found, [Dialect()], wait_s=None)
+        with socket.socket() as closed, pytest.raises(InvalidRequest, match="connection failed"):
+            closed.bind(("127.0.0.1", 0))
+            url = f"http://127.0.0.1:{closed.getsockname()[1]}/own"
+            own = Wanted("url", Place(InputFile(file_url=url), "input[0].content[0]", is_new=True), is_file=True)
+            await reading.read("t", {**silence, url: own}, found, [Dialect()], wait_s=None)
         silent.settimeout(0)
         silent.accept()[0].close()
         with pytest.raises(BlockingIOError):
