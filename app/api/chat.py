@@ -39,7 +39,7 @@ class ChatCompletionsController(Controller):
             try:
                 run, made, headers = await making.run(request, services, caller, create, taking)
             except ApiError as error:
-                raise renamed(error, chat.messages) from None
+                raise renamed(error, chat) from None
         if made is None:
             options = create.body.stream_options
             frames = ChunkFrames(

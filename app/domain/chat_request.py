@@ -119,13 +119,16 @@ def create_request(chat: ChatRequest) -> CreateResponse:
     )
 
 
-def renamed(error: ApiError, messages: Sequence[AnyMessage]) -> ApiError:
-    """An error of the create request as one of the chat request with these messages."""
+def renamed(error: ApiError, chat: ChatRequest) -> ApiError:
+    """An error of the create request as one of its chat request."""
     if error.param is None:
         return error
     named = NAMES.get(error.param, error.param)
     if found := _ITEM.fullmatch(error.param):
-        named = "messages" + _place(messages, int(found["index"]), found["rest"])
+        named = "messages" + _place(chat.messages, int(found["index"]), found["rest"])
+    searching = f"tools[{len(chat.body.tools or ())}]"  # where the create request has `web_search_options`
+    if error.param.startswith(searching):
+        named = "web_search_options" + error.param.removeprefix(searching).removesuffix(".type")
     error.message = error.message.replace(f"'{error.param}'", f"'{named}'")
     error.param = named
     return error

@@ -189,17 +189,22 @@ def test_errors_about_items_name_the_message_and_its_part():
         {
             "model": "m",
             "messages": [USER, {"role": "assistant", "content": "x", "tool_calls": [CALL, CALL]}, {**USER}],
+            "tools": [TOOL],
+            "web_search_options": {},
         }
     )
     chat = decode_chat(raw, ())
 
     def as_chat(param: str) -> tuple[str | None, str]:
-        error = renamed(InvalidRequest(f"Wrong '{param}'.", param=param), chat.messages)
+        error = renamed(InvalidRequest(f"Wrong '{param}'.", param=param), chat)
         return error.param, error.message
 
     assert as_chat("input") == ("messages", "Wrong 'messages'.")
     assert as_chat("text.format") == ("response_format", "Wrong 'response_format'.")
     assert as_chat("tools[0].name") == ("tools[0].name", "Wrong 'tools[0].name'.")
+    near = "web_search_options.user_location"
+    assert as_chat("tools[1].user_location") == (near, f"Wrong '{near}'.")
+    assert as_chat("tools[1].type")[0] == "web_search_options"
     at = "messages[2].content[1].file.file_id"
     assert as_chat("input[4].content[1].file_id") == (at, f"Wrong '{at}'.")
     assert as_chat("input[4].content[1].image_url")[0] == "messages[2].content[1].image_url.url"
