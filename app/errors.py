@@ -219,6 +219,13 @@ class ResponseNotFound(NotFound):
         super().__init__(f"Response with id '{response_id}' not found.")
 
 
+class CompletionNotFound(NotFound):
+    """An unknown chat completion."""
+
+    def __init__(self, completion_id: str) -> None:
+        super().__init__(f"Chat completion with id '{completion_id}' not found.")
+
+
 class PromptNotFound(NotFound):
     """The catalog has no such prompt, or no such version of it."""
 

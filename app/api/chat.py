@@ -1,31 +1,43 @@
-"""`/v1/chat/completions`: create. Another reader of the runs that `/v1/responses` makes."""
+"""`/v1/chat/completions`: create, and what is stored. Another reader of the runs that `/v1/responses` makes."""
 
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
-from litestar import Controller, Request, Response, post
+import msgspec
+from litestar import Controller, Request, Response, delete, get, post
+from litestar.enums import MediaType
 
-from app.api import making
+from app.api import making, pages, queries
 from app.api.replies import json_reply
 from app.api.services import Services
 from app.api.sse import KEEPALIVE, EventStream, padded
-from app.domain.chat_completion import Chunks, completion, error_of
+from app.domain.chat_completion import Chunks, completion, completion_id, error_of, response_id
+from app.domain.chat_messages import sent_messages
 from app.domain.chat_request import create_request, renamed
-from app.errors import ApiError, UpstreamError
+from app.errors import ApiError, InvalidParameter, UpstreamError
 from app.offload import offload
 from app.runs.admission import Caller
-from app.wire import resources
+from app.storage import completions, responses
+from app.storage.contexts import StoredItem
+from app.storage.facets import CHAT
+from app.storage.pages import Page
+from app.storage.responses import Stored
+from app.wire import chat_requests, resources
+from app.wire.chat import ChatMessage
 from app.wire.chat_requests import ChatRequest, decode_chat
 from app.wire.completions import Chunk
+from app.wire.conversations import decode_request
 from app.wire.events import Entry
+from app.wire.items import decode_stored_item
 from app.wire.requests import CreateResponse
-from app.wire.resources import ErrorBody, ErrorReply, encode
+from app.wire.resources import Deleted, ErrorBody, ErrorReply, encode
 
 
 class ChatCompletionsController(Controller):
-    """Completions of chats."""
+    """Completions of chats. A stored one is a response, too, whose id differs in the prefix only."""
 
     path = "/v1/chat/completions"
 
@@ -51,6 +63,117 @@ class ChatCompletionsController(Controller):
             return EventStream(services.following.follow(run), frames, headers)
         body = await offload(sum(memoryview(item).nbytes for item in made.output), _completed, made)
         return json_reply(body, services.backlogs, headers, made=made.id, stored=made.store)
+
+    @get()
+    async def list(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[Any]:
+        """Stored completions by creation, the oldest first unless asked otherwise."""
+        query = queries.parse(request, queries.CompletionPage)
+        filter = responses.Filter(model=query.model, status=CHAT, metadata=query.metadata)
+
+        async def read(bytes_max: int) -> tuple[int, Page[tuple[str, Stored]] | None]:
+            async with services.database.autocommit() as tx:
+                return await responses.list_responses(
+                    tx,
+                    caller.tenant_id,
+                    filter,
+                    after=query.after and response_id(query.after),
+                    limit=query.limit,
+                    order=query.order,
+                    page_bytes=services.settings.page_bytes_max,
+                    bytes_max=bytes_max,
+                )
+
+        return await pages.read(services, read, _page_of_completions)
+
+    @get("/{completion_id:str}")
+    async def retrieve(
+        self, request: Request[Any, Any, Any], completion_id: str, caller: Caller, services: Services
+    ) -> Response[Any]:
+        """One stored completion."""
+        queries.parse(request, queries.Nothing)
+
+        async def read(bytes_max: int) -> tuple[int, Stored | None]:
+            async with services.database.autocommit() as tx:
+                return await completions.find(tx, caller.tenant_id, completion_id, bytes_max=bytes_max)
+
+        return await pages.read(services, read, _retrieved)
+
+    @post("/{completion_id:str}", status_code=200)
+    async def update(
+        self, request: Request[Any, Any, Any], completion_id: str, caller: Caller, services: Services
+    ) -> Response[Any]:
+        """Replace the metadata."""
+        queries.parse(request, queries.Nothing)
+        with services.bodies.reading(request) as body:
+            asked = decode_request(chat_requests.UPDATE, await body.read())
+        async for attempt in services.database.settling():
+            with attempt:
+                async with services.database.begin() as tx:
+                    updated = await completions.update_metadata(
+                        tx, caller.tenant_id, completion_id, asked.metadata or {}
+                    )
+        return json_reply(encode(completion(updated)), services.backlogs)
+
+    @get("/{completion_id:str}/messages")
+    async def messages(
+        self, request: Request[Any, Any, Any], completion_id: str, caller: Caller, services: Services
+    ) -> Response[Any]:
+        """The messages of the request, oldest first unless asked otherwise."""
+        query = queries.parse(request, queries.MessagePage)
+
+        async def read(bytes_max: int) -> tuple[int, Sequence[StoredItem] | None]:
+            async with services.database.autocommit() as tx:
+                return await completions.input_of(
+                    tx,
+                    caller.tenant_id,
+                    completion_id,
+                    items_max=services.settings.context_items_max,
+                    bytes_max=bytes_max,
+                )
+
+        return await pages.read(services, read, partial(_page_of_messages, completion_id=completion_id, query=query))
+
+    @delete("/{completion_id:str}", status_code=200)
+    async def delete(
+        self, request: Request[Any, Any, Any], completion_id: str, caller: Caller, services: Services
+    ) -> Response[bytes]:
+        """Delete a completion; responses that continue it keep their context."""
+        queries.parse(request, queries.Nothing)
+        async for attempt in services.database.settling():
+            with attempt:
+                async with services.database.begin() as tx:
+                    await completions.delete(tx, caller.tenant_id, completion_id, again=attempt.num > 1)
+        return Response(encode(Deleted(completion_id, "chat.completion.deleted")), media_type=MediaType.JSON)
+
+
+def _retrieved(stored: Stored) -> bytes:
+    return encode(completion(responses.response_of(stored)))
+
+
+def _page_of_completions(page: Page[tuple[str, Stored]]) -> bytes:
+    return pages.encoded([(completion_id(id), _retrieved(stored)) for id, stored in page.rows], has_more=page.has_more)
+
+
+def _page_of_messages(items: Sequence[StoredItem], completion_id: str, query: queries.MessagePage) -> bytes:
+    """A page of messages, whose ids are their places in the request. Raises InvalidParameter for the cursor."""
+    sent = sent_messages([decode_stored_item(item.body.encode()) for item in items])
+    rows = [(f"{completion_id}-{at}", message) for at, message in enumerate(sent)]
+    if query.order == "desc":
+        rows.reverse()
+    start = 0
+    if query.after is not None:
+        start = next((at + 1 for at, (id, _) in enumerate(rows) if id == query.after), 0)
+        if not start:
+            raise InvalidParameter(f"Message with id '{query.after}' not found.", param="after")
+    end = start + query.limit
+    return pages.encoded([(id, _listed(id, message)) for id, message in rows[start:end]], has_more=end < len(rows))
+
+
+def _listed(id: str, message: ChatMessage) -> bytes:
+    """A message as it is listed: parts stand apart from the text."""
+    parts = message["content"] if isinstance(message["content"], list) else None
+    content = None if parts else message["content"]
+    return msgspec.json.encode({"refusal": None, **message, "id": id, "content": content, "content_parts": parts})
 
 
 def _decoded(raw: bytes, services: Services) -> tuple[ChatRequest, CreateResponse]:

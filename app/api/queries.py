@@ -61,6 +61,24 @@ class ConversationPage(Struct, forbid_unknown_fields=True, frozen=True):
     metadata: dict[str, str] = {}
 
 
+class CompletionPage(Struct, forbid_unknown_fields=True, frozen=True):
+    """`GET /v1/chat/completions`."""
+
+    after: str | None = None
+    limit: Limit = 20
+    order: Order = "asc"
+    model: str | None = None
+    metadata: dict[str, str] = {}
+
+
+class MessagePage(Struct, forbid_unknown_fields=True, frozen=True):
+    """The messages of a chat completion."""
+
+    after: str | None = None
+    limit: Limit = 20
+    order: Order = "asc"
+
+
 class FilePage(Struct, forbid_unknown_fields=True, frozen=True):
     """`GET /v1/files`; the limit is the hosted API's."""
 

@@ -57,6 +57,12 @@ def completion_id(response_id: str) -> str:
     return PREFIX + response_id.removeprefix(RESPONSE_PREFIX)
 
 
+def response_id(completion_id: str) -> str:
+    """The id of the response that a completion is; that of none for another id."""
+    is_ours = completion_id.startswith(PREFIX)
+    return RESPONSE_PREFIX + completion_id.removeprefix(PREFIX) if is_ours else completion_id
+
+
 def error_of(response: Response) -> ErrorBody | None:
     """Why there is no completion: the response has failed, or was cancelled."""
     if error := response.error:

@@ -50,7 +50,7 @@ TERMINAL: frozenset[Status] = frozenset(status for status, following in NEXT.ite
 IN_FLIGHT: frozenset[Status] = frozenset(NEXT) - TERMINAL
 
 APPENDED: frozenset[Status] = frozenset({"completed", "incomplete"})
-"""How a response ends that becomes part of its conversation."""
+"""How a response ends that becomes part of its conversation, or is a chat completion."""
 
 
 class Outcome(Struct, frozen=True):

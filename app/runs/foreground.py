@@ -337,7 +337,14 @@ class ForegroundRun:
         async def insert_failed(tx: Tx) -> None:
             items = await offload(plan.size, encode_items, plan.context.input)
             await responses.insert_response(
-                tx, plan.tenant_id, failed, items, parent=None, earlier_bytes=plan.earlier_bytes, run=None
+                tx,
+                plan.tenant_id,
+                failed,
+                items,
+                parent=None,
+                earlier_bytes=plan.earlier_bytes,
+                run=None,
+                is_chat=plan.request.is_chat,
             )
 
         try:

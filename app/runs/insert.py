@@ -52,5 +52,6 @@ async def insert(
                         parent=plan.parent,
                         earlier_bytes=plan.earlier_bytes,
                         run=run,
+                        is_chat=plan.request.is_chat,
                     )
                 await approvals.answer_requests(tx, plan.tenant_id, response_id, decisions)

@@ -4,10 +4,10 @@ A facet is a status, alone or with one or two more terms: the model, or an entry
 filters is the merge of one range per status, and reads what it shows, however many responses there are and whatever they
 match. With more terms than two it walks along the range of two, and looks at the rest in the rows.
 
-A conversation has the constant CONVERSATION in place of a status.
+A conversation has the constant CONVERSATION in place of a status, and a chat completion the constant CHAT beside its response's.
 
-Postgres' triggers `keep_facets` write the rows (migrations 0007 and 0012): no statement can forget them, and those of a deleted
-response are gone. Nothing in them ever changes but for the status of a background response, and the responses' own rows
+Postgres' triggers `keep_facets` write the rows (migrations 0012 and 0016): no statement can forget them, and those of a deleted
+response are gone. Nothing in them ever changes but for the status of a background response and the metadata of a chat completion, and the responses' own rows
 have no index over their status, so that ending one stays a cheap update in place.
 """
 
@@ -20,6 +20,7 @@ from app.domain.lifecycle import NEXT
 STATUSES: tuple[str, ...] = tuple(NEXT)
 
 CONVERSATION = "conversation"
+CHAT = "chat_completion"
 
 _ENTRY = "\x02"
 _MODEL = "\x01"

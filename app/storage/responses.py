@@ -59,8 +59,9 @@ def _insert(parts: dict[str, str]) -> Query:
         returning 1
     ), response as (
         insert into responses (tenant_id, id, thread_id, turn, previous_response_id, conversation_id, status, background,
-                               model, metadata, created_at, body, part_hashes, bytes, context_bytes)
-        select :tenant_id, :id, :thread_id, :turn, :previous_response_id, :conversation_id, :status, :background, :model,
+                               is_chat, model, metadata, created_at, body, part_hashes, bytes, context_bytes)
+        select :tenant_id, :id, :thread_id, :turn, :previous_response_id, :conversation_id, :status, :background,
+               cast(:is_chat as boolean), :model,
                cast(:metadata as jsonb), :created_at, cast(:body as json), :part_hashes, :bytes,
                cast(:earlier_bytes as bigint) + cast(:own_bytes as bigint)
         where (cast(:previous_response_id as text) is null or exists (select from parent))
@@ -100,6 +101,7 @@ async def insert_response(
     parent: Parent | None,
     earlier_bytes: int,
     run: Owner | Queued | None,
+    is_chat: bool = False,
 ) -> None:
     """Store a response with its input items (id, JSON) and, if it is finished, its output. `earlier_bytes` is what the items
     of its parent's context take.
@@ -117,6 +119,7 @@ async def insert_response(
         "from_turn": parent.place.turn if parent else None,
         "writer": slot.writer if slot else None,
         "background": response.background,
+        "is_chat": is_chat or None,
         "model": response.model,
         "metadata": encode(response.metadata).decode(),
         "created_at": response.created_at,
@@ -300,7 +303,7 @@ def _stored(row: Row) -> Stored:
 
 
 class Filter(Struct, kw_only=True, frozen=True):
-    """Which responses to list; times are unix seconds, both ends included."""
+    """Which responses to list; times are unix seconds, both ends included. In place of a status CHAT lists chat completions."""
 
     model: str | None = None
     status: str | None = None

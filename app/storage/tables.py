@@ -115,6 +115,7 @@ responses = Table(
     Column("conversation_id", Text, comment="whose thread it is made in; nothing else continues that thread"),
     Column("status", Text, nullable=False),
     Column("background", Boolean, nullable=False),
+    Column("is_chat", Boolean, comment="true: it was made as a chat completion; else null"),
     Column("model", Text, nullable=False),
     Column("metadata", JSONB, nullable=False),
     Column("created_at", BigInteger, nullable=False, comment="unix seconds"),

@@ -331,6 +331,14 @@ MOVED = {
 }
 """Parameters of the Responses API, and where Chat Completions has them."""
 
+
+class UpdateCompletion(Struct, forbid_unknown_fields=True):
+    """`POST /v1/chat/completions/{id}`."""
+
+    metadata: Annotated[Metadata, Meta(max_length=16)] | None
+
+
+UPDATE = msgspec.json.Decoder(UpdateCompletion)
 _BODY = msgspec.json.Decoder(ChatBody)
 _KNOWN = frozenset(ChatBody.__struct_fields__)
 _ELSEWHERE = frozenset(Body.__struct_fields__)

@@ -24,6 +24,7 @@ ADD = {
     "strict": True,
 }
 TOOLS = [{"type": "function", "function": ADD}]
+CALLED = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": '{"a":1}'}}
 
 
 class Point(BaseModel):
@@ -344,3 +345,106 @@ def test_a_conversation_may_be_read_without_being_appended_to(client, said):
     made = client.chat.completions.create(store=False, **body)
     assert "response_id" not in made.to_dict()
     assert len(list(client.conversations.items.list(conversation))) == 1
+
+
+# -- Stored completions ------------------------------------------------------------------------------------------------------
+
+
+def test_a_stored_completion_is_what_was_streamed(client, said):
+    sent = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "name": "ann", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": None, "tool_calls": [CALLED]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "1"},
+        user(script([note(said), reasoning("Hm."), text("Yes."), finish()])),
+    ]
+    body = {"model": "m", "messages": sent, "store": True, "metadata": {"test": said[-60:]}}
+    snapshot = streamed(client, stream_options={"include_usage": True}, **body)
+    stored = client.chat.completions.retrieve(snapshot.id)
+    whole = client.chat.completions.create(**body)
+    for made in (snapshot, whole):
+        assert (made.choices[0].message.content, made.choices[0].message.reasoning_content) == ("Yes.", "Hm.")
+        assert (made.usage, made.created, made.service_tier) == (stored.usage, made.created, stored.service_tier)
+        assert client.chat.completions.retrieve(made.id).choices[0] == whole.choices[0]
+    assert client.chat.completions.retrieve(whole.id).to_dict() == whole.to_dict()
+    assert stored.metadata == {"test": said[-60:]}
+    assert client.responses.retrieve(stored.response_id).metadata == stored.metadata
+    listed = client.chat.completions.messages.list(stored.id)
+    assert [one.id for one in listed] == [f"{stored.id}-{at}" for at in range(5)]
+    shown = [
+        {key: value for key, value in one.to_dict().items() if value is not None and key != "id"} for one in listed
+    ]
+    assert shown[0] == sent[0]
+    assert shown[1] == {"role": "user", "name": "ann", "content_parts": sent[1]["content"]}
+    assert shown[2] == {"role": "assistant", "tool_calls": [CALLED]}
+    assert shown[3:] == sent[3:]
+    newest = client.chat.completions.messages.list(stored.id, order="desc", limit=2)
+    assert [one.id for one in newest] == [f"{stored.id}-{at}" for at in (4, 3, 2, 1, 0)]
+    with pytest.raises(openai.BadRequestError, match="not found"):
+        client.chat.completions.messages.list(stored.id, after="none")
+
+
+def test_stored_completions_are_listed_by_model_and_metadata(client, said):
+    tag = {"test": said[-60:]}
+    body = {"messages": [user(said)], "store": True, "metadata": tag}
+    ids = [client.chat.completions.create(model=model, **body).id for model in ("m", "m", "other")]
+    client.responses.create(model="m", input=said, metadata=tag)
+    client.chat.completions.create(model="m", messages=[user(said)], metadata=tag)
+    cut_off = script([note(said), text("Half"), cut()])
+    with pytest.raises(openai.APIError):
+        streamed(client, model="m", **{**body, "messages": [user(cut_off)]})
+
+    def listed(**query):
+        return [one.id for one in client.chat.completions.list(metadata=tag, **query)]
+
+    assert set(listed()) == set(ids)
+    assert listed(limit=1) == listed(order="desc", limit=1)[::-1] == listed()
+    assert set(listed(model="m")) == set(ids[:2])
+    assert listed(model="other") == ids[2:]
+    first = listed()[0]
+    assert first not in [one.id for one in client.chat.completions.list(metadata=tag, after=first)]
+
+
+def test_metadata_is_replaced_everywhere(client, said):
+    old, new = {"test": said[-60:], "is": "old"}, {"test": said[-60:], "is": "new"}
+    made = client.chat.completions.create(model="m", messages=[user(said)], store=True, metadata=old)
+    updated = client.chat.completions.update(made.id, metadata=new)
+    assert (updated.metadata, updated.choices) == (new, made.choices)
+    assert client.chat.completions.retrieve(made.id).metadata == new
+    assert client.responses.retrieve(made.response_id).metadata == new
+    assert [one.id for one in client.chat.completions.list(metadata=new)] == [made.id]
+    assert not list(client.chat.completions.list(metadata=old))
+    page = client.get(
+        "/responses", cast_to=object, options={"params": {"metadata[is]": "new", "metadata[test]": said[-60:]}}
+    )
+    assert [one["id"] for one in page["data"]] == [made.response_id]
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.update(made.id, metadata={"a": "x" * 513})
+
+
+def test_a_deleted_completion_is_gone_with_its_response_and_is_still_continued(client, said):
+    made = client.chat.completions.create(model="m", messages=[user(f"{said} one")], store=True)
+    later = client.responses.create(model="m", input=f"{said} two", previous_response_id=made.response_id)
+    deleted = client.chat.completions.delete(made.id)
+    assert (deleted.id, deleted.object, deleted.deleted) == (made.id, "chat.completion.deleted", True)
+    for gone in (
+        lambda: client.chat.completions.retrieve(made.id),
+        lambda: client.chat.completions.messages.list(made.id),
+        lambda: client.chat.completions.update(made.id, metadata={}),
+        lambda: client.chat.completions.delete(made.id),
+        lambda: client.responses.retrieve(made.response_id),
+    ):
+        with pytest.raises(openai.NotFoundError):
+            gone()
+    third = client.responses.create(model="m", input=f"{said} three", previous_response_id=later.id)
+    assert len(list(client.responses.input_items.list(third.id))) == 5
+
+
+def test_only_what_was_made_as_a_completion_is_one(client, said):
+    response = client.responses.create(model="m", input=said)
+    for id in (response.id, response.id.replace("resp_", "chatcmpl-"), "chatcmpl-none"):
+        with pytest.raises(openai.NotFoundError, match=f"Chat completion with id '{id}' not found"):
+            client.chat.completions.retrieve(id)
+        with pytest.raises(openai.NotFoundError):
+            client.chat.completions.delete(id)
+    assert client.responses.retrieve(response.id).id == response.id

@@ -82,6 +82,7 @@ BODIES = {
     "decode_count": requests._COUNTED,
     "decode_compact": compactions.PARAMETERS,
     "uploads.receive": uploads.FIELDS,
+    "chat_requests.UPDATE": chat_requests.UpdateCompletion.__struct_fields__,
     **{
         f"wire.{name}": getattr(conversations, name).type.__struct_fields__
         for name in ("CREATE", "UPDATE", "FORK", "ITEMS")

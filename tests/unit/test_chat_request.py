@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from app.domain.chat_messages import sent_messages
 from app.domain.chat_request import create_request, renamed
 from app.domain.context import resolve
 from app.domain.dialect import HOSTED, PRESETS, Dialect
@@ -119,6 +120,8 @@ def plain(message: dict[str, Any]) -> dict[str, Any]:
 def test_an_upstream_gets_the_messages_as_they_were_sent(sent):
     dialect = replace(WHOLE, custom_tools="native")
     assert [plain(one) for one in asked(*sent, dialect=dialect)["messages"]] == [plain(one) for one in sent]
+    items = resolve(created(*sent), [], {}, counting(), seal=SEAL).input
+    assert [plain(one) for one in msgspec.to_builtins(sent_messages(items))] == [plain(one) for one in sent]
 
 
 def test_roles_stay_unless_the_upstream_is_known_to_lack_them():
