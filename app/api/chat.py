@@ -8,10 +8,9 @@ from typing import Any
 
 import msgspec
 from litestar import Controller, Request, Response, delete, get, post
-from litestar.enums import MediaType
 
 from app.api import making, pages, queries
-from app.api.replies import json_reply
+from app.api.replies import json_reply, small_reply
 from app.api.services import Services
 from app.api.sse import KEEPALIVE, EventStream, padded
 from app.domain.chat_completion import Chunks, completion, completion_id, error_of, response_id
@@ -20,7 +19,7 @@ from app.domain.chat_request import create_request, renamed
 from app.errors import ApiError, InvalidParameter, UpstreamError
 from app.offload import offload
 from app.runs.admission import Caller
-from app.storage import completions, responses
+from app.storage import audit, completions, responses
 from app.storage.contexts import StoredItem
 from app.storage.facets import CHAT
 from app.storage.pages import Page
@@ -139,11 +138,13 @@ class ChatCompletionsController(Controller):
     ) -> Response[bytes]:
         """Delete a completion; responses that continue it keep their context."""
         queries.parse(request, queries.Nothing)
+        entry = audit.entry(caller.rights, "response.deleted", response_id(completion_id))
         async for attempt in services.database.settling():
             with attempt:
                 async with services.database.begin() as tx:
                     await completions.delete(tx, caller.tenant_id, completion_id, again=attempt.num > 1)
-        return Response(encode(Deleted(completion_id, "chat.completion.deleted")), media_type=MediaType.JSON)
+                    await audit.write(tx, caller.rights.tenant, entry)
+        return small_reply(Deleted(completion_id, "chat.completion.deleted"))
 
 
 def _retrieved(stored: Stored) -> bytes:

@@ -28,13 +28,19 @@ class Call(Struct, frozen=True):
 
 
 ASKED = {"model": "good", "input": "hi"}
+CHAT = {"model": "good", "messages": [{"role": "user", "content": "hi"}]}
 
 CALLS: dict[str, Call] = {
     "POST /v1/responses": Call(ASKED),
     "GET /v1/responses": Call(),
     "POST /v1/responses/input_tokens": Call(ASKED),
     "POST /v1/responses/compact": Call(ASKED),
-    "POST /v1/chat/completions": Call({"model": "good", "messages": [{"role": "user", "content": "hi"}]}),
+    "POST /v1/chat/completions": Call(CHAT),
+    "GET /v1/chat/completions": Call(),
+    "GET /v1/chat/completions/{completion_id}": Call(),
+    "GET /v1/chat/completions/{completion_id}/messages": Call(),
+    "POST /v1/chat/completions/{completion_id}": Call({"metadata": {}}),
+    "DELETE /v1/chat/completions/{completion_id}": Call(),
     "GET /v1/responses/{response_id}": Call(),
     "GET /v1/responses/{response_id}/input_items": Call(),
     "POST /v1/responses/{response_id}/cancel": Call(),
@@ -152,6 +158,7 @@ def things(http: httpx.Client) -> dict[str, str]:
     conversation = http.post("/conversations", json={"items": [{"role": "user", "content": "mine"}]}).json()["id"]
     return {
         "response_id": http.post("/responses", json={**ASKED, "background": True}).json()["id"],
+        "completion_id": http.post("/chat/completions", json={**CHAT, "store": True}).json()["id"],
         "conversation_id": conversation,
         "item_id": http.get(f"/conversations/{conversation}/items").json()["first_id"],
         "file_id": http.post("/files", files={"file": ("a", b"a")}, data={"purpose": "vision"}).json()["id"],
