@@ -235,6 +235,7 @@ def test_every_route_serves_the_key_that_may_use_it(house):
     done = [(one["type"], one["target"], one["actor"]["user"]) for one in log if one["effective_at"] >= time_before]
     mine = [one for one in done if one[2] == "alice"]
     assert mine == [
+        ("response.deleted", house.ids["completion_id"].replace("chatcmpl-", "resp_"), "alice"),
         ("response.deleted", house.ids["response_id"], "alice"),
         ("conversation.item.deleted", house.ids["item_id"], "alice"),
         ("conversation.deleted", house.ids["conversation_id"], "alice"),
