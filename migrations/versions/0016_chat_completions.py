@@ -54,9 +54,7 @@ def upgrade() -> None:
         "responses", sa.Column("is_chat", sa.Boolean(), comment="true: it was made as a chat completion; else null")
     )
     op.execute(
-        KEEP.format(
-            unchanged="and old.metadata = new.metadata", old=CHAT.format(row="old"), new=CHAT.format(row="new")
-        )
+        KEEP.format(unchanged="and old.metadata = new.metadata", old=CHAT.format(row="old"), new=CHAT.format(row="new"))
     )
     op.execute(TRIGGER.format(columns="status, deleted_at, metadata"))
 
