@@ -90,12 +90,7 @@ class ChatCompletionsController(Controller):
     ) -> Response[Any]:
         """One stored completion."""
         queries.parse(request, queries.Nothing)
-
-        async def read(bytes_max: int) -> tuple[int, Stored | None]:
-            async with services.database.autocommit() as tx:
-                return await completions.find(tx, caller.tenant_id, completion_id, bytes_max=bytes_max)
-
-        return await pages.read(services, read, _retrieved)
+        return await _found(services, caller, completion_id)
 
     @post("/{completion_id:str}", status_code=200)
     async def update(
@@ -108,10 +103,8 @@ class ChatCompletionsController(Controller):
         async for attempt in services.database.settling():
             with attempt:
                 async with services.database.begin() as tx:
-                    updated = await completions.update_metadata(
-                        tx, caller.tenant_id, completion_id, asked.metadata or {}
-                    )
-        return json_reply(encode(completion(updated)), services.backlogs)
+                    await completions.update_metadata(tx, caller.tenant_id, completion_id, asked.metadata or {})
+        return await _found(services, caller, completion_id)
 
     @get("/{completion_id:str}/messages")
     async def messages(
@@ -145,6 +138,16 @@ class ChatCompletionsController(Controller):
                     await completions.delete(tx, caller.tenant_id, completion_id, again=attempt.num > 1)
                     await audit.write(tx, caller.rights.tenant, entry)
         return small_reply(Deleted(completion_id, "chat.completion.deleted"))
+
+
+async def _found(services: Services, caller: Caller, completion_id: str) -> Response[Any]:
+    """A reply with a stored completion. Raises CompletionNotFound."""
+
+    async def read(bytes_max: int) -> tuple[int, Stored | None]:
+        async with services.database.autocommit() as tx:
+            return await completions.find(tx, caller.tenant_id, completion_id, bytes_max=bytes_max)
+
+    return await pages.read(services, read, _retrieved)
 
 
 def _retrieved(stored: Stored) -> bytes:

@@ -9,30 +9,38 @@ from app.errors import CompletionNotFound
 from app.storage import responses
 from app.storage.contexts import StoredItem, load_chain
 from app.storage.database import Query, Tx, storable
+from app.storage.parts import KNOWN, STORE
 from app.storage.responses import Stored
 from app.storage.tables import OUTPUT_POSITION
-from app.wire.resources import Response, encode
+from app.wire.resources import encode
 
-_IS_CHAT = Query(
-    text("""
+_FIND = """
     select 1 from responses
     where tenant_id = :tenant_id and id = :id and deleted_at is null and is_chat and status = any(cast(:statuses as text[]))
-    """)
-)
+"""
+
+_IS_CHAT = Query(text(_FIND))
+
+_LOCK = Query(text(f"{_FIND} for no key update"))
 
 _UPDATE = Query(
-    text("""
-    update responses set metadata = cast(:metadata as jsonb), body = cast(:body as json)
-    where tenant_id = :tenant_id and id = :id returning 1
+    text(f"""
+    with response as (
+        update responses set metadata = cast(:metadata as jsonb), body = cast(:body as json), part_hashes = :part_hashes,
+                             bytes = :bytes
+        where tenant_id = :tenant_id and id = :id
+        returning 1
+    ), known_part as ({KNOWN}), part as ({STORE.format(user="response")})
+    select 1 from response
     """)
 )
 
 
-async def _response_id(tx: Tx, tenant_id: str, completion_id: str) -> str:
+async def _response_id(tx: Tx, tenant_id: str, completion_id: str, find: Query = _IS_CHAT) -> str:
     """The id of a completion's response. Raises CompletionNotFound."""
     id = response_id(completion_id)
     binds = {"tenant_id": tenant_id, "id": id, "statuses": sorted(APPENDED)}
-    if not storable(id) or await tx.one(_IS_CHAT, **binds) is None:
+    if not storable(id) or await tx.one(find, **binds) is None:
         raise CompletionNotFound(completion_id)
     return id
 
@@ -57,19 +65,13 @@ async def input_of(
     return chain.bytes, [item for item in chain.items if item.turn == turn and item.position < OUTPUT_POSITION]
 
 
-async def update_metadata(tx: Tx, tenant_id: str, completion_id: str, metadata: dict[str, str]) -> Response:
-    """Replace the metadata; gives the completion's response, of which nothing else changes. Raises CompletionNotFound."""
-    id = await _response_id(tx, tenant_id, completion_id)
-    found = responses.response_of(await responses.get_response(tx, tenant_id, id))
-    response = replace(found, metadata=metadata)
-    await tx.one(
-        _UPDATE,
-        tenant_id=tenant_id,
-        id=id,
-        metadata=encode(metadata).decode(),
-        body=encode(replace(response, output=[])).decode(),
-    )
-    return response
+async def update_metadata(tx: Tx, tenant_id: str, completion_id: str, metadata: dict[str, str]) -> None:
+    """Replace the metadata; nothing else of the completion's response changes. Needs a transaction. Raises CompletionNotFound."""
+    id = await _response_id(tx, tenant_id, completion_id, _LOCK)
+    found = await responses.load_body(tx, tenant_id, id)
+    assert found
+    body = await responses.rows_of(replace(found, metadata=metadata), [])
+    await tx.one(_UPDATE, **{**body, "tenant_id": tenant_id, "id": id, "metadata": encode(metadata).decode()})
 
 
 async def delete(tx: Tx, tenant_id: str, completion_id: str, *, again: bool = False) -> None:
@@ -77,7 +79,7 @@ async def delete(tx: Tx, tenant_id: str, completion_id: str, *, again: bool = Fa
 
     Raises CompletionNotFound."""
     try:
-        id = await _response_id(tx, tenant_id, completion_id)
+        id = await _response_id(tx, tenant_id, completion_id, _LOCK)
     except CompletionNotFound:
         if again:
             return

@@ -362,7 +362,7 @@ _BODY = Query(
 
 
 async def load_body(tx: Tx, tenant_id: str, response_id: str) -> Response | None:
-    """The response as it was when its run began, without output; None if there is no such row."""
+    """The response as its run began or ended, without output; None if there is no such row."""
     row = await tx.one(_BODY, tenant_id=tenant_id, id=response_id)
     return decode_stored(_RESPONSE, row["body"]) if row else None
 

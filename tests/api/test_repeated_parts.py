@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from tests.servers import Served
-from tests.upstream import finish, repeat, script, text
+from tests.upstream import answer, finish, repeat, script, text
 from tests.waiting import fetch
 
 TURNS = 6
@@ -113,6 +113,22 @@ def test_a_client_that_resends_its_images_stores_them_once(own, client):
     items = client.responses.input_items.list(made.id, order="asc", limit=100).data
     images = [part for item in items if item.role == "user" for part in item.content if part.type == "input_image"]
     assert [one.image_url for one in images] == [image["image_url"]] * 3
+
+
+def test_a_chat_completion_with_other_metadata_is_read_as_it_was(own, client):
+    tools = [{"type": "function", "function": {key: tool[key] for key in tool if key != "type"}} for tool in TOOLS]
+    messages = [{"role": "system", "content": INSTRUCTIONS * 3}, {"role": "user", "content": script(answer("hi"))}]
+    made = client.chat.completions.create(model="m", messages=messages, tools=tools, store=True, metadata={"is": "old"})
+    count = "select (select count(*) from parts) as stored, (select count(*) from part_uses) as used"
+    before, response = fetch(own.database_url, count), client.responses.retrieve(made.response_id).to_dict()
+    updated = client.chat.completions.update(made.id, metadata={"is": "new"})
+    assert updated.to_dict() == {**made.to_dict(), "metadata": {"is": "new"}}
+    assert client.responses.retrieve(made.response_id).to_dict() == {**response, "metadata": {"is": "new"}}
+    assert client.chat.completions.messages.list(made.id).data[0].content == INSTRUCTIONS * 3
+    assert fetch(own.database_url, count) == before
+    [shown] = client.chat.completions.list(metadata={"is": "new"})
+    assert shown.to_dict() == updated.to_dict()
+    client.chat.completions.delete(made.id)
 
 
 def test_lists_show_what_was_given_and_the_last_deletion_frees_it(own, client):

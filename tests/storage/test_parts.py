@@ -8,8 +8,8 @@ import msgspec
 import pytest
 
 from app.domain.lifecycle import Outcome, close_response, open_response
-from app.errors import PreviousResponseNotFound
-from app.storage import contexts, endings, responses, threads
+from app.errors import CompletionNotFound, PreviousResponseNotFound
+from app.storage import completions, contexts, endings, responses, threads
 from app.storage.database import Tx
 from app.storage.pages import BYTES_MAX
 from app.storage.queue import Owner
@@ -25,10 +25,17 @@ def message(id):
     return id, encode({"type": "message", "id": id, "role": "user", "content": [IMAGE]})
 
 
-async def insert(connection, tenant_id, id, *, instructions=LONG, parent=None, run=OWNER):
+async def insert(connection, tenant_id, id, *, instructions=LONG, parent=None, run=OWNER, is_chat=False):
     response = open_response(request(instructions=instructions), id=id, created_at=0)
     await responses.insert_response(
-        Tx(connection), tenant_id, response, [message(f"msg_{id}")], parent=parent, earlier_bytes=0, run=run
+        Tx(connection),
+        tenant_id,
+        response,
+        [message(f"msg_{id}")],
+        parent=parent,
+        earlier_bytes=0,
+        run=run,
+        is_chat=is_chat,
     )
     return response
 
@@ -54,6 +61,11 @@ async def end(connection, tenant_id, response, *, output=True):
 async def delete(connection, tenant_id, id):
     async with connection.transaction():
         await responses.delete_response(Tx(connection), tenant_id, id)
+
+
+async def update(connection, tenant_id, id, metadata):
+    async with connection.transaction():
+        await completions.update_metadata(Tx(connection), tenant_id, id, metadata)
 
 
 async def parts(connection, tenant_id):
@@ -110,6 +122,38 @@ async def test_an_end_with_other_fields_uses_those(connection):
     assert await parts(connection, "changed") == (2, 3)
     await delete(connection, "changed", "resp_1")
     assert await parts(connection, "changed") == (0, 0)
+
+
+WHOLE = "update responses set part_hashes = null, bytes = null, body = cast($2 as json) where tenant_id = $1"
+
+
+@pytest.mark.parametrize("is_whole", [False, True], ids=["cut", "stored whole"])
+async def test_other_metadata_leaves_a_completion_as_it_was_and_its_parts_used_once(connection, is_whole):
+    tenant_id = f"metadata {is_whole}"
+    closed = await end(connection, tenant_id, await insert(connection, tenant_id, "resp_1", is_chat=True))
+    if is_whole:  # as the version before has stored it
+        await connection.execute(WHOLE, tenant_id, encode(msgspec.structs.replace(closed, output=[])).decode())
+        assert await parts(connection, tenant_id) == (1, 2)
+    for metadata in ({"a": "1"}, {"b": "2"}):
+        await update(connection, tenant_id, "chatcmpl-1", metadata)
+        updated = msgspec.structs.replace(closed, metadata=metadata)
+        assert encode(await read(connection, tenant_id, "resp_1")) == encode(updated)
+        assert await parts(connection, tenant_id) == (2, 3)
+    await delete(connection, tenant_id, "resp_1")
+    assert await parts(connection, tenant_id) == (0, 0)
+
+
+async def test_metadata_of_a_completion_that_is_deleted_meanwhile_waits_and_finds_it_gone(connection, another, waits):
+    await end(connection, "late", await insert(connection, "late", "resp_1", is_chat=True))
+    deleting = connection.transaction()
+    await deleting.start()
+    await completions.delete(Tx(connection), "late", "chatcmpl-1")
+    updating = asyncio.create_task(update(another, "late", "chatcmpl-1", {"a": "1"}))
+    await waits(connection, updating)
+    await deleting.commit()
+    with pytest.raises(CompletionNotFound):
+        await updating
+    assert await parts(connection, "late") == (0, 0)
 
 
 async def test_two_that_delete_the_last_users_at_once_free_it(connection, another, waits):

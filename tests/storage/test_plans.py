@@ -6,7 +6,7 @@ import asyncpg
 import msgspec
 import pytest
 
-from app.storage import contexts, endings, journal, responses, threads
+from app.storage import completions, contexts, endings, journal, responses, threads
 from app.storage.database import Tx
 from app.storage.pages import BYTES_MAX
 from app.storage.tables import OUTPUT_POSITION
@@ -148,6 +148,8 @@ BY_ID = {
     "conversation's chain": contexts._CONVERSATION_CHAIN,
     "conversation's page": contexts._CONVERSATION_PAGES["desc"],
     "withdraw": responses._WITHDRAW,
+    "completion": completions._LOCK,
+    "metadata": completions._UPDATE,
 }
 
 
