@@ -58,7 +58,7 @@ def completion_id(response_id: str) -> str:
 
 
 def response_id(completion_id: str) -> str:
-    """The id of the response that a completion is; that of none for another id."""
+    """The id of the response that a completion is; an id that is no completion's stays."""
     is_ours = completion_id.startswith(PREFIX)
     return RESPONSE_PREFIX + completion_id.removeprefix(PREFIX) if is_ours else completion_id
 

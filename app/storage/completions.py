@@ -40,7 +40,7 @@ async def _response_id(tx: Tx, tenant_id: str, completion_id: str, find: Query =
     """The id of a completion's response. Raises CompletionNotFound."""
     id = response_id(completion_id)
     binds = {"tenant_id": tenant_id, "id": id, "statuses": sorted(APPENDED)}
-    if not storable(id) or await tx.one(find, **binds) is None:
+    if id == completion_id or not storable(id) or await tx.one(find, **binds) is None:
         raise CompletionNotFound(completion_id)
     return id
 

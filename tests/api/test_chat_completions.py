@@ -442,7 +442,8 @@ def test_a_deleted_completion_is_gone_with_its_response_and_is_still_continued(c
 
 def test_only_what_was_made_as_a_completion_is_one(client, said):
     response = client.responses.create(model="m", input=said)
-    for id in (response.id, response.id.replace("resp_", "chatcmpl-"), "chatcmpl-none"):
+    made = client.chat.completions.create(model="m", messages=[user(said)], store=True)
+    for id in (response.id, response.id.replace("resp_", "chatcmpl-"), made.response_id, "chatcmpl-none"):
         with pytest.raises(openai.NotFoundError, match=f"Chat completion with id '{id}' not found"):
             client.chat.completions.retrieve(id)
         with pytest.raises(openai.NotFoundError):
