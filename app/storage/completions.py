@@ -9,7 +9,7 @@ from app.errors import CompletionNotFound
 from app.storage import responses
 from app.storage.contexts import StoredItem, load_chain
 from app.storage.database import Query, Tx, storable
-from app.storage.parts import KNOWN, STORE
+from app.storage.parts import ctes, storing
 from app.storage.responses import Stored
 from app.storage.tables import OUTPUT_POSITION
 from app.wire.resources import encode
@@ -23,17 +23,13 @@ _IS_CHAT = Query(text(_FIND))
 
 _LOCK = Query(text(f"{_FIND} for no key update"))
 
-_UPDATE = Query(
-    text(f"""
-    with response as (
-        update responses set metadata = cast(:metadata as jsonb), body = cast(:body as json), part_hashes = :part_hashes,
-                             bytes = :bytes
-        where tenant_id = :tenant_id and id = :id
-        returning 1
-    ), known_part as ({KNOWN}), part as ({STORE.format(user="response")})
-    select 1 from response
-    """)
-)
+_RESPONSE = """
+    update responses set metadata = cast(:metadata as jsonb), body = cast(:body as json), part_hashes = :part_hashes, bytes = :bytes
+    where tenant_id = :tenant_id and id = :id
+    returning 1
+"""
+
+_UPDATE = Query(text(f"with {ctes({'response': _RESPONSE, **storing('response')})} select 1 from response"))
 
 
 async def _response_id(tx: Tx, tenant_id: str, completion_id: str, find: Query = _IS_CHAT) -> str:
