@@ -335,7 +335,7 @@ MOVED = {
 class UpdateCompletion(Struct, forbid_unknown_fields=True):
     """`POST /v1/chat/completions/{id}`."""
 
-    metadata: Annotated[Metadata, Meta(max_length=16)] | None
+    metadata: Metadata | None
 
 
 UPDATE = msgspec.json.Decoder(UpdateCompletion)
