@@ -86,7 +86,7 @@ def asked(thought, *rest, **body):
 
 
 def test_a_summary_is_streamed_before_the_answer_and_stored(http, upstream, thought):
-    shortly = thought(text("In "), text("short."), finish(), usage(100, 20))
+    shortly = thought(text("In "), text("short.\n"), finish(), usage(100, 20))
     events = events_of(http.post("/responses", json=asked(shortly, stream=True)))
     types = [event["type"].removeprefix("response.") for event in events]
     assert types[types.index("reasoning_text.done") : types.index("output_text.delta")] == [
