@@ -3,10 +3,12 @@
 import asyncio
 import hashlib
 
+import alembic.command
 import asyncpg
 import msgspec
 import pytest
 
+from app import migrate
 from app.domain.lifecycle import Outcome, close_response, open_response
 from app.errors import CompletionNotFound, PreviousResponseNotFound
 from app.storage import completions, contexts, endings, responses, threads
@@ -256,3 +258,26 @@ async def test_many_that_come_and_go_at_once_keep_what_they_use(url):
     assert await parts(connections[0], "many") == (0, 0)
     for connection in connections:
         await connection.close()
+
+
+@pytest.fixture
+def own_url(new_database):
+    """A database whose schema may change."""
+    return new_database()
+
+
+async def test_the_version_before_finds_whole_bodies(own_url):
+    connection = await asyncpg.connect(own_url)
+    closed = await end(connection, "t", await insert(connection, "t", "resp_1"))
+    for id in ("resp_1", "resp_whole"):
+        await connection.execute("insert into event_archive (tenant_id, response_id, frames) values ('t', $1, '')", id)
+    await asyncio.to_thread(alembic.command.downgrade, migrate.config(own_url), "0014")
+    body = await connection.fetchval("select body from responses where tenant_id = 't'")
+    assert body.encode() == encode(msgspec.structs.replace(closed, output=[]))
+    bodies = [row["body"].encode() for row in await connection.fetch("select body from items order by position")]
+    assert bodies == [message(id)[1] for id in ("msg_resp_1", "msg_out_resp_1")]
+    archived = await connection.fetch("select response_id from event_archive")
+    assert [row["response_id"] for row in archived] == ["resp_whole"]  # the other is compressed with the parts
+    await asyncio.to_thread(alembic.command.upgrade, migrate.config(own_url), "head")
+    assert encode(await read(connection, "t", "resp_1")) == encode(closed)
+    await connection.close()
