@@ -47,6 +47,10 @@ engines: .venv/synced .engines/made
 clients: .venv/synced .clients/made
 	.venv/bin/python -m tests.clients
 
+# Another one, which takes 7 GB.
+open-webui: .venv/synced .clients/open-webui/made
+	.venv/bin/python -m tests.clients --only open-webui
+
 check: .venv/synced
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
@@ -91,6 +95,11 @@ clean:
 	$(UV) pip install --quiet --python .clients/venv/bin/python -r $<
 	cp tests/clients/package.json .clients/
 	npm install --prefix .clients --no-audit --no-fund --no-package-lock --loglevel error
+	@touch $@
+
+.clients/open-webui/made: tests/clients/open-webui.txt | .venv/synced
+	@$(UV) venv --quiet --clear --python .venv/bin/python .clients/open-webui
+	$(UV) pip install --quiet --python .clients/open-webui/bin/python -r $<
 	@touch $@
 
 .tools/bin/uv:

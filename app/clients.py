@@ -131,5 +131,26 @@ env_key = "REPRISE_API_KEY"
 }
 """,
     ),
+    "llm": Client(
+        name="llm, over Chat Completions",
+        file="~/.config/io.datasette.llm/extra-openai-models.yaml",
+        run="llm -m reprise --key $key Hello",
+        text="""
+- model_id: reprise
+  model_name: $model
+  api_base: "$url"
+""",
+    ),
+    "open-webui": Client(
+        name="Open WebUI, over Chat Completions",
+        file="open-webui.env",
+        run="env $$(cat open-webui.env) open-webui serve",
+        text="""
+OPENAI_API_BASE_URL=$url
+OPENAI_API_KEY=$key
+DEFAULT_MODELS=$model
+ENABLE_OLLAMA_API=False
+""",
+    ),
 }
 """The name on the command line → the client."""
