@@ -25,22 +25,35 @@ begin
     end if;
     if was_listed then
         delete from facets
-        where tenant_id = old.tenant_id and facet in (select * from facets_of(old.status, old.model, old.metadata) {old})
+        where tenant_id = old.tenant_id and facet in (select * from facets_of(old.status, old.model, old.metadata))
           and created_at = old.created_at and response_id = old.id;
+        {forget_chat}
     end if;
     if is_listed then
         insert into facets (tenant_id, facet, created_at, response_id)
         select new.tenant_id, facet, new.created_at, new.id
-        from (select * from facets_of(new.status, new.model, new.metadata) {new}) facets_of (facet)
-        on conflict do nothing;
+        from facets_of(new.status, new.model, new.metadata) facets_of (facet) on conflict do nothing;
+        {keep_chat}
     end if;
     return null;
 end $$
 """
 
-CHAT = """
-    union all select * from facets_of('chat_completion', {row}.model, {row}.metadata)
-              where {row}.is_chat and {row}.status in ('completed', 'incomplete')
+# In statements of their own: a union would double what every other response costs to list.
+FORGET_CHAT = """
+        if old.is_chat and old.status in ('completed', 'incomplete') then
+            delete from facets
+            where tenant_id = old.tenant_id
+              and facet in (select * from facets_of('chat_completion', old.model, old.metadata))
+              and created_at = old.created_at and response_id = old.id;
+        end if;
+"""
+KEEP_CHAT = """
+        if new.is_chat and new.status in ('completed', 'incomplete') then
+            insert into facets (tenant_id, facet, created_at, response_id)
+            select new.tenant_id, facet, new.created_at, new.id
+            from facets_of('chat_completion', new.model, new.metadata) facets_of (facet) on conflict do nothing;
+        end if;
 """
 
 TRIGGER = """
@@ -53,15 +66,13 @@ def upgrade() -> None:
     op.add_column(
         "responses", sa.Column("is_chat", sa.Boolean(), comment="true: it was made as a chat completion; else null")
     )
-    op.execute(
-        KEEP.format(unchanged="and old.metadata = new.metadata", old=CHAT.format(row="old"), new=CHAT.format(row="new"))
-    )
+    op.execute(KEEP.format(unchanged="and old.metadata = new.metadata", forget_chat=FORGET_CHAT, keep_chat=KEEP_CHAT))
     op.execute(TRIGGER.format(columns="status, deleted_at, metadata"))
 
 
 def downgrade() -> None:
     op.execute(TRIGGER.format(columns="status, deleted_at"))
-    op.execute(KEEP.format(unchanged="", old="", new=""))
+    op.execute(KEEP.format(unchanged="", forget_chat="", keep_chat=""))
     op.execute("""
         delete from facets using responses, lateral facets_of('chat_completion', model, metadata) chat (facet)
         where is_chat and facets.tenant_id = responses.tenant_id and facets.response_id = responses.id
