@@ -265,7 +265,7 @@ class BackgroundRun:
             if request.compacts and newest_compaction(made) >= 0:
                 return Outcome("completed")  # the former owner died before it could record that
             plan = await self._runs.planner.restore(
-                claim.tenant_id, claim.response_id, secrets.key, request, made, self._room
+                claim.tenant_id, claim.response_id, claim.key_id, secrets.key, request, made, self._room
             )
         except DatabaseUnavailable:
             raise

@@ -345,6 +345,7 @@ class ForegroundRun:
                 earlier_bytes=plan.earlier_bytes,
                 run=None,
                 is_chat=plan.request.is_chat,
+                key_id=plan.key_id,
             )
 
         try:

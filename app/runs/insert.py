@@ -53,5 +53,6 @@ async def insert(
                         earlier_bytes=plan.earlier_bytes,
                         run=run,
                         is_chat=plan.request.is_chat,
+                        key_id=plan.key_id,
                     )
                 await approvals.answer_requests(tx, plan.tenant_id, response_id, decisions)

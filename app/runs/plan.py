@@ -30,6 +30,8 @@ class RunPlan(Struct, frozen=True):
     """Everything that making one response takes."""
 
     tenant_id: str
+    key_id: str | None
+    """Of the key that asked; None without one."""
     request: CreateResponse
     context: Context
     routes: Sequence[tuple[Upstream, Route]]

@@ -107,7 +107,9 @@ class Planner:
             )
 
         wait_s = self._settings.context_wait_s
-        return await self._plan(tenant_id, request, caller_key, routes, servers, room, look, wait_s=wait_s)
+        return await self._plan(
+            tenant_id, rights.key_id, request, caller_key, routes, servers, room, look, wait_s=wait_s
+        )
 
     def _resolve(
         self, seal: TenantSeal, servers: Mapping[str, ToolServer], request: CreateResponse, stored: Stored
@@ -127,6 +129,7 @@ class Planner:
         self,
         tenant_id: str,
         response_id: str,
+        key_id: str | None,
         caller_key: str | None,
         request: CreateResponse,
         made: Sequence[AnyItem],
@@ -156,7 +159,7 @@ class Planner:
                 earlier=rows,
             )
 
-        return await self._plan(tenant_id, request, caller_key, routes, servers, room, look, wait_s=None)
+        return await self._plan(tenant_id, key_id, request, caller_key, routes, servers, room, look, wait_s=None)
 
     async def _with_files(
         self,
@@ -211,6 +214,7 @@ class Planner:
     async def _plan(
         self,
         tenant_id: str,
+        key_id: str | None,
         request: CreateResponse,
         caller_key: str | None,
         routes: Routes,
@@ -241,6 +245,7 @@ class Planner:
         )
         return RunPlan(
             tenant_id=tenant_id,
+            key_id=key_id,
             request=request,
             context=made.context,
             routes=routes,

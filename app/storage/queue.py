@@ -54,6 +54,8 @@ class Claim(Struct, frozen=True):
     """That of the stream which held every event that was sent; None if none is known to."""
     usage: str | None
     """Of the turns that earlier owners have finished, as JSON; None if there was none."""
+    key_id: str | None
+    """Of the key that asked for it."""
 
 
 class Heartbeat(Struct, frozen=True):
@@ -84,7 +86,8 @@ def _ours(state: str) -> str:
         number_ceiling = runs.number_ceiling + {NUMBERS_AHEAD}
     from free where runs.tenant_id = free.tenant_id and runs.response_id = free.response_id
     returning runs.tenant_id, runs.response_id, runs.lease as epoch, runs.handed_over, runs.state, runs.secrets, runs.streamed,
-              free.number_ceiling, runs.redis_run as stream_token, runs.usage, octet_length(cast(runs.request as text)) as request_bytes,
+              free.number_ceiling, runs.redis_run as stream_token, runs.usage, runs.key_id,
+              octet_length(cast(runs.request as text)) as request_bytes,
               coalesce((select context_bytes from responses
                         where tenant_id = runs.tenant_id and id = runs.response_id), 0) as context_bytes
     """

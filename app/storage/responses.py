@@ -74,9 +74,9 @@ def _insert(parts: dict[str, str]) -> Query:
         where cast(:parent_thread_id as text) is not null and exists (select from response)
     ), run as (
         insert into runs (tenant_id, response_id, state, due_at, lease_s, lease, worker, request, secrets, streamed,
-                          number_ceiling)
+                          number_ceiling, key_id)
         select :tenant_id, :id, :run_state, clock_timestamp() + cast(:lease_s as float8) * interval '1 second', :lease_s,
-               :epoch, :worker, cast(:request as json), :secrets, :streamed, 0
+               :epoch, :worker, cast(:request as json), :secrets, :streamed, 0, :key_id
         where cast(:run_state as text) is not null and exists (select from response)
     ), journal as (
         insert into event_journal (tenant_id, response_id, first_number, frames)
@@ -102,13 +102,14 @@ async def insert_response(
     earlier_bytes: int,
     run: Owner | Queued | None,
     is_chat: bool = False,
+    key_id: str | None = None,
 ) -> None:
     """Store a response with its input items (id, JSON) and, if it is finished, its output. `earlier_bytes` is what the items
     of its parent's context take.
 
     It takes the next turn of its parent's thread, or a new thread when another response has that turn; and the slot of its
-    conversation. `run` is given for a response that is still to be made: by us, or by a worker that claims it. Raises
-    PreviousResponseNotFound for a deleted parent, ConversationLocked if the conversation has changed.
+    conversation. `run` is given for a response that is still to be made: by us, or by a worker that claims it; `key_id` is that of
+    the key that asked. Raises PreviousResponseNotFound for a deleted parent, ConversationLocked if the conversation has changed.
     """
     slot = parent.conversation if parent else None
     binds = {
@@ -125,6 +126,7 @@ async def insert_response(
         "created_at": response.created_at,
         "earlier_bytes": earlier_bytes,
         **_run(run),
+        "key_id": key_id,
         "id": response.id,
         "status": response.status,
         **await rows_of(response, input_items),

@@ -264,6 +264,7 @@ runs = Table(
     Column("number_ceiling", BigInteger, nullable=False, comment="no owner has sent an event with a number this high"),
     Column("redis_run", Text, comment="which life of its stream in Redis holds all that was sent"),
     Column("usage", JSON, comment="of the turns that the journal holds"),
+    Column("key_id", Text, comment="of the key that asked for it, which may be revoked; null without one"),
     Index("runs_queued_idx", "tenant_id", "due_at", postgresql_where=text("state = 'queued'")),
     Index("runs_due_idx", "due_at", postgresql_where=text("state <> 'queued'")),
 )

@@ -13,7 +13,8 @@ from msgspec import Struct
 from app import migrate
 from app.storage import keys
 from tests.servers import Served, reprise
-from tests.waiting import fetch, until
+from tests.upstream import finish, gate, script
+from tests.waiting import count, fetch, until
 
 CACHE_S = 0.3
 
@@ -183,6 +184,20 @@ def test_a_server_without_keys_has_no_administrators(server):
         for reply in (http.post("/admin/keys", json={}), http.get("/admin/audit")):
             assert (reply.status_code, reply.json()["error"]["code"]) == (403, "missing_scope")
     assert fetch(server.database_url, "select from keys") == []
+
+
+@pytest.mark.parametrize("given", [{"background": True}, {"stream": True}])
+def test_a_run_knows_the_key_that_asked_for_it(house, upstream, said, given):
+    made = house.make()
+    with house.one.client(made["value"]) as client:
+        answered = client.responses.create(model="m", input=script([gate(said), finish()]), **given)
+        upstream.wait_reached(said, 20)
+        [run] = fetch(house.env["DATABASE_URL"], "select tenant_id, key_id, request is null as is_foreground from runs")
+        assert dict(run) == {"tenant_id": "acme", "key_id": made["id"], "is_foreground": "stream" in given}
+        upstream.open(said)
+        if "stream" in given:
+            list(answered)
+    until(lambda: not count(house.env["DATABASE_URL"], "runs"), "its row is gone")
 
 
 # -- The command line -------------------------------------------------------------------------------------------------------

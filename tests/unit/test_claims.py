@@ -35,6 +35,7 @@ def row(response_id: str) -> dict[str, Any]:
         "number_ceiling": 0,
         "stream_token": None,
         "usage": None,
+        "key_id": None,
     }
 
 

@@ -78,6 +78,7 @@ def start(*, fails: bool) -> tuple[ForegroundRuns, ForegroundRun, "weakref.ref[R
     route: Any = SimpleNamespace(model="m", lacks=frozenset())
     plan = RunPlan(
         tenant_id="tenant",
+        key_id=None,
         request=asked,
         context=resolve(asked, [], {}, new_id, seal=SEAL, requests={}),
         routes=[(Upstream(fails=fails), route)],  # type: ignore[list-item]

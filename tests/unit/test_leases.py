@@ -226,9 +226,8 @@ class Process:
 
 
 def claim(id: str, epoch: int) -> Claim:
-    return Claim(
-        "t", id, epoch, 0, "running", 1, 0, None, streamed=True, number_ceiling=7, stream_token=None, usage=None
-    )
+    numbers = {"streamed": True, "number_ceiling": 7, "stream_token": None, "usage": None, "key_id": None}
+    return Claim("t", id, epoch, 0, "running", 1, 0, None, **numbers)
 
 
 @pytest.fixture
