@@ -84,6 +84,8 @@ class StoredEvents(Struct, frozen=True):
     background: bool
     streamed: bool
     archived: bool
+    is_last: bool
+    """Whether none is stored after this page."""
     entries: list[Entry]
 
 
@@ -177,6 +179,7 @@ async def read(tx: Tx, tenant_id: str, response_id: str, after: int) -> StoredEv
                 background=row["background"],
                 streamed=bool(row["streamed"]) or archived,
                 archived=archived,
+                is_last=next_number is None,
                 entries=entries,
             )
         number = next_number
@@ -185,8 +188,8 @@ async def read(tx: Tx, tenant_id: str, response_id: str, after: int) -> StoredEv
 async def read_all(tx: Tx, tenant_id: str, response_id: str) -> list[Entry]:
     """Every stored event of a response."""
     entries: list[Entry] = []
-    while True:
-        page = await read(tx, tenant_id, response_id, entries[-1].sequence_number if entries else -1)
-        if page is None or not page.entries:
-            return entries
+    while page := await read(tx, tenant_id, response_id, entries[-1].sequence_number if entries else -1):
         entries += page.entries
+        if page.is_last:
+            break
+    return entries

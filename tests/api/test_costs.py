@@ -189,4 +189,4 @@ def test_a_background_run_costs_the_same_however_much_it_says(client, tapped, po
             asked[words], added[words] = statements(postgres), redis.requests.count("XADD")
     assert asked[300] <= asked[1] + 2, "a claim more, if a hint came twice"
     assert added[300] <= 60
-    assert asked[1] <= 28
+    assert asked[1] <= 26
