@@ -14,6 +14,7 @@ from app import echo, migrate
 from app.api import asgi
 from app.api.attempts import FailedAttempts
 from app.api.auth import Auth
+from app.api.bearer import BearerTokens
 from app.api.bodies import Bodies
 from app.api.services import Services
 from app.domain.sealed import Seal
@@ -59,6 +60,7 @@ class Assembly(Struct, frozen=True):
     catalog: Catalog
     app: ASGIApp
     keys_in_use: bool
+    """Whether every request needs a key or a token."""
     drain: Callable[[], None]
     """Claim no more runs: the process is about to shut down."""
     break_off: Callable[[], Awaitable[None]]
@@ -73,6 +75,7 @@ class Core(Struct, frozen=True):
     planner: Planner
     counter: TokenCounter
     seal: Seal
+    guard: Guard
     pipeline: Pipeline
     logs: RedisLogs
     background: BackgroundRuns
@@ -122,6 +125,7 @@ async def core(settings: Settings, catalog: Catalog, *, claims: bool) -> AsyncIt
             planner=planner,
             counter=counter,
             seal=seal,
+            guard=guard,
             pipeline=pipeline,
             logs=logs,
             background=background,
@@ -172,6 +176,7 @@ async def assembled(settings: Settings) -> AsyncIterator[Assembly]:
                 yield
             finally:
                 await foreground.close()
+                await services.auth.close()
                 await made.stop()
 
         async def break_off() -> None:
@@ -179,7 +184,7 @@ async def assembled(settings: Settings) -> AsyncIterator[Assembly]:
             services.bodies.close()
             await foreground.close()
 
-        keys_in_use = await _check_openness(settings, made.database)
+        keys_in_use = await _check_openness(settings, catalog, made.database)
         yield Assembly(settings, catalog, asgi.build(services, lifespan), keys_in_use, made.claims.drain, break_off)
 
 
@@ -200,18 +205,19 @@ def _services(settings: Settings, catalog: Catalog, made: Core, foreground: Fore
         bodies=Bodies(settings),
         reads=Rooms(settings.reads_bytes_max, waiting_max=settings.connections_max),
         outdated_schemas=frozenset(migrate.revisions()[1:]),
-        auth=Auth(settings, made.database),
+        auth=Auth(settings, made.database, BearerTokens(settings, made.database, catalog.issuers, made.guard)),
         attempts=FailedAttempts(settings),
     )
 
 
-async def _check_openness(settings: Settings, database: Database) -> bool:
-    """Whether there are keys. Without keys every client may call, so only this machine may reach the server."""
+async def _check_openness(settings: Settings, catalog: Catalog, database: Database) -> bool:
+    """Whether there are keys or issuers. Without them every client may call, so only this machine may reach the server."""
     async with database.autocommit() as tx:
-        in_use = await keys.keys_in_use(tx)
+        in_use = bool(catalog.issuers) or await keys.keys_in_use(tx)
     if in_use and settings.upstream_auth == "caller":
         raise SettingsError(
-            "REPRISE_UPSTREAM_AUTH=caller passes callers' keys to the upstream, but here callers have keys of this server."
+            "REPRISE_UPSTREAM_AUTH=caller passes callers' keys to the upstream, but here callers have keys of this server, "
+            "or tokens of its issuers."
         )
     if not in_use and settings.host not in LOOPBACK:
         raise SettingsError(

@@ -17,7 +17,9 @@ from app.embedded import POSTGRES, VALKEY, EmbeddedError
 from app.errors import ApiError
 from app.outbound.catalog import Catalog
 from app.outbound.catalog_file import load_catalog
+from app.outbound.downloads import NotFetched
 from app.outbound.guard import Guard
+from app.outbound.issuer_keys import IssuerKeys
 from app.outbound.masking import Mask
 from app.outbound.mcp import ToolSessions
 from app.outbound.toolserver import ToolFailure
@@ -72,7 +74,14 @@ async def examine(environ: Mapping[str, str]) -> AsyncIterator[Finding]:
 
 
 def _with_short_waits(settings: Settings) -> Settings:
-    names = ("database_timeout_s", "redis_timeout_s", "tool_connect_timeout_s", "tool_list_timeout_s", "models_wait_s")
+    names = (
+        "database_timeout_s",
+        "redis_timeout_s",
+        "tool_connect_timeout_s",
+        "tool_list_timeout_s",
+        "models_wait_s",
+        "jwks_timeout_s",
+    )
     return replace(settings, **{name: min(getattr(settings, name), WAIT_MAX_S) for name in names})
 
 
@@ -97,7 +106,7 @@ async def _postgres(settings: Settings) -> AsyncIterator[Finding]:
             return
         yield Finding("schema", True, "is that of this version")
         async with database.autocommit() as tx:
-            yield _keys(settings, in_use=await keys.keys_in_use(tx))
+            yield _keys(settings, in_use=_has_issuers(settings) or await keys.keys_in_use(tx))
             yield _workers(settings, connected=await readiness.is_connected(tx, assembly.WORKER_CONNECTION))
         yield await _secret_key(settings, database)
     except SettingsError as error:
@@ -111,6 +120,14 @@ async def _postgres(settings: Settings) -> AsyncIterator[Finding]:
 def _version(name: str, version: str, number: tuple[int, ...], minimum: tuple[int, ...]) -> Finding:
     least = ".".join(map(str, minimum))
     return Finding(name, number >= minimum, f"answers; it is version {version}, at least {least} is needed")
+
+
+def _has_issuers(settings: Settings) -> bool:
+    """Whether tokens are taken; a catalog with a fault, which has a finding of its own, takes none."""
+    try:
+        return bool(settings.catalog and load_catalog(settings, os.environ).issuers)
+    except SettingsError:
+        return False
 
 
 def _keys(settings: Settings, *, in_use: bool) -> Finding:
@@ -239,6 +256,8 @@ async def _upstreams(settings: Settings) -> AsyncIterator[Finding]:
                 await upstream.close()
         async for finding in _tool_servers(settings, catalog):
             yield finding
+        async for finding in _issuers(settings, catalog):
+            yield finding
     except SettingsError as error:
         yield Finding("catalog", False, str(error))
     finally:
@@ -275,3 +294,16 @@ async def _tool_servers(settings: Settings, catalog: Catalog) -> AsyncIterator[F
             for kind, route in catalog.hosted.items():
                 if route.server == name and route.tool not in listed:
                     yield Finding(f"hosted {kind}", False, f"{name} has no tool '{route.tool}'")
+
+
+async def _issuers(settings: Settings, catalog: Catalog) -> AsyncIterator[Finding]:
+    """Each issuer of tokens, and whether its keys can be fetched."""
+    guard = Guard.from_settings(settings)
+    for name, issuer in catalog.issuers.items():
+        try:
+            number = await IssuerKeys(name, issuer, settings, guard).check()
+        except NotFetched as error:
+            yield Finding(f"issuer {name}", False, str(error))
+            continue
+        source = "the secret" if issuer.secret else f"{number} key{'' if number == 1 else 's'}"
+        yield Finding(f"issuer {name}", True, f"{source} for {', '.join(issuer.algorithms)}")

@@ -10,7 +10,7 @@
         HeadTooLarge 431          the headers are over a limit
         UriTooLong 414            the request line is
         RequestTooSlow 408        the headers or the body did not arrive in time
-      AuthenticationFailed 401    the key is missing, unknown, revoked or expired
+      AuthenticationFailed 401    the key or token is missing, unknown, revoked, expired, not valid
       ForeignSite 403             a web page of another site calls a server that has no keys
       MissingScope 403            the key may not do this
       ModelNotAllowed 403         the key may not use this model
@@ -20,6 +20,7 @@
       TooManyRequests 429         a limit of this server is reached
       ServerError 500             a bug in this server
         ServerUnavailable 503     this process has too many connections, or is shutting down
+        IssuerUnavailable 503     the keys of a token's issuer can't be fetched
         DatabaseUnavailable 503   Postgres does not answer, or can't serve this now
           OutcomeUnknown          the connection was lost during a commit
         TooMuchUnread 503         clients leave more unread than REPRISE_UNREAD_BYTES_MAX
@@ -163,14 +164,14 @@ class RequestTooSlow(InvalidRequest):
 
 
 class AuthenticationFailed(ApiError):
-    """The key is missing, unknown, revoked or expired."""
+    """The key or token is missing, unknown, revoked, expired, not valid."""
 
     status = 401
     type = "invalid_request_error"
     code = "invalid_api_key"
 
     def __init__(self, message: str, *, code: str | None = None, key_id: str | None = None) -> None:
-        """`key_id` names a known key, for the log."""
+        """`key_id` names a known key, or the issuer of a token, for the log."""
         super().__init__(message, code=code)
         self.key_id = key_id
 
@@ -293,6 +294,18 @@ class ServerUnavailable(ServerError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, headers={"Retry-After": "1"})
+
+
+class IssuerUnavailable(ServerError):
+    """The keys of a token's issuer can't be fetched, so it is unknown whether the token is valid."""
+
+    status = 503
+
+    def __init__(self, retry_after_s: int) -> None:
+        super().__init__(
+            "The keys of this token's issuer can't be fetched now; please try again.",
+            headers={"Retry-After": str(retry_after_s)},
+        )
 
 
 class DatabaseUnavailable(ServerError):

@@ -9,7 +9,7 @@ import difflib
 import math
 import re
 from collections.abc import Mapping
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -46,6 +46,16 @@ class Allowed(msgspec.Struct, frozen=True):
 
     hosts: frozenset[str] = frozenset()
     networks: tuple[IPv4Network | IPv6Network, ...] = ()
+
+    def names(self, host: str) -> bool:
+        """Whether a host is named, or an address is in a named network."""
+        if host.lower().rstrip(".") in self.hosts:
+            return True
+        try:
+            address = ip_address(host)
+        except ValueError:
+            return False
+        return any(address in network for network in self.networks)
 
 
 def parse_allowed(text: str) -> Allowed:
@@ -356,6 +366,20 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     redis_prefix: Annotated[str, _about("prefix of this server's keys in Redis")] = "reprise"
     lease_s: Annotated[float, _about("how long a process keeps its runs without a heartbeat", gt=0)] = 15.0
     key_cache_s: Annotated[float, _about("how long a revoked key may still be accepted", ge=0)] = 5.0
+    jwt_bytes_max: Annotated[int, _about("a bearer JWT; longer: 401", ge=256)] = 16 * 1024
+    jwks_cache_s: Annotated[float, _about("how long an issuer's keys are used before they are fetched again", gt=0)] = (
+        300.0
+    )
+    jwks_stale_s: Annotated[
+        float, _about("how much longer they are used while the issuer can't be reached; then: 503", ge=0)
+    ] = 3_600.0
+    jwks_cooldown_s: Annotated[
+        float, _about("the shortest time between two fetches of an issuer's keys, whatever keys tokens name", ge=1)
+    ] = 30.0
+    jwks_timeout_s: Annotated[float, _about("fetching an issuer's keys", gt=0)] = 5.0
+    jwks_bytes_max: Annotated[int, _about("an issuer's keys, as JSON; longer: they are not fetched", ge=1024)] = (
+        256 * 1024
+    )
     auth_attempts_per_minute: Annotated[
         int,
         _about("failed attempts to authenticate of one client address in a minute; the replies to more wait", ge=1),

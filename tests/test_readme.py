@@ -103,6 +103,16 @@ def test_the_catalog_is_a_valid_one(catalog_file):
     assert set(served.tool_servers) == {"search", "sandbox", "files"}
 
 
+def test_the_issuers_are_valid_ones(catalog_file):
+    [issuers] = snippets("toml", DOCS / "rights.md")
+    path = catalog_file(f'[upstreams.a]\nbase_url = "http://x/v1"\n{issuers}')
+    catalog = load_catalog(load({"REPRISE_CATALOG": path}), {})
+    assert catalog.issuers.keys() == {"company", "staff"}
+    entry = catalog.issuers["company"]
+    named = set(re.findall(r"`(\w+)`", (DOCS / "rights.md").read_text().split("## Tokens")[1].split("\nA claim")[0]))
+    assert set(entry.__struct_fields__) - named - {"secret", "claims"} == set()
+
+
 def test_the_settings_table_is_that_of_the_code():
     text = (DOCS / "settings.md").read_text()
     block = re.search(r"<!-- settings:.*?-->\n(.*?)\n?<!-- /settings -->", text, re.DOTALL)

@@ -1,8 +1,9 @@
-"""Bearer key → caller. Without any key every caller is the default tenant, and the server listens on loopback only."""
+"""Bearer key or token → caller. Without any key or issuer every caller is the default tenant, and the server listens on loopback only."""
 
 import hashlib
 import time
 
+from app.api.bearer import BearerTokens, is_token
 from app.api.sites import Headers, refuse_foreign
 from app.domain.rights import Rights
 from app.errors import AuthenticationFailed
@@ -19,15 +20,15 @@ CACHED_KEYS_MAX = 10_000
 class Auth:
     """Caches what secrets prove for REPRISE_KEY_CACHE_S, so that a request costs no query."""
 
-    def __init__(self, settings: Settings, database: Database) -> None:
-        self._database = database
+    def __init__(self, settings: Settings, database: Database, tokens: BearerTokens) -> None:
+        self._database, self._tokens = database, tokens
         self._cache_s = settings.key_cache_s
         self._per_caller = settings.upstream_auth == "caller"
         self._known: dict[bytes, tuple[float, Proof | None]] = {}
         self._in_use: tuple[float, bool] = (0.0, False)
 
     async def caller(self, headers: Headers, *, http_version: str) -> Caller:
-        """The caller of a request. Raises AuthenticationFailed, and ForeignSite where there are no keys."""
+        """The caller of a request. Raises AuthenticationFailed, IssuerUnavailable, and ForeignSite where there are no keys."""
         sent = next((value for name, value in headers if name == b"authorization"), b"")
         scheme, _, key = sent.decode("latin-1").partition(" ")
         key = key.strip() if scheme.lower() == "bearer" else ""
@@ -36,11 +37,18 @@ class Auth:
             return await self._open_caller(key or None)
         if not key:
             raise _missing()
-        rights = await self._rights(key)
+        is_of_issuer = self._tokens.in_use and is_token(key)
+        rights = await (self._tokens.rights(key) if is_of_issuer else self._rights(key))
         return Caller(None, rights)  # a key of this server goes to no upstream
+
+    async def close(self) -> None:
+        """Break off what is asked of issuers."""
+        await self._tokens.close()
 
     async def _keys_in_use(self) -> bool:
         until, in_use = self._in_use
+        if self._tokens.in_use:
+            return True
         if in_use or time.monotonic() < until:
             return in_use
         async with self._database.autocommit() as tx:
@@ -98,4 +106,4 @@ def _incorrect(key: str) -> AuthenticationFailed:
 
 
 def _masked(key: str) -> str:
-    return f"{key[:7]}***{key[-4:]}" if len(key) > 20 else "***"
+    return f"{key[:7]}***{key[-4:]}" if len(key) > 20 and not is_token(key) else "***"

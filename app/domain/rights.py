@@ -22,7 +22,7 @@ _SEPARATOR = "\x1f"
 
 
 class Rights(Struct, frozen=True):
-    """What a key stands for."""
+    """What a key, or a bearer token, stands for."""
 
     tenant: str
     user: str = ""
@@ -31,6 +31,7 @@ class Rights(Struct, frozen=True):
     models: tuple[str, ...] | None = None
     """Names of models, or patterns with `*`; None for all."""
     key_id: str | None = None
+    """Of a token `jwt:` and the name of its issuer in the catalog."""
 
     @property
     def owner(self) -> str:
@@ -44,7 +45,7 @@ class Rights(Struct, frozen=True):
 
     def may_use(self, model: str) -> bool:
         """Whether requests may name this model."""
-        return self.models is None or any(_matches(model, one) for one in self.models)
+        return self.models is None or any(matches(model, one) for one in self.models)
 
     def demand_model(self, model: str) -> None:
         """Raises ModelNotAllowed."""
@@ -52,8 +53,8 @@ class Rights(Struct, frozen=True):
             raise ModelNotAllowed(model)
 
 
-def _matches(name: str, pattern: str) -> bool:
-    """Whether a name fits a pattern. Clients choose names and administrators patterns: it takes linear time for any of them."""
+def matches(name: str, pattern: str) -> bool:
+    """Whether a name fits a pattern with `*`. Clients choose names and administrators patterns: it takes linear time for any of them."""
     first, *others = pattern.split("*")
     if not others:
         return name == first

@@ -22,6 +22,13 @@
     instructions = "Greet {{name}}."
     variables = { name = "string" }
 
+    [issuers.company]                          # whose bearer JWTs are taken; app/domain/issuers.py
+    issuer = "https://login.example.com"
+    audience = "reprise"
+    algorithms = ["RS256"]
+    tenant = "acme"
+    claims = { user = "sub", scopes = "scope" }
+
 A model that no entry names goes to the `default` upstream, or to the only one; `local@qwen3` names an upstream directly.
 """
 
@@ -37,6 +44,7 @@ from msgspec.structs import replace
 
 from app.domain.dialect import PRESETS, Dialect, Lack, Preset, preset_of_host
 from app.domain.hosted import HostedRoute, Kind
+from app.domain.issuers import Issuer
 from app.domain.prompt_templates import Prompt
 from app.errors import NotFound
 from app.outbound.toolserver import Shared, ToolServer
@@ -163,6 +171,7 @@ class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
     tool_servers: dict[str, ToolServerEntry] = {}
     hosted: dict[Kind, HostedRoute] = {}
     prompts: dict[str, Prompt] = {}
+    issuers: dict[str, Issuer] = {}
     refuse_missing_tools: bool | None = None
     """Whether a hosted tool without a `[hosted]` entry is a 400, or hidden from the model. Default: a 400 if the answer depends on it,
     else hidden."""

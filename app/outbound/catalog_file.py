@@ -4,6 +4,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,10 +14,12 @@ from msgspec.structs import replace
 
 from app.domain.dialect import PRESETS, Dialect
 from app.domain.hosted import HostedRoute, Kind
+from app.domain.issuers import Issuer
 from app.domain.prompt_templates import Prompt, PromptVersion
 from app.domain.tools.table import HOSTED, KINDS
 from app.errors import ApiError
 from app.outbound.catalog import KEY, Catalog, ModelEntry, SummaryModel, ToolServerEntry, UpstreamEntry
+from app.outbound.issuer_keys import UNSAFE, is_safe
 from app.settings import SWITCHES, Settings, SettingsError
 from app.wire.keys import choices, nearest, suggestion
 
@@ -49,7 +52,7 @@ def load_catalog(settings: Settings, environ: Mapping[str, str], *, demo_url: st
             return Catalog(upstreams={"default": entry})
         return Catalog(upstreams={"echo": UpstreamEntry(base_url=demo_url, dialect="plain")})
     catalog = _read(Path(settings.catalog))
-    fault = next(_faults(catalog), None)
+    fault = next(chain(_faults(catalog), _faults_of_issuers(catalog, settings)), None)
     if fault:
         raise SettingsError(f"{settings.catalog}: {fault}.")
     return _with_secrets(settings.catalog, catalog, environ)
@@ -75,16 +78,21 @@ def _read(path: Path) -> Catalog:
     return catalog
 
 
-def _upstreams(raw: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    upstreams = raw.get("upstreams")
-    for name, upstream in upstreams.items() if isinstance(upstreams, dict) else ():
-        if isinstance(upstream, dict):
-            yield name, upstream
+def _of(raw: Mapping[str, Any], section: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The entries of a section that are tables, by name."""
+    entries = raw.get(section)
+    for name, entry in entries.items() if isinstance(entries, dict) else ():
+        if isinstance(entry, dict):
+            yield name, entry
 
 
 def _read_switches(raw: dict[str, Any]) -> None:
     """Accept the spellings of booleans that the settings accept."""
-    tables: list[tuple[Any, Any]] = [(raw, Catalog), *((one.get("dialect"), Dialect) for _, one in _upstreams(raw))]
+    tables: list[tuple[Any, Any]] = [
+        (raw, Catalog),
+        *((one.get("dialect"), Dialect) for _, one in _of(raw, "upstreams")),
+        *((one, Issuer) for _, one in _of(raw, "issuers")),
+    ]
     for table, type_ in tables:
         for field in msgspec.structs.fields(type_) if isinstance(table, dict) else ():
             if field.name in table and bool in (field.type, *get_args(field.type)):
@@ -93,7 +101,7 @@ def _read_switches(raw: dict[str, Any]) -> None:
 
 def _fill_in_presets(path: Path, raw: Mapping[str, Any]) -> None:
     """Merge a dialect with its preset; `lacks` and `takes` are added to the preset's."""
-    for name, upstream in _upstreams(raw):
+    for name, upstream in _of(raw, "upstreams"):
         dialect = upstream.get("dialect")
         if isinstance(dialect, str):
             upstream["dialect"] = dialect.lower()
@@ -148,6 +156,7 @@ def _entries(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
         "tool_servers": ToolServerEntry,
         "hosted": types["hosted"].__args__[1],
         "prompts": Prompt,
+        "issuers": Issuer,
     }
     for section, type_ in sections.items():
         entries = raw.get(section)
@@ -307,6 +316,20 @@ def _faults_of_prompts(catalog: Catalog) -> Iterator[str]:
                 yield f"[prompts.{id}.versions.{number}]: {error.message.removesuffix('.')}"
 
 
+def _faults_of_issuers(catalog: Catalog, settings: Settings) -> Iterator[str]:
+    issuers = list(catalog.issuers.items())
+    for number, (name, issuer) in enumerate(issuers):
+        entry = f"[issuers.{name}]"
+        if not _LABEL.fullmatch(name):
+            yield f"[issuers.{name!r}]: a name has up to 64 letters, digits, '_' and '-'"
+        yield from (f"{entry}: {fault}" for fault in issuer.faults())
+        address = issuer.jwks_url or ("" if issuer.jwks_file or issuer.secret_env else issuer.issuer)
+        if address and not is_safe(address, settings):
+            yield f"{entry}: {UNSAFE[0].lower()}{UNSAFE[1:-1]}"
+        if others := [other for other, earlier in issuers[:number] if earlier.issuer == issuer.issuer]:
+            yield f"{entry}: [issuers.{others[0]}] has the same issuer"
+
+
 def _texts(value: Any) -> Iterator[str]:
     """The strings in a TOML value, at any depth."""
     match value:
@@ -334,7 +357,22 @@ def _with_secrets(path: str, catalog: Catalog, environ: Mapping[str, str]) -> Ca
     for name, server in catalog.tool_servers.items():
         token = _secret(path, f"tool server '{name}'", server.authorization_env, environ)
         tool_servers[name] = replace(server, authorization=token or server.authorization)
-    return replace(catalog, upstreams=upstreams, tool_servers=tool_servers)
+    issuers = {name: _with_keys(path, name, issuer, environ) for name, issuer in catalog.issuers.items()}
+    return replace(catalog, upstreams=upstreams, tool_servers=tool_servers, issuers=issuers)
+
+
+def _with_keys(path: str, name: str, issuer: Issuer, environ: Mapping[str, str]) -> Issuer:
+    """An issuer with the secret that it names, and with its file of keys, which is named from where the catalog is."""
+    made = replace(
+        issuer,
+        secret=_secret(path, f"issuer '{name}'", issuer.secret_env, environ),
+        jwks_file=str(Path(path).parent / issuer.jwks_file) if issuer.jwks_file else "",
+    )
+    if fault := next(made.faults_of_secret(), None):
+        raise SettingsError(f"{path}: [issuers.{name}]: {fault}.")
+    if made.jwks_file and not Path(made.jwks_file).is_file():
+        raise SettingsError(f"{path}: [issuers.{name}]: there is no file {made.jwks_file}.")
+    return made
 
 
 def _secret(path: str, of: str, name: str, environ: Mapping[str, str]) -> str:

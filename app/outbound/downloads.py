@@ -24,6 +24,7 @@ class Allowance(Struct):
     seconds: float
     too_large: str
     """The reason for NotFetched if a file has more bytes."""
+    redirects: int = REDIRECTS_MAX
 
 
 class Download(Struct, frozen=True):
@@ -66,7 +67,7 @@ async def fetch(guard: Guard, tenant: str, url: str, allowance: Allowance) -> Do
 async def _follow(client: httpx2.AsyncClient, url: str, allowance: Allowance) -> Download:
     """The file at the end of the redirects. Their bodies, which the client would read whole and decompress, are not read."""
     request = client.build_request("GET", url)
-    for _ in range(1 + REDIRECTS_MAX):
+    for _ in range(1 + allowance.redirects):
         response = await client.send(request, stream=True)
         try:
             if response.next_request is None:
@@ -74,7 +75,7 @@ async def _follow(client: httpx2.AsyncClient, url: str, allowance: Allowance) ->
         finally:
             await response.aclose()
         request = response.next_request
-    raise NotFetched(f"There are more than {REDIRECTS_MAX} redirects.")
+    raise NotFetched(f"There are more than {allowance.redirects} redirects.")
 
 
 async def _read(response: httpx2.Response, allowance: Allowance) -> Download:

@@ -3,6 +3,7 @@
 from msgspec import Struct
 from sqlalchemy import text
 
+from app.domain.issuers import LABEL
 from app.domain.rights import Rights
 from app.errors import InvalidParameter
 from app.ids import new_id, seconds_of
@@ -55,12 +56,20 @@ def entry(rights: Rights | None, action: Action, target: str) -> Entry:
     return Entry(
         id=id,
         created_at=seconds_of(id) or 0,
-        actor="command_line" if rights is None else "api_key" if key_id else "anonymous",
+        actor=_actor(rights),
         key_id=key_id,
         user=rights.user if rights else "",
         action=action,
         target=target,
     )
+
+
+def _actor(rights: Rights | None) -> Actor:
+    if rights is None:
+        return "command_line"
+    if rights.key_id is None:
+        return "anonymous"
+    return "jwt" if rights.key_id.startswith(LABEL) else "api_key"
 
 
 async def write(tx: Tx, tenant: str, entry: Entry) -> None:

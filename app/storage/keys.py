@@ -44,6 +44,10 @@ _TENANT = Query(text("insert into tenants (id) values (:tenant_id) on conflict d
 _USER = Query(
     text("insert into tenants (id, tenant) values (:tenant_id, :tenant) on conflict do nothing returning id"),
 )
+_OWNERS = Query(
+    text("select id from tenants where id in (:tenant_id, :tenant)"),
+    across_tenants="finds out whether an owner is known",
+)
 _INSERT = Query(
     text("""
     insert into keys (hash, id, tenant_id, user_name, name, scopes, models, expires_at)
@@ -169,6 +173,19 @@ async def create_key(tx: Tx, key: Key, secret: str) -> None:
 async def all_keys(tx: Tx) -> list[Key]:
     """The keys of all tenants, oldest first."""
     return [_key(row) for row in await tx.all(_ALL)]
+
+
+async def have_owner(tx: Tx, tenant: str, user: str, *, makes_tenant: bool) -> bool:
+    """Whether there is a tenant, or now is; a new user of it is made. Needs a transaction."""
+    owner = owner_of(tenant, user)
+    known = {row["id"] for row in await tx.all(_OWNERS, tenant_id=owner, tenant=tenant)}
+    if tenant not in known:
+        if not makes_tenant:
+            return False
+        await tx.one(_TENANT, tenant_id=tenant)
+    if owner not in known:
+        await tx.one(_USER, tenant_id=owner, tenant=tenant)
+    return True
 
 
 async def list_keys(tx: Tx, tenant: str, *, after: str | None, limit: int, order: Order) -> Page[Key]:

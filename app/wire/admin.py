@@ -16,7 +16,7 @@ LAST_TIME = 253_402_300_799
 Name = Annotated[str, Meta(max_length=NAME_CHARS_MAX)]
 ModelName = Annotated[str, Meta(min_length=1, max_length=MODEL_CHARS_MAX)]
 Scope = Literal["responses.read", "responses.write", "admin"]
-Actor = Literal["api_key", "command_line", "anonymous"]
+Actor = Literal["api_key", "jwt", "command_line", "anonymous"]
 Action = Literal[
     "key.created",
     "key.rotated",
@@ -61,7 +61,8 @@ class ApiKey(Struct, kw_only=True):
 
 
 class AuditActor(Struct):
-    """Who has acted: a key, the operator on the command line, or a caller of a server without keys."""
+    """Who has acted: a key, a bearer token (`key_id` names its issuer), the operator on the command line, or a caller of a server
+    without keys."""
 
     type: Actor
     key_id: str | None

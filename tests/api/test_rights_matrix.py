@@ -1,4 +1,4 @@
-"""Every route of the application with every kind of key that may not use it, and with one that may."""
+"""Every route of the application with every kind of key or token that may not use it, and with those that may."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -8,6 +8,7 @@ import httpx
 import pytest
 from msgspec import UNSET, Struct, UnsetType
 
+from tests.issuer import Issuer
 from tests.routes import handlers
 from tests.servers import Served, reprise
 from tests.waiting import fetch
@@ -91,6 +92,7 @@ class House(Struct):
 
     served: Served
     keys: dict[str, str]
+    """Also tokens."""
     ids: dict[str, str]
     """Of things of alice's, a user of the tenant `a`, by the name of the path's parameter."""
     key_id: str
@@ -104,13 +106,53 @@ class House(Struct):
         with httpx.Client(base_url=self.served.url.removesuffix("/v1"), headers=authorization, timeout=30) as http:
             return http.request(method, path.format(**(ids or self.ids)), json=call.json, **form)
 
-    def owner(self, route: str) -> str:
-        """The key that may call the route, and to which what it names belongs."""
-        return "admin" if scope_of(route) == "admin" else "alice"
+    def http(self, key: str) -> httpx.Client:
+        """A client with a key, by its name."""
+        headers = {"Authorization": f"Bearer {self.keys[key]}"}
+        return httpx.Client(base_url=self.served.url, headers=headers, timeout=30)
+
+
+def owner(route: str) -> str:
+    """The key that may call the route, and to which what it names belongs."""
+    return "admin" if scope_of(route) == "admin" else "alice"
 
 
 @pytest.fixture(scope="module")
-def house(base_env: Mapping[str, str], new_database: Callable[[], str], upstream, tmp_path_factory) -> Iterator[House]:
+def issuer() -> Iterator[Issuer]:
+    with Issuer() as running:
+        yield running
+
+
+def tokens(issuer: Issuer) -> dict[str, str]:
+    """Tokens of every kind, by name."""
+    staff = {"iss": f"{issuer.url}/staff", "tenant": "a", "scope": "read write administer"}
+    alice = {"iss": f"{issuer.url}/users", "tenant": "a", "sub": "alice"}
+    past = int(time.time()) - 100
+    words = {"responses.read": "read", "responses.write": "write", "admin": "administer"}
+    made = {
+        "admin": issuer.token(**staff),
+        "unbound": issuer.token(**{**staff, "scope": "read write"}),
+        "alice": issuer.token(**alice),
+        "bob": issuer.token(**{**alice, "sub": "bob"}),
+        "other tenant": issuer.token(**{**staff, "tenant": "b"}),
+        "user of b": issuer.token(**{**alice, "tenant": "b"}),
+        "other model": issuer.token(**staff, models=["oth*", "x"]),
+        "expired": issuer.token(**{**alice, "iat": past - 100, "exp": past}),
+        "of a wrong issuer": issuer.token(**{**alice, "iss": issuer.url}),
+        "for a wrong audience": issuer.token(**{**alice, "aud": "another"}),
+        "with a wrong signature": issuer.token(key=Issuer().keys["first"], **alice),
+        "without a signature": issuer.forged("none", **alice),
+        "with the public key as a secret": issuer.forged("HS256", **alice),
+    }
+    for scope, word in words.items():
+        made[f"all but {scope}"] = issuer.token(**{**staff, "scope": staff["scope"].replace(word, "other")})
+    return {f"token {name}": token for name, token in made.items()}
+
+
+@pytest.fixture(scope="module")
+def house(
+    base_env: Mapping[str, str], new_database: Callable[[], str], upstream, tmp_path_factory, issuer: Issuer
+) -> Iterator[House]:
     catalog = tmp_path_factory.mktemp("rights") / "catalog.toml"
     routes = '[{ upstream = "up", model = "scripted" }]'
     catalog.write_text(f"""
@@ -124,6 +166,21 @@ def house(base_env: Mapping[str, str], new_database: Callable[[], str], upstream
         [[models]]
         name = "other"
         routes = {routes}
+        [issuers.staff]
+        issuer = "{issuer.url}/staff"
+        audience = "reprise"
+        algorithms = ["RS256"]
+        jwks_url = "{issuer.jwks_url}"
+        tenants = ["a", "b"]
+        claims = {{ tenant = "tenant", scopes = "scope", models = "models" }}
+        scopes = {{ read = ["responses.read"], write = ["responses.write"], administer = ["admin"] }}
+        default_models = ["*"]
+        [issuers.users]
+        issuer = "{issuer.url}/users"
+        audience = "reprise"
+        algorithms = ["RS256"]
+        tenants = ["a", "b"]
+        claims = {{ tenant = "tenant", user = "sub" }}
     """)
     env = {name: value for name, value in base_env.items() if name != "OPENAI_BASE_URL"}
     env |= {"DATABASE_URL": new_database(), "REPRISE_CATALOG": str(catalog), "REPRISE_AUTH_DELAY_MAX_S": "0"}
@@ -147,14 +204,22 @@ def house(base_env: Mapping[str, str], new_database: Callable[[], str], upstream
         assert http.delete(f"/admin/keys/{gone['revoked']['id']}").status_code == 200
         past = "update keys set expires_at = now() - interval '1 second' where id = $1"
         fetch(env["DATABASE_URL"], past, gone["expired"]["id"])
-        house = House(served, keys, {"model_id": "good", "key_id": make(name="named")["id"]}, first.stderr.split()[0])
-        http.headers["Authorization"] = f"Bearer {keys['alice']}"
-        house.ids |= things(http)
+        house = House(served, keys | tokens(issuer), {"model_id": "good"}, first.stderr.split()[0])
+        house.ids |= things(house, "")
         yield house
 
 
-def things(http: httpx.Client) -> dict[str, str]:
-    """One of each, and their ids by the name of the path's parameter."""
+def things(house: House, kind: str) -> dict[str, str]:
+    """One of each, made by alice and an administrator with keys or, of that kind, tokens; their ids by the name of the path's
+    parameter."""
+    with house.http(f"{kind}admin") as http:
+        key_id = http.post("/admin/keys", json={"name": "named"}).json()["id"]
+    with house.http(f"{kind}alice") as http:
+        return {"key_id": key_id, **things_of(http)}
+
+
+def things_of(http: httpx.Client) -> dict[str, str]:
+    """What a user owns."""
     conversation = http.post("/conversations", json={"items": [{"role": "user", "content": "mine"}]}).json()["id"]
     return {
         "response_id": http.post("/responses", json={**ASKED, "background": True}).json()["id"],
@@ -163,6 +228,10 @@ def things(http: httpx.Client) -> dict[str, str]:
         "item_id": http.get(f"/conversations/{conversation}/items").json()["first_id"],
         "file_id": http.post("/files", files={"file": ("a", b"a")}, data={"purpose": "vision"}).json()["id"],
     }
+
+
+KINDS = pytest.mark.parametrize("kind", ["", "token "], ids=["key", "token"])
+OTHERS = ("other tenant", "bob", "unbound")
 
 
 def error_of(reply: httpx.Response) -> tuple[int, str | None]:
@@ -178,17 +247,42 @@ def test_no_route_takes_a_key_that_is_not_valid(house, key):
     assert {route: error_of(house.send(route, key)) for route in CALLS} == dict.fromkeys(CALLS, expected)
 
 
-def test_every_route_demands_its_scope(house):
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        ("expired", "The token is expired."),
+        ("of a wrong issuer", "The token is from an issuer that this server does not know."),
+        ("for a wrong audience", "The token is for another audience."),
+        ("with a wrong signature", "The token's signature is not valid."),
+        ("without a signature", "The token is signed in a way that this server does not take from its issuer."),
+        (
+            "with the public key as a secret",
+            "The token is signed in a way that this server does not take from its issuer.",
+        ),
+    ],
+)
+def test_no_route_takes_a_token_that_is_not_valid(house, token, message):
+    expected = (401, "token_expired" if token == "expired" else "invalid_api_key")
+    replies = {route: house.send(route, f"token {token}") for route in CALLS}
+    assert {route: error_of(reply) for route, reply in replies.items()} == dict.fromkeys(CALLS, expected)
+    assert {reply.json()["error"]["message"] for reply in replies.values()} == {message}
+
+
+@KINDS
+def test_every_route_demands_its_scope(house, kind):
     scoped = [route for route in CALLS if scope_of(route)]
-    found = {route: error_of(house.send(route, f"all but {scope_of(route)}")) for route in scoped}
+    found = {route: error_of(house.send(route, f"{kind}all but {scope_of(route)}")) for route in scoped}
     assert found == dict.fromkeys(scoped, (403, "missing_scope"))
-    assert {house.send(route, "all but admin").status_code for route in CALLS.keys() - scoped} == {200}
+    assert {house.send(route, f"{kind}all but admin").status_code for route in CALLS.keys() - scoped} == {200}
 
 
-@pytest.mark.parametrize("key", ["other tenant", "bob", "unbound"])
+@pytest.mark.parametrize(
+    "key",
+    [*OTHERS, *(f"token {one}" for one in OTHERS), "token user of b"],
+)
 def test_what_belongs_to_others_looks_unknown(house, key):
     for route, call in CALLS.items():
-        if key != "other tenant" and call.is_of_tenant:
+        if not key.endswith("other tenant") and call.is_of_tenant:
             continue
         named = [name for name in house.ids if f"{{{name}}}" in route and name != "model_id"]
         reply = house.send(route, key)
@@ -202,19 +296,19 @@ def test_what_belongs_to_others_looks_unknown(house, key):
             assert (route, reply.status_code) == (route, 200)
 
 
-def test_no_user_administers_keys_nor_reads_the_log(house):
+@KINDS
+def test_no_user_administers_keys_nor_reads_the_log(house, kind):
     admin = [route for route in CALLS if scope_of(route) == "admin"]
-    assert {error_of(house.send(route, "alice")) for route in admin} == {(403, "missing_scope")}
+    assert {error_of(house.send(route, f"{kind}alice")) for route in admin} == {(403, "missing_scope")}
 
 
-def test_a_model_that_a_key_may_not_use_is_refused_wherever_it_is_named(house):
+@KINDS
+def test_a_model_that_a_key_may_not_use_is_refused_wherever_it_is_named(house, kind):
     naming = [route for route, call in CALLS.items() if "{model_id}" in route or "model" in (call.json or {})]
     assert len(naming) >= 4
-    found = {route: error_of(house.send(route, "other model")) for route in naming}
+    found = {route: error_of(house.send(route, f"{kind}other model")) for route in naming}
     assert found == dict.fromkeys(naming, (403, "model_not_allowed"))
-    with httpx.Client(
-        base_url=house.served.url, headers={"Authorization": f"Bearer {house.keys['other model']}"}
-    ) as http:
+    with house.http(f"{kind}other model") as http:
         assert [model["id"] for model in http.get("/models").json()["data"]] == ["other"]
         assert http.get("/models/other").json()["id"] == "other"
         assert error_of(http.get("/models/unknown")) == (404, "model_not_found")
@@ -226,25 +320,42 @@ def test_a_model_that_a_key_may_not_use_is_refused_wherever_it_is_named(house):
         assert http.post("/responses", json={**background, "model": "other"}).status_code == 200
 
 
-def test_every_route_serves_the_key_that_may_use_it(house):
-    time_before = int(time.time())
-    assert {route: house.send(route, house.owner(route)).status_code for route in CALLS} == dict.fromkeys(CALLS, 200)
-    with httpx.Client(base_url=house.served.url, headers={"Authorization": f"Bearer {house.keys['admin']}"}) as http:
+@KINDS
+def test_every_route_serves_the_key_that_may_use_it(house, kind):
+    time_before, ids = int(time.time()), {**house.ids, **things(house, kind)}
+    found = {route: house.send(route, f"{kind}{owner(route)}", ids).status_code for route in CALLS}
+    assert found == dict.fromkeys(CALLS, 200)
+    with house.http("admin") as http:
         log = http.get("/admin/audit", params={"limit": 100, "order": "asc"}).json()["data"]
         known = http.get(f"/admin/keys/{log[0]['target']}").json()
-    done = [(one["type"], one["target"], one["actor"]["user"]) for one in log if one["effective_at"] >= time_before]
-    mine = [one for one in done if one[2] == "alice"]
-    assert mine == [
-        ("response.deleted", house.ids["completion_id"].replace("chatcmpl-", "resp_"), "alice"),
-        ("response.deleted", house.ids["response_id"], "alice"),
-        ("conversation.item.deleted", house.ids["item_id"], "alice"),
-        ("conversation.deleted", house.ids["conversation_id"], "alice"),
-        ("file.deleted", house.ids["file_id"], "alice"),
+    by_alice = {"type": "api_key", "user": "alice"} if kind == "" else jwt_of("users", "alice")
+    mine = [one for one in log if one["effective_at"] >= time_before and one["target"] in expected_targets(ids)]
+    done = [(one["type"], one["target"], one["actor"]) for one in mine]
+    for _, _, actor in done:
+        if kind == "":
+            actor.pop("key_id")
+    by_admin = {"type": "api_key", "user": None} if kind == "" else jwt_of("staff", None)
+    assert done == [
+        ("key.created", ids["key_id"], by_admin),
+        ("response.deleted", expected_targets(ids)[0], by_alice),
+        ("response.deleted", ids["response_id"], by_alice),
+        ("conversation.item.deleted", ids["item_id"], by_alice),
+        ("conversation.deleted", ids["conversation_id"], by_alice),
+        ("file.deleted", ids["file_id"], by_alice),
+        ("key.rotated", ids["key_id"], by_admin),
+        ("key.revoked", ids["key_id"], by_admin),
     ]
-    by_admin = [one for one in done if one[1] == house.ids["key_id"] and one[0] != "key.created"]
-    assert by_admin == [(f"key.{what}", house.ids["key_id"], None) for what in ("rotated", "revoked")]
     assert (log[0]["type"], log[0]["actor"], known["id"]) == (
         "key.created",
         {"type": "command_line", "key_id": None, "user": None},
         house.key_id,
     )
+
+
+def jwt_of(issuer: str, user: str | None) -> dict[str, str | None]:
+    return {"type": "jwt", "key_id": f"jwt:{issuer}", "user": user}
+
+
+def expected_targets(ids: dict[str, str]) -> list[str]:
+    """The ids that the audit log names; that of a chat completion is its response's."""
+    return [ids["completion_id"].replace("chatcmpl-", "resp_"), *ids.values()]

@@ -359,3 +359,50 @@ def test_a_file_may_begin_with_a_byte_order_mark(read: Read):
 def test_a_dollar_that_begins_no_placeholder_is_a_dollar(read: Read):
     hosted = '[hosted.web_search]\nserver = "s"\ntool = "t"\narguments = { q = "$query", note = "below 5$, not $$" }'
     assert read(ONE + SERVER + hosted).hosted["web_search"].arguments["note"] == "below 5$, not $$"
+
+
+# -- Issuers ----------------------------------------------------------------------------------------------------------------
+
+ISSUER = """
+[issuers.company]
+issuer = "https://i"
+audience = "a"
+algorithms = ["RS256"]
+tenant = "t"
+"""
+
+
+def test_an_issuer_has_its_secret_from_the_environment_and_its_file_beside_the_catalog(read: Read, tmp_path: Path):
+    secret = ISSUER.replace("RS256", "HS256") + 'secret_env = "S"\n'
+    assert read(ONE + secret, {"S": "x" * 32}).issuers["company"].secret == "x" * 32
+    (tmp_path / "keys.json").write_text("{}")
+    by_file = ISSUER.replace("tenant =", 'claims = { tenant = "c" }\ntenants = ["x"]\ncreates_tenants = "yes"\n#')
+    issuer = read(f'{ONE}{by_file}jwks_file = "keys.json"\n').issuers["company"]
+    assert (issuer.jwks_file, issuer.creates_tenants) == (str(tmp_path / "keys.json"), True)
+    for toml, message in (
+        (secret, "issuer 'company' needs the environment variable S"),
+        (ISSUER + 'jwks_file = "none.json"\n', r"\[issuers\.company\]: there is no file .*none\.json"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            read(ONE + toml)
+    with pytest.raises(SettingsError, match=r"\[issuers\.company\]: the secret of HS256 needs at least 32") as caught:
+        read(ONE + secret, {"S": "short-s3cret"})
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        (ISSUER.replace("RS256", "none"), r"\[issuers\.company\]: .*'none'.*; it may be .*ES256"),
+        (ISSUER + 'claim = { user = "sub" }', r"\[issuers\.company\]: .*did you mean `claims`"),
+        (ISSUER + 'tenants = ["x"]', r"\[issuers\.company\]: 'tenants' and 'creates_tenants' need"),
+        (ISSUER.replace("https", "http"), r"\[issuers\.company\]: keys are fetched by https"),
+        (ISSUER + 'jwks_url = "http://k/keys"', r"\[issuers\.company\]: keys are fetched by https"),
+        (ISSUER + ISSUER.replace("company", "other"), r"\[issuers\.other\]: \[issuers\.company\] has the same issuer"),
+        (ISSUER.replace("company", '"a b"'), r"\[issuers\.'a b'\]: a name has"),
+    ],
+)
+def test_an_issuer_that_can_not_be_is_refused(read: Read, toml: str, message: str):
+    assert read(ONE + ISSUER).issuers.keys() == {"company"}
+    with pytest.raises(SettingsError, match=message):
+        read(ONE + toml)
