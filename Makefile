@@ -1,7 +1,7 @@
 # All that a fresh machine needs is make and Python 3.11 to 3.14: `make run`, `make test`, `make check`, `make bench`.
 # Packages go to .venv, and uv to .tools unless it is installed. `make clean` removes both and keeps .data.
 
-.PHONY: run test faults engines clients check bench bench-quick lock clean
+.PHONY: run test faults engines clients check openapi bench bench-quick lock clean
 .DELETE_ON_ERROR:
 
 # Ignore an active environment, which may be broken; and let uv use the installed Python.
@@ -56,6 +56,10 @@ check: .venv/synced
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+
+# The OpenAPI document, from the routes and the wire format; a test compares it with them.
+openapi: .venv/synced
+	.venv/bin/python -m app.api.openapi
 
 # Measures on servers of its own; `bench` also draws the plots of docs/performance.md, and takes some ten minutes, `bench-quick` one or two.
 bench: .venv/synced

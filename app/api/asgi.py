@@ -17,6 +17,7 @@ from app.api.input_tokens import input_tokens
 from app.api.models import ModelsController
 from app.api.operations import home, livez, readyz
 from app.api.problems import HANDLERS, with_request_id
+from app.api.reference import openapi, redoc, viewer
 from app.api.responses import ResponsesController
 from app.api.services import Services, provide_caller
 
@@ -39,6 +40,9 @@ def build(services: Services, lifespan: Lifespan) -> ASGIApp:
             home,
             livez,
             readyz,
+            openapi,
+            viewer,
+            redoc,
         ],
         dependencies={
             "services": Provide(lambda: services, sync_to_thread=False),

@@ -14,9 +14,10 @@ HOME = """<!doctype html>
 <h1>Reprise</h1>
 <p>A persistent, stateful Responses API server. Clients of the OpenAI API find it under <code>/v1</code> on this address.</p>
 <ul>
+<li><a href="/docs">/docs</a>: the reference of the API, from <a href="/openapi.json">/openapi.json</a></li>
 <li><a href="/v1/models">/v1/models</a>: what may be asked for as <code>model</code></li>
-<li><code>POST /v1/responses</code>, <code>POST /v1/chat/completions</code>: <a href="https://platform.openai.com/docs/api-reference/responses">the
-API's reference</a>; <code>docs/api.md</code> says what this server does with it</li>
+<li><code>POST /v1/responses</code>, <code>POST /v1/chat/completions</code>: as <a href="https://platform.openai.com/docs/api-reference/responses">OpenAI
+describes them</a>; <code>docs/api.md</code> says what this server does with each parameter</li>
 <li><a href="/livez">/livez</a>, <a href="/readyz">/readyz</a>: whether the process runs, and whether it is ready</li>
 <li><code>README.md</code> and <code>docs/</code> of the project: settings, tools, catalog, deployment; <code>reprise doctor</code> checks
 a configuration</li>

@@ -62,7 +62,7 @@ async def provide_caller(request: Request[Any, Any, Any], services: Services) ->
         await _slow_down(request, services.attempts, error)
         raise
     structlog.contextvars.bind_contextvars(**logged(caller.tenant_id))
-    if scope := _scope_of(request):
+    if scope := scope_of(request.route_handler.opt, request.method):
         caller.rights.demand_scope(scope)
     return caller
 
@@ -84,9 +84,7 @@ async def _slow_down(request: Request[Any, Any, Any], attempts: FailedAttempts, 
         await while_connected(request.receive, asyncio.sleep(delay_s))
 
 
-def _scope_of(request: Request[Any, Any, Any]) -> Scope | None:
-    """What the route demands: its `scope`, or else to read for GET and to write for other methods."""
-    scope: Scope | None = request.route_handler.opt.get(
-        "scope", "responses.read" if request.method == "GET" else "responses.write"
-    )
+def scope_of(options: Mapping[str, Any], method: str) -> Scope | None:
+    """What a route with these options demands: its `scope`, or else to read for GET and to write for other methods."""
+    scope: Scope | None = options.get("scope", "responses.read" if method == "GET" else "responses.write")
     return scope

@@ -222,7 +222,7 @@ class _ToolSearchCall(_Item):
 class _ToolSearchOutput(_Item):
     execution: Any = UNSET
     tools: list[Json] | UnsetType | None = UNSET
-    """Declarations; `wire/tools.py` knows their keys."""
+    """Declarations of tools."""
 
 
 CARRIED: dict[str, type[_Item]] = {

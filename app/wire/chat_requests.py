@@ -248,7 +248,7 @@ TokenBias = Annotated[float, Meta(ge=-100, le=100)]
 
 
 class ChatBody(Struct, kw_only=True):
-    """The known top-level keys of `POST /v1/chat/completions`, with the API's ranges; the last three are this server's own."""
+    """The parameters of `POST /v1/chat/completions`, with the API's ranges; the last three are this server's own."""
 
     messages: list[AnyMessage] | None = None
     model: str | None = None

@@ -11,7 +11,7 @@ Caller = Literal["direct", "programmatic"]
 
 
 class _Declaration(Struct, forbid_unknown_fields=True, kw_only=True):
-    """`type` is looked at before the rest."""
+    """A tool that has no parameters of its own."""
 
     type: str
     allowed_callers: list[Caller] | None = None
@@ -90,7 +90,7 @@ class ImageGeneration(_Declaration):
     svg: Json | None = None
 
 
-class _Environment(Struct, forbid_unknown_fields=True):
+class _ShellEnvironment(Struct, forbid_unknown_fields=True):
     """`local`, `container_auto` and `container_reference` together."""
 
     type: Literal["local", "container_auto", "container_reference"]
@@ -102,7 +102,7 @@ class _Environment(Struct, forbid_unknown_fields=True):
 
 
 class Shell(_Declaration):
-    environment: _Environment | None = None
+    environment: _ShellEnvironment | None = None
 
 
 class ToolSearch(_Declaration):
@@ -117,7 +117,7 @@ class ComputerUsePreview(_Declaration):
     environment: Literal["windows", "mac", "linux", "ubuntu", "browser"]
 
 
-_DECLARATIONS: dict[str, type[_Declaration]] = {
+DECLARATIONS: dict[str, type[_Declaration]] = {
     "web_search": WebSearch,
     "web_search_2025_08_26": WebSearch,
     "web_search_preview": WebSearch,
@@ -133,16 +133,16 @@ _DECLARATIONS: dict[str, type[_Declaration]] = {
     "shell": Shell,
     "apply_patch": _Declaration,
 }
-HOSTED = frozenset(_DECLARATIONS)
+HOSTED = frozenset(DECLARATIONS)
 """Types of hosted tools that the API knows."""
 
-_DECODERS = {type_: msgspec.json.Decoder(struct) for type_, struct in _DECLARATIONS.items()}
+_DECODERS = {type_: msgspec.json.Decoder(struct) for type_, struct in DECLARATIONS.items()}
 _FIELDS = msgspec.json.Decoder(Json)
 
 
 def declared_keys(type_: str) -> frozenset[str]:
     """The keys that the declaration of a hosted tool may have."""
-    return frozenset(_DECLARATIONS[type_].__struct_encode_fields__)
+    return frozenset(DECLARATIONS[type_].__struct_encode_fields__)
 
 
 def decode_declaration(type_: str, raw: Raw, at: str) -> Json:

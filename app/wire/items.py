@@ -414,7 +414,7 @@ def _check_id(id: str, path: str) -> None:
         )
 
 
-_SHAPES: Mapping[type[Item], Mapping[str, Any]] = {
+SHAPES: Mapping[type[Item], Mapping[str, Any]] = {
     WebSearchCall: {"action": WebSearchAction},
     FileSearchCall: {"results": list[FileSearchResult]},
     CodeInterpreterCall: {"outputs": list[CodeOutput]},
@@ -442,7 +442,7 @@ def _check_carried(item: AnyItem, at: str) -> None:
             if not is_unknown(item):
                 check_keys(item.fields, CARRIED[item.type], at)
         case _:
-            for key, shape in _SHAPES.get(type(item), {}).items():
+            for key, shape in SHAPES.get(type(item), {}).items():
                 if carried := getattr(item, key):
                     check_keys(carried, shape, f"{at}.{key}")
 

@@ -145,7 +145,7 @@ class PromptParameters(Struct, kw_only=True):
 
 
 class Body(PromptParameters, kw_only=True):
-    """The known top-level keys of `POST /v1/responses`, with the API's ranges."""
+    """The parameters of `POST /v1/responses`, with the API's ranges."""
 
     input: Raw = NOTHING
     instructions: str | None = None
@@ -254,7 +254,7 @@ _KEYS = msgspec.json.Decoder(dict[str, Raw])
 _BODY = msgspec.json.Decoder(Body)
 _INPUT = msgspec.json.Decoder(str | list[Raw] | None)
 _KNOWN = frozenset(Body.__struct_fields__)
-_COUNTED = frozenset(
+COUNTED = frozenset(
     "model input instructions previous_response_id conversation tools tool_choice text reasoning truncation "
     "parallel_tool_calls personality".split()
 )
@@ -287,7 +287,7 @@ def decode_create(raw: bytes, passed_on: Collection[str], fill_in: FillIn = _no_
 def decode_count(raw: bytes, passed_on: Collection[str]) -> CreateResponse:
     """The body of `POST /v1/responses/input_tokens`, as the create whose prompt is counted: one that stores nothing, as those only
     read their conversation. `personality` has no effect. Raises as `decode_create`."""
-    request = decode_request(raw, passed_on, _COUNTED)
+    request = decode_request(raw, passed_on, COUNTED)
     request.body.store = False
     return request
 

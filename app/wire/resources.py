@@ -60,7 +60,7 @@ class TextEcho(Struct):
 
 
 class Response(Struct, kw_only=True):
-    """The response object. `output` holds encoded items, so that an item is encoded once."""
+    """The response object."""
 
     id: str
     object: Literal["response"] = "response"
@@ -74,7 +74,7 @@ class Response(Struct, kw_only=True):
     max_output_tokens: int | None = None
     max_tool_calls: int | None = None
     model: str
-    output: list[Raw] = []
+    output: list[Raw] = []  # so that an item is encoded once
     parallel_tool_calls: bool = True
     previous_response_id: str | None = None
     conversation: ConversationParam | None = None

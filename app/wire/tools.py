@@ -71,7 +71,7 @@ class McpApproval(Struct, omit_defaults=True, forbid_unknown_fields=True):
 
 
 class McpTool(Struct, tag_field="type", tag="mcp", kw_only=True, forbid_unknown_fields=True):
-    """The tools of an MCP server that this server calls. `authorization` and `headers` are secret: `encode_tools` hides them."""
+    """The tools of an MCP server that this server calls. `authorization` and `headers` are secret, and are not given back."""
 
     server_label: Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")]
     server_url: Annotated[str, Meta(max_length=2048)] | None = None
@@ -200,7 +200,7 @@ def _shown_tool(tool: AnyTool) -> Any:
         case HostedTool():
             return tool.fields
         case McpTool():
-            return _ShownMcpTool(
+            return ShownMcpTool(
                 server_label=tool.server_label,
                 server_url=_shown_url(tool.server_url),
                 server_description=tool.server_description,
@@ -212,8 +212,8 @@ def _shown_tool(tool: AnyTool) -> Any:
     return tool
 
 
-class _ShownMcpTool(Struct, tag_field="type", tag="mcp", kw_only=True):
-    """As the hosted API echoes it: no authorization, the headers null."""
+class ShownMcpTool(Struct, tag_field="type", tag="mcp", kw_only=True):
+    """An MCP server as the hosted API echoes it: no authorization, the headers null."""
 
     server_label: str
     server_url: str | None
@@ -252,7 +252,7 @@ class AllowedTools(Struct, tag_field="type", tag="allowed_tools", kw_only=True, 
 ToolMode = Literal["none", "auto", "required"]
 ToolChoice = ToolMode | NamedTool | AllowedTools
 
-_CHOOSABLE = ("function", "custom", "mcp", *sorted(HOSTED | {"computer_use"}))
+CHOOSABLE = ("function", "custom", "mcp", *sorted(HOSTED | {"computer_use"}))
 """Types of tools that a choice may name."""
 
 _CHOICES: dict[str, msgspec.json.Decoder[Any]] = {"allowed_tools": msgspec.json.Decoder(AllowedTools)}
@@ -269,12 +269,12 @@ def decode_tool_choice(raw: Raw, at: str = "tool_choice") -> ToolChoice:
         return decode(_MODE, text, at)
     choice: ToolChoice = decode(_CHOICES.get(decode(_PEEK, text, at).type, _NAMED), text, at)
     if isinstance(choice, NamedTool):
-        _check_named(choice, at, ("allowed_tools", *_CHOOSABLE))
+        _check_named(choice, at, ("allowed_tools", *CHOOSABLE))
         if choice.type in {"function", "custom"} and not choice.name:
             raise missing(f"{at}.name")
     if isinstance(choice, AllowedTools):
         for index, named in enumerate(choice.tools):
-            _check_named(named, f"{at}.tools[{index}]", _CHOOSABLE)
+            _check_named(named, f"{at}.tools[{index}]", CHOOSABLE)
     return choice
 
 

@@ -79,7 +79,7 @@ def test_every_row_has_a_word_of_the_legend():
 
 
 BODIES = {
-    "decode_count": requests._COUNTED,
+    "decode_count": requests.COUNTED,
     "decode_compact": compactions.PARAMETERS,
     "uploads.receive": uploads.FIELDS,
     "chat_requests.UPDATE": chat_requests.UpdateCompletion.__struct_fields__,
@@ -228,7 +228,7 @@ def test_every_tool_has_a_row_and_is_left_out_if_that_says_so():
 
 def test_every_tool_choice_has_a_row_and_is_refused_if_the_tool_can_not_be_declared():
     sent = get_type_hints(response_create_params.ResponseCreateParamsBase)["tool_choice"]
-    made = {*get_args(tools.ToolMode), *tools._CHOICES, *tools._CHOOSABLE}
+    made = {*get_args(tools.ToolMode), *tools._CHOICES, *tools.CHOOSABLE}
     listed = words("Tool choice")
     assert set(listed) == made
     assert types_of(sent) | set(literals(sent)) <= made

@@ -285,7 +285,7 @@ def test_declarations_of_hosted_tools_are_checked(tool: dict[str, Any], param: s
 def test_every_key_that_the_sdk_knows_of_a_hosted_tool_is_taken():
     for type_ in hosted_tools.HOSTED:
         known = {key.rstrip("_") for key in KNOWN[type_]}
-        assert known <= set(hosted_tools._DECLARATIONS[type_].__struct_encode_fields__), type_
+        assert known <= set(hosted_tools.DECLARATIONS[type_].__struct_encode_fields__), type_
 
 
 ODD = [
