@@ -91,7 +91,11 @@ def document() -> Schema:
         "paths": paths,
         "components": {
             "securitySchemes": {
-                "key": {"type": "http", "scheme": "bearer", "description": "A key of this server; it has scopes."}
+                "key": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": "A key of this server, or a JWT of an issuer that it trusts; it has scopes.",
+                }
             },
             "headers": {
                 name: {"description": text, "schema": {"type": "string"}} for name, text in sorted(_HEADERS.items())
