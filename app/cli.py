@@ -233,18 +233,21 @@ def revoke_key(key_id: str) -> None:
 
 @reprise.command()
 def rekey() -> None:
-    """Accept the configured secret key although the database knows another. What the other has sealed is lost."""
+    """Accept the configured secret key, and seal the credentials of tool servers with it. What is sealed with a key that is not configured,
+    as an old one is, is lost."""
     settings = _existing()
-    fingerprints = setup.open_seal(settings).fingerprints
-    from app.storage import key_fingerprint
+    seal = setup.open_seal(settings)
+    from app.storage import key_fingerprint, tool_credentials
     from app.storage.database import opened
 
-    async def accept() -> None:
+    async def accept() -> tool_credentials.Resealed:
         async with opened(settings) as database:
-            await key_fingerprint.accept_key(database, fingerprints, anyway=True)
+            await key_fingerprint.accept_key(database, seal.fingerprints, anyway=True)
+            return await tool_credentials.reseal_all(database, seal)
 
-    _run(accept())
+    done = _run(accept())
     click.echo("The database accepts this secret key now.")
+    click.echo(f"Tool credentials: {done.resealed} sealed with it, {done.unopened} that none of the keys opens.")
 
 
 # -- doctor -----------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
         InvalidParameter          a value has the wrong type, form or range
         UnsupportedParameter      a parameter, tool or item of the API that this server does not offer
         PreviousResponseNotFound  `previous_response_id` is unknown, deleted, another tenant's
+        ToolCredentialExists      the server has a credential for the same holder
         TokensNotCounted          the upstream has nothing that counts the tokens of this request
         BodyTooLarge 413          the body is over REPRISE_BODY_BYTES_MAX, or a prompt with its variables
         HeadTooLarge 431          the headers are over a limit
@@ -115,6 +116,18 @@ class PreviousResponseNotFound(InvalidRequest):
 
     def __init__(self, response_id: str) -> None:
         super().__init__(f"Previous response with id '{response_id}' not found.", param="previous_response_id")
+
+
+class ToolCredentialExists(InvalidRequest):
+    """400, not 409, which SDKs repeat."""
+
+    code = "tool_credential_exists"
+
+    def __init__(self, credential_id: str, param: str) -> None:
+        super().__init__(
+            f"There is a credential for this server and this holder already: '{credential_id}'. Update it, or delete it.",
+            param=param,
+        )
 
 
 class TokensNotCounted(InvalidRequest):
@@ -251,6 +264,13 @@ class KeyNotFound(NotFound):
 
     def __init__(self, key_id: str) -> None:
         super().__init__(f"There is no valid key {key_id}.")
+
+
+class ToolCredentialNotFound(NotFound):
+    """An unknown credential, or one that the caller does not see."""
+
+    def __init__(self, credential_id: str) -> None:
+        super().__init__(f"Tool credential with id '{credential_id}' not found.")
 
 
 class StoredFileNotFound(NotFound):

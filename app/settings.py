@@ -313,6 +313,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     tool_headers_bytes_max: Annotated[
         int, _about("headers and `authorization`s of all MCP servers that a request declares", ge=64)
     ] = 64 * 1024
+    tool_credentials_tenant_max: Annotated[
+        int, _about("stored credentials for tool servers of one tenant; beyond: 400", ge=0)
+    ] = 10_000
+    tool_credentials_holder_max: Annotated[
+        int, _about("those of them that are for one user, or one key; beyond: 400", ge=0)
+    ] = 100
+    tool_credential_bytes_max: Annotated[
+        int, _about("`authorization` and headers of one stored credential; longer: 400", ge=64)
+    ] = 8 * 1024
     tool_calls_at_once_max: Annotated[int, _about("concurrent tool calls of one run; more wait", ge=1)] = 8
     tool_answer_bytes_max: Annotated[
         int,

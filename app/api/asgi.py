@@ -20,6 +20,7 @@ from app.api.problems import HANDLERS, with_request_id
 from app.api.reference import openapi, redoc, viewer
 from app.api.responses import ResponsesController
 from app.api.services import Services, provide_caller
+from app.api.tool_credentials import ToolCredentialsController
 
 Lifespan = Callable[[Any], AbstractAsyncContextManager[None]]
 
@@ -37,6 +38,7 @@ def build(services: Services, lifespan: Lifespan) -> ASGIApp:
             ModelsController,
             KeysController,
             AuditController,
+            ToolCredentialsController,
             home,
             livez,
             readyz,

@@ -65,7 +65,7 @@ class Auth:
             if not KEY.fullmatch(key):  # it can't be sent in a header
                 raise _incorrect(key)
             tenant = f"caller_{hashlib.sha256(key.encode()).hexdigest()[:32]}"
-        return Caller(key, Rights(tenant))
+        return Caller(key, Rights(tenant, keyless=True))
 
     async def _rights(self, key: str) -> Rights:
         """Raises AuthenticationFailed."""

@@ -105,6 +105,14 @@ class AuditPage(Struct, forbid_unknown_fields=True, frozen=True):
     type: Action | None = None
 
 
+class ToolCredentialPage(Struct, forbid_unknown_fields=True, frozen=True):
+    """`GET /v1/tool_credentials`."""
+
+    after: str | None = None
+    limit: Limit = 20
+    order: Order = "desc"
+
+
 class Included(Struct, forbid_unknown_fields=True, frozen=True):
     """What the reply holds beyond the defaults."""
 

@@ -62,8 +62,9 @@ async def provide_caller(request: Request[Any, Any, Any], services: Services) ->
         await _slow_down(request, services.attempts, error)
         raise
     structlog.contextvars.bind_contextvars(**logged(caller.tenant_id))
-    if scope := scope_of(request.route_handler.opt, request.method):
-        caller.rights.demand_scope(scope)
+    options = request.route_handler.opt
+    if scope := scope_of(options, request.method):
+        caller.rights.demand_scope(scope, or_admin=bool(options.get("or_admin")))
     return caller
 
 
@@ -85,6 +86,7 @@ async def _slow_down(request: Request[Any, Any, Any], attempts: FailedAttempts, 
 
 
 def scope_of(options: Mapping[str, Any], method: str) -> Scope | None:
-    """What a route with these options demands: its `scope`, or else to read for GET and to write for other methods."""
+    """What a route with these options demands: its `scope`, or else to read for GET and to write for other methods. Where it has
+    `or_admin`, the scope `admin` will do, too."""
     scope: Scope | None = options.get("scope", "responses.read" if method == "GET" else "responses.write")
     return scope

@@ -32,15 +32,17 @@ class Rights(Struct, frozen=True):
     """Names of models, or patterns with `*`; None for all."""
     key_id: str | None = None
     """Of a token `jwt:` and the name of its issuer in the catalog."""
+    keyless: bool = False
+    """Whether the server has no keys: then every caller is the tenant."""
 
     @property
     def owner(self) -> str:
         """Whose data it sees: the `tenant_id` of rows."""
         return owner_of(self.tenant, self.user)
 
-    def demand_scope(self, scope: Scope) -> None:
-        """Raises MissingScope."""
-        if scope not in self.scopes:
+    def demand_scope(self, scope: Scope, *, or_admin: bool = False) -> None:
+        """Raises MissingScope; with `or_admin` not for an administrator."""
+        if scope not in self.scopes and not (or_admin and "admin" in self.scopes):
             raise MissingScope(scope)
 
     def may_use(self, model: str) -> bool:
@@ -78,6 +80,11 @@ def owner_of(tenant: str, user: str) -> str:
 def tenant_of(owner: str) -> str:
     """The tenant of an owner."""
     return owner.partition(_SEPARATOR)[0]
+
+
+def user_of(owner: str) -> str:
+    """The user of an owner; empty for the tenant itself."""
+    return owner.partition(_SEPARATOR)[2]
 
 
 def logged(owner: str) -> dict[str, str]:

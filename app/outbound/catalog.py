@@ -216,6 +216,13 @@ class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
             trusted=True,
         )
 
+    def nameable_server(self, label: str) -> ToolServer | None:
+        """The operator's tool server of this name, if requests may name it."""
+        # The server of a hosted tool trusts the tenant's name that it receives, and is called by us alone.
+        if any(route.server == label for route in self.hosted.values()):
+            return None
+        return self.tool_server(label)
+
     @property
     def passed_on(self) -> frozenset[str]:
         """Every parameter beyond the API that any upstream takes."""

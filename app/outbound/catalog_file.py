@@ -8,7 +8,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
-import httpx2
 import msgspec
 from msgspec.structs import replace
 
@@ -20,6 +19,7 @@ from app.domain.tools.table import HOSTED, KINDS
 from app.errors import ApiError
 from app.outbound.catalog import KEY, Catalog, ModelEntry, SummaryModel, ToolServerEntry, UpstreamEntry
 from app.outbound.issuer_keys import UNSAFE, is_safe
+from app.outbound.toolserver import http_url
 from app.settings import SWITCHES, Settings, SettingsError
 from app.wire.keys import choices, nearest, suggestion
 
@@ -225,26 +225,18 @@ def _faults_of_urls(catalog: Catalog) -> Iterator[str]:
         if fault := _fault_of_url(upstream.base_url):
             yield f"[upstreams.{name}]: 'base_url' {fault}"
     for name, server in catalog.tool_servers.items():
-        if server.url and _parsed(server.url) is None:
+        if server.url and http_url(server.url) is None:
             yield f"[tool_servers.{name}]: 'url' {NO_URL}"
 
 
 def _fault_of_url(text: str) -> str | None:
     """What is wrong with an upstream's URL. It is not quoted: with two variables swapped it is a key."""
-    url = _parsed(text)
+    url = http_url(text)
     if url is None:
         return NO_URL
     if url.userinfo:
         return "holds a user or a password, which a catalog's 'headers' may send as 'authorization'"
     return None
-
-
-def _parsed(text: str) -> httpx2.URL | None:
-    try:
-        url = httpx2.URL(text)
-    except (httpx2.InvalidURL, ValueError):
-        return None
-    return url if url.scheme in {"http", "https"} and url.host and url.port != 0 else None
 
 
 def _faults_of_models(catalog: Catalog) -> Iterator[str]:

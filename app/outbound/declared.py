@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from urllib.parse import urlsplit
 
-from msgspec.structs import replace
-
 from app.domain.client_tools import client_tool_of
 from app.domain.hosted import names_data
 from app.domain.tools.table import kind_of, missing_server
@@ -42,9 +40,8 @@ class DeclaredTools:
     def _server(self, tool: McpTool, at: str) -> ToolServer:
         server = ToolServer(label=tool.server_label, url=tool.server_url or "")
         if not tool.server_url:
-            known = self.operators.get(tool.server_label)
-            # The server of a hosted tool trusts the tenant's name that it receives, and is called by us alone.
-            if known is None or any(route.server == tool.server_label for route in self._catalog.hosted.values()):
+            known = self._catalog.nameable_server(tool.server_label)
+            if known is None:
                 raise InvalidParameter(
                     f"'{at}.server_url' is missing, and this server has no tool server '{tool.server_label}'.",
                     param=f"{at}.server_url",
@@ -53,13 +50,7 @@ class DeclaredTools:
             server = known
         elif not _is_http(tool.server_url):
             raise InvalidParameter(f"'{at}.server_url' must be an http or https URL.", param=f"{at}.server_url")
-        fixed = {name.lower() for name in server.headers}
-        others = {name: value for name, value in (tool.headers or {}).items() if name.lower() not in fixed}
-        return replace(
-            server,
-            headers={**others, **server.headers},
-            authorization=server.authorization or ("" if "authorization" in fixed else tool.authorization or ""),
-        )
+        return server.sent(tool.authorization or "", tool.headers or {})
 
     def _refuse_long_headers(self, tools: Sequence[AnyTool]) -> None:
         """Limit headers: they are sent with every request, and masked in every answer."""

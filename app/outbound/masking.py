@@ -7,7 +7,7 @@ secrets are one automaton (Aho-Corasick): a text is read once, however many ther
 import base64
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 from urllib.parse import quote, quote_plus
@@ -88,10 +88,11 @@ class Mask:
         return value
 
 
-def secrets_of(headers: Mapping[str, str]) -> Iterator[str]:
-    """The secrets in the values of headers: each whole, without its scheme, and the parts of cookies and Basic credentials."""
+def secrets_of(headers: Mapping[str, str], *, always: Collection[str] = ()) -> Iterator[str]:
+    """The secrets in the values of headers: each whole, without its scheme, and the parts of cookies and Basic credentials. Those named
+    in `always` are secret also if they look public."""
     for name, value in headers.items():
-        if name.lower() in PUBLIC_HEADERS or not is_secret(name, value):
+        if name not in always and (name.lower() in PUBLIC_HEADERS or not is_secret(name, value)):
             continue
         yield value.strip()
         scheme, _, rest = value.strip().partition(" ")

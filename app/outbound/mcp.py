@@ -206,6 +206,8 @@ class ToolSessions:
         """The open session of a server, or a new one. Raises ToolFailure."""
         if self._closed:
             raise closed(server)
+        if server.fault:
+            raise ToolFailure("http_error", 401, server.fault)
         if server.command:
             session = await self._programs.lend(server, self, self._tenant, self._open)
         else:

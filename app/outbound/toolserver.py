@@ -11,6 +11,7 @@ import msgspec
 import structlog
 from mcp.shared.exceptions import MCPError
 from msgspec import Struct
+from msgspec.structs import replace
 
 from app.outbound.guard import OutboundRefused
 from app.outbound.masking import KEY_NAME, WORDS, Mask, is_secret, secrets_of
@@ -58,6 +59,8 @@ class ToolServer(Struct, frozen=True):
     authorization: str = ""  # a bearer token, unless it names a scheme
     trusted: bool = False  # the operator's own: no guard
     shared: Shared = "tenant"  # which runs share a program
+    secret_headers: frozenset[str] = frozenset()  # those whose values are secret, whatever they look like
+    fault: str = ""  # why it can't be called
 
     def __repr__(self) -> str:
         return f"ToolServer({self.label!r})"
@@ -69,6 +72,16 @@ class ToolServer(Struct, frozen=True):
     def key(self) -> bytes:
         """The same for equal servers."""
         return msgspec.json.encode(self, order="sorted")
+
+    def sent(self, authorization: str, headers: Mapping[str, str]) -> "ToolServer":
+        """The server, as it is called with these. What the operator has set stays."""
+        fixed = {name.lower() for name in self.headers}
+        others = {name: value for name, value in headers.items() if name.lower() not in fixed}
+        return replace(
+            self,
+            headers={**others, **self.headers},
+            authorization=self.authorization or ("" if "authorization" in fixed else authorization),
+        )
 
     @property
     def request_headers(self) -> dict[str, str]:
@@ -85,9 +98,8 @@ class ToolServer(Struct, frozen=True):
     @property
     def secrets(self) -> Iterator[str]:
         """The secrets that it is sent."""
-        yield from secrets_of(
-            {name: value for name, value in self.headers.items() if name.lower() not in TRANSPORT_HEADERS}
-        )
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in TRANSPORT_HEADERS}
+        yield from secrets_of(headers, always=self.secret_headers)
         yield from secrets_of({"Authorization": self.authorization})
         for name, value in self.environment.items():
             if is_secret(name, value) and not PUBLIC_VARIABLES.fullmatch(name):
@@ -101,6 +113,15 @@ class ToolServer(Struct, frozen=True):
         for name, value in chain(url.params.multi_items(), (("", part) for part in url.path.split("/"))):
             if KEY_NAME.search(name) or (KEY_IN_URL.fullmatch(value) and not WORDS.fullmatch(value)):
                 yield value
+
+
+def http_url(text: str) -> httpx2.URL | None:
+    """An http or https URL; None for what is none."""
+    try:
+        url = httpx2.URL(text)
+    except (httpx2.InvalidURL, ValueError):
+        return None
+    return url if url.scheme in {"http", "https"} and url.host and url.port != 0 else None
 
 
 class ToolFailure(Exception):

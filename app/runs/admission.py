@@ -74,6 +74,7 @@ class Admission:
         self._planning += 1
         try:
             plan = await self._planner.plan(caller.tenant_id, caller.key, request, rights=caller.rights)
+            plan = await self._planner.authorized(plan)
         finally:
             self._planning -= 1
         try:

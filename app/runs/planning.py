@@ -20,6 +20,7 @@ from app.outbound.declared import DeclaredTools
 from app.outbound.mcp import ToolServer
 from app.outbound.upstream import Upstream
 from app.rooms import Room
+from app.runs.credentials import Credentials
 from app.runs.files import FileReading, sizes
 from app.runs.plan import RunPlan
 from app.runs.stored import Stored, StoredContexts
@@ -69,6 +70,7 @@ class Planner:
         self._stored, self._files = StoredContexts(settings, database), file_reading
         self._upstreams, self._seal = upstreams, seal
         self._declared = DeclaredTools(settings, catalog)
+        self._credentials = Credentials(settings, database, seal)
 
     def room(self) -> Room:
         """Room for a context, to be taken and released."""
@@ -159,7 +161,16 @@ class Planner:
                 earlier=rows,
             )
 
-        return await self._plan(tenant_id, key_id, request, caller_key, routes, servers, room, look, wait_s=None)
+        plan = await self._plan(tenant_id, key_id, request, caller_key, routes, servers, room, look, wait_s=None)
+        return await self.authorized(plan)
+
+    async def authorized(self, plan: RunPlan) -> RunPlan:
+        """The plan of a run that is made now, with the stored credentials of its tool servers. Raises as `Credentials.added_to`."""
+        try:
+            return await self._credentials.added_to(plan)
+        except BaseException:
+            plan.room.release()
+            raise
 
     async def _with_files(
         self,

@@ -66,6 +66,7 @@ _REVOKE = Query(
     update keys set revoked_at = now() where tenant_id = :tenant_id and id = :id and revoked_at is null returning id
     """)
 )
+_FORGET_CREDENTIALS = Query(text("delete from tool_credentials where tenant_id = :tenant_id and key_id = :id"))
 _ROTATE = Query(
     text("""
     with old as (
@@ -211,13 +212,16 @@ async def get_key(tx: Tx, tenant: str, key_id: str) -> Key:
 
 
 async def revoke_key(tx: Tx, tenant: str, key_id: str, *, again: bool = False) -> None:
-    """Revoke a key with all its secrets. `again` if an earlier attempt may have revoked it. Raises KeyNotFound for one that is not
-    valid."""
+    """Revoke a key with all its secrets, and delete its credentials for tool servers. Needs a transaction. `again` if an earlier attempt
+    may have revoked it. Raises KeyNotFound for one that is not valid."""
     try:
         await _one(tx, _REVOKE, tenant, key_id)
     except KeyNotFound:
-        if not again:
-            raise
+        if again:
+            return
+        raise
+    # A statement of its own: it sees what was stored until the key was locked.
+    await tx.one(_FORGET_CREDENTIALS, tenant_id=tenant, id=key_id)
 
 
 async def rotate_key(tx: Tx, tenant: str, key_id: str, secret: str, *, overlap_s: float) -> Key:

@@ -78,6 +78,25 @@ retired_secrets = Table(
     Index("retired_secrets_key_id_idx", "key_id"),
 )
 
+tool_credentials = Table(
+    "tool_credentials",
+    metadata,
+    Column("tenant_id", Text, primary_key=True, comment="the tenant, also of what is for one of its users"),
+    Column("id", Text, primary_key=True),
+    Column("server", Text, nullable=False, comment="a normalized URL, or a server's name in the catalog"),
+    Column("server_hash", LargeBinary, nullable=False, comment="SHA-256 of it"),
+    Column("user_name", Text, nullable=False, comment="whose runs get it; empty: it is not for a user"),
+    Column("key_id", Text, nullable=False, comment="whose runs get it; empty: it is not for a key"),
+    Column("name", Text, nullable=False),
+    Column("sealed", Text, nullable=False, comment="authorization and headers, with what they are for"),
+    Column("has_authorization", Boolean, nullable=False),
+    Column("header_names", ARRAY(Text), nullable=False),
+    Column("created_at", BigInteger, nullable=False, comment="unix seconds"),
+    Column("updated_at", BigInteger, nullable=False, comment="unix seconds"),
+    Index("tool_credentials_server_idx", "server_hash", "tenant_id", "user_name", "key_id", unique=True),
+    CheckConstraint("user_name = '' or key_id = ''", name="tool_credentials_holder_check"),
+)
+
 audit_log = Table(
     "audit_log",
     metadata,

@@ -25,6 +25,9 @@ Action = Literal[
     "conversation.deleted",
     "conversation.item.deleted",
     "file.deleted",
+    "tool_credential.created",
+    "tool_credential.updated",
+    "tool_credential.deleted",
 ]
 
 

@@ -13,6 +13,9 @@ from app.wire.hosted_tools import HOSTED, Caller, decode_declaration
 from app.wire.keys import may_be_newer
 
 ToolName = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[a-zA-Z0-9_-]+$")]
+ServerLabel = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")]
+
+SERVER_URL_CHARS_MAX = 2048
 
 
 class FunctionTool(Struct, tag_field="type", tag="function", forbid_unknown_fields=True):
@@ -73,8 +76,8 @@ class McpApproval(Struct, omit_defaults=True, forbid_unknown_fields=True):
 class McpTool(Struct, tag_field="type", tag="mcp", kw_only=True, forbid_unknown_fields=True):
     """The tools of an MCP server that this server calls. `authorization` and `headers` are secret, and are not given back."""
 
-    server_label: Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")]
-    server_url: Annotated[str, Meta(max_length=2048)] | None = None
+    server_label: ServerLabel
+    server_url: Annotated[str, Meta(max_length=SERVER_URL_CHARS_MAX)] | None = None
     server_description: str | None = None
     authorization: str | None = None
     headers: dict[str, str] | None = None

@@ -154,6 +154,22 @@ def test_a_turn_costs_three_statements(client, cost):
     assert statements(cost(go_on)) == 3
 
 
+def test_credentials_of_tool_servers_cost_one_statement_where_a_request_may_need_them(client, cost, toolserver):
+    def asked(*servers: int, **fields: str) -> int:
+        tools = [
+            {"type": "mcp", "server_label": f"box{at}", "server_url": toolserver.url("mcp", f"costs{at}"), **fields}
+            for at in servers
+        ]
+        return statements(cost(lambda: client.responses.create(model="m", input="hello", tools=tools)))
+
+    own = {"authorization": "its-own"}
+    assert asked(1) == asked(1, **own) + 1
+    assert asked(1, 2, 3) == asked(1, 2, 3, **own) + 1
+    stored = {"server_url": toolserver.url("mcp", "costs1"), "authorization": "s3cret-value"}
+    client.post("/tool_credentials", body=stored, cast_to=object)
+    assert asked(1) == asked(1, **own) + 1
+
+
 def test_a_turn_sends_as_much_to_the_database_however_long_the_chain(client, cost):
     def turn_behind(id: str) -> int:
         return cost(lambda: client.responses.create(model="m", input="hello", previous_response_id=id)).bytes

@@ -86,6 +86,10 @@ def new_id(demo: httpx.Client, name: str) -> str:
         "conversation_id": ("/v1/conversations", {}),
         "completion_id": ("/v1/chat/completions", chat),
         "key_id": ("/v1/admin/keys", {}),
+        "credential_id": (
+            "/v1/tool_credentials",
+            {"server_url": "https://new.example/", "authorization": "TOKEN-OF-ADA"},
+        ),
     }
     path, body = made[name]
     return str(demo.post(path, json=body).json()["id"])

@@ -1,5 +1,6 @@
 """Every route of the application with every kind of key or token that may not use it, and with those that may."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -21,15 +22,25 @@ class Call(Struct, frozen=True):
     """How a test calls a route."""
 
     json: Any = None
+    """Its body, or what makes one."""
     form: bool = False
     scope: str | UnsetType | None = UNSET
     """What a key needs; by default what its method says."""
+    or_admin: bool = False
+    """Whether the scope `admin` will do, too."""
     is_of_tenant: bool = False
     """Whether it is about the tenant, whoever of its users calls."""
 
 
 ASKED = {"model": "good", "input": "hi"}
 CHAT = {"model": "good", "messages": [{"role": "user", "content": "hi"}]}
+NUMBERS = itertools.count()
+
+
+def credential() -> dict[str, Any]:
+    """One for a server that has none yet."""
+    return {"server_url": f"https://tools.example/{next(NUMBERS)}", "authorization": "s3cret-value"}
+
 
 CALLS: dict[str, Call] = {
     "POST /v1/responses": Call(ASKED),
@@ -69,10 +80,15 @@ CALLS: dict[str, Call] = {
     "POST /v1/admin/keys/{key_id}/rotate": Call({}, scope="admin", is_of_tenant=True),
     "DELETE /v1/admin/keys/{key_id}": Call(scope="admin", is_of_tenant=True),
     "GET /v1/admin/audit": Call(scope="admin", is_of_tenant=True),
+    "POST /v1/tool_credentials": Call(credential, or_admin=True),
+    "GET /v1/tool_credentials": Call(or_admin=True),
+    "GET /v1/tool_credentials/{credential_id}": Call(or_admin=True),
+    "POST /v1/tool_credentials/{credential_id}": Call({"name": "mine"}, or_admin=True),
+    "DELETE /v1/tool_credentials/{credential_id}": Call(or_admin=True),
 }
 """In an order in which each may follow those before it."""
 
-OPEN = {"GET /", "GET /livez", "GET /readyz"}
+OPEN = {"GET /", "GET /docs", "GET /docs/redoc.standalone.js", "GET /openapi.json", "GET /livez", "GET /readyz"}
 """Routes without a key."""
 
 
@@ -104,7 +120,8 @@ class House(Struct):
         form = {"files": {"file": ("a.txt", b"of a")}, "data": {"purpose": "user_data"}} if call.form else {}
         authorization = {} if key is None else {"Authorization": f"Bearer {self.keys[key]}"}
         with httpx.Client(base_url=self.served.url.removesuffix("/v1"), headers=authorization, timeout=30) as http:
-            return http.request(method, path.format(**(ids or self.ids)), json=call.json, **form)
+            body = call.json() if callable(call.json) else call.json
+            return http.request(method, path.format(**(ids or self.ids)), json=body, **form)
 
     def http(self, key: str) -> httpx.Client:
         """A client with a key, by its name."""
@@ -128,7 +145,7 @@ def tokens(issuer: Issuer) -> dict[str, str]:
     staff = {"iss": f"{issuer.url}/staff", "tenant": "a", "scope": "read write administer"}
     alice = {"iss": f"{issuer.url}/users", "tenant": "a", "sub": "alice"}
     past = int(time.time()) - 100
-    words = {"responses.read": "read", "responses.write": "write", "admin": "administer"}
+    words: dict[str, str] = {"responses.read": "read", "responses.write": "write", "admin": "administer"}
     made = {
         "admin": issuer.token(**staff),
         "unbound": issuer.token(**{**staff, "scope": "read write"}),
@@ -146,6 +163,7 @@ def tokens(issuer: Issuer) -> dict[str, str]:
     }
     for scope, word in words.items():
         made[f"all but {scope}"] = issuer.token(**{**staff, "scope": staff["scope"].replace(word, "other")})
+        made[f"only {scope}"] = issuer.token(**{**staff, "scope": word})
     return {f"token {name}": token for name, token in made.items()}
 
 
@@ -198,6 +216,7 @@ def house(
         keys = {"admin": admin, "other tenant": theirs, "wrong": "sk-reprise-wrong", "unbound": make()["value"]}
         keys |= {user: make(user=user)["value"] for user in ("alice", "bob")}
         keys |= {f"all but {scope}": make(scopes=[one for one in ALL if one != scope])["value"] for scope in ALL}
+        keys |= {f"only {scope}": make(scopes=[scope])["value"] for scope in ALL}
         keys["other model"] = make(scopes=[*ALL], models=["oth*", "x"])["value"]
         gone = {state: make(scopes=[*ALL], name=state) for state in ("revoked", "expired")}
         keys |= {state: key["value"] for state, key in gone.items()}
@@ -226,6 +245,7 @@ def things_of(http: httpx.Client) -> dict[str, str]:
         "completion_id": http.post("/chat/completions", json={**CHAT, "store": True}).json()["id"],
         "conversation_id": conversation,
         "item_id": http.get(f"/conversations/{conversation}/items").json()["first_id"],
+        "credential_id": http.post("/tool_credentials", json=credential()).json()["id"],
         "file_id": http.post("/files", files={"file": ("a", b"a")}, data={"purpose": "vision"}).json()["id"],
     }
 
@@ -271,7 +291,13 @@ def test_no_route_takes_a_token_that_is_not_valid(house, token, message):
 @KINDS
 def test_every_route_demands_its_scope(house, kind):
     scoped = [route for route in CALLS if scope_of(route)]
-    found = {route: error_of(house.send(route, f"{kind}all but {scope_of(route)}")) for route in scoped}
+    without = {
+        route: f"only {next(one for one in ORDINARY if one != scope_of(route))}"
+        if CALLS[route].or_admin
+        else f"all but {scope_of(route)}"
+        for route in scoped
+    }
+    found = {route: error_of(house.send(route, f"{kind}{key}")) for route, key in without.items()}
     assert found == dict.fromkeys(scoped, (403, "missing_scope"))
     assert {house.send(route, f"{kind}all but admin").status_code for route in CALLS.keys() - scoped} == {200}
 
@@ -293,7 +319,16 @@ def test_what_belongs_to_others_looks_unknown(house, key):
             assert (route, reply.status_code, nothing.status_code) == (route, 404, 404)
             assert reply.text.replace(house.ids[named[0]], unknown[named[0]]) == nothing.text
         else:
-            assert (route, reply.status_code) == (route, 200)
+            # Who is neither a user nor a key has no credentials of its own.
+            has_own = (route, key) != ("POST /v1/tool_credentials", "token unbound")
+            assert (route, reply.status_code) == (route, 200 if has_own else 403)
+
+
+@KINDS
+def test_where_the_scope_admin_will_do_no_other_is_needed(house, kind):
+    routes = [route for route, call in CALLS.items() if call.or_admin and "{" not in route]
+    found = {route: house.send(route, f"{kind}only admin").status_code for route in routes}
+    assert found == dict.fromkeys(routes, 200)
 
 
 @KINDS
@@ -304,7 +339,11 @@ def test_no_user_administers_keys_nor_reads_the_log(house, kind):
 
 @KINDS
 def test_a_model_that_a_key_may_not_use_is_refused_wherever_it_is_named(house, kind):
-    naming = [route for route, call in CALLS.items() if "{model_id}" in route or "model" in (call.json or {})]
+    naming = [
+        route
+        for route, call in CALLS.items()
+        if "{model_id}" in route or "model" in ((isinstance(call.json, dict) and call.json) or {})
+    ]
     assert len(naming) >= 4
     found = {route: error_of(house.send(route, f"{kind}other model")) for route in naming}
     assert found == dict.fromkeys(naming, (403, "model_not_allowed"))
@@ -337,6 +376,7 @@ def test_every_route_serves_the_key_that_may_use_it(house, kind):
     by_admin = {"type": "api_key", "user": None} if kind == "" else jwt_of("staff", None)
     assert done == [
         ("key.created", ids["key_id"], by_admin),
+        ("tool_credential.created", ids["credential_id"], by_alice),
         ("response.deleted", expected_targets(ids)[0], by_alice),
         ("response.deleted", ids["response_id"], by_alice),
         ("conversation.item.deleted", ids["item_id"], by_alice),
@@ -344,6 +384,8 @@ def test_every_route_serves_the_key_that_may_use_it(house, kind):
         ("file.deleted", ids["file_id"], by_alice),
         ("key.rotated", ids["key_id"], by_admin),
         ("key.revoked", ids["key_id"], by_admin),
+        ("tool_credential.updated", ids["credential_id"], by_alice),
+        ("tool_credential.deleted", ids["credential_id"], by_alice),
     ]
     assert (log[0]["type"], log[0]["actor"], known["id"]) == (
         "key.created",

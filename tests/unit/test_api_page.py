@@ -18,7 +18,17 @@ from app.api import queries, uploads
 from app.domain.toolbox import open_toolbox
 from app.domain.tools import table
 from app.errors import ApiError, UnsupportedParameter
-from app.wire import admin, chat_requests, compactions, conversations, events, items, requests, tools
+from app.wire import (
+    admin,
+    chat_requests,
+    compactions,
+    conversations,
+    events,
+    items,
+    requests,
+    tool_credentials,
+    tools,
+)
 from app.wire.decoding import decode
 from tests.routes import handlers
 
@@ -88,6 +98,10 @@ BODIES = {
         for name in ("CREATE", "UPDATE", "FORK", "ITEMS")
     },
     **{f"wire.{name}": getattr(admin, name).type.__struct_fields__ for name in ("CREATE_KEY", "ROTATE_KEY")},
+    **{
+        f"wire.{name}": getattr(tool_credentials, name).type.__struct_fields__
+        for name in ("CREATE_TOOL_CREDENTIAL", "UPDATE_TOOL_CREDENTIAL")
+    },
 }
 """What decodes the body of an endpoint, and its parameters; those of a create have a table of their own."""
 

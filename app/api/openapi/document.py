@@ -121,12 +121,13 @@ def encoded(document: Schema) -> bytes:
 def _operation(route: Route, operation: Operation, schemas: Schemas) -> Schema:
     needs_key = route.path.startswith("/v1/")
     scope = scope_of(route.options, route.method)
+    scopes = [[scope] if scope else [], *([["admin"]] if route.options.get("or_admin") else [])]
     made: Schema = {
         "operationId": _operation_id(route, operation),
         "tags": [operation.tag],
         "summary": operation.summary,
         "description": " ".join(str(inspect.getdoc(route.handler.fn)).split()),
-        "security": [{"key": [scope] if scope else []}] if needs_key else [],
+        "security": [{"key": needed} for needed in scopes] if needs_key else [],
     }
     if parameters := [*_path_parameters(route), *_query_parameters(operation, schemas)]:
         made["parameters"] = parameters

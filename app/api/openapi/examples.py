@@ -96,3 +96,8 @@ KEY: Examples = {
     "A user's key": {"name": "of Ada's notebook", "user": "ada", "scopes": ["responses.read"], "models": ["qwen*"]}
 }
 ROTATE: Examples = {"With an hour for the change": {"overlap_s": 3600}}
+TOOL_CREDENTIAL: Examples = {
+    "A bearer token": {"server_url": "https://tools.example/mcp", "authorization": "TOKEN-OF-ADA", "name": "Tools"},
+    "A header": {"server_url": "https://tools.example/other", "headers": {"x-api-key": "KEY-OF-ADA"}},
+}
+TOOL_CREDENTIAL_UPDATE: Examples = {"Another token": {"authorization": "NEXT-TOKEN-OF-ADA"}}

@@ -9,7 +9,17 @@ from app.api.openapi import examples
 from app.api.openapi.examples import Examples
 from app.api.openapi.schemas import reference
 from app.api.openapi.shapes import ChatMessageOf, Compact, CountTokens, Upload, page_of
-from app.wire import admin, chat_requests, compactions, completions, conversations, files, requests, resources
+from app.wire import (
+    admin,
+    chat_requests,
+    compactions,
+    completions,
+    conversations,
+    files,
+    requests,
+    resources,
+    tool_credentials,
+)
 
 Media = Literal["text/html", "text/plain", "text/javascript", "application/json", "application/octet-stream"]
 
@@ -19,6 +29,7 @@ TAGS = {
     "Conversations": "Lists of items that responses continue and are appended to.",
     "Files": "Files that parts of messages refer to.",
     "Models": "What may be asked for as `model`.",
+    "Tool credentials": "What MCP servers are sent as authorization, stored for a tenant, a user or a key. No reply has a secret.",
     "Administration": "For keys with the scope `admin`: the keys of their tenant, and its audit log.",
     "Server": "For browsers, probes and tools; without a key.",
 }
@@ -48,7 +59,7 @@ class Operation(Struct, frozen=True, kw_only=True):
 ITEM = reference("Item", "sent")
 ITEMS = page_of(ITEM, "ItemList")
 
-_RESPONSES, _CHAT, _CONVERSATIONS, _FILES, _MODELS, _ADMIN, _SERVER = TAGS
+_RESPONSES, _CHAT, _CONVERSATIONS, _FILES, _MODELS, _CREDENTIALS, _ADMIN, _SERVER = TAGS
 
 OPERATIONS: dict[str, Operation] = {
     "POST /v1/responses": Operation(
@@ -211,6 +222,33 @@ OPERATIONS: dict[str, Operation] = {
     "GET /v1/admin/audit": Operation(
         summary="List the audit log", tag=_ADMIN, query=queries.AuditPage, sends=page_of(admin.AuditEntry)
     ),
+    "POST /v1/tool_credentials": Operation(
+        summary="Store a tool credential",
+        tag=_CREDENTIALS,
+        takes=tool_credentials.CreateToolCredential,
+        sends=tool_credentials.ToolCredential,
+        examples=examples.TOOL_CREDENTIAL,
+    ),
+    "GET /v1/tool_credentials": Operation(
+        summary="List tool credentials",
+        tag=_CREDENTIALS,
+        query=queries.ToolCredentialPage,
+        sends=page_of(tool_credentials.ToolCredential),
+    ),
+    "GET /v1/tool_credentials/{credential_id}": Operation(
+        summary="Retrieve a tool credential", tag=_CREDENTIALS, sends=tool_credentials.ToolCredential
+    ),
+    "POST /v1/tool_credentials/{credential_id}": Operation(
+        summary="Update a tool credential",
+        tag=_CREDENTIALS,
+        takes=tool_credentials.UpdateToolCredential,
+        sends=tool_credentials.ToolCredential,
+        needs_body=False,
+        examples=examples.TOOL_CREDENTIAL_UPDATE,
+    ),
+    "DELETE /v1/tool_credentials/{credential_id}": Operation(
+        summary="Delete a tool credential", tag=_CREDENTIALS, sends=resources.Deleted
+    ),
     "GET /": Operation(summary="Home page", tag=_SERVER, sends="text/html"),
     "GET /docs": Operation(summary="This page", tag=_SERVER, sends="text/html"),
     "GET /docs/redoc.standalone.js": Operation(summary="The viewer's script", tag=_SERVER, sends="text/javascript"),
@@ -226,6 +264,7 @@ PARAMETERS = {
     "conversation_id": "The id of a conversation.",
     "created_after": "Only those that were created then or later, in Unix seconds.",
     "created_before": "Only those that were created then or earlier, in Unix seconds.",
+    "credential_id": "The id of a tool credential.",
     "file_id": "The id of a file.",
     "include": "What is left out unless it is named here. Also as `include[]`.",
     "include_obfuscation": "Pad the events of deltas, so that the sizes of packets reveal less.",
