@@ -28,6 +28,7 @@ from app.outbound.tokens import TokenCounter
 from app.outbound.upstream import Upstream
 from app.rooms import Rooms
 from app.runs.admission import Admission
+from app.runs.agents import Agents
 from app.runs.background import BackgroundRuns
 from app.runs.cancellation import Cancellation
 from app.runs.claims import Claims
@@ -72,6 +73,7 @@ class Core(Struct, frozen=True):
 
     database: Database
     upstreams: Mapping[str, Upstream]
+    agents: Agents
     planner: Planner
     counter: TokenCounter
     seal: Seal
@@ -110,7 +112,8 @@ async def core(settings: Settings, catalog: Catalog, *, claims: bool) -> AsyncIt
     logs = RedisLogs(settings)
     guard = Guard.from_settings(settings)
     file_reading = FileReading(settings, database, guard, Extraction(settings))
-    planner = Planner(settings, database, catalog, upstreams, seal, file_reading)
+    agents = Agents(settings, database, catalog, seal)
+    planner = Planner(settings, database, catalog, upstreams, seal, file_reading, agents)
     programs: ToolPrograms = Programs(settings)
     counter = TokenCounter(settings)
     pipeline = Pipeline(settings, guard, programs, counter, prompts)
@@ -122,6 +125,7 @@ async def core(settings: Settings, catalog: Catalog, *, claims: bool) -> AsyncIt
         yield Core(
             database=database,
             upstreams=upstreams,
+            agents=agents,
             planner=planner,
             counter=counter,
             seal=seal,
@@ -195,6 +199,7 @@ def _services(settings: Settings, catalog: Catalog, made: Core, foreground: Fore
         database=made.database,
         seal=made.seal,
         catalog=catalog,
+        agents=made.agents,
         upstreams=made.upstreams,
         admission=Admission(settings, made.database, made.planner, made.seal, foreground, made.logs, backlogs),
         counts=TokenCounts(settings, made.planner, made.counter),

@@ -250,7 +250,8 @@ async def _upstreams(settings: Settings) -> AsyncIterator[Finding]:
                 upstream.recognize(listed)
                 state = f"{entry.address} lists {len(listed)} model{'' if len(listed) == 1 else 's'}; dialect: {upstream.dialect_name}"
                 yield Finding(f"upstream {name}", True, state)
-                for finding in _routed_models(catalog, name, [model.id for model in listed]):
+                ids = [model.id for model in listed]
+                for finding in (*_routed_models(catalog, name, ids), *_models_of_agents(catalog, name, ids)):
                     yield finding
             finally:
                 await upstream.close()
@@ -263,6 +264,17 @@ async def _upstreams(settings: Settings) -> AsyncIterator[Finding]:
     finally:
         if demo:
             await demo.close()
+
+
+def _models_of_agents(catalog: Catalog, upstream: str, listed: list[str]) -> list[Finding]:
+    """Agents whose model only this upstream could have, and that it does not list, if it lists any."""
+    named = {entry.name for entry in catalog.models}
+    return [
+        Finding(f"agent {name}", False, f"upstream '{upstream}' does not list '{route.model}'")
+        for name, agent in catalog.agents.items()
+        for route in catalog.routes(agent.model)
+        if agent.model not in named and route.upstream == upstream and listed and route.model not in listed
+    ]
 
 
 def _routed_models(catalog: Catalog, upstream: str, listed: list[str]) -> list[Finding]:

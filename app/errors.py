@@ -273,6 +273,13 @@ class ToolCredentialNotFound(NotFound):
         super().__init__(f"Tool credential with id '{credential_id}' not found.")
 
 
+class AgentNotFound(NotFound):
+    """An unknown agent."""
+
+    def __init__(self, agent_id: str) -> None:
+        super().__init__(f"Agent with id '{agent_id}' not found.")
+
+
 class StoredFileNotFound(NotFound):
     """An unknown file."""
 

@@ -389,6 +389,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     jwks_bytes_max: Annotated[int, _about("an issuer's keys, as JSON; longer: they are not fetched", ge=1024)] = (
         256 * 1024
     )
+    agents_tenant_max: Annotated[int, _about("agents of one tenant; more: 400", ge=1)] = 1_000
+    agent_bytes_max: Annotated[int, _about("an agent's definition, as JSON; longer: 413", ge=1024)] = 1024 * 1024
+    agent_cache_s: Annotated[
+        float, _about("how long a request may still get an agent as it was before a change by another process", ge=0)
+    ] = 5.0
+    agents_cached_bytes_max: Annotated[int, _about("agents that one process remembers", ge=0)] = 32 * 1024 * 1024
     auth_attempts_per_minute: Annotated[
         int,
         _about("failed attempts to authenticate of one client address in a minute; the replies to more wait", ge=1),

@@ -405,11 +405,18 @@ routes = [{{ upstream = "up" }}]
 [[models]]
 name = "any*"
 routes = [{{ upstream = "up" }}]
+[agents.right]
+model = "good"
+[agents.direct]
+model = "up@scripted"
+[agents.wrong]
+model = "up@gone"
 """)
     env = {name: value for name, value in base_env.items() if name != "OPENAI_BASE_URL"}
     found = findings({**env, "DATABASE_URL": new_database(), "REPRISE_CATALOG": catalog})
     bad = {part: said for part, (well, said) in found.items() if not well}
-    assert bad.keys() == {"model bad"}
+    assert bad.keys() == {"model bad", "agent wrong"}
+    assert bad["agent wrong"] == "upstream 'up' does not list 'gone'"
     assert bad["model bad"].startswith("upstream 'up' does not list 'bad'; it lists scripted, ")
 
 

@@ -11,8 +11,10 @@ import msgspec
 import pytest
 
 from app.domain.dialect import Dialect
+from app.domain.rights import Rights
 from app.outbound.catalog_file import load_catalog
 from app.settings import Settings, load, variable
+from app.wire.requests import PromptParameters
 from tests.servers import ROOT, Served
 
 README = ROOT / "README.md"
@@ -101,6 +103,21 @@ def test_the_catalog_is_a_valid_one(catalog_file):
         "file_search": "files",
     }
     assert set(served.tool_servers) == {"search", "sandbox", "files"}
+
+
+def test_the_agent_is_a_valid_one_whose_page_names_all_its_keys(catalog_file):
+    [agent] = snippets("toml", DOCS / "agents.md")
+    more = '[upstreams.a]\nbase_url = "http://x/v1"\n[tool_servers.people]\nurl = "http://x"\n'
+    catalog = load_catalog(load({"REPRISE_CATALOG": catalog_file(more + agent)}), {})
+    made = catalog.agents["greeter"]
+    assert (made.overrides, made.users, made.admits(Rights("acme", "ada"))) == (
+        ["temperature", "max_output_tokens"],
+        ["ada"],
+        True,
+    )
+    table = (DOCS / "agents.md").read_text().split("| key | meaning |")[1].split("\n\n")[0]
+    own = set(type(made).__struct_fields__) - set(PromptParameters.__struct_fields__) | {"model", "tools"}
+    assert own <= set(re.findall(r"`(\w+)`", table))
 
 
 def test_the_issuers_are_valid_ones(catalog_file):

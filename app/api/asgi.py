@@ -9,6 +9,7 @@ from litestar.di import Provide
 from litestar.types import ASGIApp
 
 from app.api.admin import AuditController, KeysController
+from app.api.agents import AgentsController
 from app.api.chat import ChatCompletionsController
 from app.api.compactions import CompactionsController
 from app.api.conversations import ConversationsController
@@ -36,6 +37,7 @@ def build(services: Services, lifespan: Lifespan) -> ASGIApp:
             FilesController,
             input_tokens,
             ModelsController,
+            AgentsController,
             KeysController,
             AuditController,
             ToolCredentialsController,

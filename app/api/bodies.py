@@ -18,7 +18,7 @@ from app.offload import offload
 from app.settings import Settings
 from app.wire.conversations import decode_request
 
-S = TypeVar("S", bound=msgspec.Struct)
+S = TypeVar("S")
 T = TypeVar("T")
 
 UNCOUNTED_BYTES = 64 * 1024

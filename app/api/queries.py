@@ -96,6 +96,14 @@ class KeyPage(Struct, forbid_unknown_fields=True, frozen=True):
     order: Order = "desc"
 
 
+class AgentPage(Struct, forbid_unknown_fields=True, frozen=True):
+    """`GET /v1/agents`."""
+
+    after: str | None = None
+    limit: Limit = 20
+    order: Order = "desc"
+
+
 class AuditPage(Struct, forbid_unknown_fields=True, frozen=True):
     """`GET /v1/admin/audit`."""
 

@@ -19,6 +19,7 @@ from app.outbound.catalog import Catalog
 from app.outbound.upstream import Upstream
 from app.rooms import Rooms
 from app.runs.admission import Admission, Caller
+from app.runs.agents import Agents
 from app.runs.cancellation import Cancellation
 from app.runs.claims import Claims
 from app.runs.counting import TokenCounts
@@ -38,6 +39,7 @@ class Services(Struct, frozen=True):
     database: Database
     seal: Seal
     catalog: Catalog
+    agents: Agents
     upstreams: Mapping[str, Upstream]
     admission: Admission
     counts: TokenCounts

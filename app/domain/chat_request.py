@@ -75,12 +75,18 @@ from app.wire.tools import (
     decode_tool_choice,
 )
 
-NAMES = {"input": "messages", "text.format": "response_format", "text.verbosity": "verbosity"}
+NAMES = {
+    "input": "messages",
+    "text.format": "response_format",
+    "text.verbosity": "verbosity",
+    "reasoning.effort": "reasoning_effort",
+    "max_output_tokens": "max_completion_tokens",
+}
 """Parameters of the Responses API that errors name, and their names in Chat Completions."""
 
 _SAME = (
     "temperature top_p frequency_penalty presence_penalty top_logprobs parallel_tool_calls stream metadata service_tier "
-    "prompt_cache_key prompt_cache_options prompt_cache_retention safety_identifier user previous_response_id"
+    "prompt_cache_key prompt_cache_options prompt_cache_retention safety_identifier user previous_response_id agent"
 ).split()
 """Parameters that both APIs have under one name."""
 
@@ -100,6 +106,8 @@ def create_request(chat: ChatRequest) -> CreateResponse:
         body=Body(
             **{name: getattr(body, name) for name in _SAME},
             model=chat.model,
+            tools=body.tools,
+            tool_choice=body.tool_choice,
             conversation=chat.conversation_id,
             # Without state nothing stays, unless the client asks for it.
             store=chat.is_stateful if body.store is None else body.store,
@@ -124,6 +132,8 @@ def renamed(error: ApiError, chat: ChatRequest) -> ApiError:
     if error.param is None:
         return error
     named = NAMES.get(error.param, error.param)
+    if named == "max_completion_tokens" and chat.body.max_completion_tokens is None:
+        named = "max_tokens"
     if found := _ITEM.fullmatch(error.param):
         named = "messages" + _place(chat.messages, int(found["index"]), found["rest"])
     searching = f"tools[{len(chat.body.tools or ())}]"  # where the create request has `web_search_options`
@@ -245,7 +255,14 @@ def _tool(raw: Raw, at: str) -> AnyTool:
         custom = decode(_CUSTOM, raw, at).custom
         return CustomTool(custom.name, custom.description or UNSET, _format(custom.format))
     tool = decode_tool(raw, at)
+    refuse_uncarried(tool, at)
+    return tool
+
+
+def refuse_uncarried(tool: AnyTool, at: str) -> None:
+    """Raises UnsupportedParameter for a tool whose calls Chat Completions can't carry."""
     if isinstance(tool, NamespaceTool) or (isinstance(tool, HostedTool) and client_tool_of(tool)):
+        type_ = "namespace" if isinstance(tool, NamespaceTool) else tool.type
         raise UnsupportedParameter(
             f"Tools of type '{type_}' that the client runs are not supported in Chat Completions.", param=f"{at}.type"
         )
@@ -253,7 +270,6 @@ def _tool(raw: Raw, at: str) -> AnyTool:
         raise UnsupportedParameter(
             "Chat Completions has no approvals: 'require_approval' must be 'never'.", param=f"{at}.require_approval"
         )
-    return tool
 
 
 def _format(format: ChatGrammar | FreeText | None) -> Any:

@@ -113,7 +113,7 @@ def open_response(request: CreateResponse, *, id: str, created_at: int, left_out
         id=id,
         created_at=created_at,
         status="queued" if body.background else "in_progress",
-        model=request.model,
+        model=request.named,
         instructions=request.instructions,
         previous_response_id=body.previous_response_id,
         conversation=ConversationParam(request.conversation_id) if request.conversation_id else None,

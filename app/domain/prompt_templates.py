@@ -10,7 +10,7 @@ A value is put in as it is: what looks like a variable in it stays text. Time is
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Raw, Struct
@@ -20,7 +20,7 @@ from app.errors import BodyTooLarge, PromptNotFound
 from app.wire.decoding import decode, missing, not_among, unknown
 from app.wire.items import Content, InputFile, InputImage, InputText, PromptedMessage, Role
 from app.wire.keys import nearest
-from app.wire.requests import NOTHING, Body, PromptParameters, PromptReference, decode_create
+from app.wire.requests import NOTHING, Body, CreateResponse, PromptParameters, PromptReference, decode_create
 
 VariableType = Literal["string", "input_text", "input_image", "input_file"]
 TEXTUAL: frozenset[VariableType] = frozenset({"string", "input_text"})
@@ -39,10 +39,13 @@ class PromptMessage(Struct, frozen=True, forbid_unknown_fields=True):
     content: Annotated[str, Meta(min_length=1)]
 
 
-class PromptVersion(PromptParameters, kw_only=True, forbid_unknown_fields=True):
-    """`[prompts.ID.versions.VERSION]`."""
+Instructions = Annotated[str, Meta(min_length=1)] | Annotated[list[PromptMessage], Meta(min_length=1)]
 
-    instructions: Annotated[str, Meta(min_length=1)] | Annotated[list[PromptMessage], Meta(min_length=1)]
+
+class Template(PromptParameters, kw_only=True, forbid_unknown_fields=True):
+    """Messages with variables, and the parameters that go with them."""
+
+    instructions: Instructions | None = None
     """A string is the text of one developer message."""
     variables: dict[str, VariableType] = {}
 
@@ -51,10 +54,10 @@ class PromptVersion(PromptParameters, kw_only=True, forbid_unknown_fields=True):
         """The template's messages."""
         if isinstance(self.instructions, str):
             return [PromptMessage("developer", self.instructions)]
-        return self.instructions
+        return self.instructions or ()
 
     def faults(self) -> Iterator[str]:
-        """What is wrong with its text. Raises InvalidRequest for a parameter that no request may have."""
+        """What is wrong with its text."""
         used = {name for message in self.messages for name in _VARIABLE.findall(message.content)}
         for name in sorted(used - self.variables.keys()):
             yield f"'{{{{{name}}}}}' in 'instructions' is not among 'variables'"
@@ -64,8 +67,25 @@ class PromptVersion(PromptParameters, kw_only=True, forbid_unknown_fields=True):
             for name in _VARIABLE.findall(message.content) if message.role != "user" else ():
                 if self.variables.get(name, "string") not in TEXTUAL:
                     yield f"'{name}' is no text, so it can't stand in a message of the role '{message.role}'"
+
+    def as_request(self) -> CreateResponse:
+        """A request with its parameters. Raises InvalidRequest for one that no request may have."""
         given = {name: getattr(self, name) for name in PromptParameters.__struct_fields__}
-        decode_create(msgspec.json.encode({**given, "model": self.model or "any", "input": "any"}), ())
+        return decode_create(msgspec.json.encode({**given, "model": self.model or "any", "input": "any"}), ())
+
+    def filled(self, variables: Mapping[str, Raw], at: str, *, bytes_max: int) -> list[PromptedMessage]:
+        """Its messages with the values of the variables; `at` is the path of these in the request.
+
+        Raises InvalidParameter for a variable; BodyTooLarge for messages of more than `bytes_max`."""
+        values = _values(variables, self.variables, at)
+        _check_size(self, variables, at, bytes_max)
+        return [PromptedMessage(one.role, _content(one.content, values)) for one in self.messages]
+
+
+class PromptVersion(Template, kw_only=True, forbid_unknown_fields=True):
+    """`[prompts.ID.versions.VERSION]`."""
+
+    instructions: Instructions
 
 
 class Prompt(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -97,34 +117,34 @@ def fill_in(body: Body, prompts: Mapping[str, Prompt], *, bytes_max: int) -> tup
     template = prompt.versions.get(version)
     if template is None:
         raise PromptNotFound(reference.id, version)
-    values = _values(reference.variables or {}, template.variables)
-    _check_size(template, reference.variables or {}, bytes_max)
-    messages = [PromptedMessage(one.role, _content(one.content, values)) for one in template.messages]
+    messages = template.filled(reference.variables or {}, "prompt.variables", bytes_max=bytes_max)
     return _with_parameters(body, template, replace(reference, version=version)), messages
 
 
 def _with_parameters(body: Body, template: PromptVersion, reference: PromptReference) -> Body:
-    absent = [name for name in PromptParameters.__struct_fields__ if _is_absent(getattr(body, name))]
-    return replace(body, prompt=reference, **{name: getattr(template, name) for name in absent})
+    return replace(body, prompt=reference, **left_out(body, template))
 
 
-def _is_absent(value: object) -> bool:
+def left_out(body: Body, template: PromptParameters) -> dict[str, Any]:
+    """The parameters that a body leaves out, as its template has them."""
+    names = PromptParameters.__struct_fields__
+    return {name: getattr(template, name) for name in names if is_absent(getattr(body, name))}
+
+
+def is_absent(value: object) -> bool:
+    """Whether a parameter is not given, or null."""
     return value is None or value == NOTHING
 
 
-def _values(given: Mapping[str, Raw], types: Mapping[str, VariableType]) -> dict[str, Value]:
+def _values(given: Mapping[str, Raw], types: Mapping[str, VariableType], at: str) -> dict[str, Value]:
     for name in given:
         if name not in types:
             near = nearest(name, types)
-            raise unknown(_path(name), near and _path(near))
+            raise unknown(f"{at}.{name}", near and f"{at}.{near}")
     for name in types:
         if name not in given:
-            raise missing(_path(name))
-    return {name: _value(given[name], type_, _path(name)) for name, type_ in types.items()}
-
-
-def _path(name: str) -> str:
-    return f"prompt.variables.{name}"
+            raise missing(f"{at}.{name}")
+    return {name: _value(given[name], type_, f"{at}.{name}") for name, type_ in types.items()}
 
 
 def _value(raw: Raw, type_: VariableType, at: str) -> Value:
@@ -137,7 +157,7 @@ def _value(raw: Raw, type_: VariableType, at: str) -> Value:
     return part
 
 
-def _check_size(template: PromptVersion, given: Mapping[str, Raw], bytes_max: int) -> None:
+def _check_size(template: Template, given: Mapping[str, Raw], at: str, bytes_max: int) -> None:
     """A template may repeat a long value."""
     sizes = {name: memoryview(value).nbytes for name, value in given.items()}
     size = sum(
@@ -146,8 +166,8 @@ def _check_size(template: PromptVersion, given: Mapping[str, Raw], bytes_max: in
     )
     if size > bytes_max:
         raise BodyTooLarge(
-            f"The prompt takes {size} bytes with its variables; at most {bytes_max} are possible.",
-            param="prompt.variables",
+            f"The {at.partition('.')[0]} takes {size} bytes with its variables; at most {bytes_max} are possible.",
+            param=at,
         )
 
 

@@ -17,8 +17,8 @@ KEY_BYTES = 32
 
 SIGNATURE_DIGITS = 32
 
-Purpose = Literal["seal", "compaction", "tool_credential"]
-"""What a tenant's text is sealed for: reasoning, a compaction item, a tool server. What is sealed for one opens for no other."""
+Purpose = Literal["seal", "compaction", "tool_credential", "agent"]
+"""What a tenant's text is sealed for: reasoning, a compaction item, a tool server, an agent's tools. What is sealed for one opens for no other."""
 
 
 Unseal = Callable[[str, Purpose], str | None]

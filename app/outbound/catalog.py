@@ -29,6 +29,10 @@
     tenant = "acme"
     claims = { user = "sub", scopes = "scope" }
 
+    [agents.greeter]                           # a model with instructions, tools and parameters; app/domain/agents.py
+    model = "qwen3"
+    instructions = "Greet people."
+
 A model that no entry names goes to the `default` upstream, or to the only one; `local@qwen3` names an upstream directly.
 """
 
@@ -42,6 +46,7 @@ import msgspec
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
+from app.domain.agents import CatalogAgent
 from app.domain.dialect import PRESETS, Dialect, Lack, Preset, preset_of_host
 from app.domain.hosted import HostedRoute, Kind
 from app.domain.issuers import Issuer
@@ -146,6 +151,7 @@ class ModelEntry(Struct, frozen=True, forbid_unknown_fields=True):
     name: Annotated[str, Meta(min_length=1)]
     routes: Annotated[list[Route], Meta(min_length=1)]
     reasoning_summary: ReasoningSummary = "verbatim"
+    description: str = ""
 
 
 class ToolServerEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -172,6 +178,7 @@ class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
     hosted: dict[Kind, HostedRoute] = {}
     prompts: dict[str, Prompt] = {}
     issuers: dict[str, Issuer] = {}
+    agents: dict[str, CatalogAgent] = {}
     refuse_missing_tools: bool | None = None
     """Whether a hosted tool without a `[hosted]` entry is a 400, or hidden from the model. Default: a 400 if the answer depends on it,
     else hidden."""
@@ -196,6 +203,11 @@ class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
         """What a model's summaries of reasoning are."""
         entry = self._entry(model)
         return entry.reasoning_summary if entry else "verbatim"
+
+    def description(self, model: str) -> str:
+        """What the catalog says of a model."""
+        entry = self._entry(model)
+        return entry.description if entry else ""
 
     def _entry(self, model: str) -> ModelEntry | None:
         return next((entry for entry in self.models if fnmatchcase(model, entry.name)), None)

@@ -11,12 +11,14 @@ from typing import Any, get_args
 import msgspec
 from msgspec.structs import replace
 
+from app.domain.agents import NAME_RULE, CatalogAgent, NamedAgent, is_agent_name
 from app.domain.dialect import PRESETS, Dialect
 from app.domain.hosted import HostedRoute, Kind
 from app.domain.issuers import Issuer
 from app.domain.prompt_templates import Prompt, PromptVersion
 from app.domain.tools.table import HOSTED, KINDS
 from app.errors import ApiError
+from app.outbound.agents import check
 from app.outbound.catalog import KEY, Catalog, ModelEntry, SummaryModel, ToolServerEntry, UpstreamEntry
 from app.outbound.issuer_keys import UNSAFE, is_safe
 from app.outbound.toolserver import http_url
@@ -52,7 +54,7 @@ def load_catalog(settings: Settings, environ: Mapping[str, str], *, demo_url: st
             return Catalog(upstreams={"default": entry})
         return Catalog(upstreams={"echo": UpstreamEntry(base_url=demo_url, dialect="plain")})
     catalog = _read(Path(settings.catalog))
-    fault = next(chain(_faults(catalog), _faults_of_issuers(catalog, settings)), None)
+    fault = next(chain(_faults(catalog, settings), _faults_of_issuers(catalog, settings)), None)
     if fault:
         raise SettingsError(f"{settings.catalog}: {fault}.")
     return _with_secrets(settings.catalog, catalog, environ)
@@ -118,8 +120,10 @@ def _fill_in_presets(path: Path, raw: Mapping[str, Any]) -> None:
 
 
 def _encode_tools(raw: Mapping[str, Any]) -> None:
-    """The tools of prompts become JSON, which the API's own decoder reads."""
-    for _, version in _versions(raw):
+    """The tools of prompts and agents become JSON, which the API's own decoder reads."""
+    agents = raw.get("agents")
+    tabled = [one for one in agents.values() if isinstance(one, dict)] if isinstance(agents, dict) else []
+    for version in (*(version for _, version in _versions(raw)), *tabled):
         if isinstance(version.get("tools"), list):
             version["tools"] = [msgspec.Raw(msgspec.json.encode(tool)) for tool in version["tools"]]
         if "tool_choice" in version:
@@ -157,6 +161,7 @@ def _entries(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
         "hosted": types["hosted"].__args__[1],
         "prompts": Prompt,
         "issuers": Issuer,
+        "agents": CatalogAgent,
     }
     for section, type_ in sections.items():
         entries = raw.get(section)
@@ -190,7 +195,7 @@ def _hint(message: str, type_: Any) -> str:
 # -- Checking ---------------------------------------------------------------------------------------------------------------
 
 
-def _faults(catalog: Catalog) -> Iterator[str]:
+def _faults(catalog: Catalog, settings: Settings) -> Iterator[str]:
     yield from _faults_of_names(catalog)
     yield from _faults_of_variables(catalog)
     yield from _faults_of_urls(catalog)
@@ -198,6 +203,7 @@ def _faults(catalog: Catalog) -> Iterator[str]:
     yield from _faults_of_headers(catalog)
     yield from _faults_of_tools(catalog)
     yield from _faults_of_prompts(catalog)
+    yield from _faults_of_agents(catalog, settings)
 
 
 def _faults_of_names(catalog: Catalog) -> Iterator[str]:
@@ -302,8 +308,9 @@ def _faults_of_prompts(catalog: Catalog) -> Iterator[str]:
         for number, version in prompt.versions.items():
             try:
                 if version.model is not None:
-                    catalog.routes(version.model)
+                    yield from _faults_of_model(catalog, f"[prompts.{id}.versions.{number}]", version.model)
                 yield from (f"[prompts.{id}.versions.{number}]: {fault}" for fault in version.faults())
+                version.as_request()
             except ApiError as error:
                 yield f"[prompts.{id}.versions.{number}]: {error.message.removesuffix('.')}"
 
@@ -320,6 +327,27 @@ def _faults_of_issuers(catalog: Catalog, settings: Settings) -> Iterator[str]:
             yield f"{entry}: {UNSAFE[0].lower()}{UNSAFE[1:-1]}"
         if others := [other for other, earlier in issuers[:number] if earlier.issuer == issuer.issuer]:
             yield f"{entry}: [issuers.{others[0]}] has the same issuer"
+
+
+def _faults_of_model(catalog: Catalog, entry: str, name: str) -> Iterator[str]:
+    """Raises NotFound."""
+    agent = catalog.agents.get(name)
+    if agent is None:
+        catalog.routes(name)
+    elif agent.overrides != "all":
+        yield f"{entry}: 'model' names the agent '{name}', whose 'overrides' would have to be \"all\""
+
+
+def _faults_of_agents(catalog: Catalog, settings: Settings) -> Iterator[str]:
+    for name, agent in catalog.agents.items():
+        if not is_agent_name(name):
+            yield f"[agents.{name!r}]: a name has {NAME_RULE}"
+        if name in catalog.model_names:
+            yield f"[agents.{name}]: a model of [[models]] has this name"
+        try:
+            check(NamedAgent(name, agent, 0), catalog, settings)
+        except ApiError as error:
+            yield f"[agents.{name}]: {error.message.removesuffix('.')}"
 
 
 def _texts(value: Any) -> Iterator[str]:

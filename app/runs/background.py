@@ -261,7 +261,8 @@ class BackgroundRun:
         assert self._room
         try:
             secrets = open_secrets(self._runs.seal, claim.secrets)
-            request = with_secrets(await self._request(), secrets.tools)
+            request = await self._request()
+            request = replace(request, tools=with_secrets(request.tools, secrets.tools))
             if request.compacts and newest_compaction(made) >= 0:
                 return Outcome("completed")  # the former owner died before it could record that
             plan = await self._runs.planner.restore(
@@ -281,15 +282,18 @@ class BackgroundRun:
             stored = await queue.load_request(tx, self.claim)
         if stored is None:
             raise Fenced
-        instructions = self.recorder.response.instructions
-        prompted = instructions if isinstance(instructions, list) else []
-        return await offload(
+        response = self.recorder.response
+        prompted = response.instructions if isinstance(response.instructions, list) else []
+        request = await offload(
             len(stored),
             decode_create,
             stored.encode(),
             self._runs.catalog.passed_on,
             lambda body: (body, prompted),  # as at admission, whatever the catalog has now
         )
+        if response.model == request.model:
+            return request
+        return replace(request, agent=response.model, prompted=prompted)
 
     def interrupted(self) -> Outcome | None:
         """The outcome of a run that is cancelled now; None if another worker continues it."""

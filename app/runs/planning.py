@@ -20,6 +20,7 @@ from app.outbound.declared import DeclaredTools
 from app.outbound.mcp import ToolServer
 from app.outbound.upstream import Upstream
 from app.rooms import Room
+from app.runs.agents import Agents
 from app.runs.credentials import Credentials
 from app.runs.files import FileReading, sizes
 from app.runs.plan import RunPlan
@@ -65,8 +66,9 @@ class Planner:
         upstreams: Mapping[str, Upstream],
         seal: Seal,
         file_reading: FileReading,
+        agents: Agents,
     ) -> None:
-        self._settings, self._catalog = settings, catalog
+        self._settings, self._catalog, self._agents = settings, catalog, agents
         self._stored, self._files = StoredContexts(settings, database), file_reading
         self._upstreams, self._seal = upstreams, seal
         self._declared = DeclaredTools(settings, catalog)
@@ -80,13 +82,15 @@ class Planner:
         """The plan of a new request. Raises ApiError for everything that can be known before the upstream is asked."""
         if len(request.input) > self._settings.input_items_max:
             raise InvalidParameter(f"'input' has more than {self._settings.input_items_max} items.", param="input")
+        request = await self._agents.applied(rights, request)
         limits.check(
             request,
             tools_max=self._settings.tools_max,
             names_max=self._settings.tools_named_max,
             listed_max=self._settings.tools_listed_max,
         )
-        routes = await self._routes(request.model, caller_key, rights)
+        # An agent's own model need not be one that the caller may name.
+        routes = await self._routes(request.model, caller_key, None if request.agent else rights)
         _refuse_untaken(request, [upstream for upstream, _ in routes])
         servers = self._declared.servers(request)
         self._declared.refuse_hosted(request)

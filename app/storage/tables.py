@@ -25,6 +25,7 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
+    UniqueConstraint,
     func,
     text,
     true,
@@ -318,6 +319,23 @@ approvals = Table(
     Column("request_id", Text, primary_key=True, comment="of the item that asked; its call is made once at most"),
     Column("approve", Boolean, nullable=False),
     Column("response_id", Text, nullable=False, comment="whose input has answered"),
+)
+
+agents = Table(
+    "agents",
+    metadata,
+    Column("tenant_id", Text, primary_key=True, comment="the tenant: its users share agents"),
+    Column("id", Text, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("created_at", BigInteger, nullable=False, comment="unix seconds"),
+    Column("updated_at", BigInteger, nullable=False, comment="unix seconds"),
+    Column("model", Text, nullable=False, comment="like the next two for lists, which do not read the body"),
+    Column("description", Text, nullable=False),
+    Column("users", ARRAY(Text), comment="whose keys may use it; null: all"),
+    Column("body", JSON, nullable=False, comment="its definition without the secrets of its tools"),
+    Column("secrets", Text, comment="these, sealed"),
+    Column("bytes", Integer, nullable=False, comment="of the definition with the secrets"),
+    UniqueConstraint("tenant_id", "name"),
 )
 
 sealing = Table(

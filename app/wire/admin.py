@@ -28,6 +28,9 @@ Action = Literal[
     "tool_credential.created",
     "tool_credential.updated",
     "tool_credential.deleted",
+    "agent.created",
+    "agent.updated",
+    "agent.deleted",
 ]
 
 

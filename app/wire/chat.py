@@ -100,6 +100,8 @@ class ModelEntry(Struct, frozen=True):
     id: str
     created: int = 0
     owned_by: str | None = None
+    context_window: int | None = None
+    """Tokens of its context."""
 
 
 ChatMessage = dict[str, Any]

@@ -18,6 +18,7 @@ from app.wire.keys import suggestion
 from app.wire.requests import (
     HINTS,
     NOTHING,
+    AgentVariables,
     Body,
     ConversationParam,
     Effort,
@@ -248,7 +249,7 @@ TokenBias = Annotated[float, Meta(ge=-100, le=100)]
 
 
 class ChatBody(Struct, kw_only=True):
-    """The parameters of `POST /v1/chat/completions`, with the API's ranges; the last three are this server's own."""
+    """The parameters of `POST /v1/chat/completions`, with the API's ranges; the last four are this server's own."""
 
     messages: list[AnyMessage] | None = None
     model: str | None = None
@@ -290,6 +291,7 @@ class ChatBody(Struct, kw_only=True):
     previous_response_id: str | None = None
     conversation: str | ConversationParam | None = None
     conversation_id: str | None = None
+    agent: AgentVariables | None = None
 
 
 class ChatRequest(Struct, frozen=True):

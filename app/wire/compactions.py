@@ -12,7 +12,7 @@ from app.wire.requests import CreateResponse, decode_request
 from app.wire.resources import Usage
 
 PARAMETERS = frozenset(
-    "model input instructions previous_response_id service_tier prompt_cache_key prompt_cache_options "
+    "model agent input instructions previous_response_id service_tier prompt_cache_key prompt_cache_options "
     "prompt_cache_retention image".split()
 )
 

@@ -13,7 +13,7 @@ from app.wire.requests import Metadata, check_metadata, mend_surrogates
 ITEMS_MAX = 20
 """Items of one request (the API's own limit)."""
 
-T = TypeVar("T", bound=Struct)
+T = TypeVar("T")
 
 Items = Annotated[list[Raw], Meta(max_length=ITEMS_MAX)]
 

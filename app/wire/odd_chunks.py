@@ -79,7 +79,20 @@ def _model(given: Any) -> ModelEntry | None:
     id = given.get("id") or given.get("name")
     if not isinstance(id, str) or not id:
         return None
-    return ModelEntry(id, created=_count(given.get("created")) or 0, owned_by=_text(given.get("owned_by")) or None)
+    return ModelEntry(
+        id,
+        created=_count(given.get("created")) or 0,
+        owned_by=_text(given.get("owned_by")) or None,
+        context_window=_context_window(given),
+    )
+
+
+def _context_window(given: Object) -> int | None:
+    """The size of a model's context, by the keys of vLLM and SGLang, of several hosts, and of llama.cpp."""
+    meta = given.get("meta")
+    sizes = [given.get(key) for key in ("max_model_len", "context_window", "context_length", "max_context_length")]
+    sizes += [meta.get(key) for key in ("n_ctx", "n_ctx_train")] if isinstance(meta, dict) else []
+    return next((size for one in sizes if (size := _count(one))), None)
 
 
 def _json(data: bytes) -> Any:

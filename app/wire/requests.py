@@ -5,7 +5,7 @@ the known ones as one Struct. Items, tools and `tool_choice` stay raw until thei
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Literal
 
 import msgspec
@@ -125,8 +125,14 @@ class PromptReference(Struct, omit_defaults=True, forbid_unknown_fields=True):
     variables: dict[str, Raw] | None = None
 
 
+class AgentVariables(Struct, omit_defaults=True, forbid_unknown_fields=True):
+    """The values of the variables of the agent that `model` names."""
+
+    variables: dict[str, Raw] | None = None
+
+
 class PromptParameters(Struct, kw_only=True):
-    """The parameters that a prompt may set; what a request gives wins."""
+    """The parameters that a prompt or an agent may set; what a request gives wins."""
 
     model: str | None = None
     max_output_tokens: Annotated[int, Meta(ge=16)] | None = None
@@ -152,6 +158,7 @@ class Body(PromptParameters, kw_only=True):
     previous_response_id: str | None = None
     conversation: str | ConversationParam | None = None
     prompt: PromptReference | None = None
+    agent: AgentVariables | None = None
     store: bool | None = None
     background: bool | None = None
     stream: bool | None = None
@@ -177,21 +184,29 @@ class CreateResponse(Struct, kw_only=True, frozen=True):
 
     body: Body
     model: str
+    """The model that is asked: of an agent its own."""
     input: list[AnyItem]
     tools: list[AnyTool]
     tool_choice: ToolChoice
     extra: dict[str, Raw]
     """Parameters beyond the API that go to the upstream as they are."""
+    agent: str = ""
+    """The name of the agent that the request is for, in the place of a model."""
     prompted: list[PromptedMessage] = []
-    """The messages of the prompt."""
+    """The messages of the prompt, or of the agent."""
     size: int = 0
-    """Bytes of the body, and of the prompt's messages."""
+    """Bytes of the body, and of what the prompt or the agent adds."""
     is_chat: bool = False
     """Whether it was asked for as a chat completion."""
 
     @property
+    def named(self) -> str:
+        """What the request has named as its model, and the response names: a model or an agent."""
+        return self.agent or self.model
+
+    @property
     def instructions(self) -> str | list[PromptedMessage] | None:
-        """What stands before all items: the request's own instructions, or the messages of its prompt."""
+        """What stands before all items: the request's own instructions, or the messages of its prompt or agent."""
         return self.body.instructions if self.body.instructions is not None else self.prompted or None
 
     @property
@@ -255,7 +270,7 @@ _BODY = msgspec.json.Decoder(Body)
 _INPUT = msgspec.json.Decoder(str | list[Raw] | None)
 _KNOWN = frozenset(Body.__struct_fields__)
 COUNTED = frozenset(
-    "model input instructions previous_response_id conversation tools tool_choice text reasoning truncation "
+    "model agent input instructions previous_response_id conversation tools tool_choice text reasoning truncation "
     "parallel_tool_calls personality".split()
 )
 """The parameters of a count: those of a create that shape its prompt, and one of its own."""
@@ -331,50 +346,65 @@ class ToolSecrets(Struct, omit_defaults=True):
     server_url: str | None = None
 
 
-_TOOLS = msgspec.json.Decoder(list[dict[str, Raw]])
+_RAWS = msgspec.json.Decoder(list[Raw])
 
 
 def as_stored(raw: bytes, request: CreateResponse) -> tuple[bytes, dict[str, ToolSecrets]]:
     """The body of a create request as it may be stored, and apart from it the secrets of its MCP servers, by label.
 
-    It holds the parameters that its prompt has set; the prompt's messages are those of the response.
+    It holds the parameters that its prompt or agent has set; their messages are those of the response.
     """
-    secrets = {
-        tool.server_label: ToolSecrets(tool.authorization, tool.headers, tool.server_url)
-        for tool in request.tools
-        if isinstance(tool, McpTool) and (tool.authorization or tool.headers or tool.server_url)
-    }
-    if not secrets and not request.body.prompt:
+    secrets = secrets_of(request.tools)
+    if not secrets and not request.body.prompt and not request.agent:
         return raw, {}
-    keys = _KEYS.decode(mend_surrogates(raw)) | _prompted_keys(request.body)
+    keys = _KEYS.decode(mend_surrogates(raw)) | _prompted_keys(request)
+    keys.pop("agent", None)  # its values stand in the messages
     if secrets:
-        tools = _TOOLS.decode(keys["tools"])
-        for tool, fields in zip(request.tools, tools, strict=True):
-            if isinstance(tool, McpTool):
-                for name in ToolSecrets.__struct_fields__:
-                    fields.pop(name, None)
+        tools = without_secrets(request.tools, _RAWS.decode(keys["tools"]))
         keys["tools"] = Raw(msgspec.json.encode(tools))
     return msgspec.json.encode(keys), secrets
 
 
-def _prompted_keys(body: Body) -> dict[str, Raw]:
-    """The keys that a prompt may set, and the prompt without its variables."""
-    if not body.prompt:
+def secrets_of(tools: Sequence[AnyTool]) -> dict[str, ToolSecrets]:
+    """The secrets of declared MCP servers, by label."""
+    return {
+        tool.server_label: ToolSecrets(tool.authorization, tool.headers, tool.server_url)
+        for tool in tools
+        if isinstance(tool, McpTool) and (tool.authorization or tool.headers or tool.server_url)
+    }
+
+
+def without_secrets(tools: Sequence[AnyTool], declared: Sequence[Raw]) -> list[Raw]:
+    """Declarations without their secrets; `tools` are the same, decoded."""
+    return [_stripped(raw) if isinstance(tool, McpTool) else raw for tool, raw in zip(tools, declared, strict=True)]
+
+
+def _stripped(declared: Raw) -> Raw:
+    fields = _KEYS.decode(declared)
+    for name in ToolSecrets.__struct_fields__:
+        fields.pop(name, None)
+    return Raw(msgspec.json.encode(fields))
+
+
+def _prompted_keys(request: CreateResponse) -> dict[str, Raw]:
+    """The keys that a prompt or an agent may set, and the prompt without its variables."""
+    body = request.body
+    if not body.prompt and not request.agent:
         return {}
     values = {name: getattr(body, name) for name in PromptParameters.__struct_fields__}
-    values["prompt"] = replace(body.prompt, variables=None)
+    values["prompt"] = body.prompt and replace(body.prompt, variables=None)
     return {name: Raw(msgspec.json.encode(value)) for name, value in values.items() if value is not None}
 
 
-def with_secrets(request: CreateResponse, secrets: Mapping[str, ToolSecrets]) -> CreateResponse:
-    """The request with its secrets put back."""
-    tools: list[AnyTool] = []
-    for tool in request.tools:
+def with_secrets(tools: Sequence[AnyTool], secrets: Mapping[str, ToolSecrets]) -> list[AnyTool]:
+    """Tools with their secrets put back."""
+    made: list[AnyTool] = []
+    for tool in tools:
         if isinstance(tool, McpTool) and (held := secrets.get(tool.server_label)):
-            tools.append(replace(tool, **asdict(held)))
+            made.append(replace(tool, **asdict(held)))
         else:
-            tools.append(tool)
-    return replace(request, tools=tools)
+            made.append(tool)
+    return made
 
 
 def decode_keys(raw: bytes) -> dict[str, Raw]:

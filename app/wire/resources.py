@@ -124,10 +124,17 @@ class InputTokens(Struct):
 
 
 class Model(Struct):
+    """A model or an agent; the last four keys are this server's own."""
+
     id: str
     created: int = 0
     owned_by: str = "reprise"
     object: Literal["model"] = "model"
+    name: str = ""
+    description: str | None = None
+    context_window: int | None = None
+    """Tokens of its context, where that is known."""
+    is_agent: bool = False
 
 
 class Models(Struct):

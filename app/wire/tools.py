@@ -228,13 +228,16 @@ class ShownMcpTool(Struct, tag_field="type", tag="mcp", kw_only=True):
     allowed_callers: "list[Caller] | UnsetType | None"
 
 
+REDACTED = "<redacted>"
+
+
 def _shown_url(url: str | None) -> str | None:
     """Paths and queries may hold keys: only the host is shown, as by the hosted API."""
     if not url:
         return None
     parts = urlsplit(url)
     at = parts.netloc.rpartition("@")[2]
-    return f"{parts.scheme}://{at}/" + ("<redacted>" if parts.path.strip("/") or parts.query else "")
+    return f"{parts.scheme}://{at}/" + (REDACTED if parts.path.strip("/") or parts.query else "")
 
 
 class NamedTool(Struct, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):

@@ -77,7 +77,12 @@ def redis(servers) -> Iterator[WireProxy]:
 @pytest.fixture(scope="module")
 def tapped(base_env, database_url, postgres, redis) -> Iterator[Served]:
     """A server that asks for nothing by itself; it makes background runs only where a test starts a worker."""
-    quiet = {"REPRISE_WORKERS_IN_API": "false", "REPRISE_KEY_CACHE_S": "3600", "REPRISE_LEASE_S": "3600"}
+    quiet = {
+        "REPRISE_WORKERS_IN_API": "false",
+        "REPRISE_KEY_CACHE_S": "3600",
+        "REPRISE_AGENT_CACHE_S": "3600",
+        "REPRISE_LEASE_S": "3600",
+    }
     directory = parse_qs(urlsplit(database_url).query)["host"][0]
     url = database_url.replace(directory, str(postgres.directory))
     addresses = {"DATABASE_URL": url, "REDIS_URL": f"unix://{redis.path}", "REPRISE_REDIS_PREFIX": "tapped"}
@@ -136,6 +141,16 @@ CALLS = {
 def test_a_request_costs_so_many_statements(client, cost, name):
     expected, call = CALLS[name]
     assert statements(cost(lambda: call(client))) == expected
+
+
+def test_a_name_that_may_be_an_agent_s_costs_one_statement_once(client, postgres):
+    def create(name: str) -> int:
+        with postgres.counting() as counted:
+            client.responses.create(model=name, input="hello", store=False)
+        return statements(counted)
+
+    create("warm")  # prepares the statement
+    assert [create(name) for name in ("seldom-1", "seldom-1", "seldom-2", "no/agent", "no/agent")] == [1, 0, 1, 0, 0]
 
 
 def test_a_response_is_read_with_one_statement(client, cost):

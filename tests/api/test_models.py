@@ -1,5 +1,7 @@
 """The list of models: what the catalog names and what the upstreams list."""
 
+from typing import Any
+
 import httpx
 import openai
 import pytest
@@ -10,6 +12,20 @@ LISTED = ["scripted", "scripted-no-usage-option", "scripted-strict"]
 """What the scripted upstream lists."""
 
 
+def listed(name: str, owner: str) -> dict[str, Any]:
+    """A model of which nothing else is known."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": owner,
+        "name": name,
+        "description": None,
+        "context_window": None,
+        "is_agent": False,
+    }
+
+
 def ids_of(client: openai.OpenAI) -> list[str]:
     """The listed models."""
     return [model.id for model in client.models.list().data]
@@ -18,7 +34,7 @@ def ids_of(client: openai.OpenAI) -> list[str]:
 def test_without_a_catalog_the_upstreams_own_list_is_given(http):
     assert http.get("/models").json() == {
         "object": "list",
-        "data": [{"id": id, "object": "model", "created": 0, "owned_by": "tests"} for id in LISTED],
+        "data": [listed(id, "tests") for id in LISTED],
     }
 
 
@@ -43,12 +59,7 @@ def test_what_no_model_may_be_called_is_not_found(http, name):
 @pytest.mark.parametrize("name", ["unlisted", "some/model", "default@any", "SCRIPTED", "a b", "scripted:free"])
 def test_whatever_name_create_takes_is_found(client, name):
     assert client.responses.create(model=name, input="Hello").model == name
-    assert client.models.retrieve(name).to_dict() == {
-        "id": name,
-        "object": "model",
-        "created": 0,
-        "owned_by": "default",
-    }
+    assert client.models.retrieve(name).to_dict() == listed(name, "default")
 
 
 def test_a_catalog_names_its_models_first_and_marks_whose_the_others_are(new_server, catalog_file):
@@ -70,9 +81,9 @@ def test_a_catalog_names_its_models_first_and_marks_whose_the_others_are(new_ser
         with served.client() as client:
             assert ids_of(client) == ["house/best", "local@Qwen/Qwen3-8B", "local@small", "hosted@gpt"]
             assert client.models.retrieve("house/best").owned_by == "reprise"
-            listed = client.models.retrieve("local@Qwen/Qwen3-8B")
-            assert (listed.id, listed.owned_by) == ("local@Qwen/Qwen3-8B", "tests")
-            made = client.responses.create(model=listed.id, input="Hello")
+            found = client.models.retrieve("local@Qwen/Qwen3-8B")
+            assert (found.id, found.owned_by) == ("local@Qwen/Qwen3-8B", "tests")
+            made = client.responses.create(model=found.id, input="Hello")
             assert made.model == "local@Qwen/Qwen3-8B"
             assert local.requests[-1].body["model"] == "Qwen/Qwen3-8B"
             # Whatever a request may say is found: by a pattern, and by its plain name at the default upstream.

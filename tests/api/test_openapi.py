@@ -90,6 +90,7 @@ def new_id(demo: httpx.Client, name: str) -> str:
             "/v1/tool_credentials",
             {"server_url": "https://new.example/", "authorization": "TOKEN-OF-ADA"},
         ),
+        "agent_id": ("/v1/agents", {"name": "another", "model": "echo"}),
     }
     path, body = made[name]
     return str(demo.post(path, json=body).json()["id"])

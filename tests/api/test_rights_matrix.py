@@ -31,6 +31,11 @@ class Call(Struct, frozen=True):
     is_of_tenant: bool = False
     """Whether it is about the tenant, whoever of its users calls."""
 
+    @property
+    def body(self) -> Any:
+        """The body of one call."""
+        return self.json() if callable(self.json) else self.json
+
 
 ASKED = {"model": "good", "input": "hi"}
 CHAT = {"model": "good", "messages": [{"role": "user", "content": "hi"}]}
@@ -40,6 +45,11 @@ NUMBERS = itertools.count()
 def credential() -> dict[str, Any]:
     """One for a server that has none yet."""
     return {"server_url": f"https://tools.example/{next(NUMBERS)}", "authorization": "s3cret-value"}
+
+
+def agent() -> dict[str, Any]:
+    """One of another name."""
+    return {"name": f"agent-{next(NUMBERS)}", "model": "good"}
 
 
 CALLS: dict[str, Call] = {
@@ -74,6 +84,11 @@ CALLS: dict[str, Call] = {
     "DELETE /v1/files/{file_id}": Call(),
     "GET /v1/models": Call(scope=None, is_of_tenant=True),
     "GET /v1/models/{model_id}": Call(scope=None, is_of_tenant=True),
+    "POST /v1/agents": Call(agent, scope="admin", is_of_tenant=True),
+    "GET /v1/agents": Call(scope=None, is_of_tenant=True),
+    "GET /v1/agents/{agent_id}": Call(scope=None, is_of_tenant=True),
+    "POST /v1/agents/{agent_id}": Call({"temperature": 1}, scope="admin", is_of_tenant=True),
+    "DELETE /v1/agents/{agent_id}": Call(scope="admin", is_of_tenant=True),
     "POST /v1/admin/keys": Call({}, scope="admin", is_of_tenant=True),
     "GET /v1/admin/keys": Call(scope="admin", is_of_tenant=True),
     "GET /v1/admin/keys/{key_id}": Call(scope="admin", is_of_tenant=True),
@@ -120,8 +135,7 @@ class House(Struct):
         form = {"files": {"file": ("a.txt", b"of a")}, "data": {"purpose": "user_data"}} if call.form else {}
         authorization = {} if key is None else {"Authorization": f"Bearer {self.keys[key]}"}
         with httpx.Client(base_url=self.served.url.removesuffix("/v1"), headers=authorization, timeout=30) as http:
-            body = call.json() if callable(call.json) else call.json
-            return http.request(method, path.format(**(ids or self.ids)), json=body, **form)
+            return http.request(method, path.format(**(ids or self.ids)), json=call.body, **form)
 
     def http(self, key: str) -> httpx.Client:
         """A client with a key, by its name."""
@@ -233,8 +247,9 @@ def things(house: House, kind: str) -> dict[str, str]:
     parameter."""
     with house.http(f"{kind}admin") as http:
         key_id = http.post("/admin/keys", json={"name": "named"}).json()["id"]
+        agent_id = http.post("/agents", json=agent()).json()["id"]
     with house.http(f"{kind}alice") as http:
-        return {"key_id": key_id, **things_of(http)}
+        return {"key_id": key_id, "agent_id": agent_id, **things_of(http)}
 
 
 def things_of(http: httpx.Client) -> dict[str, str]:
@@ -339,11 +354,7 @@ def test_no_user_administers_keys_nor_reads_the_log(house, kind):
 
 @KINDS
 def test_a_model_that_a_key_may_not_use_is_refused_wherever_it_is_named(house, kind):
-    naming = [
-        route
-        for route, call in CALLS.items()
-        if "{model_id}" in route or "model" in ((isinstance(call.json, dict) and call.json) or {})
-    ]
+    naming = [route for route, call in CALLS.items() if "{model_id}" in route or "model" in (call.body or {})]
     assert len(naming) >= 4
     found = {route: error_of(house.send(route, f"{kind}other model")) for route in naming}
     assert found == dict.fromkeys(naming, (403, "model_not_allowed"))
@@ -376,12 +387,15 @@ def test_every_route_serves_the_key_that_may_use_it(house, kind):
     by_admin = {"type": "api_key", "user": None} if kind == "" else jwt_of("staff", None)
     assert done == [
         ("key.created", ids["key_id"], by_admin),
+        ("agent.created", ids["agent_id"], by_admin),
         ("tool_credential.created", ids["credential_id"], by_alice),
         ("response.deleted", expected_targets(ids)[0], by_alice),
         ("response.deleted", ids["response_id"], by_alice),
         ("conversation.item.deleted", ids["item_id"], by_alice),
         ("conversation.deleted", ids["conversation_id"], by_alice),
         ("file.deleted", ids["file_id"], by_alice),
+        ("agent.updated", ids["agent_id"], by_admin),
+        ("agent.deleted", ids["agent_id"], by_admin),
         ("key.rotated", ids["key_id"], by_admin),
         ("key.revoked", ids["key_id"], by_admin),
         ("tool_credential.updated", ids["credential_id"], by_alice),

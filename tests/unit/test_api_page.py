@@ -15,6 +15,7 @@ from openai.types.chat import completion_create_params
 from openai.types.responses import response_create_params, response_includable, response_input_param, tool_param
 
 from app.api import queries, uploads
+from app.domain.agents import CreateAgent
 from app.domain.toolbox import open_toolbox
 from app.domain.tools import table
 from app.errors import ApiError, UnsupportedParameter
@@ -97,6 +98,7 @@ BODIES = {
         f"wire.{name}": getattr(conversations, name).type.__struct_fields__
         for name in ("CREATE", "UPDATE", "FORK", "ITEMS")
     },
+    **{f"agents.{name}": CreateAgent.__struct_fields__ for name in ("CREATE", "UPDATE")},
     **{f"wire.{name}": getattr(admin, name).type.__struct_fields__ for name in ("CREATE_KEY", "ROTATE_KEY")},
     **{
         f"wire.{name}": getattr(tool_credentials, name).type.__struct_fields__

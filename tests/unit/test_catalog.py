@@ -333,6 +333,43 @@ SERVER = '[tool_servers.s]\nurl = "http://x/mcp"\n'
             TWO + '[prompts.p.versions.1]\nmodel = "q"\ninstructions = "x"',
             r"\[prompts\.p\.versions\.1\]: The model 'q' does not exist",
         ),
+        *(
+            (ONE + f"[agents.{name}]\n{fields}", message)
+            for name, fields, message in (
+                ("g", 'instructions = "x"', r"\[agents\.g\]: .*`model`"),
+                ("g", 'model = "m"\ninstruction = "x"', r"\[agents\.g\]: .*did you mean `instructions`"),
+                (
+                    "g",
+                    'model = "m"\ninstructions = "{{a}}"',
+                    r"\[agents\.g\]: .*'\{\{a\}\}' in 'instructions' is not among",
+                ),
+                (
+                    "g",
+                    'model = "m"\ntools = [{ type = "web_search" }]',
+                    r"\[agents\.g\]: .*has no \[hosted\.web_search\]",
+                ),
+                (
+                    "g",
+                    'model = "m"\ntools = [{ type = "mcp", server_label = "s" }]',
+                    r"\[agents\.g\]: 'tools\[0\]\.server_url' is missing, and this server has no tool server 's'",
+                ),
+                ("g", 'model = "m"\ntemperature = 3.0', r"\[agents\.g\]: .*temperature"),
+                ("g", 'model = "m"\noverrides = ["temperatur"]', r"\[agents\.g\]: .*Did you mean 'temperature'"),
+                ("g", 'model = "g"', r"\[agents\.g\]: 'g' is an agent; the model of an agent can't be one"),
+                ("'a b'", 'model = "m"', r"\[agents\.'a b'\]: a name has 1 to 64 letters"),
+                (
+                    "g",
+                    'model = "m"\n[[models]]\nname = "g"\nroutes = [{ upstream = "a" }]',
+                    r"\[agents\.g\]: a model of \[\[models\]\] has this name",
+                ),
+                (
+                    "g",
+                    'model = "m"\n[prompts.p.versions.1]\nmodel = "g"\ninstructions = "x"',
+                    r"\[prompts\.p\.versions\.1\]: 'model' names the agent 'g', whose 'overrides'",
+                ),
+            )
+        ),
+        (TWO + '[agents.g]\nmodel = "q"', r"\[agents\.g\]: The model 'q' does not exist"),
         ('[upstreams."a@b"]\nbase_url = "http://x/v1"', "neither spaces nor '@'"),
         (ONE + '[tool_servers."a b"]\nurl = "http://x"', "letters, digits, '_' and '-'"),
     ],

@@ -273,7 +273,7 @@ def test_a_request_with_half_a_pair_is_taken():
 
 COUNTED = {
     "model", "input", "instructions", "previous_response_id", "conversation", "tools", "tool_choice", "text", "reasoning",
-    "truncation", "parallel_tool_calls",
+    "truncation", "parallel_tool_calls", "agent",
 }  # fmt: skip
 
 

@@ -37,7 +37,7 @@ GOOD: dict[str, tuple[str, Any]] = {
 """A value of each setting that is no plain limit: as it is written, as it is meant."""
 
 UNITS = frozenset(
-    "pages bytes events headers items runs calls programs tools servers turns s attempts connections files chars size counts summaries tokens credentials".split()
+    "agents pages bytes events headers items runs calls programs tools servers turns s attempts connections files chars size counts summaries tokens credentials".split()
 )
 
 

@@ -8,8 +8,11 @@ from typing import Any, Literal, get_args
 from msgspec import Struct, UnsetType
 
 from app.api.openapi.schemas import Direction, Field, Schema, Schemas, exactly, name_of, pointer, reference
-from app.api.openapi.shapes import PARTIAL
+from app.api.openapi.shapes import PARTIAL, UpdateAgent
+from app.domain.agents import CreateAgent
+from app.domain.prompt_templates import PromptMessage
 from app.wire import (
+    agents,
     carried,
     chat_requests,
     compactions,
@@ -61,6 +64,7 @@ def contents(direction: Direction) -> dict[Field, Any]:
         (items.OutputText, "annotations"): _array(carried.Annotation),
         (items.OutputText, "logprobs"): _array(carried.Logprob, UnsetType, None),
         (requests.PromptReference, "variables"): dict[str, texts] | None,
+        (requests.AgentVariables, "variables"): dict[str, texts] | None,
         (tools.NamedTool, "type"): Literal[tools.CHOOSABLE],
     }
     for struct, shapes in items.SHAPES.items():
@@ -87,6 +91,8 @@ def _received(item: Any, tool: Any, choice: Any) -> dict[Field, Any]:
     }
     return {
         **{(struct, name): type_ for struct in (requests.Body, *PARTIAL) for name, type_ in create.items()},
+        **{(struct, "tools"): _array(tool, None) for struct in (CreateAgent, UpdateAgent)},
+        **{(struct, "tool_choice"): choice | None for struct in (CreateAgent, UpdateAgent)},
         (items.Message, "type"): Literal["message"] | None,
         (items.ItemReference, "type"): Literal["item_reference"] | None,
         (conversations.CreateConversation, "items"): some | None,
@@ -107,6 +113,9 @@ def _sent(item: Any, tool: Any, choice: Any) -> dict[Field, Any]:
         (resources.Response, "tools"): _array(tool),
         (resources.Response, "tool_choice"): choice,
         (resources.TextEcho, "format"): requests.AnyFormat,
+        (agents.Agent, "instructions"): str | list[PromptMessage] | None,
+        (agents.Agent, "tools"): _array(tool),
+        (agents.Agent, "tool_choice"): choice | None,
         (conversations.Conversation, "metadata"): dict[str, str],
         (compactions.CompactedResponse, "output"): _array(item),
         (completions.Logprobs, "content"): logprobs,

@@ -101,3 +101,16 @@ TOOL_CREDENTIAL: Examples = {
     "A header": {"server_url": "https://tools.example/other", "headers": {"x-api-key": "KEY-OF-ADA"}},
 }
 TOOL_CREDENTIAL_UPDATE: Examples = {"Another token": {"authorization": "NEXT-TOKEN-OF-ADA"}}
+AGENT: Examples = {
+    "With a variable": {
+        "name": "greeter",
+        "model": "echo",
+        "description": "Greets people.",
+        "instructions": "Greet {{name}}.",
+        "variables": {"name": "string"},
+        "temperature": 0.3,
+        "overrides": ["temperature"],
+        "users": ["ada"],
+    }
+}
+AGENT_UPDATE: Examples = {"For all users": {"users": None, "temperature": 0.5}}

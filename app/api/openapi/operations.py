@@ -8,9 +8,11 @@ from app.api import queries
 from app.api.openapi import examples
 from app.api.openapi.examples import Examples
 from app.api.openapi.schemas import reference
-from app.api.openapi.shapes import ChatMessageOf, Compact, CountTokens, Upload, page_of
+from app.api.openapi.shapes import ChatMessageOf, Compact, CountTokens, UpdateAgent, Upload, page_of
+from app.domain.agents import CreateAgent
 from app.wire import (
     admin,
+    agents,
     chat_requests,
     compactions,
     completions,
@@ -29,6 +31,7 @@ TAGS = {
     "Conversations": "Lists of items that responses continue and are appended to.",
     "Files": "Files that parts of messages refer to.",
     "Models": "What may be asked for as `model`.",
+    "Agents": "Models with instructions, tools and parameters of their own.",
     "Tool credentials": "What MCP servers are sent as authorization, stored for a tenant, a user or a key. No reply has a secret.",
     "Administration": "For keys with the scope `admin`: the keys of their tenant, and its audit log.",
     "Server": "For browsers, probes and tools; without a key.",
@@ -59,7 +62,7 @@ class Operation(Struct, frozen=True, kw_only=True):
 ITEM = reference("Item", "sent")
 ITEMS = page_of(ITEM, "ItemList")
 
-_RESPONSES, _CHAT, _CONVERSATIONS, _FILES, _MODELS, _CREDENTIALS, _ADMIN, _SERVER = TAGS
+_RESPONSES, _CHAT, _CONVERSATIONS, _FILES, _MODELS, _AGENTS, _CREDENTIALS, _ADMIN, _SERVER = TAGS
 
 OPERATIONS: dict[str, Operation] = {
     "POST /v1/responses": Operation(
@@ -198,6 +201,17 @@ OPERATIONS: dict[str, Operation] = {
     "DELETE /v1/files/{file_id}": Operation(summary="Delete a file", tag=_FILES, sends=resources.Deleted),
     "GET /v1/models": Operation(summary="List models", tag=_MODELS, sends=resources.Models, calls=True),
     "GET /v1/models/{model_id}": Operation(summary="Retrieve a model", tag=_MODELS, sends=resources.Model, calls=True),
+    "POST /v1/agents": Operation(
+        summary="Create an agent", tag=_AGENTS, takes=CreateAgent, sends=agents.Agent, examples=examples.AGENT
+    ),
+    "GET /v1/agents": Operation(
+        summary="List agents", tag=_AGENTS, query=queries.AgentPage, sends=page_of(agents.Agent)
+    ),
+    "GET /v1/agents/{agent_id}": Operation(summary="Retrieve an agent", tag=_AGENTS, sends=agents.Agent),
+    "POST /v1/agents/{agent_id}": Operation(
+        summary="Update an agent", tag=_AGENTS, takes=UpdateAgent, sends=agents.Agent, examples=examples.AGENT_UPDATE
+    ),
+    "DELETE /v1/agents/{agent_id}": Operation(summary="Delete an agent", tag=_AGENTS, sends=resources.Deleted),
     "POST /v1/admin/keys": Operation(
         summary="Create a key",
         tag=_ADMIN,
@@ -259,6 +273,7 @@ OPERATIONS: dict[str, Operation] = {
 
 PARAMETERS = {
     "after": "The page begins after the one with this id: the `last_id` of the page before.",
+    "agent_id": "The id of an agent, or its name.",
     "before": "The page ends before the item with this id.",
     "completion_id": "The id of a stored chat completion.",
     "conversation_id": "The id of a conversation.",

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from msgspec import Struct, defstruct
 from msgspec.structs import fields
 
+from app.domain import agents
 from app.wire import compactions, files, requests, resources
 
 
@@ -33,6 +34,14 @@ CountTokens = _some_of(
 )
 Compact = _some_of(compactions.PARAMETERS, "Compact", "The context that is compacted.")
 PARTIAL = (CountTokens, Compact)
+
+
+UpdateAgent = defstruct(
+    "UpdateAgent",
+    [(one.name, one.type | None, None) for one in fields(agents.CreateAgent)],
+    forbid_unknown_fields=True,
+    namespace={"__doc__": "What is replaced of an agent; null for what it is by default."},
+)
 
 
 class Upload(Struct):
