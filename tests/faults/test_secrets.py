@@ -1,24 +1,23 @@
 """Whatever goes wrong, no log quotes what a client, a model or a tool has said; and keys, tokens and headers are in no row, and
 nowhere in Redis, in no form.
 
-A fault is one line of a table; each is provoked as a whole reply, a stream, and in the background with and without a stream.
+A fault is one line of a table; each is provoked as a whole reply, a stream, in the background with and without a stream, and as a chat
+completion with and without a stream.
 """
 
-import base64
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import quote
 
 import httpx
 import pytest
-from ahocorasick_rs import AhoCorasick
 from msgspec import Struct
 
 from tests.faults.cluster import Cluster
 from tests.faults.test_upstream_faults import FAILURES, LIMITS, REFUSALS, free_port
+from tests.planted import free_of
 from tests.upstream import Step, Upstream, answer, calling, error, note, script, status, text
 from tests.waiting import dumped, remembered, until
 
@@ -54,8 +53,10 @@ MODES: dict[str, dict[str, bool]] = {
     "stream": {"stream": True},
     "background": {"background": True},
     "background stream": {"background": True, "stream": True},
+    "chat": {},
+    "chat stream": {"stream": True},
 }
-MODES_OF = {"configured": list(MODES), "caller": ["whole", "background stream"]}
+MODES_OF = {"configured": list(MODES), "caller": ["whole", "background stream", "chat stream"]}
 """How each fault is provoked, by whose keys the upstream hears."""
 ENDED = {"completed", "failed", "incomplete", "cancelled"}
 
@@ -145,6 +146,10 @@ class Client:
         dead = {**box, "server_label": "dead", "server_url": f"http://127.0.0.1:{free_port()}/mcp?key={IN_URL}"}
         tools = [box, operators, dead] if name.startswith("tools") else []
         asked = script([note(f"{PROMPT} {name} {mode}"), *fault.turns[0]], *fault.turns[1:])
+        if mode.startswith("chat"):
+            messages = [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": asked}]
+            chat = {"model": "m", "messages": messages, "metadata": {"of": METADATA}, "store": True}
+            return {**chat, **({"tools": tools} if tools else {}), **MODES[mode], **fault.fields}
         return {
             "model": "m",
             "input": asked,
@@ -157,7 +162,7 @@ class Client:
 
     def provoke(self, name: str, fault: Fault, mode: str) -> None:
         """Send a request, and wait until its response has ended."""
-        reply = self._http.post("/responses", json=self.body(name, fault, mode))
+        reply = self._http.post(path_of(mode), json=self.body(name, fault, mode))
         if mode == "background" and reply.status_code == 200:
             self.ended(reply.json()["id"])
 
@@ -177,9 +182,14 @@ class Client:
         """Close the connections."""
         self._http.close()
 
-    def send(self, content: bytes) -> int:
-        """Bytes that are no request."""
-        return self._http.post("/responses", content=content).status_code
+    def send(self, content: bytes, path: str = "/responses") -> int:
+        """Bytes, which may be no request."""
+        return self._http.post(path, content=content).status_code
+
+
+def path_of(mode: str) -> str:
+    """Where a mode's requests go."""
+    return "/chat/completions" if mode.startswith("chat") else "/responses"
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +257,8 @@ def test_secrets_are_in_no_log_no_row_and_not_in_redis_whatever_goes_wrong(clien
     for name, outage in {"postgres": own_servers.without_postgres, "redis": own_servers.without_valkey}.items():
         with waiting(client, name), outage():
             for mode in MODES:
-                assert client.send(json.dumps(client.body(name, Fault([answer(ANSWER)]), mode)).encode()) in {200, 503}
+                body = json.dumps(client.body(name, Fault([answer(ANSWER)]), mode)).encode()
+                assert client.send(body, path_of(mode)) in {200, 503}
     searched(client, own_servers)
 
 
@@ -287,19 +298,3 @@ def searched(client: Client, own_servers: Any) -> None:
     for private in PRIVATE.values():
         assert private in rows, f"{private} was never there"
     assert PROMPT in held
-
-
-def free_of(secrets: Mapping[str, str], text: str, where: str) -> None:
-    """Asserts that a text holds none of these, in any form."""
-    of = {form: what for what, secret in secrets.items() for form in forms(secret)}
-    found = [(list(of.values())[at], begin) for at, begin, _ in AhoCorasick(list(of)).find_matches_as_indexes(text)]
-    assert not found, f"{found[0][0]} is in {where}: {text[max(0, found[0][1] - 300) : found[0][1] + 100]}"
-
-
-def forms(secret: str) -> Iterator[str]:
-    """As it stands, URL-encoded, in JSON, and the middle of its base64 wherever it begins."""
-    yield from {secret, quote(secret, safe=""), json.dumps(secret)[1:-1]}
-    for before in range(3):
-        encoded = base64.b64encode(bytes(before) + secret.encode()).decode()
-        yield encoded[4:-4]
-        yield base64.urlsafe_b64encode(bytes(before) + secret.encode()).decode()[4:-4]
