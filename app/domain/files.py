@@ -128,6 +128,8 @@ class Wanted(Struct, frozen=True):
     place: Place
     is_file: bool
     """Whether it is a part of the type `input_file`."""
+    times: int = 1
+    """How many places need it: each is sent the whole."""
 
 
 class Needs(Struct, frozen=True):
@@ -212,7 +214,8 @@ def wanted(found: Sequence[Place], needs: Needs) -> dict[str, Wanted]:
         if known and place.is_new and not known.place.is_new:
             del made[key]  # from now on it is one of the request's own, in their order
         first = known.place if known and (known.place.is_new or not place.is_new) else place
-        made[key] = Wanted(source, first, isinstance(place.part, InputFile) or bool(known and known.is_file))
+        is_file = isinstance(place.part, InputFile) or bool(known and known.is_file)
+        made[key] = Wanted(source, first, is_file, known.times + 1 if known else 1)
     return made
 
 

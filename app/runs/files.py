@@ -40,7 +40,7 @@ class Found(Struct, frozen=True):
     fetched_bytes_max: int
     text_bytes_max: int
     bytes: int
-    """In requests to upstreams, all together."""
+    """In requests to upstreams, all together, each as often as it is sent."""
     unfetched: Collection[str] = ()
     """Addresses that are too many."""
 
@@ -69,13 +69,17 @@ class FileReading:
         for id in ids:
             if id not in stored and wanted[id].place.is_new:
                 raise not_found(id, wanted[id].place)
+        most = settings.context_bytes_max - size
         needed = sum(_encoded(file.bytes) for file in stored.values())
-        left = max(0, settings.context_bytes_max - size - needed)
+        left = max(0, most - needed)
         reads_text = needs.texts and any(one.is_file for one in wanted.values())
         text_bytes_max = min(settings.file_text_bytes_max, left) if reads_text else 0
         fetches = any(one.source == "url" for one in wanted.values())
         fetched = min(settings.file_fetch_bytes_max, (left - text_bytes_max) * 3 // 4) if fetches else 0
-        return Found(stored, fetched, text_bytes_max, needed + text_bytes_max + _encoded(fetched), too_many)
+        once = needed + text_bytes_max + _encoded(fetched)
+        again = sum(_encoded(file.bytes) * (wanted[id].times - 1) for id, file in stored.items())
+        again += _encoded(fetched) * max((one.times - 1 for one in wanted.values() if one.source == "url"), default=0)
+        return Found(stored, fetched, text_bytes_max, max(once, min(once + again, most)), too_many)
 
     async def read(
         self,
@@ -104,7 +108,8 @@ class _Reading:
         self._is_text = is_text
         """Whether the first upstream takes texts only."""
         settings = self._settings = files.settings
-        self._text_left, self._cpu_time = found.text_bytes_max, CpuTime(settings.file_text_cpu_s)
+        self._left, self._text_left = found.bytes, found.text_bytes_max
+        self._cpu_time = CpuTime(settings.file_text_cpu_s)
         self._allowance = Allowance(
             found.fetched_bytes_max,
             settings.file_fetch_timeout_s,
@@ -113,6 +118,13 @@ class _Reading:
 
     async def read(self, key: str, one: Wanted) -> FileData | Gone:
         """One content."""
+        file = await self._read(key, one)
+        self._left -= one.times * size_of(file)
+        if self._left < 0:
+            raise InvalidRequest(self._too_long, param=one.place.param, code="context_length_exceeded")
+        return file
+
+    async def _read(self, key: str, one: Wanted) -> FileData | Gone:
         match one.source:
             case "id":
                 return await self._stored(key, one)
@@ -133,7 +145,7 @@ class _Reading:
                     pieces.append(await files.read_piece(tx, self._tenant_id, file_id, number))
                 if number == 0:
                     type_ = media_type(pieces[0], mimetypes.guess_type(file.filename)[0])
-                    if not self._needs.data and (text := await self._known_text(key, one.place, file.filename, type_)):
+                    if not self._needs.data and (text := await self._known_text(key, one, file.filename, type_)):
                         return FileData(file.filename, type_, text=text)
         except StoredFileNotFound:
             if one.place.is_new:
@@ -168,58 +180,72 @@ class _Reading:
             ) from None
         key = await offload(len(content), content_key, self._tenant_id, content)
         type_ = media_type(content, mimetypes.guess_type(filename)[0])
-        return FileData(filename, type_, text=await self._text(key, one.place, filename, content))
+        return FileData(filename, type_, text=await self._text(key, one, filename, content))
 
     async def _made(self, key: Key, one: Wanted, filename: str, type_: str, pieces: list[bytes]) -> FileData:
         text = None
         size = sum(map(len, pieces))
         if one.is_file and self._needs.texts and is_document(type_):
-            text = await self._text(key, one.place, filename, b"".join(pieces))
+            text = await self._text(key, one, filename, b"".join(pieces))
         is_sent = self._needs.data or text is None
         return FileData(filename, type_, await offload(size, _in_base64, pieces) if is_sent else "", text)
 
-    async def _known_text(self, key: Key, place: Place, filename: str, type_: str) -> FileText | None:
+    async def _known_text(self, key: Key, one: Wanted, filename: str, type_: str) -> FileText | None:
         """The text of a document, if it need not be read."""
         if not is_document(type_):
             return None
         try:
-            return self._counted(self._files.extraction.known(key), place)
+            return self._counted(self._files.extraction.known(key), one)
         except Unreadable as error:
-            raise _unreadable(filename, place, error) from None
+            raise _unreadable(filename, one.place, error) from None
 
-    async def _text(self, key: Key, place: Place, filename: str, content: bytes) -> FileText | None:
+    async def _text(self, key: Key, one: Wanted, filename: str, content: bytes) -> FileText | None:
         """The text of a document; None if it has none, and the first upstream takes it as it is."""
         extraction = self._files.extraction
         try:
-            return self._counted(await extraction.text(key, content, self._cpu_time, wait_s=self._wait_s), place)
+            return self._counted(await extraction.text(key, content, self._cpu_time, wait_s=self._wait_s), one)
         except Unreadable as error:
             if not self._is_text:
                 return None
-            raise _unreadable(filename, place, error) from None
+            raise _unreadable(filename, one.place, error) from None
 
-    def _counted(self, text: FileText | None, place: Place) -> FileText | None:
+    def _counted(self, text: FileText | None, one: Wanted) -> FileText | None:
         if text is None:
             return None
-        self._text_left -= len(text.text.encode())
+        self._text_left -= one.times * len(text.text.encode())
         if self._text_left < 0:
             raise InvalidRequest(
                 self._too_large(self._found.text_bytes_max, self._settings.file_text_bytes_max, "of text"),
-                param=place.param,
+                param=one.place.param,
                 code="context_length_exceeded",
             )
         return text
 
     def _too_large(self, most: int, setting: int, what: str) -> str:
         """What is wrong with more than `most` bytes, which the setting allows, unless the rest of the context leaves less."""
-        if most < setting:
-            return f"With its files the context has more than {self._settings.context_bytes_max} bytes, which is not possible."
-        return f"The context has more than {setting} bytes {what}, which is not possible."
+        return (
+            self._too_long
+            if most < setting
+            else f"The context has more than {setting} bytes {what}, which is not possible."
+        )
+
+    @property
+    def _too_long(self) -> str:
+        return (
+            f"With its files the context has more than {self._settings.context_bytes_max} bytes, which is not possible."
+        )
 
 
-def sizes(read: Files) -> int:
-    """What files take in a request to an upstream."""
-    known = (file for file in read.values() if isinstance(file, FileData))
-    return sum(len(file.base64) + (len(file.text.text.encode()) if file.text else 0) for file in known)
+def sizes(read: Files, wanted: Mapping[str, Wanted]) -> int:
+    """What files take in a request to an upstream, each as often as it is sent."""
+    return sum(wanted[key].times * size_of(file) for key, file in read.items())
+
+
+def size_of(file: FileData | Gone) -> int:
+    """What a file takes in one place."""
+    if isinstance(file, Gone):
+        return 0
+    return len(file.base64) + (len(file.text.text.encode()) if file.text else 0)
 
 
 def _unreadable(filename: str, place: Place, error: Unreadable) -> InvalidRequest:

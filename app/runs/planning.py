@@ -205,7 +205,7 @@ class Planner:
                 continue
             if wanted:
                 made.files = await self._files.read(tenant_id, wanted, found, dialects, wait_s=wait_s)
-                made.size += sizes(made.files) - beside
+                made.size += sizes(made.files, wanted) - beside
                 room.shrink(made.size)
             await offload(made.size, files.check, places, made.files, dialects[0])
             return made

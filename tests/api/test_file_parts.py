@@ -111,6 +111,7 @@ def served(
     catalog = tmp_path_factory.mktemp("parts") / "catalog.toml"
     catalog.write_text(CATALOG.format(url=upstream.base_url))
     limits = {
+        "REPRISE_CONTEXT_BYTES_MAX": f"{2048 * KIB}",
         "REPRISE_FILE_FETCH_BYTES_MAX": f"{256 * KIB}",
         "REPRISE_CONTEXT_FETCHED_FILES_MAX": "2",
         "REPRISE_FILE_TEXT_BYTES_MAX": f"{64 * KIB}",
@@ -333,6 +334,27 @@ def test_texts_that_are_too_long_together_are_refused(served):
     error = reply.json()["error"]
     assert (reply.status_code, error["code"]) == (400, "context_length_exceeded")
     assert error["param"] == "input[0].content[1].file_data"
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_text_counts_each_time_that_the_context_refers_to_its_file(served, api, web, source):
+    part = by(source, api, web, "file", PLAN, "plan.pdf")
+    for times, status in ((10, 200), (64 * KIB // len(PLAN_TEXT) + 1, 400)):
+        reply = httpx.post(
+            f"{served.url}/responses", json={"model": "m", "input": [of_user(*[part] * times)]}, timeout=30
+        )
+        assert reply.status_code == status
+    assert reply.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_what_is_fetched_once_counts_each_time_that_it_is_sent(served, web, upstream, said):
+    part = {"type": "input_file", "file_url": f"{web.url}/half.bin"}
+    for times, status in ((4, 200), (8, 400)):
+        body = {"model": "hosted@m", "input": [of_user(*[part] * times, said)]}
+        reply = httpx.post(f"{served.url}/responses", json=body, timeout=30)
+        assert reply.status_code == status
+    assert reply.json()["error"]["code"] == "context_length_exceeded"
+    assert len(upstream.asked(said)) == 1
 
 
 @pytest.mark.parametrize(

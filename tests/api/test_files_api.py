@@ -338,6 +338,14 @@ def test_files_count_as_a_part_of_the_context(store):
     assert (reply.status_code, reply.json()["error"]["code"]) == (400, "context_length_exceeded")
 
 
+def test_a_file_counts_each_time_that_the_context_refers_to_it(store):
+    look = image(upload(store, PNG, "pixel.png", "vision").id)
+    first = store.client.responses.create(model="m", input=[of_user(*[look] * 4, "Look.")])
+    for given, more in (([look] * 8, {}), ([look] * 4, {"previous_response_id": first.id})):
+        reply = store.http.post("/responses", json={"model": "m", "input": [of_user(*given, "More.")], **more})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
 def test_a_context_refers_to_so_many_files(store):
     given = [of_user(*(image(f"file_{n}") for n in range(6)))]
     reply = store.http.post("/responses", json={"model": "m", "input": given})
