@@ -233,21 +233,25 @@ def revoke_key(key_id: str) -> None:
 
 @reprise.command()
 def rekey() -> None:
-    """Accept the configured secret key, and seal the credentials of tool servers with it. What is sealed with a key that is not configured,
-    as an old one is, is lost."""
+    """Accept the configured secret key, and seal the credentials of tool servers and the secrets of agents with it. What is sealed with
+    a key that is not configured, as an old one is, is lost."""
     settings = _existing()
     seal = setup.open_seal(settings)
-    from app.storage import key_fingerprint, tool_credentials
+    from app.storage import agents, key_fingerprint, tool_credentials
     from app.storage.database import opened
 
-    async def accept() -> tool_credentials.Resealed:
+    async def accept() -> dict[str, tool_credentials.Resealed]:
         async with opened(settings) as database:
             await key_fingerprint.accept_key(database, seal.fingerprints, anyway=True)
-            return await tool_credentials.reseal_all(database, seal)
+            return {
+                "Tool credentials": await tool_credentials.reseal_all(database, seal),
+                "Agents": await agents.reseal_all(database, seal),
+            }
 
-    done = _run(accept())
+    made = _run(accept())
     click.echo("The database accepts this secret key now.")
-    click.echo(f"Tool credentials: {done.resealed} sealed with it, {done.unopened} that none of the keys opens.")
+    for what, done in made.items():
+        click.echo(f"{what}: {done.resealed} sealed with it, {done.unopened} that none of the keys opens.")
 
 
 # -- doctor -----------------------------------------------------------------------------------------------------------------

@@ -221,6 +221,8 @@ class Agents:
             raise InvalidParameter(
                 f"The catalog has a model or an agent '{made.name}'.", param="name", code="name_taken"
             )
+        if made.name == made.agent.model:
+            raise InvalidParameter("The model of an agent can't be an agent, nor itself.", param="model")
         await offload(made.bytes, check, made, self._catalog, self._settings)
         rights.demand_model(made.agent.model)
 

@@ -289,11 +289,9 @@ class BackgroundRun:
             decode_create,
             stored.encode(),
             self._runs.catalog.passed_on,
-            lambda body: (body, prompted),  # as at admission, whatever the catalog has now
+            lambda body: (body, prompted),  # as at admission, whatever the catalog and the agent have now
         )
-        if response.model == request.model:
-            return request
-        return replace(request, agent=response.model, prompted=prompted)
+        return replace(request, agent=response.model if response.model != request.model else "", prompted=prompted)
 
     def interrupted(self) -> Outcome | None:
         """The outcome of a run that is cancelled now; None if another worker continues it."""

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from msgspec import Struct
 from sqlalchemy import text
 
+from app.domain.sealed import Seal
 from app.errors import AgentNotFound, InvalidParameter, InvalidRequest
-from app.storage.database import Query, Row, Tx, storable
+from app.storage.database import Database, Query, Row, Tx, storable
+from app.storage.tool_credentials import RESEALED_AT_ONCE, Resealed
 
 _COLUMNS = "id, name, created_at, updated_at, model, description, users, body, secrets"
 
@@ -49,6 +51,18 @@ _UPDATE = Query(
         users = cast(:users as text[]), body = cast(:body as json), secrets = :secrets, bytes = :bytes
     where tenant_id = :tenant_id and id = :id
     """)
+)
+
+_SEALED = Query(
+    text("""
+    select tenant_id, id, secrets from agents
+    where (tenant_id, id) > (:after_tenant, :after_id) and secrets is not null order by tenant_id, id limit :limit
+    """),
+    across_tenants="the operator seals all of them with another key",
+)
+
+_RESEAL = Query(
+    text("update agents set secrets = :sealed where tenant_id = :tenant_id and id = :id and secrets = :former")
 )
 
 _DELETE = Query(text("delete from agents where tenant_id = :tenant_id and id = :id returning id"))
@@ -139,6 +153,29 @@ async def delete(tx: Tx, tenant: str, id: str, *, again: bool = False) -> None:
     row = await tx.one(_DELETE, tenant_id=tenant, id=id)
     if row is None and not again:
         raise AgentNotFound(id)
+
+
+async def reseal_all(database: Database, seal: Seal) -> Resealed:
+    """Seal the secrets of all tenants' agents with the key that seals now; those that none of the keys opens stay as they are. Raises
+    DatabaseUnavailable."""
+    resealed = unopened = 0
+    after = ("", "")
+    while True:
+        async with database.autocommit() as tx:
+            rows = await tx.all(_SEALED, after_tenant=after[0], after_id=after[1], limit=RESEALED_AT_ONCE)
+            for row in rows:
+                tenant = row["tenant_id"]
+                secrets = seal.of(tenant).open(row["secrets"], "agent")
+                if secrets is None:
+                    unopened += 1
+                    continue
+                sealed = seal.of(tenant).close(secrets, "agent")
+                # An agent that is updated meanwhile is sealed by a server, with the key that this has.
+                await tx.one(_RESEAL, tenant_id=tenant, id=row["id"], sealed=sealed, former=row["secrets"])
+                resealed += 1
+        if len(rows) < RESEALED_AT_ONCE:
+            return Resealed(resealed, unopened)
+        after = (rows[-1]["tenant_id"], rows[-1]["id"])
 
 
 async def _names(tx: Tx, tenant: str, agent: StoredAgent) -> Row:

@@ -1,8 +1,10 @@
 """Agents, through the official client: those of the catalog and those made by API, on every endpoint; who may use them; what stays."""
 
 import copy
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -594,9 +596,29 @@ def test_a_bad_update_changes_nothing(house):
     assert house.send("GET", f"/agents/{made['id']}") == made
 
 
-def test_an_agent_is_no_other_agent_s_model(house):
+def test_an_agent_is_no_agent_s_model(house):
+    assert house.make("itself", model="itself") == (400, "invalid_value", "model")
     house.make("inner", model="plain")
     assert house.make("outer", model="inner") == (400, "model_not_found", "model")
+
+
+def test_of_writers_at_once_none_undoes_what_another_has_done(house):
+    made = house.make("busy")
+    given = [{"temperature": 0.5}, {"top_p": 0.5}, {"description": "d"}, {"truncation": "auto"}, {"users": ["ada"]}]
+    with ThreadPoolExecutor(len(given)) as pool:
+        calls = [
+            pool.submit(house.send, "POST", f"/agents/{made['id']}", "admin", served, **one)
+            for one, served in zip(given, itertools.cycle((house.one, house.other)))
+        ]
+        assert [call.result()["id"] for call in calls] == [made["id"]] * len(given)
+        twice = [
+            pool.submit(house.send, "POST", "/agents", "admin", served, name="once", model="plain")
+            for served in (house.one, house.other) * 2
+        ]
+        refused = [one for call in twice if isinstance(one := call.result(), tuple)]
+    assert refused == [(400, "name_taken", "name")] * 3
+    whole = house.send("GET", "/agents/busy")
+    assert {name: whole[name] for one in given for name in one} == {name: one[name] for one in given for name in one}
 
 
 def test_a_tenant_has_so_many_agents(base_env, new_database, house):
@@ -605,11 +627,15 @@ def test_a_tenant_has_so_many_agents(base_env, new_database, house):
     with Served(env) as served:
         headers = {"Authorization": f"Bearer {key}"}
         with httpx.Client(base_url=served.url, headers=headers, timeout=30) as http:
-            replies = [http.post("/agents", json={"name": f"a{at}", "model": "plain"}) for at in range(3)]
-            assert [reply.status_code for reply in replies] == [200, 200, 400]
-            assert replies[2].json()["error"]["code"] == "agents_limit_exceeded"
-            assert http.delete("/agents/a0").status_code == 200
-            assert http.post("/agents", json={"name": "a2", "model": "plain"}).status_code == 200
+            with ThreadPoolExecutor(6) as pool:
+                bodies = [{"name": f"a{at}", "model": "plain"} for at in range(6)]
+                replies = list(pool.map(lambda body: http.post("/agents", json=body), bodies))
+            assert sorted(reply.status_code for reply in replies) == [200, 200, 400, 400, 400, 400]
+            codes = {reply.json()["error"]["code"] for reply in replies if reply.status_code == 400}
+            assert codes == {"agents_limit_exceeded"}
+            made = next(reply.json()["id"] for reply in replies if reply.status_code == 200)
+            assert http.delete(f"/agents/{made}").status_code == 200
+            assert http.post("/agents", json={"name": "another", "model": "plain"}).status_code == 200
 
 
 # -- Changes ----------------------------------------------------------------------------------------------------------------
@@ -742,6 +768,62 @@ def test_a_client_s_own_server_of_the_same_label_gets_no_secrets(house, toolserv
     [heard] = toolserver.calls(f"{name}2")
     assert "authorization" not in heard.headers and "x-key" not in heard.headers
     assert toolserver.calls(f"{name}1") == []
+
+
+def test_without_secrets_of_its_own_it_has_the_caller_s_stored_credential(house, toolserver, name):
+    url = toolserver.url("mcp", name)
+    house.make("lent", tools=[{"type": "mcp", "server_label": "box", "server_url": url, "require_approval": "never"}])
+    kept = house.send("POST", "/tool_credentials", "ada", server_url=url, authorization="t0ken-of-ada")
+    assert kept["object"] == "tool_credential"
+    given = script([note(name), *calling("echo", {"x": 1})], answer("Done."))
+    for key in ("ada", "bob"):
+        assert house.send("POST", "/responses", key, model="lent", input=given)["status"] == "completed"
+    heard = [one.headers.get("authorization") for one in toolserver.calls(name)]
+    assert heard == ["Bearer t0ken-of-ada", None]
+
+
+OLD, NEW, OTHER = (f"{letter * 43}=" for letter in "AEI")
+
+
+def test_a_change_of_the_secret_key_leaves_its_secrets_readable(house, new_database, toolserver, name):
+    env = {**house.env, "DATABASE_URL": new_database()}
+    admin = reprise(
+        {**env, "REPRISE_SECRET_KEY": OLD}, "keys", "create", "--tenant", "acme", *map("--scope={}".format, ALL)
+    )
+    headers = {"Authorization": f"Bearer {admin.stdout.strip()}"}
+    tool = {
+        "type": "mcp",
+        "server_label": "box",
+        "server_url": toolserver.url("mcp", name),
+        "require_approval": "never",
+    }
+    tools = [{**tool, "authorization": TOKEN}]
+
+    def ask(keys: Mapping[str, str], *calls: tuple[str, str, Any]) -> list[httpx.Response]:
+        with Served({**env, **keys}) as served, httpx.Client(base_url=served.url, headers=headers, timeout=30) as http:
+            return [http.request(method, path, json=body) for method, path, body in calls]
+
+    given = script([note(name), *calling("echo", {"x": 1})], answer("Done."))
+    use = ("POST", "/responses", {"model": "sealed", "input": given})
+    make = ("POST", "/agents", {"name": "sealed", "model": "plain", "tools": tools})
+    assert [one.status_code for one in ask({"REPRISE_SECRET_KEY": OLD}, make, use)] == [200, 200]
+    both = {"REPRISE_SECRET_KEY": NEW, "REPRISE_OLD_SECRET_KEYS": OLD}
+    assert [one.status_code for one in ask(both, use)] == [200]
+    done = reprise({**env, **both}, "rekey").stdout.splitlines()
+    assert done[-1] == "Agents: 1 sealed with it, 0 that none of the keys opens."
+    assert [one.status_code for one in ask({"REPRISE_SECRET_KEY": NEW}, use)] == [200]
+    assert [one.headers["authorization"] for one in toolserver.calls(name)] == [f"Bearer {TOKEN}"] * 3
+    # A key that is lost: what does not need the secrets goes on, and new tools mend the agent.
+    lost = {"REPRISE_SECRET_KEY": OTHER}
+    assert "Agents: 0 sealed with it, 1 that none" in reprise({**env, **lost}, "rekey").stdout
+    read, listed = ("GET", "/agents/sealed", None), ("GET", "/agents", None)
+    rename, mend = (("POST", "/agents/sealed", body) for body in ({"top_p": 0.5}, {"tools": tools}))
+    used, shown, every, renamed, mended, again = ask(lost, use, read, listed, rename, mend, use)
+    assert (used.status_code, renamed.status_code) == (500, 500)
+    assert used.json()["error"]["message"].startswith("The secrets of the agent 'sealed' can't be opened")
+    assert shown.json()["tools"][0]["server_url"] is None
+    assert next(one["name"] for one in every.json()["data"]) == "sealed"
+    assert (mended.status_code, again.status_code, len(toolserver.calls(name))) == (200, 200, 4)
 
 
 def test_what_needs_approval_is_refused_over_chat_completions(house, toolserver, name):

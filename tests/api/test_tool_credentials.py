@@ -611,7 +611,7 @@ def test_a_change_of_the_secret_key_leaves_credentials_readable(
     done = reprise({**env, **both}, "rekey")
     assert (done.returncode, done.stdout.splitlines()[1:]) == (
         0,
-        ["Tool credentials: 1 sealed with it, 0 that none of the keys opens."],
+        [f"{what} sealed with it, 0 that none of the keys opens." for what in ("Tool credentials: 1", "Agents: 0")],
     )
     assert heard(REPRISE_SECRET_KEY=NEW) == sent
     # A key that is lost.

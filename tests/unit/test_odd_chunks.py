@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from app.wire.odd_chunks import LEAST_LOGPROB, read_chunk
+from app.wire.odd_chunks import LEAST_LOGPROB, read_chunk, read_models
 
 
 @pytest.mark.parametrize("value", [10**400, -(10**400), float("inf"), float("nan"), None, "x", []], ids=range(7))
@@ -26,3 +26,22 @@ def test_a_part_of_an_odd_type_is_text(kind: Any):
     chunk = read_chunk(data.encode())
     assert chunk.choices and chunk.choices.first and chunk.choices.first.delta
     assert chunk.choices.first.delta.content == "a"
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        ({"max_model_len": 4096}, 4096),
+        ({"context_window": "8192"}, 8192),
+        ({"context_length": 0, "max_context_length": 2048}, 2048),
+        ({"meta": {"n_ctx": 512, "n_ctx_train": 32768}}, 512),
+        ({"meta": {"n_ctx_train": 32768}}, 32768),
+        ({"max_model_len": -1}, None),
+        ({"max_model_len": []}, None),
+        ({"meta": "x"}, None),
+        ({}, None),
+    ],
+)
+def test_a_listed_model_has_the_size_of_its_context_under_many_names(given: dict[str, Any], size: int | None):
+    [model] = read_models(json.dumps({"data": [{"id": "m", **given}]}).encode())
+    assert model.context_window == size
