@@ -376,6 +376,7 @@ UNKNOWN = {(404, "model_not_found", "model")}
         ("theirs", "user", NO_ACCESS),
         ("closed", "narrow", {"ok"}),
         ("adas", "narrow", NO_ACCESS),
+        ("greeter", "narrow", NO_ACCESS),
         ("hidden", "narrow", NO_ACCESS),
         ("plain", "narrow", {"ok"}),
         ("nothing", "narrow", UNKNOWN),
@@ -430,6 +431,34 @@ def test_models_lists_what_the_key_may_use(house):
     assert listed["user"]["greeter"]["is_agent"] is True
     with house.client("bob") as client:
         assert client.models.retrieve("listed").id == "listed"
+
+
+def test_an_agent_hides_a_model_that_an_upstream_lists_under_its_name(base_env, new_database, said, heard):
+    env = {**base_env, "DATABASE_URL": new_database()}
+    admin = reprise(env, "keys", "create", "--tenant", "acme", *(f"--scope={one}" for one in ALL)).stdout.strip()
+    other = reprise(env, "keys", "create", "--tenant", "other").stdout.strip()
+    with Served(env) as served:
+
+        def send(method: str, path: str, key: str = admin, **given: Any) -> httpx.Response:
+            headers = {"Authorization": f"Bearer {key}"}
+            return httpx.request(method, f"{served.url}{path}", headers=headers, json=given or None, timeout=30)
+
+        bob = send("POST", "/admin/keys", user="bob").json()["value"]
+        made = send("POST", "/agents", name="scripted-strict", model="scripted", instructions="Be.", users=["bob"])
+        assert made.status_code == 200
+        ids = {
+            name: [(one["id"], one["is_agent"]) for one in send("GET", "/models", key).json()["data"]]
+            for name, key in {"admin": admin, "other": other, "bob": bob}.items()
+        }
+        plain = [("scripted", False), ("scripted-no-usage-option", False)]
+        assert ids == {
+            "admin": plain,
+            "other": [*plain, ("scripted-strict", False)],
+            "bob": [("scripted-strict", True), *plain],
+        }
+        assert send("POST", "/responses", model="scripted-strict", input=said).status_code == 403
+        assert send("POST", "/responses", bob, model="scripted-strict", input=said).status_code == 200
+        assert (heard()["model"], heard()["messages"][0]["content"]) == ("scripted", "Be.")
 
 
 # -- By API -----------------------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_secrets_stand_apart_from_the_definition_and_come_together_for_a_request
     [box, _] = request.tools
     assert isinstance(box, McpTool)
     assert (box.authorization, box.headers, box.server_url) == (secret.authorization, secret.headers, secret.server_url)
-    stored, apart = as_stored(raw, request)
+    stored, apart = as_stored(raw.replace(b"{", b'{"agent":{"variables":{}},', 1), request)
     assert apart == {"box": secret}
     assert not any(word in stored.decode() for word in ("t0ken", "k3y", "key-in-path", "agent"))
     again = decode_create(stored, ())
