@@ -20,7 +20,7 @@ from msgspec import UNSET, Meta, Raw, Struct
 from msgspec.structs import fields, replace
 
 from app.domain.chat_request import refuse_uncarried
-from app.domain.prompt_templates import Template, is_absent, left_out
+from app.domain.prompt_templates import Template, VariableType, is_absent, left_out
 from app.domain.rights import Rights
 from app.errors import InvalidParameter, UnsupportedParameter
 from app.wire.admin import ModelName, Name
@@ -37,6 +37,10 @@ from app.wire.requests import (
 from app.wire.tools import AnyTool, decode_tool_choice, decode_tools
 
 DESCRIPTION_CHARS_MAX = 2_000
+USERS_MAX = 100
+VARIABLES_MAX = 100
+"""A name that a request misspells is compared with each."""
+OVERRIDES_MAX = 200
 
 NAME = re.compile(r"(?!agent_)[a-zA-Z0-9][a-zA-Z0-9._:-]{0,63}")
 """An agent's name: no id of one, and no model at a named upstream."""
@@ -46,7 +50,7 @@ NAME_RULE = "1 to 64 letters, digits and '._:-', the first a letter or a digit, 
 OVERRIDABLE = ("instructions", *(name for name in PromptParameters.__struct_fields__ if name != "model"))
 """What an agent may let requests set, beside the parameters of the engines."""
 
-Overrides = Literal["all", "none"] | list[str]
+Overrides = Literal["all", "none"] | Annotated[list[str], Meta(max_length=OVERRIDES_MAX)]
 
 
 class Agent(Template, kw_only=True, forbid_unknown_fields=True):
@@ -54,9 +58,10 @@ class Agent(Template, kw_only=True, forbid_unknown_fields=True):
 
     model: ModelName
     description: Annotated[str, Meta(max_length=DESCRIPTION_CHARS_MAX)] = ""
+    variables: Annotated[dict[str, VariableType], Meta(max_length=VARIABLES_MAX)] = {}
     overrides: Overrides = "none"
     """The parameters that a request may set itself."""
-    users: list[Annotated[Name, Meta(min_length=1)]] | None = None
+    users: Annotated[list[Annotated[Name, Meta(min_length=1)]], Meta(max_length=USERS_MAX)] | None = None
     """Whose keys may use it; None for all."""
 
     def lets_set(self, parameter: str) -> bool:
