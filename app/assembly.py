@@ -39,6 +39,7 @@ from app.runs.foreground import ForegroundRuns
 from app.runs.leases import Leases
 from app.runs.pipeline import Pipeline, Prompts
 from app.runs.planning import Planner
+from app.runs.rollup import RollUp
 from app.settings import Settings, SettingsError
 from app.setup import OTHER_KEY, compaction_prompt, open_seal, reasoning_summary_prompt
 from app.storage import key_fingerprint, keys
@@ -83,18 +84,21 @@ class Core(Struct, frozen=True):
     background: BackgroundRuns
     leases: Leases
     claims: Claims
+    roll_up: RollUp
 
     async def start(self, foreground: Callable[[], Sequence[Heartbeat]], *, claims: bool) -> None:
         """Start Redis, heartbeats (also for `foreground` runs) and claims."""
         await asyncio.gather(*(upstream.find_dialect(None) for upstream in self.upstreams.values()))
         self.logs.start(self.claims.notified, lambda: self.leases.watch.lease_is_valid)
         self.leases.start(self.claims.runs, foreground, self.claims.wake)
+        self.roll_up.start()
         if claims:
             self.claims.start()
 
     async def stop(self) -> None:
         """Let runs finish within the grace period, hand back the others, then stop in reverse order."""
         await self.claims.close()
+        await self.roll_up.close()
         await self.leases.close()
         await self.logs.close()
 
@@ -135,6 +139,7 @@ async def core(settings: Settings, catalog: Catalog, *, claims: bool) -> AsyncIt
             background=background,
             leases=leases,
             claims=Claims(settings, database, leases, background, logs),
+            roll_up=RollUp(settings, database),
         )
     finally:
         await programs.close()
@@ -202,7 +207,7 @@ def _services(settings: Settings, catalog: Catalog, made: Core, foreground: Fore
         agents=made.agents,
         upstreams=made.upstreams,
         admission=Admission(settings, made.database, made.planner, made.seal, foreground, made.logs, backlogs),
-        counts=TokenCounts(settings, made.planner, made.counter),
+        counts=TokenCounts(settings, made.database, made.planner, made.counter),
         following=Following(settings, made.database, made.logs, backlogs),
         cancellation=Cancellation(settings, made.database, made.logs, made.background, made.leases.owner),
         claims=made.claims,

@@ -1,4 +1,4 @@
-"""`reprise serve | worker | migrate | keys | rekey | doctor | connect`.
+"""`reprise serve | worker | migrate | keys | usage | rekey | doctor | connect`.
 
 Each command imports what it needs: importing everything takes seconds.
 """
@@ -8,8 +8,8 @@ import os
 import sys
 import time
 from collections.abc import Awaitable
-from datetime import UTC, datetime
-from typing import TypeVar
+from datetime import UTC, date, datetime
+from typing import TypeVar, get_args
 
 import click
 
@@ -22,6 +22,7 @@ from app.errors import ApiError
 from app.settings import DEFAULT_TENANT, Settings, SettingsError, load
 from app.telemetry import log_loop_fault, start_logging
 from app.wire.admin import Scope
+from app.wire.usage import Group
 
 T = TypeVar("T")
 
@@ -229,6 +230,42 @@ def revoke_key(key_id: str) -> None:
 
     _run(revoke())
     click.echo(f"{key_id} is revoked; servers notice within {settings.key_cache_s:g} s.")
+
+
+# -- usage ------------------------------------------------------------------------------------------------------------------
+
+
+@reprise.command()
+@click.option("--tenant", help="Of this tenant only.")
+@click.option("--since", type=click.DateTime(("%Y-%m-%d",)), help="The first day, in UTC.")
+@click.option("--until", type=click.DateTime(("%Y-%m-%d",)), help="The last day, in UTC.")
+@click.option(
+    "--by", "groups", multiple=True, type=click.Choice(get_args(Group)), help="Group by it; may be given several times."
+)
+@click.option("--csv", "format", flag_value="csv", help="As CSV.")
+@click.option("--json", "format", flag_value="json", help="As JSON, an object on each line.")
+def usage(
+    tenant: str | None, since: datetime | None, until: datetime | None, groups: tuple[Group, ...], format: str | None
+) -> None:
+    """What each tenant has used: runs, tokens, cost."""
+    settings = _existing()
+    from app.domain.usage_report import as_csv, as_table
+    from app.storage import usage
+    from app.storage.database import opened
+    from app.wire.resources import encode
+
+    filter = usage.Filter(first_day=since.date() if since else date.min, last_day=until.date() if until else date.max)
+
+    async def report() -> list[usage.Used]:
+        async with opened(settings) as database, database.autocommit() as tx:
+            return await usage.report_all(tx, tenant, filter, groups)
+
+    shown = [one.shown(groups, with_tenant=True) for one in _run(report())]
+    if format == "json":
+        for one in shown:
+            click.echo(encode(one))
+    else:
+        click.echo(as_csv(shown) if format == "csv" else as_table(shown), nl=format != "csv")
 
 
 @reprise.command()

@@ -374,6 +374,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     redis_timeout_s: Annotated[float, _about("connecting to Redis, one command", gt=0)] = 2.0
     redis_prefix: Annotated[str, _about("prefix of this server's keys in Redis")] = "reprise"
     lease_s: Annotated[float, _about("how long a process keeps its runs without a heartbeat", gt=0)] = 15.0
+    usage_ledger_s: Annotated[
+        float,
+        _about("how long the usage of each run is kept by itself, before it is added to that of its day", ge=1),
+    ] = 3_600.0
     key_cache_s: Annotated[float, _about("how long a revoked key may still be accepted", ge=0)] = 5.0
     jwt_bytes_max: Annotated[int, _about("a bearer JWT; longer: 401", ge=256)] = 16 * 1024
     jwks_cache_s: Annotated[float, _about("how long an issuer's keys are used before they are fetched again", gt=0)] = (

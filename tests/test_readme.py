@@ -88,8 +88,20 @@ def _with_venv(env: dict[str, str]) -> dict[str, str]:
 
 
 def test_the_catalog_is_a_valid_one(catalog_file):
-    [toml, summaries, prompts], [tools] = snippets("toml", DOCS / "catalog.md"), snippets("toml", DOCS / "tools.md")
+    [toml, summaries, prices, prompts], [tools] = (
+        snippets("toml", DOCS / "catalog.md"),
+        snippets("toml", DOCS / "tools.md"),
+    )
     load_catalog(load({"REPRISE_CATALOG": catalog_file(toml.split("[[models]]")[0] + summaries)}), {"SPARE_KEY": "k"})
+    priced = load(
+        {
+            "REPRISE_CATALOG": catalog_file(
+                prices.partition("\n")[0] + "\n" + toml.split("[[models]]")[0] + prices.partition("\n")[2]
+            )
+        }
+    )
+    routes = load_catalog(priced, {"SPARE_KEY": "k"}).routes("qwen3-32b")
+    assert [route.prices and str(route.prices.input) for route in routes] == ["0.1", "0.2"]
     settings = load({"REPRISE_CATALOG": catalog_file(toml + prompts)})
     catalog = load_catalog(settings, {"SPARE_KEY": "k"})
     assert [route.model for route in catalog.routes("qwen3-32b")] == ["qwen3-32b", "qwen3-8b"]

@@ -22,6 +22,7 @@ from app.api.reference import openapi, redoc, viewer
 from app.api.responses import ResponsesController
 from app.api.services import Services, provide_caller
 from app.api.tool_credentials import ToolCredentialsController
+from app.api.usage import UsageController
 
 Lifespan = Callable[[Any], AbstractAsyncContextManager[None]]
 
@@ -41,6 +42,7 @@ def build(services: Services, lifespan: Lifespan) -> ASGIApp:
             KeysController,
             AuditController,
             ToolCredentialsController,
+            UsageController,
             home,
             livez,
             readyz,

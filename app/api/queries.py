@@ -1,5 +1,6 @@
 """Query strings → Structs. Arrays come as `include[]=a&include[]=b` or `include=a`."""
 
+from datetime import date
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -11,8 +12,9 @@ from app.wire.admin import Action
 from app.wire.decoding import invalid
 from app.wire.requests import Include, Order
 from app.wire.resources import Status
+from app.wire.usage import Group
 
-LISTS = frozenset({"include"})
+LISTS = frozenset({"include", "group_by"})
 MAPS = frozenset({"metadata"})
 
 Q = TypeVar("Q")
@@ -119,6 +121,21 @@ class ToolCredentialPage(Struct, forbid_unknown_fields=True, frozen=True):
     after: str | None = None
     limit: Limit = 20
     order: Order = "desc"
+
+
+class UsagePage(Struct, forbid_unknown_fields=True, frozen=True):
+    """`GET /v1/usage`; days in UTC, both ends included."""
+
+    group_by: Annotated[list[Group], Meta(max_length=4)] = []
+    since: date | None = None
+    until: date | None = None
+    model: str | None = None
+    key_id: str | None = None
+    user: str | None = None
+    after: str | None = None
+    limit: Annotated[int, Meta(ge=1, le=1_000)] = 1_000
+    order: Order = "asc"
+    format: Literal["json", "csv"] = "json"
 
 
 class Included(Struct, forbid_unknown_fields=True, frozen=True):

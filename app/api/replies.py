@@ -29,9 +29,22 @@ def json_reply(
     stored: bool = True,
 ) -> Response[Any]:
     """A reply with this JSON; `made` is the id of the response that was made for it, `stored` whether it can be retrieved."""
+    return reply(body, backlogs, headers, media_type=MediaType.JSON, made=made, stored=stored)
+
+
+def reply(
+    body: bytes,
+    backlogs: Backlogs,
+    headers: Mapping[str, str] | None = None,
+    *,
+    media_type: str,
+    made: str | None = None,
+    stored: bool = True,
+) -> Response[Any]:
+    """The same of another type."""
     if len(body) <= PAGE_BYTES:
-        return Response(body, media_type=MediaType.JSON, headers=headers)
-    return LargeReply(body, backlogs, headers or {}, made=made, stored=stored)
+        return Response(body, media_type=media_type, headers=headers)
+    return LargeReply(body, backlogs, {"content-type": media_type, **(headers or {})}, made=made, stored=stored)
 
 
 class LargeReply(Response[None]):
@@ -42,7 +55,7 @@ class LargeReply(Response[None]):
     ) -> None:
         super().__init__(None)
         self._large, self._backlogs, self._made, self._stored = body, backlogs, made, stored
-        given = {"content-type": MediaType.JSON, "content-length": str(len(body)), **headers}
+        given = {"content-length": str(len(body)), **headers}
         self._head = [(name.encode(), value.encode()) for name, value in given.items()]
 
     def to_asgi_response(self, *args: Any, **kwargs: Any) -> ASGIApp:  # type: ignore[override]

@@ -40,6 +40,14 @@ class Rights(Struct, frozen=True):
         """Whose data it sees: the `tenant_id` of rows."""
         return owner_of(self.tenant, self.user)
 
+    @property
+    def usage_seen(self) -> tuple[str | None, str | None]:
+        """The key and the user whose usage it sees; None for all, empty for none: an administrator sees the tenant's, a key of a user that
+        user's, any other key its own."""
+        if "admin" in self.scopes:
+            return None, None
+        return (None, self.user) if self.user else (self.key_id or "", "")
+
     def demand_scope(self, scope: Scope, *, or_admin: bool = False) -> None:
         """Raises MissingScope; with `or_admin` not for an administrator."""
         if scope not in self.scopes and not (or_admin and "admin" in self.scopes):

@@ -8,6 +8,7 @@
     [[models]]
     name = "qwen*"                             # a name or a pattern; the first that matches is used
     routes = [{ upstream = "local" }, { upstream = "spare", model = "qwen3-8b" }]   # in order, for failover
+    prices = { input = 0.1, output = 0.4 }     # of a million tokens; a route and an upstream may have their own
 
     [tool_servers.search]                      # an MCP server; clients may name it by its label, without a URL
     url = "http://127.0.0.1:9000/mcp"          # or a program: command = ["python", "-m", "app.toolservers.sandbox"]
@@ -50,6 +51,7 @@ from app.domain.agents import CatalogAgent
 from app.domain.dialect import PRESETS, Dialect, Lack, Preset, preset_of_host
 from app.domain.hosted import HostedRoute, Kind
 from app.domain.issuers import Issuer
+from app.domain.prices import Prices
 from app.domain.prompt_templates import Prompt
 from app.errors import NotFound
 from app.outbound.toolserver import Shared, ToolServer
@@ -99,6 +101,8 @@ class UpstreamEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     attempts_max: Annotated[int, Meta(ge=1)] | None = None
     context_tokens: Annotated[int, Meta(ge=1)] | None = None
     """The size of its models' context, if it does not refuse what is longer."""
+    prices: Prices | None = None
+    """Those of its models that have none."""
 
     def takes(self, parameter: str) -> bool:
         """Whether a parameter beyond the API goes to this upstream."""
@@ -126,13 +130,14 @@ class UpstreamEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Route(Struct, frozen=True, forbid_unknown_fields=True):
-    """An upstream, the model's name there (default: the requested name), the size of its context (default: the upstream's), and what
-    this model lacks beyond its upstream's dialect."""
+    """An upstream, the model's name there (default: the requested name), the size of its context (default: the upstream's), what
+    this model lacks beyond its upstream's dialect, and its prices (default: the model's, then the upstream's)."""
 
     upstream: str
     model: str = ""
     context_tokens: Annotated[int, Meta(ge=1)] | None = None
     lacks: frozenset[Lack] = frozenset()
+    prices: Prices | None = None
 
 
 class SummaryModel(Struct, frozen=True, forbid_unknown_fields=True):
@@ -152,6 +157,7 @@ class ModelEntry(Struct, frozen=True, forbid_unknown_fields=True):
     routes: Annotated[list[Route], Meta(min_length=1)]
     reasoning_summary: ReasoningSummary = "verbatim"
     description: str = ""
+    prices: Prices | None = None
 
 
 class ToolServerEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -174,6 +180,8 @@ class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
     upstreams: Annotated[dict[str, UpstreamEntry], Meta(min_length=1)]
     models: list[ModelEntry] = []
     default: str = ""
+    currency: Annotated[str, Meta(pattern=r"^[A-Za-z]{1,16}$")] = "USD"
+    """Of all prices."""
     tool_servers: dict[str, ToolServerEntry] = {}
     hosted: dict[Kind, HostedRoute] = {}
     prompts: dict[str, Prompt] = {}
@@ -186,18 +194,24 @@ class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
     def routes(self, model: str) -> list[Route]:
         """The routes to a model, in order. Raises NotFound."""
         if entry := self._entry(model):
-            return [replace(route, model=route.model or model) for route in entry.routes]
+            return [
+                replace(route, model=route.model or model, prices=route.prices or entry.prices or self._prices(route))
+                for route in entry.routes
+            ]
         upstream, at, name = model.partition("@")
-        if at and upstream in self.upstreams:
-            return [Route(upstream, name)]
+        direct = Route(upstream, name) if at and upstream in self.upstreams else None
         default = self.default or (next(iter(self.upstreams)) if len(self.upstreams) == 1 else "")
-        if default:
-            return [Route(default, model)]
+        if route := direct or (Route(default, model) if default else None):
+            return [replace(route, prices=self._prices(route))]
         raise NotFound(
             f"The model '{model}' does not exist or you do not have access to it.",
             code="model_not_found",
             param="model",
         )
+
+    def _prices(self, route: Route) -> Prices | None:
+        upstream = self.upstreams.get(route.upstream)
+        return upstream.prices if upstream else None
 
     def reasoning_summary(self, model: str) -> ReasoningSummary:
         """What a model's summaries of reasoning are."""

@@ -15,6 +15,7 @@ from app.domain.agents import NAME_RULE, CatalogAgent, NamedAgent, is_agent_name
 from app.domain.dialect import PRESETS, Dialect
 from app.domain.hosted import HostedRoute, Kind
 from app.domain.issuers import Issuer
+from app.domain.prices import Prices
 from app.domain.prompt_templates import Prompt, PromptVersion
 from app.domain.tools.table import HOSTED, KINDS
 from app.errors import ApiError
@@ -200,6 +201,7 @@ def _faults(catalog: Catalog, settings: Settings) -> Iterator[str]:
     yield from _faults_of_variables(catalog)
     yield from _faults_of_urls(catalog)
     yield from _faults_of_models(catalog)
+    yield from _faults_of_prices(catalog)
     yield from _faults_of_headers(catalog)
     yield from _faults_of_tools(catalog)
     yield from _faults_of_prompts(catalog)
@@ -259,6 +261,18 @@ def _faults_of_models(catalog: Catalog) -> Iterator[str]:
         for earlier in catalog.models[:index]:
             if fnmatchcase(model.name, earlier.name):
                 yield f"model '{model.name}' is never reached: '{earlier.name}' stands before it and matches"
+
+
+def _faults_of_prices(catalog: Catalog) -> Iterator[str]:
+    priced: list[tuple[str, Prices | None]] = [
+        (f"[upstreams.{name}]", one.prices) for name, one in catalog.upstreams.items()
+    ]
+    for model in catalog.models:
+        priced += [
+            (f"model '{model.name}'", prices) for prices in (model.prices, *(one.prices for one in model.routes))
+        ]
+    for entry, prices in priced:
+        yield from (f"{entry}: {fault}" for fault in (prices.faults() if prices else ()))
 
 
 def _faults_of_headers(catalog: Catalog) -> Iterator[str]:

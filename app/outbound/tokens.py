@@ -37,6 +37,7 @@ from app.outbound.failures import NO_JSON
 from app.outbound.upstream import Upstream
 from app.settings import Settings
 from app.telemetry import describe
+from app.wire.chat import ChatUsage
 from app.wire.odd_chunks import COUNT_MAX
 
 T = TypeVar("T")
@@ -80,6 +81,8 @@ class ChatRequest(Struct, frozen=True):
     model: str
     body: bytes
     caller_key: str | None
+    report: Callable[[ChatUsage], None] | None = None
+    """Called with what a completion has used, if one is made to count."""
 
     def content_hash(self, tenant_id: str) -> bytes:
         """The same for the same request of a tenant only; with the caller's key where that decides what the upstream answers."""
@@ -191,6 +194,8 @@ class TokenCounter:
         finally:
             await stream.close()
         usage = next((chunk.usage for chunk in chunks if chunk.usage), None)
+        if usage and request.report:
+            request.report(usage)
         return usage.prompt_tokens or None if usage else None
 
 

@@ -20,6 +20,7 @@ from app.domain.recovery import Recovered, recover
 from app.domain.rights import logged
 from app.domain.sealed import Seal
 from app.domain.secrets import open_secrets
+from app.domain.spending import NOTHING_SPENT, Spent
 from app.errors import ApiError, DatabaseUnavailable, Fenced, RunTooLong, ServerError
 from app.offload import offload
 from app.outbound.catalog import Catalog
@@ -33,6 +34,7 @@ from app.storage.database import Database
 from app.storage.journal import RunJournal
 from app.storage.queue import Claim, Heartbeat
 from app.storage.redislog import RedisLog, RedisLogs
+from app.storage.usage import Charge
 from app.wire.events import Entry, InProgress
 from app.wire.items import AnyItem, decode_stored_item
 from app.wire.requests import CreateResponse, decode_create, with_secrets
@@ -171,7 +173,6 @@ class BackgroundRun:
                 token=found.stream_token,
                 recreate=lost and found.stream_token is None,
             )
-        usage, unlimited_tokens = journal.read_spent(claim.usage)
         self._recorder = Recorder(
             replace(found.response, status="in_progress", output=recovered.done),
             self.log,
@@ -180,8 +181,7 @@ class BackgroundRun:
             next_number=max(number, claim.number_ceiling) if lost else number,
             # An index that a lost event may have used is not used again.
             next_output_index=recovered.next_output_index + (1 if lost else 0),
-            usage=usage,
-            unlimited_tokens=unlimited_tokens,
+            spent=journal.read_spent(claim.usage),
             recorded=found.recorded,
             pending=found.pending,
             journal=RunJournal(self._runs.database, claim.tenant_id, claim.response_id, claim.epoch),
@@ -306,9 +306,14 @@ class BackgroundRun:
         async for attempt in self._runs.database.retrying(forever=True):
             with attempt:
                 async with self._runs.database.begin() as tx:
-                    if not await endings.end_background(tx, claim.tenant_id, closed, claim.epoch, archive):
+                    if not await endings.end_background(
+                        tx, claim.tenant_id, closed, claim.epoch, archive, self._charge(self.recorder.spent)
+                    ):
                         raise Fenced
         return closed
+
+    def _charge(self, spent: Spent) -> Charge:
+        return Charge(self.claim.key_id, self._runs.catalog.currency, spent)
 
     async def publish(self) -> None:
         """Wait until Redis holds the terminal event, or is unavailable: then readers find it in Postgres. Nothing else is left."""
@@ -339,5 +344,5 @@ class BackgroundRun:
             if body is not None:
                 error = ServerError("The server that made this response has died.")
                 closed = close_response(body, Outcome("failed", error=error), usage=None, now=int(time.time()))
-                await endings.end_foreground(tx, claim.tenant_id, closed)
+                await endings.end_foreground(tx, claim.tenant_id, closed, self._charge(NOTHING_SPENT))
         log.warning("An abandoned response was ended.", action="run_abandoned")

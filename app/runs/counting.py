@@ -5,7 +5,9 @@ from collections.abc import Callable
 from msgspec import Struct
 
 from app.domain.context import LeftOut
+from app.domain.spending import NOTHING_SPENT, spend
 from app.errors import TooManyRequests
+from app.ids import new_id
 from app.offload import offload
 from app.outbound.catalog import Route
 from app.outbound.tokens import ChatRequest, TokenCounter
@@ -14,6 +16,9 @@ from app.runs.admission import Caller
 from app.runs.plan import RunPlan
 from app.runs.planning import Planner
 from app.settings import Settings
+from app.storage import usage
+from app.storage.database import Database
+from app.wire.chat import ChatUsage
 from app.wire.requests import CreateResponse
 
 
@@ -27,8 +32,8 @@ class Counted(Struct, frozen=True):
 class TokenCounts:
     """The counts that this process makes."""
 
-    def __init__(self, settings: Settings, planner: Planner, counter: TokenCounter) -> None:
-        self._planner, self._counter = planner, counter
+    def __init__(self, settings: Settings, database: Database, planner: Planner, counter: TokenCounter) -> None:
+        self._database, self._planner, self._counter = database, planner, counter
         self._counts_max = settings.token_counts_max
         self._counting = 0
 
@@ -47,8 +52,22 @@ class TokenCounts:
             self._counting -= 1
 
     async def _count(self, plan: RunPlan) -> int:
-        async def ask(upstream: Upstream, route: Route) -> int:
-            body = await offload(plan.size, plan.chat_request, plan.request, plan.context, upstream, route)
-            return await self._counter.count(plan.tenant_id, ChatRequest(upstream, route.model, body, plan.caller_key))
+        spent = NOTHING_SPENT
 
-        return await plan.first_in_order(ask)
+        async def ask(upstream: Upstream, route: Route) -> int:
+            def report(used: ChatUsage) -> None:
+                nonlocal spent
+                spent = spend(spent, used, route.prices)
+
+            body = await offload(plan.size, plan.chat_request, plan.request, plan.context, upstream, route)
+            asked = ChatRequest(upstream, route.model, body, plan.caller_key, report)
+            return await self._counter.count(plan.tenant_id, asked)
+
+        tokens = await plan.first_in_order(ask)
+        if spent != NOTHING_SPENT:
+            id, charge = new_id("count"), plan.charge(spent)
+            async for attempt in self._database.settling():
+                with attempt:
+                    async with self._database.autocommit() as tx:
+                        await usage.count_request(tx, plan.tenant_id, id, plan.request.model, charge)
+        return tokens

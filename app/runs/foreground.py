@@ -25,12 +25,13 @@ from app.runs.plan import RunPlan
 from app.runs.recorder import Recorder
 from app.runs.tools import Tools
 from app.settings import Settings
-from app.storage import endings, responses
+from app.storage import endings, responses, usage
 from app.storage.backlog import Backlog
 from app.storage.database import UNAVAILABLE, Database, Tx
 from app.storage.eventlog import MemoryLog
 from app.storage.queue import Heartbeat, Owner
 from app.storage.redisclient import break_off
+from app.storage.usage import Charge
 from app.wire.events import Entry
 from app.wire.items import encode_items
 from app.wire.resources import Response
@@ -41,6 +42,9 @@ LATE_ATTEMPTS_PER_LEASE = 3
 
 CLOSE_STORE_S = 2.0
 """How long runs that a shutdown has broken off may take to be stored."""
+
+COUNT_S = 1.0
+"""How long the reader of a response that is not stored may wait until its usage is."""
 
 NOT_BEGUN = "The run broke off before it began."
 
@@ -142,7 +146,7 @@ class ForegroundRun:
             return self.response
         if self.recorder.has_output:  # tools may have been called: an SDK's retry would call them again
             self.error.is_final = True
-            if self._is_stored or self.late:
+            if self.response.store and (self._is_stored or self.late):
                 self.error.headers[RESPONSE_ID_HEADER] = self.response.id
         raise self.error
 
@@ -229,7 +233,8 @@ class ForegroundRun:
 
     async def _insert(self, response: Response | None, owner: Owner | None) -> None:
         self.is_leased = self.is_leased or owner is not None
-        await insert(self._runs.database, self._plan, self.response.id, response, owner)
+        spent = self.recorder.spent
+        await insert(self._runs.database, self._plan, self.response.id, response, owner, spent=spent)
 
     async def _refuse(self, error: ApiError) -> None:
         """Give the reader the error, at once unless a conversation is locked: a client that repeats the request must find it free."""
@@ -280,7 +285,11 @@ class ForegroundRun:
         """Store the end of the response. Returns what is stored: another process may have ended it, if the lease was lost."""
         assert self.outcome
         self._is_decided, self.error = True, self.outcome.error
-        self.response = await self._stored(closed) if closed.store else closed
+        if closed.store:
+            self.response = await self._stored(closed)
+        else:
+            self.response = closed
+            await self._count(closed)
         if self.error is None and self.response.error is not None:
             self.error = ServerError(self.response.error.message)
         return self.response
@@ -322,17 +331,44 @@ class ForegroundRun:
                     await self._insert(closed, None)
                     return closed
                 async with database.autocommit() as tx:
-                    if await endings.end_foreground(tx, tenant_id, closed):
+                    if await endings.end_foreground(tx, tenant_id, closed, self._charge()):
                         return closed
                     return responses.response_of(await responses.get_response(tx, tenant_id, closed.id))
         raise AssertionError("stamina gives up by raising")
 
+    async def _count(self, closed: Response) -> None:
+        """Count a run that is not stored. The reader does not wait for a database that is unavailable: then that is done later, unless
+        the process ends before."""
+        tenant_id, charge = self.tenant_id, self._charge()
+
+        async def count(tx: Tx) -> None:
+            await usage.count_run(tx, tenant_id, closed, charge)
+
+        try:
+            async with asyncio.timeout(COUNT_S), self._runs.database.autocommit() as tx:
+                await count(tx)
+        except (DatabaseUnavailable, TimeoutError):
+            log.warning("The usage of a response can't be stored yet.", action="usage_late")
+            if not self._runs.is_closing:
+                self.late = asyncio.create_task(self._store_late(count))
+        except asyncio.CancelledError:
+            if not self._runs.is_closing:
+                raise
+            log.warning("The usage of a response could not be stored in time.", action="usage_lost")
+        except Exception:
+            log.exception("The usage of a response could not be stored.", action="usage_lost")
+
+    def _charge(self) -> Charge:
+        return self._plan.charge(self.recorder.spent)
+
     def _ended_as(self, failed: Response) -> Callable[[Tx], Awaitable[object]]:
         """Writes the end that the client knows of a response which could not be stored in time."""
-        return lambda tx: endings.end_foreground(tx, self.tenant_id, failed)
+        charge = self._charge()
+        return lambda tx: endings.end_foreground(tx, self.tenant_id, failed, charge)
 
     async def _insert_late(self, plan: RunPlan, failed: Response) -> None:
         """Insert a response that has no row yet. Until then there must be room for its context."""
+        charge = plan.charge(self.recorder.spent)
 
         async def insert_failed(tx: Tx) -> None:
             items = await offload(plan.size, encode_items, plan.context.input)
@@ -345,7 +381,7 @@ class ForegroundRun:
                 earlier_bytes=plan.earlier_bytes,
                 run=None,
                 is_chat=plan.request.is_chat,
-                key_id=plan.key_id,
+                charge=charge,
             )
 
         try:

@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 
+from app.domain.spending import NOTHING_SPENT, Spent
 from app.offload import offload
 from app.runs.plan import RunPlan
 from app.storage import approvals, responses
@@ -29,9 +30,11 @@ async def insert(
     run: Owner | Queued | None,
     *,
     refuse: Callable[[Tx], Awaitable[None]] | None = None,
+    spent: Spent = NOTHING_SPENT,
 ) -> None:
     """Insert a response with its input, and the approvals that it uses up; without a response only these. `run` is given for
-    one that is still to be made: by this owner, or by a worker that claims it. `refuse` may raise in the same transaction.
+    one that is still to be made: by this owner, or by a worker that claims it; `spent` is what one that has ended has used.
+    `refuse` may raise in the same transaction.
 
     Raises DatabaseUnavailable, PreviousResponseNotFound, ConversationLocked, InvalidRequest.
     """
@@ -53,6 +56,6 @@ async def insert(
                         earlier_bytes=plan.earlier_bytes,
                         run=run,
                         is_chat=plan.request.is_chat,
-                        key_id=plan.key_id,
+                        charge=plan.charge(spent),
                     )
                 await approvals.answer_requests(tx, plan.tenant_id, response_id, decisions)

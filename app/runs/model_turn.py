@@ -5,18 +5,19 @@
 
 import asyncio
 from collections.abc import Collection
-from functools import partial
 
 from app.domain.citations import NO_SOURCES, sources_of
 from app.domain.context import Context
 from app.domain.lifecycle import outcome_of
+from app.domain.prices import Prices
 from app.domain.prompt import compaction_turn
 from app.domain.think import ThinkSplitter
 from app.domain.turn import Turn, texts_of
 from app.errors import UpstreamGarbled
 from app.ids import new_id, siblings
+from app.outbound.catalog import Route
 from app.outbound.tokens import TokenCounter
-from app.outbound.upstream import ChunkStream
+from app.outbound.upstream import ChunkStream, Upstream
 from app.runs.fitting import Fitting
 from app.runs.plan import RunPlan
 from app.runs.recorder import Recorder
@@ -48,6 +49,8 @@ class ModelTurns:
         self._calls_max, self._compaction_prompt, self._summaries = calls_max, compaction_prompt, summaries
         # Clients distinguish calls by their ids, along the whole chain.
         self._call_ids = {*call_ids, *filter(None, map(call_id_of, plan.context.items))}
+        self._prices: Prices | None = None
+        """Of the route that has answered last."""
         self.opening: asyncio.Task[ChunkStream] | None = None
         """The upstream's answer to the next turn, if it is requested already."""
 
@@ -55,8 +58,8 @@ class ModelTurns:
     def tokens_left(self) -> int | None:
         """What `max_output_tokens` leaves for further turns; None for no limit. Compactions and summaries of reasoning do not
         count."""
-        most, usage = self._plan.request.body.max_output_tokens, self._recorder.usage
-        return most - usage.output_tokens + self._recorder.unlimited_tokens if most and usage else most
+        most, spent = self._plan.request.body.max_output_tokens, self._recorder.spent
+        return most - spent.usage.output_tokens + spent.unlimited_output_tokens if most and spent.usage else most
 
     @property
     def is_spent(self) -> bool:
@@ -92,7 +95,13 @@ class ModelTurns:
 
     async def _open(self, request: CreateResponse, context: Context, tokens_max: int | None) -> ChunkStream:
         """The answer of the first route whose upstream is in order."""
-        return await self._plan.first_in_order(partial(self._fitting.open, request, context, tokens_max))
+
+        async def ask(upstream: Upstream, route: Route) -> ChunkStream:
+            stream = await self._fitting.open(request, context, tokens_max, upstream, route)
+            self._prices = route.prices
+            return stream
+
+        return await self._plan.first_in_order(ask)
 
     async def follow(self, context: Context) -> Turn:
         """Record one turn of the model from its first chunk to its last. Raises ApiError, Fenced, DatabaseUnavailable."""
@@ -143,7 +152,7 @@ class ModelTurns:
 
     async def _end(self, stream: ChunkStream, turn: Turn, *, is_limited: bool = True) -> None:
         stream.upstream.record_reasoning_form(stream.model, turn.reasoning_form)
-        self._recorder.spend(turn.usage, is_limited=is_limited)
+        self._recorder.spend(turn.usage, self._prices, is_limited=is_limited)
         self.opening = None
         await asyncio.shield(stream.close())
 

@@ -118,7 +118,7 @@ class Pipeline:
             return
         run.outcome = outcome = await self._outcome(run, begun) if isinstance(begun, Turns) else begun
         recorder = run.recorder
-        closed = close_response(recorder.response, outcome, usage=recorder.usage, now=int(time.time()))
+        closed = close_response(recorder.response, outcome, usage=recorder.spent.usage, now=int(time.time()))
         stored = await run.commit(closed, recorder.close(closed))
         recorder.finish(stored, closed)
         log_ended(stored, recorder, run.attempts)

@@ -14,6 +14,7 @@ from app.domain.hosted import HostedRoute, Kind
 from app.domain.item_builders import OutputOptions
 from app.domain.prompt import chat_request
 from app.domain.sealed import TenantSeal
+from app.domain.spending import Spent
 from app.errors import ApiError, UpstreamBusy, UpstreamGarbled, UpstreamStalled, UpstreamUnavailable
 from app.ids import NewId, new_id
 from app.outbound.catalog import Route
@@ -21,6 +22,7 @@ from app.outbound.mcp import ToolServer
 from app.outbound.upstream import Upstream
 from app.rooms import Room
 from app.storage.contexts import Parent
+from app.storage.usage import Charge
 from app.wire.requests import CreateResponse
 
 T = TypeVar("T")
@@ -32,6 +34,8 @@ class RunPlan(Struct, frozen=True):
     tenant_id: str
     key_id: str | None
     """Of the key that asked; None without one."""
+    currency: str
+    """Of the routes' prices."""
     request: CreateResponse
     context: Context
     routes: Sequence[tuple[Upstream, Route]]
@@ -87,6 +91,10 @@ class RunPlan(Struct, frozen=True):
             output_tokens_max=output_tokens_max,
             files=self.files,
         )
+
+    def charge(self, spent: Spent) -> Charge:
+        """Whom the run is counted for, with what it has used."""
+        return Charge(self.key_id, self.currency, spent)
 
     async def first_in_order(
         self, ask: Callable[[Upstream, Route], Awaitable[T]], routes: Sequence[tuple[Upstream, Route]] = ()

@@ -261,6 +261,7 @@ class Planner:
         return RunPlan(
             tenant_id=tenant_id,
             key_id=key_id,
+            currency=self._catalog.currency,
             request=request,
             context=made.context,
             routes=routes,

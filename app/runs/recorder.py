@@ -8,18 +8,19 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from app.domain.fold import Fold
-from app.domain.lifecycle import add_usage
+from app.domain.prices import Prices
+from app.domain.spending import NOTHING_SPENT, Spent, spend
 from app.errors import Fenced, RunTooLong
 from app.storage.eventlog import EventLog
 from app.wire.chat import ChatUsage
 from app.wire.events import SNAPSHOTS, TERMINAL, Created, Entry, Event, InProgress, ItemDone, encode_event
-from app.wire.resources import Response, Usage
+from app.wire.resources import Response
 
 
 class Journal(Protocol):
     """Where the events of a background run survive their process and Redis."""
 
-    async def checkpoint(self, entries: Sequence[Entry], usage: Usage | None, unlimited_tokens: int) -> None:
+    async def checkpoint(self, entries: Sequence[Entry], spent: Spent) -> None:
         """Commit events, and what the run has used before. Raises Fenced."""
         ...
 
@@ -44,8 +45,7 @@ class Recorder:
         events_max: int,
         next_number: int = 0,
         next_output_index: int = 0,
-        usage: Usage | None = None,
-        unlimited_tokens: int = 0,
+        spent: Spent = NOTHING_SPENT,
         recorded: Sequence[Entry] = (),
         pending: Sequence[Entry] = (),
         journal: Journal | None = None,
@@ -56,11 +56,7 @@ class Recorder:
         self.upstream: str | None = None
         """The name of the upstream that answered last."""
         self._begun = time.monotonic()
-        self.usage = usage
-        """Of the finished turns and the summaries of reasoning, those of earlier owners included; None while no upstream has reported
-        any."""
-        self.unlimited_tokens = unlimited_tokens
-        """Of the output tokens, those that `max_output_tokens` does not limit: of compactions and summaries of reasoning."""
+        self.spent = spent
         self.next_number = next_number
         self.next_output_index = next_output_index
         """The index of the next output item that this run makes."""
@@ -125,11 +121,9 @@ class Recorder:
         if self._events_left < 0:
             raise RunTooLong("The run made more events than REPRISE_RUN_EVENTS_MAX allows.")
 
-    def spend(self, reported: ChatUsage | None, *, is_limited: bool = True) -> None:
-        """Add what an upstream has reported, and whether `max_output_tokens` limits it."""
-        self.usage = add_usage(self.usage, reported)
-        if reported and not is_limited:
-            self.unlimited_tokens += reported.completion_tokens or 0
+    def spend(self, reported: ChatUsage | None, prices: Prices | None, *, is_limited: bool = True) -> None:
+        """Add what an upstream has reported, at these prices, and whether `max_output_tokens` limits it."""
+        self.spent = spend(self.spent, reported, prices, is_limited=is_limited)
 
     def count_upstream(self, count: int) -> None:
         """Count bytes that the upstream has sent; they have the limit of a run's output. Raises RunTooLong."""
@@ -169,7 +163,7 @@ class Recorder:
         assert self._journal
         self.is_committing = True
         try:
-            await self._journal.checkpoint([*self._pending, *entries], self.usage, self.unlimited_tokens)
+            await self._journal.checkpoint([*self._pending, *entries], self.spent)
         except BaseException as error:
             # Their numbers are taken, and they may be committed: nothing else may follow here.
             self.stop(error if isinstance(error, Exception) else None)

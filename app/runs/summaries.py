@@ -6,6 +6,7 @@ from functools import partial
 import structlog
 
 from app.domain.lifecycle import outcome_of
+from app.domain.prices import Prices
 from app.domain.prompt import reasoning_summary_request
 from app.domain.think import ThinkSplitter
 from app.domain.toolbox import open_toolbox
@@ -29,6 +30,7 @@ class Summaries:
     def __init__(self, plan: RunPlan, recorder: Recorder, settings: Settings, prompt: str) -> None:
         self._plan, self._recorder, self._prompt = plan, recorder, prompt
         self._left = settings.reasoning_summaries_max
+        self._prices: Prices | None = None
         self._timeout_s = settings.reasoning_summary_timeout_s
         self._bytes_max = settings.reasoning_summary_bytes_max
 
@@ -58,7 +60,9 @@ class Summaries:
             model=route.model,
             dialect=upstream.dialect_for(route),
         )
-        return await upstream.open(route.model, body, self._plan.caller_key)
+        stream = await upstream.open(route.model, body, self._plan.caller_key)
+        self._prices = route.prices
+        return stream
 
     @property
     def _detail(self) -> Detail:
@@ -79,7 +83,7 @@ class Summaries:
                 if left < 0:
                     raise UpstreamGarbled(f"The upstream made a summary of more than {self._bytes_max} bytes.")
         finally:
-            self._recorder.spend(turn.usage, is_limited=False)
+            self._recorder.spend(turn.usage, self._prices, is_limited=False)
             await asyncio.shield(stream.close())
         if outcome_of(turn.finish_reason).status != "completed":
             raise UpstreamGarbled("The upstream's summary is not whole.")

@@ -1,6 +1,6 @@
 """Everything that the commit at a run's end writes, in one statement of named parts.
 
-What else a run's end is to write, such as its usage or an outbox row, is one more part here. The parts see `response`, the row
+What else a run's end is to write, such as an outbox row, is one more part here. The parts see `response`, the row
 that has just ended; without it they write nothing.
 """
 
@@ -9,12 +9,14 @@ from typing import Any
 from sqlalchemy import text
 
 from app.domain.lifecycle import APPENDED
+from app.storage import usage
 from app.storage.database import Query, Tx
 from app.storage.items import INSERT
 from app.storage.journal import Pages
 from app.storage.parts import ctes, with_and_without
 from app.storage.responses import rows_of
 from app.storage.tables import IN_FLIGHT
+from app.storage.usage import Charge
 from app.wire.resources import Response
 
 _RESPONSE = """
@@ -38,6 +40,7 @@ _FOREGROUND = {
     "response": _RESPONSE.format(in_flight=IN_FLIGHT, owned=""),
     "output": _OUTPUT,
     "conversation": _CONVERSATION,
+    "usage": usage.OF_RESPONSE,
     "lease": "delete from runs where tenant_id = :tenant_id and response_id = :id",
 }
 """The end of a foreground run."""
@@ -51,6 +54,7 @@ _BACKGROUND = {
     "response": _RESPONSE.format(in_flight=IN_FLIGHT, owned="and exists (select from run)"),
     "output": _OUTPUT,
     "conversation": _CONVERSATION,
+    "usage": usage.OF_RESPONSE,
     "archive": """
         insert into event_archive (tenant_id, response_id, first_number, frames)
         select :tenant_id, :id, page.first_number, page.frames
@@ -82,21 +86,23 @@ _END_FOREGROUND = with_and_without(_foreground, "response")
 _END_BACKGROUND = with_and_without(_background, "response")
 
 
-async def end_foreground(tx: Tx, tenant_id: str, response: Response) -> bool:
+async def end_foreground(tx: Tx, tenant_id: str, response: Response, charge: Charge) -> bool:
     """End a foreground response whose row is inserted. False if another process has ended it, or it is deleted."""
-    binds = await _binds(response)
+    binds = await _binds(response, charge)
     row = await tx.one(_END_FOREGROUND[bool(binds["stored_hashes"])], tenant_id=tenant_id, **binds)
     return row is not None and bool(row["ended"])
 
 
-async def end_background(tx: Tx, tenant_id: str, response: Response, epoch: int, archive: Pages) -> bool:
+async def end_background(
+    tx: Tx, tenant_id: str, response: Response, epoch: int, archive: Pages, charge: Charge
+) -> bool:
     """End a background response, with all its events. False if the lease is lost."""
     binds = {
         "tenant_id": tenant_id,
         "epoch": epoch,
         "first_numbers": [number for number, _ in archive],
         "pages": [frames for _, frames in archive],
-        **await _binds(response),
+        **await _binds(response, charge),
     }
     query = _END_BACKGROUND[bool(binds["stored_hashes"])]
     row = await tx.one(query, **binds)
@@ -106,11 +112,12 @@ async def end_background(tx: Tx, tenant_id: str, response: Response, epoch: int,
     return row is not None and bool(row["ended"] or row["known"])
 
 
-async def _binds(response: Response) -> dict[str, Any]:
+async def _binds(response: Response, charge: Charge) -> dict[str, Any]:
     conversation = response.conversation if response.status in APPENDED else None
     return {
         "conversation_id": conversation.id if conversation else None,
         "id": response.id,
         "status": response.status,
         **await rows_of(response, []),
+        **await usage.binds(response, charge),
     }

@@ -7,6 +7,7 @@ import zstandard
 from msgspec import Struct
 from sqlalchemy import text
 
+from app.domain.spending import NOTHING_SPENT, Spent
 from app.errors import Fenced
 from app.offload import offload
 from app.storage.backlog import pages_of, size_of
@@ -72,9 +73,10 @@ _READ = Query(
 
 
 class _Spent(Usage):
-    """A run's usage so far, as the queue keeps it for the next owner."""
+    """What a run has used so far, as the queue keeps it for the next owner."""
 
     unlimited_output_tokens: int = 0
+    cost: int = 0
 
 
 class StoredEvents(Struct, frozen=True):
@@ -137,29 +139,32 @@ class RunJournal:
         self._database = database
         self._place = (tenant_id, response_id, epoch)
 
-    async def checkpoint(self, entries: Sequence[Entry], usage: Usage | None, unlimited_tokens: int) -> None:
+    async def checkpoint(self, entries: Sequence[Entry], spent: Spent) -> None:
         """Commit events, however long Postgres is unavailable: meanwhile no other worker can continue either, and what only
         this one knows would be lost. Raises Fenced."""
         pages = await offload(size_of(entries), paged, list(entries))
-        spent = _spent(usage, unlimited_tokens)
+        as_stored = _stored(spent)
         async for attempt in self._database.retrying(forever=True):
             with attempt:
                 async with self._database.begin() as tx:
-                    if not await append(tx, *self._place, pages, spent):
+                    if not await append(tx, *self._place, pages, as_stored):
                         raise Fenced
 
 
-def _spent(usage: Usage | None, unlimited_tokens: int) -> str:
-    spent = usage and _Spent(**msgspec.structs.asdict(usage), unlimited_output_tokens=unlimited_tokens)
-    return msgspec.json.encode(spent).decode()
+def _stored(spent: Spent) -> str:
+    usage = spent.usage and _Spent(
+        **msgspec.structs.asdict(spent.usage), unlimited_output_tokens=spent.unlimited_output_tokens, cost=spent.cost
+    )
+    return msgspec.json.encode(usage).decode()
 
 
-def read_spent(stored: str | None) -> tuple[Usage | None, int]:
-    """The usage that the queue has of a run, and how many of its output tokens `max_output_tokens` does not limit."""
-    spent = msgspec.json.decode(stored, type=_Spent | None) if stored else None
-    if spent is None:
-        return None, 0
-    return Usage(*(getattr(spent, name) for name in Usage.__struct_fields__)), spent.unlimited_output_tokens
+def read_spent(stored: str | None) -> Spent:
+    """What a run has used by the queue's record."""
+    read = msgspec.json.decode(stored, type=_Spent | None) if stored else None
+    if read is None:
+        return NOTHING_SPENT
+    usage = Usage(*(getattr(read, name) for name in Usage.__struct_fields__))
+    return Spent(usage=usage, unlimited_output_tokens=read.unlimited_output_tokens, cost=read.cost)
 
 
 async def read(tx: Tx, tenant_id: str, response_id: str, after: int) -> StoredEvents | None:

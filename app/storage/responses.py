@@ -20,7 +20,7 @@ from app.errors import (
 )
 from app.ids import new_id, seconds_of
 from app.offload import offload
-from app.storage import threads
+from app.storage import threads, usage
 from app.storage.contexts import Parent, Place
 from app.storage.database import Query, Row, Tx, storable
 from app.storage.facets import STATUSES, facets, terms_of
@@ -29,6 +29,7 @@ from app.storage.pages import BYTES_MAX, SHOWN, Page
 from app.storage.parts import SharedParts, ctes, repeated, size, whole, with_and_without
 from app.storage.queue import Owner, Queued
 from app.storage.tables import IN_FLIGHT, OUTPUT_POSITION
+from app.storage.usage import NO_CHARGE, Charge
 from app.wire.decoding import decode_stored
 from app.wire.requests import Order
 from app.wire.resources import Response, encode
@@ -82,7 +83,7 @@ def _insert(parts: dict[str, str]) -> Query:
         insert into event_journal (tenant_id, response_id, first_number, frames)
         select :tenant_id, :id, 0, :frames
         where cast(:frames as bytea) is not null and exists (select from response)
-    )
+    ), usage as ({usage.OF_RESPONSE})
     select exists (select from response) as inserted,
            exists (select from responses where tenant_id = :tenant_id and id = :id) as known  -- by an earlier attempt
     """)
@@ -102,14 +103,14 @@ async def insert_response(
     earlier_bytes: int,
     run: Owner | Queued | None,
     is_chat: bool = False,
-    key_id: str | None = None,
+    charge: Charge = NO_CHARGE,
 ) -> None:
     """Store a response with its input items (id, JSON) and, if it is finished, its output. `earlier_bytes` is what the items
     of its parent's context take.
 
     It takes the next turn of its parent's thread, or a new thread when another response has that turn; and the slot of its
-    conversation. `run` is given for a response that is still to be made: by us, or by a worker that claims it; `key_id` is that of
-    the key that asked. Raises PreviousResponseNotFound for a deleted parent, ConversationLocked if the conversation has changed.
+    conversation. `run` is given for a response that is still to be made: by us, or by a worker that claims it. One that has ended
+    is counted. Raises PreviousResponseNotFound for a deleted parent, ConversationLocked if the conversation has changed.
     """
     slot = parent.conversation if parent else None
     binds = {
@@ -126,7 +127,7 @@ async def insert_response(
         "created_at": response.created_at,
         "earlier_bytes": earlier_bytes,
         **_run(run),
-        "key_id": key_id,
+        **await usage.binds(response, charge),
         "id": response.id,
         "status": response.status,
         **await rows_of(response, input_items),

@@ -15,6 +15,7 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    Date,
     DateTime,
     Float,
     ForeignKey,
@@ -23,6 +24,7 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     MetaData,
+    Numeric,
     Table,
     Text,
     UniqueConstraint,
@@ -336,6 +338,37 @@ agents = Table(
     Column("secrets", Text, comment="these, sealed"),
     Column("bytes", Integer, nullable=False, comment="of the definition with the secrets"),
     UniqueConstraint("tenant_id", "name"),
+)
+
+_TOKENS = ("input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens")
+_COST = "in trillionths of the currency"
+
+usage_ledger = Table(
+    "usage_ledger",
+    metadata,
+    Column("tenant_id", Text, primary_key=True, comment="the tenant, also for what its users do"),
+    Column("id", Text, primary_key=True, comment="of the response, or of a count of tokens"),
+    Column("ended_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("user_name", Text, nullable=False, comment="empty: none"),
+    Column("model", Text, nullable=False, comment="as the request named it"),
+    Column("key_id", Text, nullable=False, comment="empty: none"),
+    Column("currency", Text, nullable=False),
+    Column("run_count", Integer, nullable=False, comment="1; 0: it was no run"),
+    Column("tool_calls", Integer, nullable=False, comment="that this server has made"),
+    *(Column(name, BigInteger, nullable=False) for name in _TOKENS),
+    Column("cost", Numeric, nullable=False, comment=_COST),
+    Index("usage_ledger_ended_at_idx", "ended_at"),
+)
+
+usage_days = Table(
+    "usage_days",
+    metadata,
+    Column("tenant_id", Text, primary_key=True),
+    Column("day", Date, primary_key=True, comment="in UTC, on which the runs have ended"),
+    *(Column(name, Text, primary_key=True) for name in ("model", "key_id", "user_name", "currency")),
+    # Sums of whatever upstreams report.
+    *(Column(name, Numeric, nullable=False) for name in ("run_count", "tool_calls", *_TOKENS)),
+    Column("cost", Numeric, nullable=False, comment=_COST),
 )
 
 sealing = Table(

@@ -100,6 +100,7 @@ CALLS: dict[str, Call] = {
     "GET /v1/tool_credentials/{credential_id}": Call(or_admin=True),
     "POST /v1/tool_credentials/{credential_id}": Call({"name": "mine"}, or_admin=True),
     "DELETE /v1/tool_credentials/{credential_id}": Call(or_admin=True),
+    "GET /v1/usage": Call(is_of_tenant=True, or_admin=True),
 }
 """In an order in which each may follow those before it."""
 

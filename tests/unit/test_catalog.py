@@ -192,6 +192,13 @@ def test_parameters_are_let_through_that_any_upstream_takes(read: Read):
             TWO + '[[models]]\nname = "m"\nroutes = [{ upstream = "spare" }]\nreasoning_summary = "of"\n',
             "Invalid enum value 'of'.*it may be off, verbatim",
         ),
+        (ONE + "prices = { input = 1 }\n", "missing required field `output`"),
+        (ONE + "prices = { input = 1, output = -1 }\n", r"\[upstreams.a\]: 'prices.output' is no number"),
+        (
+            TWO + '[[models]]\nname = "m"\nroutes = [{ upstream = "spare", prices = { input = nan, output = 1 } }]\n',
+            "model 'm': 'prices.input' is no number",
+        ),
+        ('currency = "U$D"\n' + ONE, "currency"),
     ],
 )
 def test_a_bad_catalog_is_refused_with_the_place(read: Read, toml: str, said: str):

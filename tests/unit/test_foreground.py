@@ -4,6 +4,7 @@ import asyncio
 import gc
 import weakref
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,6 +47,16 @@ class Stream:
     async def close(self) -> None: ...
 
 
+class Postgres:
+    """Takes what is counted."""
+
+    @asynccontextmanager
+    async def autocommit(self) -> AsyncIterator[Any]:
+        yield self
+
+    async def one(self, *_: Any, **binds: Any) -> None: ...
+
+
 class Upstream:
     """An upstream whose answer breaks off, if it `fails`."""
 
@@ -72,13 +83,14 @@ def start(*, fails: bool) -> tuple[ForegroundRuns, ForegroundRun, "weakref.ref[R
     pipeline = Pipeline(
         settings, Guard.from_settings(settings), programs, TokenCounter(settings), Prompts("Summarize.", "Summarize.")
     )
-    runs = ForegroundRuns(settings, None, pipeline, Owner("worker_1", 10.0))  # type: ignore[arg-type]
+    runs = ForegroundRuns(settings, Postgres(), pipeline, Owner("worker_1", 10.0))  # type: ignore[arg-type]
     asked = request(store=False, stream=True)
     room = Room(Rooms(1 << 20, waiting_max=4))
-    route: Any = SimpleNamespace(model="m", lacks=frozenset())
+    route: Any = SimpleNamespace(model="m", lacks=frozenset(), prices=None)
     plan = RunPlan(
         tenant_id="tenant",
         key_id=None,
+        currency="USD",
         request=asked,
         context=resolve(asked, [], {}, new_id, seal=SEAL, requests={}),
         routes=[(Upstream(fails=fails), route)],  # type: ignore[list-item]

@@ -7,10 +7,11 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from app.domain.lifecycle import Outcome, close_response, open_response
+from app.domain.spending import Spent
 from app.errors import DatabaseUnavailable, Fenced, RunTooLong
 from app.runs.recorder import Recorder
 from app.wire.events import Entry, ItemAdded, ItemDone, PartAdded, TextDelta
-from app.wire.resources import Response, Usage
+from app.wire.resources import Response
 from tests.unit.build import request
 
 ITEM = Raw(b'{"type":"message","id":"msg_1","role":"assistant","status":"completed","content":[]}')
@@ -35,7 +36,7 @@ class Journal:
         self.checkpoints: list[tuple[list[int], list[int]]] = []
         self.fails: Exception | None = None
 
-    async def checkpoint(self, entries: Sequence[Entry], usage: Usage | None, unlimited_tokens: int) -> None:
+    async def checkpoint(self, entries: Sequence[Entry], spent: Spent) -> None:
         if self.fails:
             raise self.fails
         self.checkpoints.append((numbers(entries), numbers(self.log.entries)))

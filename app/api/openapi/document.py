@@ -204,6 +204,8 @@ def _contents_of_reply(operation: Operation, schemas: Schemas) -> Iterator[tuple
             yield media, {"schema": {"type": "string"}}
         case type_:
             yield "application/json", {"schema": schemas.of(type_, "sent")}
+    if operation.or_sends:
+        yield operation.or_sends, {"schema": {"type": "string"}}
     if operation.events:
         yield "text/event-stream", {"schema": pointer(operation.events)}
 

@@ -21,6 +21,7 @@ from app.wire import (
     requests,
     resources,
     tool_credentials,
+    usage,
 )
 
 Media = Literal["text/html", "text/plain", "text/javascript", "application/json", "application/octet-stream"]
@@ -33,7 +34,7 @@ TAGS = {
     "Models": "What may be asked for as `model`.",
     "Agents": "Models with instructions, tools and parameters of their own.",
     "Tool credentials": "What MCP servers are sent as authorization, stored for a tenant, a user or a key. No reply has a secret.",
-    "Administration": "For keys with the scope `admin`: the keys of their tenant, and its audit log.",
+    "Administration": "For keys with the scope `admin`: the keys of their tenant, its audit log and its usage.",
     "Server": "For browsers, probes and tools; without a key.",
 }
 
@@ -48,6 +49,8 @@ class Operation(Struct, frozen=True, kw_only=True):
     takes: type[Struct] | None = None
     """The type of the body."""
     query: type[Struct] = queries.Nothing
+    or_sends: str | None = None
+    """Another media type that a query may ask for."""
     events: str | None = None
     """The component of the events of a stream, if the reply may be one."""
     calls: bool = False
@@ -263,6 +266,13 @@ OPERATIONS: dict[str, Operation] = {
     "DELETE /v1/tool_credentials/{credential_id}": Operation(
         summary="Delete a tool credential", tag=_CREDENTIALS, sends=resources.Deleted
     ),
+    "GET /v1/usage": Operation(
+        summary="Report usage",
+        tag=_ADMIN,
+        query=queries.UsagePage,
+        sends=page_of(usage.GroupUsage),
+        or_sends="text/csv",
+    ),
     "GET /": Operation(summary="Home page", tag=_SERVER, sends="text/html"),
     "GET /docs": Operation(summary="This page", tag=_SERVER, sends="text/html"),
     "GET /docs/redoc.standalone.js": Operation(summary="The viewer's script", tag=_SERVER, sends="text/javascript"),
@@ -281,6 +291,8 @@ PARAMETERS = {
     "created_before": "Only those that were created then or earlier, in Unix seconds.",
     "credential_id": "The id of a tool credential.",
     "file_id": "The id of a file.",
+    "format": "JSON or CSV.",
+    "group_by": "What rows differ in; without it there is one row for each currency. Also as `group_by[]`.",
     "include": "What is left out unless it is named here. Also as `include[]`.",
     "include_obfuscation": "Pad the events of deltas, so that the sizes of packets reveal less.",
     "item_id": "The id of an item.",
@@ -292,9 +304,12 @@ PARAMETERS = {
     "order": "By creation: the oldest first (`asc`) or the newest first (`desc`).",
     "purpose": "Only those with this purpose.",
     "response_id": "The id of a response.",
+    "since": "The first day, in UTC.",
     "starting_after": "With `stream`: only the events after the one with this `sequence_number`.",
     "status": "Only those with this status.",
     "stream": "Send the events, of a background response that was created with `stream`.",
     "type": "Only entries of this type.",
+    "until": "The last day, in UTC.",
+    "user": "Only that of this user of the tenant; empty: of none.",
 }
 """What the parameters of paths and queries mean."""
