@@ -92,6 +92,11 @@ PLANTED: dict[str, frozenset[str]] = {
     "a stored token that was refused": NOWHERE,
     "a stored token of another user": NOWHERE,
     "a stored token of another tenant": NOWHERE,
+    "a token of an agent": CLIENTS_TOOLS,
+    "a header of an agent": CLIENTS_TOOLS,
+    "a key in the URL of an agent's server": CLIENTS_TOOLS,
+    "a token of an agent that was replaced": NOWHERE,
+    "a token of an agent that is refused": NOWHERE,
     # Content.
     "a prompt": CONTENT,
     "an answer": CONTENT,
@@ -106,6 +111,8 @@ PLANTED: dict[str, frozenset[str]] = {
     "the name of a key": CONTENT | {"the command line"},
     "the name of a credential": CONTENT,
     "a user's identifier": CONTENT,
+    "instructions of an agent": CONTENT,
+    "an agent's variable": CONTENT,
 }
 """Secret → the places where it belongs."""
 
@@ -226,7 +233,15 @@ def house(
         Toolserver() as tools,
         House(base_env, new_database(), upstream, tools, catalog) as house,
     ):
-        stories = (keys_are_made, callers_fail, credentials_are_stored, content_is_stored, runs_are_made, runs_fail)
+        stories = (
+            keys_are_made,
+            callers_fail,
+            credentials_are_stored,
+            content_is_stored,
+            agents_are_used,
+            runs_are_made,
+            runs_fail,
+        )
         for tell in stories:
             tell(house)
         house.run("keys", "list")
@@ -237,6 +252,7 @@ def house(
         house.found["the upstream"] += [f"{one.headers}\n{one.raw.decode()}" for one in upstream.requests]
         servers = {
             "planted-box": "the client's",
+            "planted-agent": "the client's",
             "planted-stored": "the client's",
             "planted-operators": "the operator's",
         }
@@ -350,6 +366,48 @@ def content_is_stored(house: House) -> None:
             http.post(f"/conversations/{conversation}/items", json={"items": [{**item, "role": "x"}]}).status_code
             == 400
         )
+
+
+def agents_are_used(house: House) -> None:
+    box = {
+        "type": "mcp",
+        "server_label": "box",
+        "server_url": house.tools.url(
+            "mcp", "planted-agent", echo=1, tools="raw", key=house.plant("a key in the URL of an agent's server")
+        ),
+        "authorization": house.plant("a token of an agent that was replaced"),
+        "headers": {"x-key": house.plant("a header of an agent")},
+        "require_approval": "never",
+    }
+    agent = {
+        "name": "handy",
+        "model": "m",
+        "instructions": f"{house.plant('instructions of an agent')} {{{{name}}}}",
+        "variables": {"name": "string"},
+        "tools": [box],
+    }
+    with house.http(house.values["an administrator's key"]) as http:
+        made = http.post("/agents", json=agent).json()
+        replaced = {"tools": [{**box, "authorization": house.plant("a token of an agent")}]}
+        assert http.post(f"/agents/{made['id']}", json=replaced).status_code == 200
+        refused = house.plant("a token of an agent that is refused")
+        for fields in ({"authorization": [refused]}, {"server_url": f"ftp://{refused}"}, {"headers": refused}):
+            wrong = {**agent, "name": "wrong", "tools": [{**box, **fields}]}
+            assert http.post("/agents", json=wrong).status_code == 400
+        for path in ("/agents", f"/agents/{made['id']}", "/models", "/models/handy"):
+            assert http.get(path).status_code == 200
+    ada = house.values["a key that is made by API"]
+    values = {"agent": {"variables": {"name": house.plant("an agent's variable")}}}
+    raw = {"result": {"content": [{"type": "text", "text": f"{ECHO} {ECHO_TOKEN}"}]}}
+    given = script(calling("raw", raw), answer("Done."))
+    with house.client(ada) as client, house.http(ada) as http:
+        for mode in MODES:
+            ended(http, client.responses.create(model="handy", input=given, extra_body=values, **mode))
+        messages = [{"role": "user", "content": given}]
+        for stream in (False, True):
+            chat = {"model": "handy", "messages": messages, "stream": stream, **values}
+            assert http.post("/chat/completions", json=chat).status_code == 200
+        assert http.get("/agents/handy").status_code == 200
 
 
 MODES: tuple[dict[str, Any], ...] = ({}, {"stream": True}, {"background": True}, {"background": True, "stream": True})
