@@ -215,8 +215,8 @@ class ModelNotAllowed(ApiError):
     type = "invalid_request_error"
     code = "model_not_allowed"
 
-    def __init__(self, model: str) -> None:
-        super().__init__(f"This API key does not have access to the model '{model}'.", param="model")
+    def __init__(self, model: str, *, param: str = "model") -> None:
+        super().__init__(f"This API key does not have access to the model '{model}'.", param=param)
 
 
 class NotFound(ApiError):

@@ -35,6 +35,7 @@ class KeysController(Controller):
             models=None if asked.models is None else tuple(asked.models),
             expires_at=asked.expires_at,
         )
+        caller.rights.demand_grantable(key.models)
         secret, entry = keys.new_secret(), audit.entry(caller.rights, "key.created", key.id)
         async for attempt in services.database.settling():
             with attempt:
@@ -71,6 +72,7 @@ class KeysController(Controller):
             with attempt:
                 async with services.database.begin() as tx:
                     key = await keys.rotate_key(tx, caller.rights.tenant, key_id, secret, overlap_s=overlap_s)
+                    caller.rights.demand_grantable(key.models)  # who rotates a key can use it
                     await audit.write(tx, key.tenant, entry)
         return _reply(key, secret)
 

@@ -62,6 +62,12 @@ class Rights(Struct, frozen=True):
         if not self.may_use(model):
             raise ModelNotAllowed(model)
 
+    def demand_grantable(self, models: tuple[str, ...] | None) -> None:
+        """Raises ModelNotAllowed where a key for these models, or None for all, may use more than this one."""
+        for model in ("*",) if models is None else models:
+            if not self.may_use(model):  # a `*` in it is a character that only a `*` matches
+                raise ModelNotAllowed(model, param="models")
+
 
 def matches(name: str, pattern: str) -> bool:
     """Whether a name fits a pattern with `*`. Clients choose names and administrators patterns: it takes linear time for any of them."""

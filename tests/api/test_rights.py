@@ -159,6 +159,28 @@ def test_a_key_expires_on_every_replica(house):
         assert http.get("/models").json()["error"]["message"] == "The API key is expired."
 
 
+def test_an_administrator_of_some_models_gives_no_access_to_others(house):
+    limited = house.make(scopes=["admin"], models=["m*", "n"])
+    all_models = house.make()
+    with house.http(limited["value"]) as http:
+
+        def status(**given: Any) -> tuple[int, str | None]:
+            reply = http.post("/admin/keys", json=given)
+            return reply.status_code, reply.json().get("error", {}).get("param")
+
+        for models in (["m"], ["m*"], ["m1", "m*2", "n"], ["m**"]):
+            assert status(models=models) == (200, None), models
+        for models in (["*"], ["n*"], ["m", "o"], ["*m"], ["N"]):
+            assert status(models=models) == (403, "models"), models
+        assert status() == (403, "models")
+        assert http.post(f"/admin/keys/{limited['id']}/rotate").status_code == 200
+        refused = http.post(f"/admin/keys/{all_models['id']}/rotate", json={"overlap_s": 0})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "model_not_allowed")
+        log = http.get("/admin/audit", params={"type": "key.rotated"}).json()["data"]
+        assert [one["target"] for one in log if one["target"] in {limited["id"], all_models["id"]}] == [limited["id"]]
+    assert house.statuses(all_models["value"]) == [200, 200]
+
+
 def test_an_administrator_sees_no_key_of_another_tenant(house):
     done = reprise(house.env, "keys", "create", "--tenant", "other")
     id = done.stderr.split()[0]

@@ -470,6 +470,15 @@ def test_it_does_not_follow_a_redirect_to_another_origin(house, mcp, name, trans
     house.delete("ada", made)
 
 
+def test_it_does_not_go_to_an_endpoint_of_another_origin(house, mcp, name):
+    with Toolserver() as other:
+        house.store("ada", server_url=house.toolserver.url("sse", name), authorization="s3cret-value")
+        box = mcp(transport="sse", options={"endpoint": f"http://127.0.0.1:{other.port}"})
+        assert house.ask("ada", box, answer("Done.")).output[0].error
+        assert "Bearer s3cret-value" in {one.headers.get("authorization") for one in house.toolserver.asked(name)}
+        assert other.asked(name) == []
+
+
 # -- Where it never shows ---------------------------------------------------------------------------------------------------
 
 TOKEN, KEY, WORDS = "t0ken-st0red", "k3y-st0red", "plain old words"

@@ -13,6 +13,7 @@ The second word is a name of the test's choice, under which calls, requests and 
     tools=echo,add      lists these only (all can be called)       pages=N         lists over N pages
     auth=TOKEN          401 without this bearer token              lies=1          lists tools with bad schemas and names
     status=N            this status for every POST                 loop=1          its list never ends
+    endpoint=ORIGIN     HTTP+SSE: messages go elsewhere
     redirect=URL        307 to another place                       growing=1       every listing has one tool more
     silent=1            never answers the greeting                 packed=1        answers are compressed, unasked
     modern=1            knows no handshakes, nor sessions: 2026-07-28 and nothing else

@@ -310,7 +310,8 @@ class Toolserver(Threaded):
         session = self._new_session(request)
         queue = self._streams[session.id] = asyncio.Queue(100)
         where = urlencode({**request.options, "session": session.id})
-        await connection.event(request, f"/messages/{session.server}?{where}", "endpoint")
+        address = f"{request.options.get('endpoint', '')}/messages/{session.server}?{where}"
+        await connection.event(request, address, "endpoint")
         try:
             while (message := await queue.get()) is not None:
                 await connection.event(request, json.dumps(message))
