@@ -11,7 +11,7 @@ from itertools import accumulate
 from msgspec.structs import replace
 
 from app.domain.compaction import (
-    BYTES_PER_TOKEN,
+    context_tokens,
     estimated_tokens,
     is_compaction,
     is_from_user,
@@ -70,7 +70,7 @@ def later_start(request: CreateResponse, context: Context, start: int, share: fl
     if not possible:
         return None
     left_out: dict[int, int] = {}
-    dropped, whole = 0, _tokens_beside_items(request)
+    dropped, whole = 0, context_tokens(request, ())
     for at, item in context.visible:
         if at < start and not _stays(item):
             continue
@@ -85,12 +85,7 @@ def later_start(request: CreateResponse, context: Context, start: int, share: fl
 
 def estimated_prompt(request: CreateResponse, context: Context) -> int:
     """The tokens of a prompt that nothing has counted."""
-    return estimated_tokens([item for _, item in context.visible]) + _tokens_beside_items(request)
-
-
-def _tokens_beside_items(request: CreateResponse) -> int:
-    body = request.body
-    return (len(body.instructions or "") + sum(len(bytes(tool)) for tool in body.tools or ())) // BYTES_PER_TOKEN
+    return context_tokens(request, [item for _, item in context.visible])
 
 
 def _stays(item: AnyItem) -> bool:

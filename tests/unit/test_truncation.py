@@ -5,10 +5,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from app.domain.compaction import Compacted, seal_compacted
 from app.domain.context import Context, pair
-from app.domain.truncation import later_start, starts, truncated
+from app.domain.truncation import estimated_prompt, later_start, starts, truncated
+from app.wire.items import InputText, PromptedMessage
 from tests.unit.build import SEAL, assistant, call, context, output, request, user
 
 SYSTEM = {"role": "developer", "content": "Be brief."}
@@ -96,6 +98,13 @@ def test_what_is_left_out_already_does_not_count_and_every_start_is_later():
 def test_the_share_is_of_the_whole_prompt():
     body = request(instructions="z" * 20_000)
     assert later_start(body, context(*turns(10)), 0, 0.15) == 6
+
+
+def test_the_messages_of_a_prompt_count_as_instructions_do():
+    made = context(*turns(10))
+    prompted = replace(request(), prompted=[PromptedMessage("developer", [InputText(text="z" * 20_000)])])
+    assert later_start(prompted, made, 0, 0.15) == 6
+    assert estimated_prompt(prompted, made) - estimated_prompt(request(), made) > 5_000
 
 
 KINDS = st.lists(st.sampled_from(["user", "assistant", "call", "output", "system", "reasoning"]), max_size=30)
