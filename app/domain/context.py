@@ -369,7 +369,7 @@ def normalise(item: AnyItem, new_id: NewId) -> AnyItem:
         case Message():
             return _normal_message(item)
         case FunctionCall() | CustomToolCall():
-            return replace(item, status=item.status or "completed", namespace=item.namespace or UNSET)
+            return replace(item, status=item.status or "completed", namespace=item.namespace or UNSET, dumped=UNSET)
         case FunctionCallOutput() | CustomToolCallOutput():
             return replace(item, status=item.status or "completed")
         case Compaction():

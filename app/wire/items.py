@@ -51,6 +51,8 @@ CALL_ID_CHARS_MAX = 64
 """The API takes no longer call ids."""
 SEALED_CHARS_MAX = 10_485_760
 """The API's own limit of a compaction item's content."""
+DUMPED_ASYNC = "async_"
+"""What `model_dump()` of the official client calls `async`; it is null unless a call is asynchronous, and is not kept."""
 
 
 class Part(Struct, tag_field="type", kw_only=True, forbid_unknown_fields=True):
@@ -149,6 +151,7 @@ class FunctionCall(Item, tag="function_call"):
     namespace: str | UnsetType | None = UNSET
     status: ItemStatus | UnsetType | None = UNSET
     asynchronous: bool | UnsetType | None = field(default=UNSET, name="async")
+    dumped: UnsetType | None = field(default=UNSET, name=DUMPED_ASYNC)
     caller: Caller | UnsetType | None = UNSET
     created_by: str | UnsetType | None = UNSET
 
@@ -170,6 +173,7 @@ class CustomToolCall(Item, tag="custom_tool_call"):
     namespace: str | UnsetType | None = UNSET
     status: ItemStatus | UnsetType | None = UNSET
     asynchronous: bool | UnsetType | None = field(default=UNSET, name="async")
+    dumped: UnsetType | None = field(default=UNSET, name=DUMPED_ASYNC)
     caller: Caller | UnsetType | None = UNSET
     created_by: str | UnsetType | None = UNSET
 

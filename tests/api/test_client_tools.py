@@ -2,6 +2,7 @@
 
 import json
 
+import openai
 import pytest
 
 from tests.api.streams import events_of
@@ -217,3 +218,23 @@ def test_tools_of_unknown_types_are_left_out(http, heard, said):
         "/responses", json={"model": "m", "input": said, "tools": tools, "tool_choice": {"type": "dream"}}
     )
     assert (chosen.status_code, chosen.json()["error"]["param"]) == (400, "tool_choice.type")
+
+
+@pytest.mark.parametrize(
+    "tool", [{"type": "function", "name": "look", "parameters": {}}, {"type": "custom", "name": "look"}]
+)
+def test_a_call_that_the_official_client_has_dumped_is_taken_back(client, upstream, said, tool):
+    asked = script([note(said), *calling("look", {"input": "x"})], answer("Done."))
+    first = client.responses.create(model="m", input=asked, tools=[tool])
+    [dumped] = [item.model_dump() for item in first.output]
+    assert dumped["async_"] is None  # not the API's name
+    output = {"type": f"{dumped['type']}_output", "call_id": dumped["call_id"], "output": "y"}
+    sent = [{"role": "user", "content": asked}, dumped, output]
+    made = client.responses.create(model="m", input=sent, tools=[tool])
+    assert made.output_text == "Done."
+    kept = client.conversations.create(items=sent)
+    for items in (client.responses.input_items.list(made.id), client.conversations.items.list(kept.id)):
+        assert all("async_" not in item.to_dict() for item in items)
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.responses.create(model="m", input=[{**dumped, "async_": True}])
+    assert refused.value.param == "input[0].async_"
