@@ -244,6 +244,12 @@ def unfetched(wanted: Mapping[str, Wanted], fetches_max: int) -> frozenset[str]:
 def check(found: Sequence[Place], files: Files, dialect: Dialect) -> None:
     """Raises InvalidRequest for what an upstream of this dialect can't be sent."""
     for place in found:
+        if place.is_new and _is_no_address(place.part):
+            raise InvalidRequest(
+                "The address of an image must begin with http:// or https://.",
+                param=place.param,
+                code="invalid_image_url",
+            )
         try:
             _form(place.part, files, dialect)
         except InvalidRequest as error:
@@ -306,6 +312,12 @@ def _source(part: Media) -> tuple[Source, str]:
         case InputFile(file_url=str(url)) | InputAudio(audio_url=str(url)) if url and not part.file_id:
             return "url", url
     return "id", part.file_id or ""
+
+
+def _is_no_address(part: Media) -> bool:
+    """Whether a part names an image where no web server is asked: an upstream would look among its own files."""
+    source, key = _source(part)
+    return isinstance(part, InputImage) and source == "url" and not key[:8].lower().startswith(("http://", "https://"))
 
 
 def _key_of(part: Media) -> str:
@@ -374,7 +386,7 @@ def _form(part: Media, files: Files, dialect: Dialect) -> tuple[Form, FileData]:
     if not key:
         raise UnsupportedParameter(_NOTHING[type(part)], param="input")
     file = files.get(key)
-    if isinstance(file, Gone):
+    if isinstance(file, Gone) or _is_no_address(part):
         return "note", NO_DATA
     match part:
         case InputImage():

@@ -281,6 +281,22 @@ def test_the_type_of_a_fetched_file_is_sent_if_it_is_one(api, web, upstream, sai
     assert record.body["messages"][0]["content"][0]["file"]["file_data"] == data_url(sent, b"a,b")
 
 
+@pytest.mark.parametrize(
+    "address", ["file:///etc/passwd", "FILE:/etc/passwd", "/etc/passwd", "ftp://10.0.0.1/a.png", "http:a"]
+)
+def test_the_path_of_an_upstream_s_own_file_does_not_reach_it(served, api, upstream, said, address):
+    part = {"type": "input_image", "image_url": address}
+    reply = httpx.post(f"{served.url}/responses", json={"model": "m", "input": [of_user(said, part)]}, timeout=30)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["code"]) == (400, "invalid_image_url")
+    assert error["param"] == "input[0].content[1].image_url"
+    kept = api.conversations.create(items=[of_user(part, "Look.")])
+    api.responses.create(model="m", input=said, conversation=kept.id)
+    [record] = upstream.asked(said)
+    assert address not in str(record.body["messages"][0])
+    assert "not available any more" in text_of(record.body["messages"][0])
+
+
 def test_a_screenshot_by_its_id_reaches_the_model(api, upstream, said):
     call = {
         "type": "computer_call",
