@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -290,6 +291,25 @@ def test_the_number_of_credentials_is_limited(new_server, base_env, new_database
     full = "tool_credential_limit_exceeded"
     assert codes == [None, None, full, None, full]
     assert len(fetch(env["DATABASE_URL"], "select from tool_credentials")) == 3
+
+
+def test_creates_at_once_on_two_replicas_keep_the_limit_and_one_credential_for_a_server(
+    new_server, base_env, new_database
+):
+    env = {**base_env, "DATABASE_URL": new_database(), "REPRISE_TOOL_CREDENTIALS_TENANT_MAX": "5"}
+    urls = [new_server(**env).url for _ in range(2)]
+
+    def create(number: int, server: int) -> str | None:
+        asked = {"server_url": f"https://x.example/{server}", "authorization": "s3cret-value"}
+        reply = httpx.post(f"{urls[number % 2]}/tool_credentials", json=asked, timeout=30)
+        return reply.json().get("error", {}).get("code")
+
+    with ThreadPoolExecutor(8) as pool:
+        same = list(pool.map(create, range(8), [0] * 8))
+        others = list(pool.map(create, range(16), range(1, 17)))
+    assert sorted(same, key=str) == [None, *["tool_credential_exists"] * 7]
+    assert sorted(others, key=str) == [*[None] * 4, *["tool_credential_limit_exceeded"] * 12]
+    assert len(fetch(env["DATABASE_URL"], "select from tool_credentials")) == 5
 
 
 # -- Whose it is ------------------------------------------------------------------------------------------------------------
