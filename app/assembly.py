@@ -39,6 +39,7 @@ from app.runs.foreground import ForegroundRuns
 from app.runs.leases import Leases
 from app.runs.pipeline import Pipeline, Prompts
 from app.runs.planning import Planner
+from app.runs.quotas import Quotas
 from app.runs.rollup import RollUp
 from app.settings import Settings, SettingsError
 from app.setup import OTHER_KEY, compaction_prompt, open_seal, reasoning_summary_prompt
@@ -81,6 +82,7 @@ class Core(Struct, frozen=True):
     guard: Guard
     pipeline: Pipeline
     logs: RedisLogs
+    quotas: Quotas
     background: BackgroundRuns
     leases: Leases
     claims: Claims
@@ -90,6 +92,7 @@ class Core(Struct, frozen=True):
         """Start Redis, heartbeats (also for `foreground` runs) and claims."""
         await asyncio.gather(*(upstream.find_dialect(None) for upstream in self.upstreams.values()))
         self.logs.start(self.claims.notified, lambda: self.leases.watch.lease_is_valid)
+        self.quotas.start()
         self.leases.start(self.claims.runs, foreground, self.claims.wake)
         self.roll_up.start()
         if claims:
@@ -99,6 +102,7 @@ class Core(Struct, frozen=True):
         """Let runs finish within the grace period, hand back the others, then stop in reverse order."""
         await self.claims.close()
         await self.roll_up.close()
+        await self.quotas.close()
         await self.leases.close()
         await self.logs.close()
 
@@ -122,7 +126,8 @@ async def core(settings: Settings, catalog: Catalog, *, claims: bool) -> AsyncIt
     counter = TokenCounter(settings)
     pipeline = Pipeline(settings, guard, programs, counter, prompts)
     leases = Leases(settings, heartbeats, logs)
-    background = BackgroundRuns(database, planner, catalog, seal, pipeline, logs)
+    quotas = Quotas(settings, database)
+    background = BackgroundRuns(database, planner, catalog, seal, pipeline, logs, quotas)
     try:
         if not await key_fingerprint.accept_key(database, seal.fingerprints):
             raise SettingsError(OTHER_KEY)
@@ -136,6 +141,7 @@ async def core(settings: Settings, catalog: Catalog, *, claims: bool) -> AsyncIt
             guard=guard,
             pipeline=pipeline,
             logs=logs,
+            quotas=quotas,
             background=background,
             leases=leases,
             claims=Claims(settings, database, leases, background, logs),
@@ -175,7 +181,7 @@ async def assembled(settings: Settings) -> AsyncIterator[Assembly]:
     """Everything that a serving process needs, closed at the end. Raises SettingsError."""
     claims = settings.workers_in_api
     async with _catalog(settings) as catalog, core(settings, catalog, claims=claims) as made:
-        foreground = ForegroundRuns(settings, made.database, made.pipeline, made.leases.owner)
+        foreground = ForegroundRuns(settings, made.database, made.pipeline, made.leases.owner, made.quotas)
         services = _services(settings, catalog, made, foreground)
 
         @asynccontextmanager
@@ -206,8 +212,10 @@ def _services(settings: Settings, catalog: Catalog, made: Core, foreground: Fore
         catalog=catalog,
         agents=made.agents,
         upstreams=made.upstreams,
-        admission=Admission(settings, made.database, made.planner, made.seal, foreground, made.logs, backlogs),
-        counts=TokenCounts(settings, made.database, made.planner, made.counter),
+        admission=Admission(
+            settings, made.database, made.planner, made.seal, foreground, made.logs, backlogs, made.quotas
+        ),
+        counts=TokenCounts(settings, made.database, made.planner, made.counter, made.quotas),
         following=Following(settings, made.database, made.logs, backlogs),
         cancellation=Cancellation(settings, made.database, made.logs, made.background, made.leases.owner),
         claims=made.claims,

@@ -1,4 +1,4 @@
-"""`reprise serve | worker | migrate | keys | usage | rekey | doctor | connect`.
+"""`reprise serve | worker | migrate | keys | tenants | usage | rekey | doctor | connect`.
 
 Each command imports what it needs: importing everything takes seconds.
 """
@@ -7,7 +7,7 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, date, datetime
 from typing import TypeVar, get_args
 
@@ -21,7 +21,7 @@ from app.embedded import POSTGRES, EmbeddedError
 from app.errors import ApiError
 from app.settings import DEFAULT_TENANT, Settings, SettingsError, load
 from app.telemetry import log_loop_fault, start_logging
-from app.wire.admin import Scope
+from app.wire.admin import LIMIT_MAX, KeyLimits, Scope, TenantLimits, UpdateKey
 from app.wire.usage import Group
 
 T = TypeVar("T")
@@ -63,6 +63,20 @@ def _run(main: Awaitable[T]) -> T:
     import uvloop
 
     return uvloop.run(awaited())
+
+
+_LIMIT = click.IntRange(0, LIMIT_MAX)
+
+
+def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that set limits; 0 is no limit."""
+    for name, what in (
+        ("concurrent-runs", "runs at once"),
+        ("tokens-per-minute", "tokens in a minute"),
+        ("requests-per-minute", "requests in a minute"),
+    ):
+        command = click.option(f"--{name}", type=_LIMIT, help=f"How many {what}; 0: no limit.")(command)
+    return command
 
 
 # -- serve ------------------------------------------------------------------------------------------------------------------
@@ -134,9 +148,16 @@ def _existing() -> Settings:
 @click.option(
     "--model", "models", multiple=True, help="A model that it may use, or a pattern with `*`; by default every model."
 )
+@_limit_options
 @click.option("--expires", type=click.DateTime(("%Y-%m-%d", "%Y-%m-%dT%H:%M:%S")), help="When it expires, in UTC.")
 def create_key(
-    tenant: str, user: str, name: str, scopes: tuple[Scope, ...], models: tuple[str, ...], expires: datetime | None
+    tenant: str,
+    user: str,
+    name: str,
+    scopes: tuple[Scope, ...],
+    models: tuple[str, ...],
+    expires: datetime | None,
+    **limits: int | None,
 ) -> None:
     """Make a key and print it, this once."""
     settings = _existing()
@@ -149,6 +170,7 @@ def create_key(
         name=name,
         scopes=frozenset(scopes) or ORDINARY,
         models=models or None,
+        limits=KeyLimits(**limits),
         expires_at=int(expires.replace(tzinfo=UTC).timestamp()) if expires else None,
     )
     secret = keys.new_secret()
@@ -166,7 +188,7 @@ def create_key(
 
 @keys.command("list")
 def list_keys() -> None:
-    """Every key: id, tenant, user, name, scopes, models, when it was made, and whether it is valid."""
+    """Every key: id, tenant, user, name, scopes, models, when it was made, whether it is valid, and limits of its own."""
     settings = _existing()
     from app.storage import keys
     from app.storage.database import opened
@@ -184,11 +206,36 @@ def list_keys() -> None:
             state = f"{word} {_time(key.expires_at)}"
         scopes, models = ",".join(sorted(key.scopes)), ",".join(key.models or ("*",))
         made = _time(key.created_at)
-        click.echo("\t".join((key.id, key.tenant, key.user or "-", key.name or "-", scopes, models, made, state)))
+        named = (key.id, key.tenant, key.user or "-", key.name or "-")
+        click.echo("\t".join((*named, scopes, models, made, state, _listed(key.limits))))
+
+
+def _listed(limits: KeyLimits) -> str:
+    given = {name: getattr(limits, name) for name in limits.__struct_fields__}
+    return ",".join(f"{name}={value}" for name, value in given.items() if value is not None) or "-"
 
 
 def _time(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+@keys.command("limit")
+@click.argument("key_id")
+@_limit_options
+def limit_key(key_id: str, **limits: int | None) -> None:
+    """Set the limits of a key; one that is not given is that of the settings."""
+    settings = _existing()
+    from app.storage import audit, keys
+    from app.storage.database import opened
+
+    async def limit() -> None:
+        async with opened(settings) as database, database.begin() as tx:
+            tenant = await keys.tenant_of_key(tx, key_id)
+            await keys.update_key(tx, tenant, key_id, UpdateKey(limits=KeyLimits(**limits)))
+            await audit.write(tx, tenant, audit.entry(None, "key.updated", key_id))
+
+    _run(limit())
+    click.echo(f"{key_id} has new limits; servers notice within {settings.key_cache_s:g} s.")
 
 
 @keys.command("rotate")
@@ -230,6 +277,47 @@ def revoke_key(key_id: str) -> None:
 
     _run(revoke())
     click.echo(f"{key_id} is revoked; servers notice within {settings.key_cache_s:g} s.")
+
+
+# -- tenants ----------------------------------------------------------------------------------------------------------------
+
+
+@reprise.group()
+def tenants() -> None:
+    """Tenants, and their limits."""
+
+
+@tenants.command("list")
+def list_tenants() -> None:
+    """Every tenant: its name, how many keys it has that are not revoked, how many users, and limits of its own."""
+    settings = _existing()
+    from app.storage import tenants
+    from app.storage.database import opened
+
+    async def listed() -> list[tenants.Tenant]:
+        async with opened(settings) as database, database.autocommit() as tx:
+            return await tenants.all_tenants(tx)
+
+    for tenant in _run(listed()):
+        click.echo("\t".join((tenant.id, str(tenant.keys), str(tenant.users), _listed(tenant.limits))))
+
+
+@tenants.command("limit")
+@click.argument("tenant")
+@_limit_options
+def limit_tenant(tenant: str, **limits: int | None) -> None:
+    """Set the limits of a tenant, which hold for all its keys and users together; one that is not given is that of the settings."""
+    settings = _existing()
+    from app.storage import audit, tenants
+    from app.storage.database import opened
+
+    async def limit() -> None:
+        async with opened(settings) as database, database.begin() as tx:
+            await tenants.set_limits(tx, tenant, TenantLimits(**limits))
+            await audit.write(tx, tenant, audit.entry(None, "tenant.updated", tenant))
+
+    _run(limit())
+    click.echo(f"{tenant} has new limits; servers notice within {settings.key_cache_s:g} s.")
 
 
 # -- usage ------------------------------------------------------------------------------------------------------------------

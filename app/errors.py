@@ -8,6 +8,7 @@
         ToolCredentialExists      the server has a credential for the same holder
         TokensNotCounted          the upstream has nothing that counts the tokens of this request
         BodyTooLarge 413          the body is over REPRISE_BODY_BYTES_MAX, or a prompt with its variables
+        RequestTooLarge 413       its tokens are more than a quota has in a minute
         HeadTooLarge 431          the headers are over a limit
         UriTooLong 414            the request line is
         RequestTooSlow 408        the headers or the body did not arrive in time
@@ -19,6 +20,7 @@
         PromptNotFound            the catalog has no such prompt, or no such version of it
       MethodNotAllowed 405        the path exists, the method does not
       TooManyRequests 429         a limit of this server is reached
+        RateLimited               a quota of the tenant or the key is used up
       ServerError 500             a bug in this server
         ServerUnavailable 503     this process has too many connections, or is shutting down
         IssuerUnavailable 503     the keys of a token's issuer can't be fetched
@@ -152,6 +154,14 @@ class BodyTooLarge(InvalidRequest):
     """The body is over the limit."""
 
     status = 413
+    code = "request_too_large"
+
+
+class RequestTooLarge(InvalidRequest):
+    """The tokens of one request are more than a quota has in a minute: no waiting helps."""
+
+    status = 413
+    type = "tokens"
     code = "request_too_large"
 
 
@@ -308,6 +318,15 @@ class TooManyRequests(ApiError):
     status = 429
     type = "requests"
     code = "rate_limit_exceeded"
+
+
+class RateLimited(TooManyRequests):
+    """A quota of the tenant or the key is used up; its headers say for how long."""
+
+    def __init__(self, message: str, *, type: str, headers: Mapping[str, str]) -> None:
+        """`type` is `requests` or `tokens`."""
+        super().__init__(message, headers=headers)
+        self.type = type
 
 
 class ServerError(ApiError):

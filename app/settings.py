@@ -74,6 +74,9 @@ def parse_allowed(text: str) -> Allowed:
 KEY_OVERLAP_S_MAX = 31_536_000
 """A year: so long at most a rotation leaves earlier secrets valid."""
 
+LIMIT_MAX = 1_000_000_000
+"""Of what a quota may allow in a minute, or at once."""
+
 Networks = tuple[IPv4Network | IPv6Network, ...]
 
 
@@ -416,6 +419,49 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             le=KEY_OVERLAP_S_MAX,
         ),
     ] = 86_400.0
+    tenant_requests_per_minute: Annotated[
+        int,
+        _about(
+            "requests of one tenant in a minute, unless it has a limit of its own; beyond: 429; 0: no limit",
+            ge=0,
+            le=LIMIT_MAX,
+        ),
+    ] = 0
+    tenant_tokens_per_minute: Annotated[
+        int,
+        _about(
+            "tokens of one tenant in a minute, unless it has a limit of its own; beyond: 429; 0: no limit",
+            ge=0,
+            le=LIMIT_MAX,
+        ),
+    ] = 0
+    tenant_concurrent_runs: Annotated[
+        int,
+        _about(
+            "runs of one tenant at once, background runs that wait included; beyond: 429; 0: no limit",
+            ge=0,
+            le=LIMIT_MAX,
+        ),
+    ] = 0
+    key_requests_per_minute: Annotated[
+        int, _about("requests of one key in a minute, unless it has a limit of its own", ge=0, le=LIMIT_MAX)
+    ] = 0
+    key_tokens_per_minute: Annotated[
+        int, _about("tokens of one key in a minute, unless it has a limit of its own", ge=0, le=LIMIT_MAX)
+    ] = 0
+    key_concurrent_runs: Annotated[
+        int, _about("runs of one key at once, unless it has a limit of its own", ge=0, le=LIMIT_MAX)
+    ] = 0
+    quota_output_tokens: Annotated[
+        int, _about("output that a request without `max_output_tokens` reserves of a limit of tokens", ge=0)
+    ] = 1_024
+    quota_timeout_s: Annotated[
+        float, _about("how long a request, or the end of a run, waits for Redis to count it", gt=0)
+    ] = 0.5
+    quota_outage: Annotated[
+        Literal["allow", "refuse"],
+        _about("whether requests that have limits are let through, or refused with 503, while Redis does not answer"),
+    ] = "allow"
     shutdown_grace_s: Annotated[float, _about("how long running requests may finish after SIGTERM", ge=0)] = 10.0
     shutdown_delay_s: Annotated[
         float,

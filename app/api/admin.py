@@ -3,6 +3,7 @@
 from typing import Any
 
 from litestar import Controller, Request, Response, delete, get, post
+from msgspec import UNSET
 
 from app.api import pages, queries
 from app.api.replies import small_reply
@@ -33,6 +34,7 @@ class KeysController(Controller):
             name=asked.name,
             scopes=ORDINARY if asked.scopes is None else frozenset(asked.scopes),
             models=None if asked.models is None else tuple(asked.models),
+            limits=asked.limits,
             expires_at=asked.expires_at,
         )
         caller.rights.demand_grantable(key.models)
@@ -58,6 +60,23 @@ class KeysController(Controller):
         queries.parse(request, queries.Nothing)
         async with services.database.autocommit() as tx:
             return _reply(await keys.get_key(tx, caller.rights.tenant, key_id))
+
+    @post("/{key_id:str}", status_code=200)
+    async def update(
+        self, request: Request[Any, Any, Any], key_id: str, caller: Caller, services: Services
+    ) -> Response[bytes]:
+        """Change a key that is not revoked. What it owns, and who it is bound to, stays."""
+        queries.parse(request, queries.Nothing)
+        asked = await services.bodies.decoded(request, wire.UPDATE_KEY)
+        entry = audit.entry(caller.rights, "key.updated", key_id)
+        async for attempt in services.database.settling():
+            with attempt:
+                async with services.database.begin() as tx:
+                    key = await keys.update_key(tx, caller.rights.tenant, key_id, asked)
+                    if asked.models is not UNSET:
+                        caller.rights.demand_grantable(key.models)
+                    await audit.write(tx, key.tenant, entry)
+        return _reply(key)
 
     @post("/{key_id:str}/rotate", status_code=200)
     async def rotate(
@@ -114,6 +133,7 @@ def _shown(key: Key) -> wire.ApiKey:
         user=key.user or None,
         scopes=sorted(key.scopes),
         models=None if key.models is None else list(key.models),
+        limits=key.limits,
         created_at=key.created_at,
         expires_at=key.expires_at,
         revoked_at=key.revoked_at,

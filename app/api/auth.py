@@ -2,19 +2,27 @@
 
 import hashlib
 import time
+from typing import TypeVar
+
+from msgspec.structs import replace
 
 from app.api.bearer import BearerTokens, is_token
 from app.api.sites import Headers, refuse_foreign
+from app.domain.quotas import NO_LIMITS, Limits, limits_of
 from app.domain.rights import Rights
 from app.errors import AuthenticationFailed
 from app.outbound.catalog import KEY
 from app.runs.admission import Caller
 from app.settings import DEFAULT_TENANT, Settings
-from app.storage import keys
+from app.storage import keys, tenants
 from app.storage.database import Database
 from app.storage.keys import Proof
 
-CACHED_KEYS_MAX = 10_000
+CACHED_MAX = 10_000
+"""Secrets, and tenants, that are remembered."""
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 class Auth:
@@ -24,11 +32,27 @@ class Auth:
         self._database, self._tokens = database, tokens
         self._cache_s = settings.key_cache_s
         self._per_caller = settings.upstream_auth == "caller"
+        self._tenant_default = Limits(
+            settings.tenant_requests_per_minute, settings.tenant_tokens_per_minute, settings.tenant_concurrent_runs
+        )
+        self._key_default = Limits(
+            settings.key_requests_per_minute, settings.key_tokens_per_minute, settings.key_concurrent_runs
+        )
+        self._tenants: dict[str, tuple[float, Limits]] = {}
         self._known: dict[bytes, tuple[float, Proof | None]] = {}
         self._in_use: tuple[float, bool] = (0.0, False)
 
     async def caller(self, headers: Headers, *, http_version: str) -> Caller:
-        """The caller of a request. Raises AuthenticationFailed, IssuerUnavailable, and ForeignSite where there are no keys."""
+        """The caller of a request, with its quotas. Raises AuthenticationFailed, IssuerUnavailable, and ForeignSite where there are no
+        keys."""
+        caller = await self._authenticated(headers, http_version=http_version)
+        rights = caller.rights
+        limits = [await self._limits_of_tenant(rights.tenant)]
+        if rights.key_id:
+            limits.append(limits_of(rights.limits, self._key_default))
+        return replace(caller, limits=tuple(limits)) if any(one != NO_LIMITS for one in limits) else caller
+
+    async def _authenticated(self, headers: Headers, *, http_version: str) -> Caller:
         sent = next((value for name, value in headers if name == b"authorization"), b"")
         scheme, _, key = sent.decode("latin-1").partition(" ")
         key = key.strip() if scheme.lower() == "bearer" else ""
@@ -44,6 +68,16 @@ class Auth:
     async def close(self) -> None:
         """Break off what is asked of issuers."""
         await self._tokens.close()
+
+    async def _limits_of_tenant(self, tenant: str) -> Limits:
+        until, limits = self._tenants.get(tenant, (0.0, NO_LIMITS))
+        asked_at = time.monotonic()
+        if asked_at < until:
+            return limits
+        async with self._database.autocommit() as tx:
+            limits = limits_of(await tenants.find_limits(tx, tenant), self._tenant_default)
+        _remember(self._tenants, tenant, (asked_at + self._cache_s, limits))
+        return limits
 
     async def _keys_in_use(self) -> bool:
         until, in_use = self._in_use
@@ -88,11 +122,16 @@ class Auth:
         cache_s = self._cache_s
         if proof and proof.left_s is not None and proof.left_s > 0:
             cache_s = min(cache_s, proof.left_s)
-        self._known.pop(digest, None)
-        while len(self._known) >= CACHED_KEYS_MAX:
-            del self._known[next(iter(self._known))]
-        self._known[digest] = (asked_at + cache_s, proof)
+        _remember(self._known, digest, (asked_at + cache_s, proof))
         return proof
+
+
+def _remember(cache: dict[K, V], key: K, value: V) -> None:
+    """What was remembered first is forgotten first."""
+    cache.pop(key, None)
+    while len(cache) >= CACHED_MAX:
+        del cache[next(iter(cache))]
+    cache[key] = value
 
 
 def _missing() -> AuthenticationFailed:

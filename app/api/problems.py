@@ -27,6 +27,9 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 
 METHOD_CHARS_MAX = 16
 
+REPLY_HEADERS = "reply_headers"
+"""Headers of a request's reply in the state of its scope: whatever the reply becomes, it has them."""
+
 PROBES = frozenset({"/livez", "/readyz"})
 """Polled every few seconds: logged at the level debug only."""
 
@@ -94,6 +97,7 @@ def with_request_id(app: ASGIApp) -> ASGIApp:
                     (REQUEST_ID, request_id.encode()),
                     (b"openai-processing-ms", str(took_ms()).encode()),
                     (b"openai-version", API_VERSION),
+                    *_reply_headers(scope),
                 ]
             return send(message)
 
@@ -113,6 +117,11 @@ def with_request_id(app: ASGIApp) -> ASGIApp:
             )
 
     return answer
+
+
+def _reply_headers(scope: Scope) -> list[tuple[bytes, bytes]]:
+    given: dict[str, str] = scope.get("state", {}).get(REPLY_HEADERS, {})
+    return [(name.encode(), value.encode()) for name, value in given.items()]
 
 
 def _request_id(scope: Scope) -> str:

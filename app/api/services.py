@@ -12,6 +12,7 @@ from app.api.attempts import FailedAttempts
 from app.api.auth import Auth
 from app.api.bodies import Bodies
 from app.api.connected import while_connected
+from app.api.problems import REPLY_HEADERS
 from app.domain.rights import logged
 from app.domain.sealed import Seal
 from app.errors import AuthenticationFailed
@@ -63,6 +64,7 @@ async def provide_caller(request: Request[Any, Any, Any], services: Services) ->
     except AuthenticationFailed as error:
         await _slow_down(request, services.attempts, error)
         raise
+    request.scope["state"][REPLY_HEADERS] = caller.reply_headers
     structlog.contextvars.bind_contextvars(**logged(caller.tenant_id))
     options = request.route_handler.opt
     if scope := scope_of(options, request.method):

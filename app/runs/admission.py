@@ -6,16 +6,18 @@ from msgspec import Struct
 
 from app.domain.context import LeftOut
 from app.domain.lifecycle import open_response
+from app.domain.quotas import Holder, Limits, holder_of, reserved_tokens
 from app.domain.rights import Rights
 from app.domain.sealed import Seal
 from app.domain.secrets import Secrets, seal_secrets
-from app.errors import ServerUnavailable, TooManyRequests
+from app.errors import DatabaseUnavailable, ServerUnavailable, TooManyRequests
 from app.ids import new_id
 from app.offload import offload
 from app.runs.foreground import ForegroundRun, ForegroundRuns
 from app.runs.insert import insert
 from app.runs.plan import RunPlan
 from app.runs.planning import Planner
+from app.runs.quotas import Grant, Quotas
 from app.settings import Settings
 from app.storage import queue
 from app.storage.backlog import Backlogs
@@ -34,6 +36,15 @@ class Caller(Struct, frozen=True):
 
     key: str | None
     rights: Rights
+    limits: tuple[Limits, ...] = ()
+    """The quotas of its tenant and, if there is one, of its key; none where nothing is limited."""
+    reply_headers: dict[str, str] = {}
+    """What the reply says of quotas, since its admission."""
+
+    @property
+    def holder(self) -> Holder:
+        """For whom its requests count."""
+        return holder_of(self.rights.owner, self.rights.key_id)
 
     @property
     def tenant_id(self) -> str:
@@ -61,14 +72,16 @@ class Admission:
         foreground: ForegroundRuns,
         logs: RedisLogs,
         backlogs: Backlogs,
+        quotas: Quotas,
     ) -> None:
         self._settings, self._database, self._planner, self._seal = settings, database, planner, seal
-        self._foreground, self._logs, self._backlogs = foreground, logs, backlogs
+        self._foreground, self._logs, self._backlogs, self._quotas = foreground, logs, backlogs, quotas
         self._planning = 0
 
     async def start(self, caller: Caller, request: CreateResponse) -> ForegroundRun:
         """Start a foreground run. Raises ApiError for everything that can be known before the upstream is asked."""
         self._refuse_when_closing()
+        self._quotas.refuse_early(caller.holder, caller.limits)
         if len(self._foreground) + self._planning >= self._settings.foreground_runs_max:
             raise TooManyRequests("Too many responses are being made; please try again.", headers={"Retry-After": "1"})
         self._planning += 1
@@ -77,12 +90,27 @@ class Admission:
             plan = await self._planner.authorized(plan)
         finally:
             self._planning -= 1
+        response, grant = _open(plan), None
         try:
+            grant = await self._grant(caller, plan, response.id)
             self._refuse_when_closing()
-        except ServerUnavailable:
+        except BaseException:
             plan.room.release()
+            if grant:
+                self._quotas.settle_soon(grant, 0)
             raise
-        return self._foreground.start(plan, _open(plan), self._backlogs.open() if request.stream else None)
+        return self._foreground.start(plan, response, self._backlogs.open() if request.stream else None, grant)
+
+    async def _grant(self, caller: Caller, plan: RunPlan, run: str, *, is_background: bool = False) -> Grant | None:
+        """Take what a run needs of the caller's quotas. Raises RateLimited, RequestTooLarge, ServerUnavailable."""
+        limits = caller.limits
+        if not limits:
+            return None
+        visible, output_tokens = [item for _, item in plan.context.visible], self._settings.quota_output_tokens
+        tokens = await offload(plan.size, reserved_tokens, limits, plan.request, visible, output_tokens)
+        admitted = await self._quotas.admit(caller.holder, limits, run, tokens=tokens, is_background=is_background)
+        caller.reply_headers.update(admitted.headers)
+        return admitted.grant
 
     def _refuse_when_closing(self) -> None:
         if self._foreground.is_closing:
@@ -90,15 +118,26 @@ class Admission:
 
     async def enqueue(self, caller: Caller, request: CreateResponse, raw: bytes) -> Enqueued:
         """Store a background response with its place in the queue, in one commit. Raises ApiError."""
+        self._quotas.refuse_early(caller.holder, caller.limits)
         plan = await self._planner.plan(caller.tenant_id, caller.key, request, rights=caller.rights)
         try:
             await offload(plan.size, plan.refuse_unanswerable)
-            return await self._enqueue(caller, plan, raw)
+            response = _open(plan)
+            grant = await self._grant(caller, plan, response.id, is_background=True)
+            try:
+                return await self._enqueue(caller, plan, raw, response, grant)
+            except DatabaseUnavailable:  # it may be stored: Postgres is asked for it later
+                raise
+            except BaseException:
+                if grant:
+                    await self._quotas.settle(grant, 0)
+                raise
         finally:
             plan.room.release()
 
-    async def _enqueue(self, caller: Caller, plan: RunPlan, raw: bytes) -> Enqueued:
-        response = _open(plan)
+    async def _enqueue(
+        self, caller: Caller, plan: RunPlan, raw: bytes, response: Response, grant: Grant | None
+    ) -> Enqueued:
         entries = [
             encode_event(Created(response=response)),
             encode_event(QueuedEvent(response=response, sequence_number=1)),
@@ -109,6 +148,7 @@ class Admission:
             secrets=seal_secrets(self._seal, Secrets(caller.key, tool_secrets)),
             streamed=plan.request.stream,
             frames=b"".join(entry.frame for entry in entries),
+            reserved_tokens=grant.tokens if grant else None,
         )
 
         async def refuse(tx: Tx) -> None:

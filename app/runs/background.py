@@ -16,6 +16,7 @@ from redis.exceptions import RedisError
 from app.domain.compaction import newest_compaction
 from app.domain.context import waits_for_client
 from app.domain.lifecycle import Outcome, close_response
+from app.domain.quotas import holder_of
 from app.domain.recovery import Recovered, recover
 from app.domain.rights import logged
 from app.domain.sealed import Seal
@@ -27,6 +28,7 @@ from app.outbound.catalog import Catalog
 from app.rooms import Room
 from app.runs.pipeline import Pipeline, Turns
 from app.runs.planning import Planner
+from app.runs.quotas import Grant, Quotas
 from app.runs.recorder import Recorder
 from app.runs.tools import Tools
 from app.storage import endings, journal, queue, responses
@@ -71,6 +73,7 @@ class BackgroundRuns(Struct, frozen=True):
     seal: Seal
     pipeline: Pipeline
     logs: RedisLogs
+    quotas: Quotas
 
     def claimed(self, claim: Claim) -> "BackgroundRun":
         """The run of a claim."""
@@ -310,10 +313,18 @@ class BackgroundRun:
                         tx, claim.tenant_id, closed, claim.epoch, archive, self._charge(self.recorder.spent)
                     ):
                         raise Fenced
+        await self._settle_quotas(closed)
         return closed
 
     def _charge(self, spent: Spent) -> Charge:
         return Charge(self.claim.key_id, self._runs.catalog.currency, spent)
+
+    async def _settle_quotas(self, closed: Response) -> None:
+        claim, reserved = self.claim, self.claim.reserved_tokens
+        if reserved is None:
+            return
+        grant = Grant(holder_of(claim.tenant_id, claim.key_id), claim.response_id, reserved)
+        await self._runs.quotas.settle(grant, self.recorder.used_tokens(closed, reserved))
 
     async def publish(self) -> None:
         """Wait until Redis holds the terminal event, or is unavailable: then readers find it in Postgres. Nothing else is left."""

@@ -15,6 +15,7 @@ from app.outbound.upstream import Upstream
 from app.runs.admission import Caller
 from app.runs.plan import RunPlan
 from app.runs.planning import Planner
+from app.runs.quotas import Quotas
 from app.settings import Settings
 from app.storage import usage
 from app.storage.database import Database
@@ -32,20 +33,25 @@ class Counted(Struct, frozen=True):
 class TokenCounts:
     """The counts that this process makes."""
 
-    def __init__(self, settings: Settings, database: Database, planner: Planner, counter: TokenCounter) -> None:
-        self._database, self._planner, self._counter = database, planner, counter
+    def __init__(
+        self, settings: Settings, database: Database, planner: Planner, counter: TokenCounter, quotas: Quotas
+    ) -> None:
+        self._database, self._planner, self._counter, self._quotas = database, planner, counter, quotas
         self._counts_max = settings.token_counts_max
         self._counting = 0
 
     async def count(self, caller: Caller, request: CreateResponse, planned: Callable[[], None]) -> Counted:
         """The tokens of the first turn's prompt, before any truncation: nothing is stored, listed or called. `planned` is called as
         soon as the context has room of its own. Raises ApiError."""
+        self._quotas.refuse_early(caller.holder, caller.limits)
         if self._counting >= self._counts_max:
             raise TooManyRequests("Too many tokens are being counted; please try again.", headers={"Retry-After": "1"})
         self._counting += 1
         try:
             plan = await self._planner.plan(caller.tenant_id, caller.key, request, rights=caller.rights)
             with plan.room:
+                admitted = await self._quotas.admit(caller.holder, caller.limits)
+                caller.reply_headers.update(admitted.headers)
                 planned()
                 return Counted(await self._count(plan), plan.left_out)
         finally:

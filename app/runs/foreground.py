@@ -22,6 +22,7 @@ from app.runs.insert import insert, inserts_first
 from app.runs.model_turn import ModelTurns
 from app.runs.pipeline import Pipeline, Turns
 from app.runs.plan import RunPlan
+from app.runs.quotas import Grant, Quotas
 from app.runs.recorder import Recorder
 from app.runs.tools import Tools
 from app.settings import Settings
@@ -55,17 +56,22 @@ FIRST_EPOCH = 1
 class ForegroundRuns:
     """Every foreground run of this process."""
 
-    def __init__(self, settings: Settings, database: Database, pipeline: Pipeline, owner: Owner) -> None:
+    def __init__(
+        self, settings: Settings, database: Database, pipeline: Pipeline, owner: Owner, quotas: Quotas
+    ) -> None:
         self.settings, self.database, self.pipeline, self.owner = settings, database, pipeline, owner
+        self.quotas = quotas
         self.is_closing = False
         self._runs: set[ForegroundRun] = set()
 
     def __len__(self) -> int:
         return len(self._runs)
 
-    def start(self, plan: RunPlan, response: Response, backlog: Backlog | None) -> "ForegroundRun":
-        """Start a run. `backlog` is that of a stream's client."""
-        run = ForegroundRun(self, plan, response, backlog)
+    def start(
+        self, plan: RunPlan, response: Response, backlog: Backlog | None, grant: Grant | None = None
+    ) -> "ForegroundRun":
+        """Start a run. `backlog` is that of a stream's client, `grant` what the run has taken of quotas."""
+        run = ForegroundRun(self, plan, response, backlog, grant)
         self._runs.add(run)
         run.task = asyncio.create_task(run.make(), name=response.id)
         run.task.add_done_callback(lambda _: run.task_ended())
@@ -101,8 +107,15 @@ class ForegroundRun:
 
     attempts = 1
 
-    def __init__(self, runs: ForegroundRuns, plan: RunPlan, response: Response, backlog: Backlog | None) -> None:
-        self._runs, self._plan = runs, plan
+    def __init__(
+        self,
+        runs: ForegroundRuns,
+        plan: RunPlan,
+        response: Response,
+        backlog: Backlog | None,
+        grant: Grant | None,
+    ) -> None:
+        self._runs, self._plan, self._grant = runs, plan, grant
         self.tenant_id = plan.tenant_id
         self.left_out = plan.left_out
         self.response = response
@@ -183,6 +196,8 @@ class ForegroundRun:
             _settle(waited, ServerError(NOT_BEGUN))
         if not self._late_needs_plan:
             self._plan.room.release()
+        if self._grant:
+            self._runs.quotas.settle_soon(self._grant, None)
         del self._plan, self._tools  # and the context with them: readers may stay for long
         if self.error:
             self.error.__traceback__ = self.error.__context__ = None  # their frames have it, too
@@ -238,6 +253,7 @@ class ForegroundRun:
 
     async def _refuse(self, error: ApiError) -> None:
         """Give the reader the error, at once unless a conversation is locked: a client that repeats the request must find it free."""
+        await self._settle_quotas(0)
         parent = self._plan.parent
         if parent and parent.conversation:
             await self._withdraw()
@@ -245,6 +261,11 @@ class ForegroundRun:
         else:
             self._settle_refused(error)
             await self._withdraw()
+
+    async def _settle_quotas(self, tokens: int) -> None:
+        grant, self._grant = self._grant, None
+        if grant:
+            await self._runs.quotas.settle(grant, tokens)
 
     def _settle_refused(self, error: ApiError) -> None:
         self.error = error
@@ -292,6 +313,8 @@ class ForegroundRun:
             await self._count(closed)
         if self.error is None and self.response.error is not None:
             self.error = ServerError(self.response.error.message)
+        if self._grant:
+            await self._settle_quotas(self.recorder.used_tokens(closed, self._grant.tokens))
         return self.response
 
     async def publish(self) -> None:

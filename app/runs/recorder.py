@@ -9,6 +9,7 @@ from typing import Protocol
 
 from app.domain.fold import Fold
 from app.domain.prices import Prices
+from app.domain.quotas import used_tokens
 from app.domain.spending import NOTHING_SPENT, Spent, spend
 from app.errors import Fenced, RunTooLong
 from app.storage.eventlog import EventLog
@@ -130,6 +131,11 @@ class Recorder:
         self._upstream_bytes_left -= count
         if self._upstream_bytes_left < 0:
             raise RunTooLong(TOO_MUCH)
+
+    def used_tokens(self, closed: Response, reserved: int) -> int:
+        """What the ended response counts for in quotas, of which it has `reserved` so much."""
+        was_answered = bool(self.upstream or closed.output)
+        return used_tokens(closed.status, closed.usage, was_answered=was_answered, reserved=reserved)
 
     def stop(self, why: Exception | None = None) -> None:
         """Record nothing more, because another worker continues. Every later attempt raises `why`, by default Fenced."""

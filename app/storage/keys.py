@@ -8,7 +8,9 @@ import secrets
 import time
 from datetime import UTC, datetime
 
-from msgspec import Struct
+import msgspec
+from msgspec import UNSET, Struct
+from msgspec.structs import replace
 from sqlalchemy import text
 
 from app.domain.rights import ORDINARY, Rights, has_controls, is_name, owner_of
@@ -17,20 +19,20 @@ from app.ids import new_id, seconds_of
 from app.settings import KEY_OVERLAP_S_MAX
 from app.storage.database import Query, Row, Tx, storable
 from app.storage.pages import Page, id_range
-from app.wire.admin import NAME_CHARS_MAX, Scope
+from app.wire.admin import NAME_CHARS_MAX, KeyLimits, Scope, UpdateKey
 from app.wire.requests import Order
 
 _KEY_PREFIX = "sk-reprise-"
 
-_COLUMNS = "id, tenant_id, user_name, name, scopes, models, created_at, expires_at, revoked_at"
+_COLUMNS = "id, tenant_id, user_name, name, scopes, models, limits, created_at, expires_at, revoked_at"
 
 _FIND = Query(
     text("""
-    select id, tenant_id, user_name, scopes, models, revoked_at is not null as is_revoked,
+    select id, tenant_id, user_name, scopes, models, limits, revoked_at is not null as is_revoked,
            cast(extract(epoch from expires_at - now()) as float8) as left_s
     from keys where hash = :hash
     union all
-    select key.id, key.tenant_id, key.user_name, key.scopes, key.models, key.revoked_at is not null,
+    select key.id, key.tenant_id, key.user_name, key.scopes, key.models, key.limits, key.revoked_at is not null,
            cast(extract(epoch from least(key.expires_at, retired.valid_until) - now()) as float8)
     from retired_secrets retired join keys key on key.tenant_id = retired.tenant_id and key.id = retired.key_id
     where retired.hash = :hash
@@ -50,9 +52,9 @@ _OWNERS = Query(
 )
 _INSERT = Query(
     text("""
-    insert into keys (hash, id, tenant_id, user_name, name, scopes, models, expires_at)
+    insert into keys (hash, id, tenant_id, user_name, name, scopes, models, limits, expires_at)
     values (:hash, :id, :tenant_id, :user, :name, cast(:scopes as text[]), cast(:models as text[]),
-            to_timestamp(cast(:expires_at as float8)))
+            cast(:limits as jsonb), to_timestamp(cast(:expires_at as float8)))
     on conflict do nothing  -- by an earlier attempt
     """)
 )
@@ -68,7 +70,7 @@ _REVOKE = Query(
 )
 _FORGET_CREDENTIALS = Query(text("delete from tool_credentials where tenant_id = :tenant_id and key_id = :id"))
 _ROTATE = Query(
-    text("""
+    text(f"""
     with old as (
         select hash from keys
         where tenant_id = :tenant_id and id = :id and revoked_at is null and (expires_at is null or expires_at > now())
@@ -85,7 +87,20 @@ _ROTATE = Query(
           and valid_until > now() + cast(:overlap_s as float8) * interval '1 second'
     )
     update keys set hash = :hash where tenant_id = :tenant_id and id = :id and exists (select from old)
-    returning id, tenant_id, user_name, name, scopes, models, created_at, expires_at, revoked_at
+    returning {_COLUMNS}
+    """)
+)
+_UPDATE = Query(
+    text(f"""
+    update keys set name = :name, scopes = cast(:scopes as text[]), models = cast(:models as text[]),
+                    limits = cast(:limits as jsonb)
+    where tenant_id = :tenant_id and id = :id and revoked_at is null
+    returning {_COLUMNS}
+    """)
+)
+_LOCK = Query(
+    text(f"""
+    select {_COLUMNS} from keys where tenant_id = :tenant_id and id = :id and revoked_at is null for update
     """)
 )
 
@@ -102,6 +117,10 @@ def _list(order: Order) -> Query:
 
 _LISTS: dict[Order, Query] = {"asc": _list("asc"), "desc": _list("desc")}
 
+DEFAULT_LIMITS = KeyLimits()
+
+_LIMITS = msgspec.json.Decoder(KeyLimits)
+
 NAME_RULE = f"expected 1 to {NAME_CHARS_MAX} characters, none of them control characters"
 
 
@@ -114,6 +133,7 @@ class Key(Struct, frozen=True, kw_only=True):
     name: str = ""
     scopes: frozenset[Scope] = ORDINARY
     models: tuple[str, ...] | None = None
+    limits: KeyLimits = DEFAULT_LIMITS
     created_at: int = 0
     expires_at: int | None = None
     revoked_at: int | None = None
@@ -143,7 +163,9 @@ async def find_proof(tx: Tx, hash: bytes) -> Proof | None:
     row = await tx.one(_FIND, hash=hash)
     if row is None:
         return None
-    rights = Rights(row["tenant_id"], row["user_name"], frozenset(row["scopes"]), _models(row), row["id"])
+    rights = Rights(
+        row["tenant_id"], row["user_name"], frozenset(row["scopes"]), _models(row), row["id"], limits=_limits(row)
+    )
     return Proof(rights, row["is_revoked"], row["left_s"])
 
 
@@ -167,6 +189,7 @@ async def create_key(tx: Tx, key: Key, secret: str) -> None:
         name=key.name,
         scopes=sorted(key.scopes),
         models=key.models,
+        limits=_encoded(key.limits),
         expires_at=key.expires_at,
     )
 
@@ -224,6 +247,29 @@ async def revoke_key(tx: Tx, tenant: str, key_id: str, *, again: bool = False) -
     await tx.one(_FORGET_CREDENTIALS, tenant_id=tenant, id=key_id)
 
 
+async def update_key(tx: Tx, tenant: str, key_id: str, asked: UpdateKey) -> Key:
+    """Change what is given of a key. Needs a transaction. Raises KeyNotFound for one that is revoked, InvalidParameter."""
+    key = _key(await _one(tx, _LOCK, tenant, key_id))
+    given = {name: value for name in asked.__struct_fields__ if (value := getattr(asked, name)) is not UNSET}
+    if "scopes" in given:
+        given["scopes"] = frozenset(given["scopes"])
+    if given.get("models") is not None:
+        given["models"] = tuple(given["models"])
+    changed = replace(key, **given)
+    _check(changed)
+    row = await _one(
+        tx,
+        _UPDATE,
+        tenant,
+        key_id,
+        name=changed.name,
+        scopes=sorted(changed.scopes),
+        models=changed.models,
+        limits=_encoded(changed.limits),
+    )
+    return _key(row)
+
+
 async def rotate_key(tx: Tx, tenant: str, key_id: str, secret: str, *, overlap_s: float) -> Key:
     """Give a key a new secret; those that it had stay valid for at most `overlap_s`. Raises KeyNotFound for a key that is not
     valid, InvalidParameter."""
@@ -239,36 +285,44 @@ def new_key(
     name: str = "",
     scopes: frozenset[Scope] = ORDINARY,
     models: tuple[str, ...] | None = None,
+    limits: KeyLimits = DEFAULT_LIMITS,
     expires_at: int | None = None,
 ) -> Key:
     """A key that is not stored yet. Raises InvalidParameter."""
-    if not is_name(tenant):
-        raise InvalidParameter(f"Invalid value for 'tenant': {NAME_RULE}.", param="tenant")
-    if user and not is_name(user):
-        raise InvalidParameter(f"Invalid value for 'user': {NAME_RULE}.", param="user")
-    if len(name) > NAME_CHARS_MAX or has_controls(name):
-        raise InvalidParameter(
-            f"Invalid value for 'name': expected at most {NAME_CHARS_MAX} characters, none of them control characters.",
-            param="name",
-        )
-    if user and "admin" in scopes:
-        raise InvalidParameter("A key that is bound to a user can't have the scope 'admin'.", param="user")
-    if any(has_controls(one) for one in models or ()):
-        raise InvalidParameter("'models' may not contain control characters.", param="models")
     if expires_at is not None and expires_at <= time.time():
         raise InvalidParameter("'expires_at' is in the past.", param="expires_at")
     id = new_id("key")
     created_at = seconds_of(id) or 0
-    return Key(
+    key = Key(
         id=id,
         tenant=tenant,
         user=user,
         name=name,
         scopes=scopes,
         models=models,
+        limits=limits,
         created_at=created_at,
         expires_at=expires_at,
     )
+    _check(key)
+    return key
+
+
+def _check(key: Key) -> None:
+    """Raises InvalidParameter for a key that can't be."""
+    if not is_name(key.tenant):
+        raise InvalidParameter(f"Invalid value for 'tenant': {NAME_RULE}.", param="tenant")
+    if key.user and not is_name(key.user):
+        raise InvalidParameter(f"Invalid value for 'user': {NAME_RULE}.", param="user")
+    if len(key.name) > NAME_CHARS_MAX or has_controls(key.name):
+        raise InvalidParameter(
+            f"Invalid value for 'name': expected at most {NAME_CHARS_MAX} characters, none of them control characters.",
+            param="name",
+        )
+    if key.user and "admin" in key.scopes:
+        raise InvalidParameter("A key that is bound to a user can't have the scope 'admin'.", param="user")
+    if any(has_controls(one) for one in key.models or ()):
+        raise InvalidParameter("'models' may not contain control characters.", param="models")
 
 
 async def _one(tx: Tx, query: Query, tenant: str, key_id: str, **binds: object) -> Row:
@@ -286,6 +340,7 @@ def _key(row: Row) -> Key:
         name=row["name"],
         scopes=frozenset(row["scopes"]),
         models=_models(row),
+        limits=_limits(row),
         created_at=_seconds(row["created_at"]) or 0,
         expires_at=_seconds(row["expires_at"]),
         revoked_at=_seconds(row["revoked_at"]),
@@ -294,6 +349,14 @@ def _key(row: Row) -> Key:
 
 def _models(row: Row) -> tuple[str, ...] | None:
     return None if row["models"] is None else tuple(row["models"])
+
+
+def _limits(row: Row) -> KeyLimits:
+    return DEFAULT_LIMITS if row["limits"] is None else _LIMITS.decode(row["limits"])
+
+
+def _encoded(limits: KeyLimits) -> str | None:
+    return None if limits == DEFAULT_LIMITS else msgspec.json.encode(limits).decode()
 
 
 def _seconds(at: datetime | None) -> int | None:

@@ -31,6 +31,8 @@ class Queued(Struct, frozen=True):
     streamed: bool
     frames: bytes
     """The first events, `created` and `queued`."""
+    reserved_tokens: int | None = None
+    """Of quotas; None if it has taken nothing that is to be settled."""
 
 
 class Claim(Struct, frozen=True):
@@ -56,6 +58,8 @@ class Claim(Struct, frozen=True):
     """Of the turns that earlier owners have finished, as JSON; None if there was none."""
     key_id: str | None
     """Of the key that asked for it."""
+    reserved_tokens: int | None
+    """Of quotas; None if it has taken nothing that is to be settled."""
 
 
 class Heartbeat(Struct, frozen=True):
@@ -86,7 +90,7 @@ def _ours(state: str) -> str:
         number_ceiling = runs.number_ceiling + {NUMBERS_AHEAD}
     from free where runs.tenant_id = free.tenant_id and runs.response_id = free.response_id
     returning runs.tenant_id, runs.response_id, runs.lease as epoch, runs.handed_over, runs.state, runs.secrets, runs.streamed,
-              free.number_ceiling, runs.redis_run as stream_token, runs.usage, runs.key_id,
+              free.number_ceiling, runs.redis_run as stream_token, runs.usage, runs.key_id, runs.reserved_tokens,
               octet_length(cast(runs.request as text)) as request_bytes,
               coalesce((select context_bytes from responses
                         where tenant_id = runs.tenant_id and id = runs.response_id), 0) as context_bytes
@@ -217,6 +221,15 @@ _DEPTH = Query(
 )
 
 
+_ALIVE = Query(
+    text(f"""
+    select response_id from runs
+    where tenant_id {OF_TENANT} and response_id = any(cast(:ids as text[])) and state <> 'sealed'
+    """),
+    across_tenants="the limit is that of a tenant with its users",
+)
+
+
 async def claim(tx: Tx, owner: Owner, *, limit: int, horizon: datetime, watched_s: float) -> list[Claim]:
     """Up to `limit` runs become ours: first those whose owner is gone, then queued ones in fair order.
 
@@ -295,6 +308,12 @@ async def is_full(tx: Tx, tenant_id: str, *, tenant_max: int, all_max: int) -> b
     """Whether the queue takes no more, of this tenant or in all."""
     row = await tx.one(_DEPTH, tenant=tenant_of(tenant_id), tenant_max=tenant_max, all_max=all_max)
     return row is not None and bool(row["tenant_full"] or row["all_full"])
+
+
+async def those_alive(tx: Tx, tenant: str, response_ids: Sequence[str]) -> set[str]:
+    """Those of these runs of a tenant that wait or are being made."""
+    rows = await tx.all(_ALIVE, tenant=tenant, ids=list(response_ids))
+    return {row["response_id"] for row in rows}
 
 
 def _claim(row: Row) -> Claim:

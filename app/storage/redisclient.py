@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Iterable
-from typing import Any
 
 import redis.asyncio as redis
 from redis.asyncio.retry import Retry
@@ -23,26 +22,30 @@ BLOCK_MS = 5_000
 
 
 def connect(settings: Settings) -> tuple[redis.Redis, redis.Redis]:
-    """A client for everything, and one whose single connection may block. A lost connection is tried once more at once; what
-    is not answered in time is not."""
-    address = redis_address(settings.redis_url)
-    options: dict[str, Any] = {"socket_connect_timeout": settings.redis_timeout_s, "health_check_interval": 0}
-    pool: redis.BlockingConnectionPool = redis.BlockingConnectionPool.from_url(
-        address,
-        max_connections=CONNECTIONS_MAX,
-        timeout=settings.redis_timeout_s,
-        socket_timeout=settings.redis_timeout_s,
-        retry=Retry(NoBackoff(), 1, supported_errors=(RedisGone,)),
-        **options,
-    )
+    """A client for everything, and one whose single connection may block."""
     blocking = redis.from_url(
-        address,
+        redis_address(settings.redis_url),
         single_connection_client=True,
         socket_timeout=BLOCK_MS / 1000 + settings.redis_timeout_s,
         retry=Retry(NoBackoff(), 0),
-        **options,
+        socket_connect_timeout=settings.redis_timeout_s,
+        health_check_interval=0,
     )
-    return redis.Redis.from_pool(pool), blocking
+    return connect_pooled(settings, timeout_s=settings.redis_timeout_s), blocking
+
+
+def connect_pooled(settings: Settings, *, timeout_s: float) -> redis.Redis:
+    """A client with a pool of its own. A lost connection is tried once more at once; what is not answered in time is not."""
+    pool: redis.BlockingConnectionPool = redis.BlockingConnectionPool.from_url(
+        redis_address(settings.redis_url),
+        max_connections=CONNECTIONS_MAX,
+        timeout=timeout_s,
+        socket_timeout=timeout_s,
+        retry=Retry(NoBackoff(), 1, supported_errors=(RedisGone,)),
+        socket_connect_timeout=timeout_s,
+        health_check_interval=0,
+    )
+    return redis.Redis.from_pool(pool)
 
 
 async def break_off(tasks: Iterable[asyncio.Task[None]]) -> None:

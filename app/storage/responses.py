@@ -75,9 +75,9 @@ def _insert(parts: dict[str, str]) -> Query:
         where cast(:parent_thread_id as text) is not null and exists (select from response)
     ), run as (
         insert into runs (tenant_id, response_id, state, due_at, lease_s, lease, worker, request, secrets, streamed,
-                          number_ceiling, key_id)
+                          number_ceiling, key_id, reserved_tokens)
         select :tenant_id, :id, :run_state, clock_timestamp() + cast(:lease_s as float8) * interval '1 second', :lease_s,
-               :epoch, :worker, cast(:request as json), :secrets, :streamed, 0, :key_id
+               :epoch, :worker, cast(:request as json), :secrets, :streamed, 0, :key_id, cast(:reserved_tokens as bigint)
         where cast(:run_state as text) is not null and exists (select from response)
     ), journal as (
         insert into event_journal (tenant_id, response_id, first_number, frames)
@@ -174,6 +174,7 @@ def _run(run: Owner | Queued | None) -> dict[str, Any]:
         "secrets": queued.secrets if queued else None,
         "streamed": bool(queued and queued.streamed),
         "frames": queued.frames if queued else None,
+        "reserved_tokens": queued.reserved_tokens if queued else None,
     }
 
 

@@ -51,6 +51,7 @@ tenants = Table(
     Column("id", Text, primary_key=True, comment="a tenant, or one user of it: what rows have as their tenant_id"),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     Column("tenant", Text, comment="of a user its tenant; else null"),
+    Column("limits", JSONB, comment="its quotas, by name; null: as the settings have them"),
     Index("tenants_tenant_idx", "tenant", postgresql_where=text("tenant is not null")),
 )
 
@@ -67,6 +68,7 @@ keys = Table(
     Column("scopes", ARRAY(Text), nullable=False, server_default=text("array['responses.read', 'responses.write']")),
     Column("models", ARRAY(Text), comment="names or patterns; null: all"),
     Column("expires_at", DateTime(timezone=True)),
+    Column("limits", JSONB, comment="its quotas, by name; null: as the settings have them"),
     Index("keys_tenant_id_id_idx", "tenant_id", "id"),
     CheckConstraint(r"concat(tenant_id, user_name) !~ '[\x01-\x1f]'", name="keys_names_check"),
 )
@@ -287,6 +289,7 @@ runs = Table(
     Column("redis_run", Text, comment="which life of its stream in Redis holds all that was sent"),
     Column("usage", JSON, comment="of the turns that the journal holds"),
     Column("key_id", Text, comment="of the key that asked for it, which may be revoked; null without one"),
+    Column("reserved_tokens", BigInteger, comment="of its quotas; null: it has taken nothing that is to be settled"),
     Index("runs_queued_idx", "tenant_id", "due_at", postgresql_where=text("state = 'queued'")),
     Index("runs_due_idx", "due_at", postgresql_where=text("state <> 'queued'")),
 )

@@ -16,9 +16,16 @@ LAST_TIME = 253_402_300_799
 Name = Annotated[str, Meta(max_length=NAME_CHARS_MAX)]
 ModelName = Annotated[str, Meta(min_length=1, max_length=MODEL_CHARS_MAX)]
 Scope = Literal["responses.read", "responses.write", "admin"]
+LIMIT_MAX = 1_000_000_000
+"""Of what a quota may allow, as in the settings."""
+
+Limit = Annotated[int, Meta(ge=0, le=LIMIT_MAX)]
+"""0 is no limit; where null is allowed it is the default of the settings."""
+
 Actor = Literal["api_key", "jwt", "command_line", "anonymous"]
 Action = Literal[
     "key.created",
+    "key.updated",
     "key.rotated",
     "key.revoked",
     "response.deleted",
@@ -31,7 +38,20 @@ Action = Literal[
     "agent.created",
     "agent.updated",
     "agent.deleted",
+    "tenant.updated",
 ]
+
+
+class KeyLimits(Struct, frozen=True, forbid_unknown_fields=True):
+    """The quotas of a key."""
+
+    requests_per_minute: Limit | None = None
+    tokens_per_minute: Limit | None = None
+    concurrent_runs: Limit | None = None
+
+
+class TenantLimits(KeyLimits, frozen=True, forbid_unknown_fields=True):
+    """The quotas of a tenant."""
 
 
 class CreateKey(Struct, forbid_unknown_fields=True):
@@ -42,6 +62,16 @@ class CreateKey(Struct, forbid_unknown_fields=True):
     scopes: Annotated[list[Scope], Meta(min_length=1)] | None = None
     models: Annotated[list[ModelName], Meta(min_length=1, max_length=MODELS_MAX)] | None = None
     expires_at: Annotated[int, Meta(ge=0, le=LAST_TIME)] | None = None
+    limits: KeyLimits = KeyLimits()
+
+
+class UpdateKey(Struct, forbid_unknown_fields=True):
+    """`POST /v1/admin/keys/{id}`: what is given replaces what there was. `models` of null allows every model."""
+
+    name: Name | UnsetType = UNSET
+    scopes: Annotated[list[Scope], Meta(min_length=1)] | UnsetType = UNSET
+    models: Annotated[list[ModelName], Meta(min_length=1, max_length=MODELS_MAX)] | UnsetType | None = UNSET
+    limits: KeyLimits | UnsetType = UNSET
 
 
 class RotateKey(Struct, forbid_unknown_fields=True):
@@ -60,6 +90,7 @@ class ApiKey(Struct, kw_only=True):
     user: str | None
     scopes: list[str]
     models: list[str] | None
+    limits: KeyLimits
     created_at: int
     expires_at: int | None
     revoked_at: int | None
@@ -87,4 +118,5 @@ class AuditEntry(Struct, kw_only=True):
 
 
 CREATE_KEY = msgspec.json.Decoder(CreateKey)
+UPDATE_KEY = msgspec.json.Decoder(UpdateKey)
 ROTATE_KEY = msgspec.json.Decoder(RotateKey)

@@ -71,6 +71,7 @@ def test_a_key_is_made_and_its_secret_is_shown_once(house):
         "user": "ada",
         "scopes": ["responses.read"],
         "models": ["m*"],
+        "limits": {"requests_per_minute": None, "tokens_per_minute": None, "concurrent_runs": None},
         "created_at": made["created_at"],
         "expires_at": 4_000_000_000,
         "revoked_at": None,
@@ -173,6 +174,11 @@ def test_an_administrator_of_some_models_gives_no_access_to_others(house):
         for models in (["*"], ["n*"], ["m", "o"], ["*m"], ["N"]):
             assert status(models=models) == (403, "models"), models
         assert status() == (403, "models")
+        for models in (["*"], None, ["o"]):
+            reply = http.post(f"/admin/keys/{limited['id']}", json={"models": models})
+            assert (reply.status_code, reply.json()["error"]["param"]) == (403, "models")
+        assert http.post(f"/admin/keys/{all_models['id']}", json={"name": "x"}).json()["models"] is None
+        assert http.get(f"/admin/keys/{limited['id']}").json()["models"] == ["m*", "n"]
         assert http.post(f"/admin/keys/{limited['id']}/rotate").status_code == 200
         refused = http.post(f"/admin/keys/{all_models['id']}/rotate", json={"overlap_s": 0})
         assert (refused.status_code, refused.json()["error"]["code"]) == (403, "model_not_allowed")
@@ -238,9 +244,9 @@ def test_the_command_line_makes_rotates_and_lists_keys(house):
     assert house.statuses(secret) == [401, 401]
     assert house.statuses(rotated.stdout.strip()) == [200, 200]
     [line] = [line for line in reprise(house.env, "keys", "list").stdout.splitlines() if line.startswith(id)]
-    _, *cells, _, state = line.split("\t")
+    _, *cells, _, state, limits = line.split("\t")
     assert cells == ["acme", "ada", "-", "responses.read", "m*,n"]
-    assert state == f"valid until {tomorrow}T00:00:00+00:00"
+    assert (state, limits) == (f"valid until {tomorrow}T00:00:00+00:00", "-")
     refused = reprise(house.env, "keys", "create", "--expires=2020-01-01")
     assert (refused.returncode, refused.stderr) == (1, "reprise: 'expires_at' is in the past.\n")
     with house.http() as http:

@@ -99,7 +99,10 @@ BODIES = {
         for name in ("CREATE", "UPDATE", "FORK", "ITEMS")
     },
     **{f"agents.{name}": CreateAgent.__struct_fields__ for name in ("CREATE", "UPDATE")},
-    **{f"wire.{name}": getattr(admin, name).type.__struct_fields__ for name in ("CREATE_KEY", "ROTATE_KEY")},
+    **{
+        f"wire.{name}": getattr(admin, name).type.__struct_fields__
+        for name in ("CREATE_KEY", "UPDATE_KEY", "ROTATE_KEY")
+    },
     **{
         f"wire.{name}": getattr(tool_credentials, name).type.__struct_fields__
         for name in ("CREATE_TOOL_CREDENTIAL", "UPDATE_TOOL_CREDENTIAL")

@@ -36,6 +36,7 @@ def row(response_id: str) -> dict[str, Any]:
         "stream_token": None,
         "usage": None,
         "key_id": None,
+        "reserved_tokens": None,
     }
 
 

@@ -83,7 +83,7 @@ def start(*, fails: bool) -> tuple[ForegroundRuns, ForegroundRun, "weakref.ref[R
     pipeline = Pipeline(
         settings, Guard.from_settings(settings), programs, TokenCounter(settings), Prompts("Summarize.", "Summarize.")
     )
-    runs = ForegroundRuns(settings, Postgres(), pipeline, Owner("worker_1", 10.0))  # type: ignore[arg-type]
+    runs = ForegroundRuns(settings, Postgres(), pipeline, Owner("worker_1", 10.0), None)  # type: ignore[arg-type]
     asked = request(store=False, stream=True)
     room = Room(Rooms(1 << 20, waiting_max=4))
     route: Any = SimpleNamespace(model="m", lacks=frozenset(), prices=None)

@@ -226,8 +226,9 @@ class Process:
 
 
 def claim(id: str, epoch: int) -> Claim:
-    numbers = {"streamed": True, "number_ceiling": 7, "stream_token": None, "usage": None, "key_id": None}
-    return Claim("t", id, epoch, 0, "running", 1, 0, None, **numbers)
+    numbers = {"streamed": True, "number_ceiling": 7, "stream_token": None, "usage": None}
+    nothing = {"key_id": None, "reserved_tokens": None}
+    return Claim("t", id, epoch, 0, "running", 1, 0, None, **numbers, **nothing)
 
 
 @pytest.fixture

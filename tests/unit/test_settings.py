@@ -31,13 +31,14 @@ GOOD: dict[str, tuple[str, Any]] = {
     "workers_in_api": ("false", False),
     "keepalive_events": ("true", True),
     "redis_prefix": ("mine", "mine"),
+    "quota_outage": ("refuse", "refuse"),
     "outbound_allow": ("tools.internal,10.1.0.0/16", "tools.internal,10.1.0.0/16"),
     "proxies": ("10.0.0.1,2001:db8::/64", "10.0.0.1,2001:db8::/64"),
 }
 """A value of each setting that is no plain limit: as it is written, as it is meant."""
 
 UNITS = frozenset(
-    "agents pages bytes events headers items runs calls programs tools servers turns s attempts connections files chars size counts summaries tokens credentials".split()
+    "agents pages bytes events headers items runs calls programs tools servers turns s attempts connections files chars size counts summaries tokens requests credentials".split()
 )
 
 

@@ -57,7 +57,18 @@ _REASONS = {
     504: "The model's server sent nothing for too long.",
 }
 
+_RATE_HEADERS = {
+    f"x-ratelimit-{name}-{measure}": text.format(measure)
+    for measure in ("requests", "tokens")
+    for name, text in (
+        ("limit", "How many {} a minute has, by the quota that leaves the least; absent without one."),
+        ("remaining", "How many {} are left of it."),
+        ("reset", "When all {} of it are there again, such as `1s` or `6m0s`."),
+    )
+}
+
 _HEADERS = {
+    **_RATE_HEADERS,
     "x-request-id": "The client's own id of the request, or one of this server; the log has it.",
     "Retry-After": "Seconds until a retry may succeed.",
     "x-should-retry": "`false` if no retry can succeed, or if it would repeat work.",
@@ -186,7 +197,7 @@ def _key(name: str) -> str:
 def _reply(operation: Operation, schemas: Schemas) -> Schema:
     headers = ["x-request-id"]
     if operation.takes and operation.calls:
-        headers += [LEFT_OUT_TOOLS_HEADER, LEFT_OUT_ITEMS_HEADER, LEFT_OUT_FILES_HEADER]
+        headers += [LEFT_OUT_TOOLS_HEADER, LEFT_OUT_ITEMS_HEADER, LEFT_OUT_FILES_HEADER, *_RATE_HEADERS]
     return {
         "description": STREAM if operation.events else "It is done.",
         "headers": _header_references(headers),

@@ -227,6 +227,13 @@ OPERATIONS: dict[str, Operation] = {
         summary="List keys", tag=_ADMIN, query=queries.KeyPage, sends=page_of(admin.ApiKey)
     ),
     "GET /v1/admin/keys/{key_id}": Operation(summary="Retrieve a key", tag=_ADMIN, sends=admin.ApiKey),
+    "POST /v1/admin/keys/{key_id}": Operation(
+        summary="Change a key",
+        tag=_ADMIN,
+        takes=admin.UpdateKey,
+        sends=admin.ApiKey,
+        examples=examples.KEY_UPDATE,
+    ),
     "POST /v1/admin/keys/{key_id}/rotate": Operation(
         summary="Rotate a key",
         tag=_ADMIN,

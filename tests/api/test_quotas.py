@@ -1,0 +1,578 @@
+"""Quotas as clients meet them: what is refused, what the replies say, what the official client makes of it."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import redis
+from msgspec import Struct
+
+from app.domain.quotas import Holder
+from app.settings import Settings
+from app.storage.quotas import QuotaStore
+from tests.servers import Served, reprise
+from tests.upstream import Upstream, finish, gate, script, status, text, usage
+from tests.waiting import until
+
+CACHE_S = 0.2
+LEASE_S = 2.0
+SCOPES = ("--scope=admin", "--scope=responses.read", "--scope=responses.write")
+
+
+class House(Struct):
+    """Two replicas whose tenants have no limits unless a test sets some."""
+
+    env: dict[str, str]
+    one: Served
+    other: Served
+
+    def tenant(self, name: str, **limits: int) -> "Tenant":
+        """A new tenant with an administrators' key."""
+        self.limit(name, **limits)
+        done = reprise(self.env, "keys", "create", "--tenant", name, *SCOPES)
+        assert done.returncode == 0, done.stderr
+        return Tenant(self, name, done.stdout.strip())
+
+    def limit(self, name: str, **limits: int) -> None:
+        options = [f"--{limit.replace('_', '-')}={value}" for limit, value in limits.items()]
+        done = reprise(self.env, "tenants", "limit", name, *options)
+        assert done.returncode == 0, done.stderr
+
+
+class Tenant(Struct):
+    """A tenant, and the key of its administrators."""
+
+    house: House
+    name: str
+    key: str
+
+    def make(self, **given: Any) -> dict[str, Any]:
+        with self.http() as http:
+            reply = http.post("/admin/keys", json=given)
+        assert reply.status_code == 200, reply.text
+        return reply.json()
+
+    def http(self, key: str | None = None, served: Served | None = None) -> httpx.Client:
+        headers = {"Authorization": f"Bearer {key or self.key}"}
+        return httpx.Client(base_url=(served or self.house.one).url, headers=headers, timeout=30)
+
+    def client(self, key: str | None = None, served: Served | None = None, **options: Any) -> openai.OpenAI:
+        return (served or self.house.one).client(key or self.key).with_options(**options)
+
+
+@pytest.fixture(scope="module")
+def house(base_env: Mapping[str, str], new_database: Callable[[], str]) -> Iterator[House]:
+    env = {**base_env, "DATABASE_URL": new_database(), "REPRISE_KEY_CACHE_S": f"{CACHE_S}"}
+    env |= {"REPRISE_LEASE_S": f"{LEASE_S}", "REPRISE_QUOTA_TIMEOUT_S": "5", "REPRISE_REDIS_PREFIX": "quotas-api"}
+    with Served(env) as one, Served(env) as other:
+        yield House(env, one, other)
+
+
+@pytest.fixture
+def tenant(house, request) -> Callable[..., Tenant]:
+    """Makes a tenant that is this test's own."""
+    return lambda **limits: house.tenant(request.node.name, **limits)
+
+
+ASKED = {"model": "m", "input": "hi"}
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+
+CREATES: dict[str, tuple[str, dict[str, Any]]] = {
+    "response": ("/responses", ASKED),
+    "stream": ("/responses", {**ASKED, "stream": True}),
+    "background": ("/responses", {**ASKED, "background": True}),
+    "background stream": ("/responses", {**ASKED, "background": True, "stream": True}),
+    "unstored": ("/responses", {**ASKED, "store": False}),
+    "chat": ("/chat/completions", CHAT),
+    "chat stream": ("/chat/completions", {**CHAT, "stream": True}),
+    "compact": ("/responses/compact", ASKED),
+    "input tokens": ("/responses/input_tokens", ASKED),
+}
+
+
+def limits_in(reply: httpx.Response) -> dict[str, str]:
+    prefix = "x-ratelimit-"
+    return {name.removeprefix(prefix): value for name, value in reply.headers.items() if name.startswith(prefix)}
+
+
+def error_of(reply: httpx.Response) -> tuple[int, str, str | None]:
+    error = reply.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    return reply.status_code, error["type"], error["code"]
+
+
+# -- Headers ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", CREATES)
+def test_every_create_says_what_is_left(tenant, kind):
+    acme = tenant(requests_per_minute=30, tokens_per_minute=600_000)
+    path, body = CREATES[kind]
+    with acme.http() as http:
+        first, second = (limits_in(http.post(path, json=body)) for _ in range(2))
+    assert first["limit-requests"] == "30"
+    assert first["remaining-requests"] == "29"
+    assert first["reset-requests"] == "2s"
+    assert first["limit-tokens"] == "600000"
+    assert second["remaining-requests"] == "28"
+    assert second["reset-requests"].startswith(("3.", "4s"))
+    used = 600_000 - int(first["remaining-tokens"])
+    assert used == 0 if kind == "input tokens" else 1_024 < used < 1_100
+
+
+def test_a_reply_to_a_request_that_is_refused_later_says_it_too(tenant):
+    acme = tenant(requests_per_minute=30)
+    with acme.http() as http:
+        reply = http.post("/responses", json={"model": "m", "input": script([status(400)])})
+    assert reply.status_code == 400
+    assert limits_in(reply) == {"limit-requests": "30", "remaining-requests": "29", "reset-requests": "2s"}
+    assert len(reply.headers.get_list("x-ratelimit-limit-requests")) == 1
+
+
+def test_without_limits_nothing_is_counted_and_nothing_said(tenant, house):
+    acme = tenant()
+    with acme.http() as http, redis.Redis.from_url(house.env["REDIS_URL"]) as counted:
+        before = set(counted.keys("quotas-api:quota:*"))
+        for path, body in CREATES.values():
+            reply = http.post(path, json=body)
+            assert (reply.status_code, limits_in(reply)) == (200, {})
+        assert set(counted.keys("quotas-api:quota:*")) <= before
+
+
+# -- Rates ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", CREATES)
+def test_a_request_too_many_is_a_429_in_the_words_of_the_hosted_api(tenant, kind):
+    acme = tenant(requests_per_minute=2)
+    path, body = CREATES[kind]
+    with acme.http() as http:
+        assert [http.post(path, json=body).status_code for _ in range(2)] == [200, 200]
+        replies = [http.post(path, json=body) for _ in range(2)]  # the second is not even planned
+    for reply in replies:
+        assert error_of(reply) == (429, "requests", "rate_limit_exceeded")
+        message = reply.json()["error"]["message"]
+        assert message.startswith(
+            "Rate limit reached for this tenant on requests per min (RPM): Limit 2, Used 2, Requested 1. "
+            "Please try again in "
+        )
+        wait_ms = int(reply.headers["retry-after-ms"])
+        assert 20_000 < wait_ms <= 30_000
+        assert wait_ms <= 1_000 * int(reply.headers["retry-after"]) < wait_ms + 1_000
+        assert f"try again in {wait_ms / 1000:g}s." in message
+        assert limits_in(reply).keys() == {"limit-requests", "remaining-requests", "reset-requests"}
+        assert limits_in(reply)["remaining-requests"] == "0"
+
+
+def test_what_is_refused_for_another_reason_takes_nothing(tenant):
+    acme = tenant(requests_per_minute=1)
+    with acme.http() as http:
+        for body in ({**ASKED, "previous_response_id": "resp_x"}, {**ASKED, "tools": 3}):
+            assert http.post("/responses", json=body).status_code == 400
+        assert http.post("/responses", json=ASKED).status_code == 200
+        assert http.get("/responses").status_code == 200
+        assert http.post("/responses", json=ASKED).status_code == 429
+        assert http.get("/responses").status_code == 200
+
+
+def test_a_tenant_s_limit_holds_for_all_its_keys_and_users_together(tenant, house):
+    acme = tenant(requests_per_minute=3)
+    keys = [acme.key, acme.make()["value"], acme.make(user="ada")["value"], acme.make(user="bob")["value"]]
+    found = []
+    for at, key in enumerate(keys):
+        with acme.http(key, (house.one, house.other)[at % 2]) as http:
+            found.append(http.post("/responses", json=ASKED).status_code)
+    assert found == [200, 200, 200, 429]
+
+
+def test_a_key_s_limit_is_its_own_and_a_request_that_it_refuses_takes_nothing_of_the_tenant_s(tenant):
+    acme = tenant(requests_per_minute=4)
+    narrow, wide = acme.make(limits={"requests_per_minute": 1})["value"], acme.make()["value"]
+    with acme.http(narrow) as http:
+        replies = [http.post("/responses", json=ASKED) for _ in range(3)]
+    assert [reply.status_code for reply in replies] == [200, 429, 429]
+    assert limits_in(replies[0])["limit-requests"] == "1"
+    assert "for this API key on" in replies[1].json()["error"]["message"]
+    with acme.http(wide) as http:
+        assert [http.post("/responses", json=ASKED).status_code for _ in range(4)] == [200, 200, 200, 429]
+
+
+def test_the_official_client_waits_as_long_as_it_is_asked_to_and_succeeds(tenant, upstream: Upstream, said):
+    acme = tenant(tokens_per_minute=60_000)
+    spent = script([text("all"), usage(59_000, 1_500), finish()])
+    with acme.client() as client:
+        assert client.responses.create(model="m", input=spent).usage.total_tokens == 60_500
+        with pytest.raises(openai.RateLimitError) as caught:
+            client.responses.create(model="m", input=said)
+        assert (caught.value.code, caught.value.type) == ("rate_limit_exceeded", "tokens")
+        begun = time.monotonic()
+        assert client.with_options(max_retries=1).responses.create(model="m", input=said).output_text == f"ok: {said}"
+        assert 0.5 < time.monotonic() - begun < 10
+    assert len(upstream.asked(said)) == 1
+
+
+@pytest.mark.parametrize("kind", ["response", "stream", "unstored", "chat stream", "background"])
+def test_what_a_run_has_used_counts_in_place_of_what_it_has_reserved(tenant, kind):
+    acme = tenant(tokens_per_minute=1_000_000)
+    path, body = CREATES[kind]
+    asked_for = script([text("much"), usage(500_000, 100_000), finish()])
+    body = {
+        **body,
+        **({"messages": [{"role": "user", "content": asked_for}]} if "messages" in body else {"input": asked_for}),
+    }
+    with acme.http() as http:
+        first = http.post(path, json=body)
+        assert int(limits_in(first)["remaining-tokens"]) > 990_000
+
+        def left() -> int:
+            return int(limits_in(http.post("/responses/input_tokens", json=ASKED))["remaining-tokens"])
+
+        if kind == "background":
+            until(lambda: left() < 500_000)
+        assert 400_000 <= left() < 450_000
+
+
+@pytest.mark.parametrize("steps", [[status(500)], [status(400)]], ids=["it fails", "it refuses"])
+def test_a_run_that_no_upstream_answers_uses_no_tokens(tenant, steps):
+    acme = tenant(tokens_per_minute=60_000)
+    with acme.http() as http:
+        for _ in range(3):
+            reply = http.post("/responses", json={**ASKED, "input": script(steps), "max_output_tokens": 50_000})
+            assert reply.status_code in {400, 502}, reply.text
+
+
+def test_a_run_that_is_broken_off_has_used_what_it_reserved(tenant, upstream: Upstream, said):
+    acme = tenant(tokens_per_minute=60_000)
+    asked = script([text("so "), gate(said), finish()])
+    with acme.client() as client:
+        events = client.responses.create(model="m", input=asked, stream=True, max_output_tokens=50_000)
+        next(event for event in events if event.type == "response.output_text.delta")
+        events.close()
+    with acme.http() as http:
+        stored = until(lambda: http.get("/responses").json()["data"])
+        until(lambda: http.get(f"/responses/{stored[0]['id']}").json()["status"] == "cancelled")
+        reply = http.post("/responses", json={**ASKED, "max_output_tokens": 50_000})
+    upstream.open(said)
+    assert error_of(reply) == (429, "tokens", "rate_limit_exceeded")
+
+
+def test_a_request_that_can_never_fit_is_no_429(tenant, upstream: Upstream, said):
+    acme = tenant(tokens_per_minute=10_000)
+    with acme.client(max_retries=3) as client:
+        for more in ({}, {"background": True}):
+            with pytest.raises(openai.APIStatusError) as caught:
+                client.responses.create(model="m", input=said, max_output_tokens=10_000, **more)
+            assert (caught.value.status_code, caught.value.code) == (413, "request_too_large")
+            assert "Limit 10000, Requested 100" in caught.value.message
+        assert client.responses.create(model="m", input=said).output_text
+    assert len(upstream.asked(said)) == 1
+
+
+# -- Runs at once -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["stream", "background", "chat stream"])
+def test_runs_at_once_are_limited_until_they_end(tenant, upstream: Upstream, said, kind):
+    acme = tenant(concurrent_runs=2)
+    path, body = CREATES[kind]
+    key = "messages" if "messages" in body else "input"
+
+    def asked(name: str) -> dict[str, Any]:
+        asked_for = script([text("so "), gate(f"{said} {name}"), finish()])
+        return {**body, key: [{"role": "user", "content": asked_for}]}
+
+    with acme.http() as http, http.stream("POST", path, json=asked("a")) as a:
+        assert a.status_code == 200
+        with http.stream("POST", path, json=asked("b")) as b:
+            assert b.status_code == 200
+            refused = http.post(path, json=asked("c"))
+            assert error_of(refused) == (429, "requests", "rate_limit_exceeded")
+            assert (refused.headers["retry-after"], limits_in(refused)) == ("1", {})
+            assert "on concurrent runs: Limit 2, Used 2, Requested 1." in refused.json()["error"]["message"]
+            with acme.http(served=acme.house.other) as elsewhere:
+                assert elsewhere.post("/responses", json=ASKED).status_code == 429
+                assert elsewhere.post("/responses/input_tokens", json=ASKED).status_code == 200
+            upstream.open(f"{said} a")
+            if kind == "background":
+                until(lambda: http.post("/responses", json=ASKED).status_code == 200)
+            else:
+                a.read()
+            assert http.post("/responses", json=ASKED).status_code == 200
+            upstream.open(f"{said} b")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CREATES if "background" not in kind])
+def test_one_run_after_the_other_is_never_one_too_many(tenant, kind):
+    acme = tenant(concurrent_runs=1)
+    path, body = CREATES[kind]
+    with acme.http() as http:
+        for _ in range(10):
+            assert http.post(path, json=body).status_code == 200
+        failing = [{"role": "user", "content": script([status(500)])}]
+        if kind not in {"input tokens", "compact"}:
+            for _ in range(3):
+                reply = http.post(path, json={**body, "messages" if "messages" in body else "input": failing})
+                assert reply.status_code in {502, 500}, reply.text
+
+
+@pytest.mark.parametrize("way", ["cancelled", "disconnected"])
+def test_a_run_that_is_broken_off_frees_its_place(tenant, upstream: Upstream, said, way):
+    acme = tenant(concurrent_runs=1)
+    asked = script([text("so "), gate(said), finish()])
+    with acme.client() as client:
+        if way == "disconnected":
+            events = client.responses.create(model="m", input=asked, stream=True)
+            next(iter(events))
+            events.close()
+        else:
+            made = client.responses.create(model="m", input=asked, background=True)
+            upstream.wait_reached(said, 20)
+            with pytest.raises(openai.RateLimitError):
+                client.responses.create(model="m", input="hi")
+            client.responses.cancel(made.id)
+
+        def free() -> bool:
+            try:
+                return bool(client.responses.create(model="m", input="hi").output_text)
+            except openai.RateLimitError:
+                return False
+
+        until(free, timeout_s=LEASE_S / 2)
+    upstream.open(said)
+
+
+def test_a_place_that_was_lost_with_its_background_run_is_found_free(tenant, house, upstream: Upstream, said):
+    """As if the process had died after the commit and before the word to Redis."""
+    acme = tenant(concurrent_runs=1)
+    with acme.client() as client, redis.Redis.from_url(house.env["REDIS_URL"]) as counted:
+        made = client.responses.create(model="m", input=script([gate(said), finish()]), background=True)
+        [key] = [key for key in counted.keys("quotas-api:quota:*:background") if counted.zscore(key, made.id)]
+        for is_there in (True, False):
+            if not is_there:
+                upstream.open(said)
+                until(lambda: client.responses.retrieve(made.id).status == "completed")
+                until(lambda: not counted.zcard(key))
+            counted.zadd(key, {made.id: 1})  # long ago
+            if is_there:
+                with pytest.raises(openai.RateLimitError):
+                    client.responses.create(model="m", input="hi")
+                assert counted.zscore(key, made.id) > time.time() * 1e6 + 50e6, "it is known for a minute"
+            else:
+                assert client.responses.create(model="m", input="hi").output_text
+                assert counted.zcard(key) == 0
+
+
+def test_the_places_of_a_killed_process_are_free_after_its_lease(tenant, house, upstream: Upstream, said):
+    acme = tenant(concurrent_runs=2)
+    asked = {"model": "m", "input": script([text("so "), gate(said), finish()]), "stream": True}
+    with (
+        Served(house.env) as third,
+        acme.http(served=third) as http,
+        acme.http() as elsewhere,
+        http.stream("POST", "/responses", json=asked) as a,
+        http.stream("POST", "/responses", json=asked) as b,
+    ):
+        assert (a.status_code, b.status_code) == (200, 200)
+        begun = time.monotonic()
+        while time.monotonic() - begun < 2 * LEASE_S:  # they are prolonged
+            assert elsewhere.post("/responses", json=ASKED).status_code == 429
+        third.kill()
+        killed = time.monotonic()
+        until(lambda: elsewhere.post("/responses", json=ASKED).status_code == 200, timeout_s=LEASE_S + 2)
+        assert time.monotonic() - killed > LEASE_S / 4
+    upstream.open(said)
+
+
+# -- Two replicas -----------------------------------------------------------------------------------------------------------
+
+
+class Answered(Struct):
+    """How a request was answered, and when."""
+
+    status: int
+    at: float
+    left: str | None
+
+
+async def crowd(
+    acme: Tenant, count: int, body: dict[str, Any], *, at_once: int, answered: Callable[[Answered], None]
+) -> None:
+    """So many requests to both replicas in turns, a number of them at once."""
+    left = iter(range(count))
+    client = httpx.AsyncClient(
+        timeout=60, limits=httpx.Limits(max_connections=None), headers={"Authorization": f"Bearer {acme.key}"}
+    )
+    async with client as http:
+
+        async def work() -> None:
+            for number in left:
+                url = (acme.house.one, acme.house.other)[number % 2].url
+                reply = await http.post(f"{url}/responses", json=body)
+                remaining = reply.headers.get("x-ratelimit-remaining-requests")
+                answered(Answered(reply.status_code, time.time(), remaining))
+
+        await asyncio.gather(*(work() for _ in range(at_once)))
+
+
+def test_two_replicas_under_load_keep_one_quota_of_requests_off_by_none(tenant, house):
+    """What is taken is a debt of time, so Redis says to the microsecond how many requests it has let through."""
+    limit, count = 120, 800
+    interval = 60 / limit
+    acme = tenant(requests_per_minute=limit)
+    asked = {**ASKED, "store": False}
+    found: list[Answered] = []
+    begun = time.time()
+    with acme.http() as http:
+        assert http.post("/responses", json=asked).status_code == 200
+    first = time.time()
+    asyncio.run(crowd(acme, count, asked, at_once=40, answered=found.append))
+    accepted = 1 + sum(one.status == 200 for one in found)
+    refused = [one for one in found if one.status == 429]
+    assert accepted + len(refused) == count + 1
+    store = QuotaStore(Settings(redis_url=house.env["REDIS_URL"], redis_prefix="quotas-api"))
+    with redis.Redis.from_url(house.env["REDIS_URL"]) as counted:
+        known = counted.get(store._keys(Holder(acme.name, None), None, "requests")[0])
+    at, debt = (float(part) / 1e6 for part in known.split())
+    earliest, latest = ((at + debt - since) / interval for since in (first, begun))
+    assert earliest - 0.01 <= accepted <= latest + 0.01
+    assert latest - earliest < 0.9, "one more or less would be seen"
+    assert {one.left for one in refused} == {"0"}
+    healed = (max(one.at for one in refused) - begun) / interval
+    assert limit + healed - 3 <= accepted <= limit + healed
+
+
+@pytest.mark.parametrize(
+    ("limits", "more", "expected"),
+    [
+        ({"concurrent_runs": 17}, {}, 17),
+        ({"tokens_per_minute": 100_000}, {"max_output_tokens": 30_000}, 3),  # the fourth would fit after 12 s
+        ({"tokens_per_minute": 100_000, "concurrent_runs": 2}, {"max_output_tokens": 30_000}, 2),
+        ({"tokens_per_minute": 100_000, "concurrent_runs": 9}, {"max_output_tokens": 30_000}, 3),
+    ],
+)
+def test_two_replicas_under_load_let_through_exactly_as_many_runs_as_there_is_room_for(
+    tenant, upstream: Upstream, said, limits, more, expected
+):
+    count = 200
+    acme = tenant(**limits)
+    asked = {"model": "m", "input": script([gate(said), text("ok"), finish()]), "store": False, **more}
+    found: list[Answered] = []
+
+    def answered(one: Answered) -> None:
+        found.append(one)
+        if len(found) == count - expected:  # all others wait at the gate
+            assert {one.status for one in found} == {429}
+            upstream.open(said)
+
+    begun = time.monotonic()
+    asyncio.run(crowd(acme, count, asked, at_once=count, answered=answered))
+    assert time.monotonic() - begun < 11, "too slow to say"
+    assert sum(one.status == 200 for one in found) == expected
+    assert sum(one.status == 429 for one in found) == count - expected
+
+
+# -- Where limits are set ---------------------------------------------------------------------------------------------------
+
+
+def limit_of(acme: Tenant, served: Served) -> str | None:
+    with acme.http(served=served) as http:
+        return limits_in(http.post("/responses/input_tokens", json=ASKED)).get("limit-requests")
+
+
+def test_the_operator_s_limits_are_noticed_by_every_replica_soon(tenant, house):
+    acme = tenant(requests_per_minute=1_000)
+    both = (house.one, house.other)
+    assert [limit_of(acme, one) for one in both] == ["1000", "1000"]
+    house.limit(acme.name, requests_per_minute=2_000, concurrent_runs=5)
+    until(lambda: [limit_of(acme, one) for one in both] == ["2000", "2000"], timeout_s=CACHE_S + 2)
+    listed = reprise(house.env, "tenants", "list").stdout.splitlines()
+    assert f"{acme.name}\t1\t0\trequests_per_minute=2000,concurrent_runs=5" in listed
+    house.limit(acme.name)
+    until(lambda: [limit_of(acme, one) for one in both] == [None, None], timeout_s=CACHE_S + 2)
+    with acme.http() as http:
+        log = http.get("/admin/audit", params={"type": "tenant.updated"}).json()["data"]
+    assert [(one["target"], one["actor"]["type"]) for one in log] == [(acme.name, "command_line")] * 3
+    for bad in ("-1", "1000000001", "many"):
+        done = reprise(house.env, "tenants", "limit", acme.name, f"--requests-per-minute={bad}")
+        assert (done.returncode, "Invalid value" in done.stderr) == (2, True)
+    done = reprise(house.env, "tenants", "limit", "")
+    assert (done.returncode, done.stderr.startswith("reprise: Invalid value for 'tenant'")) == (1, True)
+
+
+def test_a_key_s_limits_are_set_by_api_and_on_the_command_line(tenant, house):
+    acme = tenant()
+    limits = {"requests_per_minute": 50, "tokens_per_minute": None, "concurrent_runs": 0}
+    made = acme.make(name="narrow", limits={"requests_per_minute": 50, "concurrent_runs": 0})
+    assert made["limits"] == limits
+    narrow = Tenant(house, acme.name, made["value"])
+    assert limit_of(narrow, house.one) == "50"
+    with acme.http() as http:
+        path = f"/admin/keys/{made['id']}"
+        assert http.post(path, json={"name": "wider"}).json()["limits"] == limits
+        changed = http.post(path, json={"limits": {"requests_per_minute": 70}, "models": ["m*"]}).json()
+        assert (changed["name"], changed["models"]) == ("wider", ["m*"])
+        assert changed["limits"] == {"requests_per_minute": 70, "tokens_per_minute": None, "concurrent_runs": None}
+        assert http.get(path).json() == changed
+        until(lambda: limit_of(narrow, house.one) == "70", timeout_s=CACHE_S + 2)
+        done = reprise(house.env, "keys", "limit", made["id"], "--requests-per-minute=90")
+        assert (done.returncode, done.stdout) == (
+            0,
+            f"{made['id']} has new limits; servers notice within {CACHE_S:g} s.\n",
+        )
+        until(lambda: limit_of(narrow, house.one) == "90", timeout_s=CACHE_S + 2)
+        rotated = http.post(f"{path}/rotate", json={}).json()
+        assert rotated["limits"]["requests_per_minute"] == 90
+        [line] = [one for one in reprise(house.env, "keys", "list").stdout.splitlines() if made["id"] in one]
+        assert line.endswith("\trequests_per_minute=90")
+        cleared = http.post(path, json={"limits": {}, "models": None, "scopes": ["responses.read"]}).json()
+        assert (cleared["models"], cleared["scopes"]) == (None, ["responses.read"])
+        log = http.get("/admin/audit", params={"type": "key.updated"}).json()["data"]
+        assert {one["target"] for one in log} == {made["id"]}
+        assert len(log) == 4
+        http.delete(path)
+        assert http.post(path, json={"name": "x"}).status_code == 404
+    own = reprise(house.env, "keys", "create", f"--tenant={acme.name}", "--requests-per-minute=11")
+    assert limit_of(Tenant(house, acme.name, own.stdout.strip()), house.one) == "11"
+
+
+@pytest.mark.parametrize(
+    ("given", "param", "code"),
+    [
+        ({"limits": {"requests_per_minute": -1}}, "limits.requests_per_minute", "invalid_value"),
+        ({"limits": {"requests_per_minute": 1_000_000_001}}, "limits.requests_per_minute", "invalid_value"),
+        ({"limits": {"tokens_per_minute": "many"}}, "limits.tokens_per_minute", "invalid_type"),
+        ({"limits": {"stored_bytes": 1}}, "limits.stored_bytes", "unknown_parameter"),
+        ({"limits": None}, "limits", "invalid_type"),
+        ({"scopes": []}, "scopes", "invalid_value"),
+        ({"scopes": ["admin"]}, "user", "invalid_value"),
+        ({"models": ["a\n"]}, "models", "invalid_value"),
+        ({"name": "a\u0000"}, "name", "invalid_value"),
+        ({"user": "bob"}, "user", "unknown_parameter"),
+    ],
+)
+def test_a_key_can_not_become_what_it_could_not_be_made_as(tenant, given, param, code):
+    acme = tenant()
+    made = acme.make(user="ada")
+    with acme.http() as http:
+        reply = http.post(f"/admin/keys/{made['id']}", json=given)
+        error = reply.json()["error"]
+        assert (reply.status_code, error["param"], error["code"]) == (400, param, code)
+        assert http.get(f"/admin/keys/{made['id']}").json() == {k: v for k, v in made.items() if k != "value"}
+
+
+def test_the_settings_limit_every_tenant_and_key_that_has_no_limits_of_its_own(new_server):
+    env = {"REPRISE_TENANT_REQUESTS_PER_MINUTE": "5", "REPRISE_KEY_REQUESTS_PER_MINUTE": "3"}
+    served = new_server(**env, REPRISE_KEY_CACHE_S="0", REPRISE_REDIS_PREFIX="quotas-settings")
+    with httpx.Client(base_url=served.url) as http:
+        reply = http.post("/responses", json=ASKED)
+        assert limits_in(reply)["limit-requests"] == "5", "a server without keys has one tenant"
+    house = House(dict(served.env), served, served)
+    acme = house.tenant("acme")
+    free = house.tenant("free", requests_per_minute=0)
+    assert limit_of(acme, served) == "3"
+    assert limit_of(Tenant(house, "free", free.make(limits={"requests_per_minute": 0})["value"]), served) is None
+    assert limit_of(Tenant(house, "acme", acme.make(limits={"requests_per_minute": 0})["value"]), served) == "5"
