@@ -224,8 +224,8 @@ class ShownMcpTool(Struct, tag_field="type", tag="mcp", kw_only=True):
     headers: None = None
     allowed_tools: Any
     require_approval: Any
-    defer_loading: bool | UnsetType | None
-    allowed_callers: "list[Caller] | UnsetType | None"
+    defer_loading: bool | UnsetType | None = UNSET
+    allowed_callers: "list[Caller] | UnsetType | None" = UNSET
 
 
 REDACTED = "<redacted>"

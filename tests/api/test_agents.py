@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from msgspec import Struct
 
 from tests.api.streams import events_of
+from tests.conformance import operation, wrong_in
 from tests.replay import replay
 from tests.servers import Served, reprise
 from tests.upstream import Upstream, answer, call, calling, finish, note, script
@@ -67,6 +69,15 @@ ADA = {"agent": {"variables": {"name": "Ada"}}}
 GREET = [{"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "Greet Ada."}]}]
 
 
+DOCUMENTED_PATHS = {
+    r"/agents(\?.*)?": "/v1/agents",
+    r"/agents/[^/?]+": "/v1/agents/{agent_id}",
+    r"/models": "/v1/models",
+    r"/models/[^/?]+": "/v1/models/{model_id}",
+}
+"""What every reply is compared with the document of."""
+
+
 class House(Struct):
     """Two replicas of which neither makes background runs, and keys by name."""
 
@@ -83,6 +94,8 @@ class House(Struct):
         headers = {"Authorization": f"Bearer {self.keys[key]}"}
         url = (served or self.one).url
         reply = httpx.request(method, f"{url}{path}", headers=headers, json=given or None, timeout=30)
+        if documented := next((name for one, name in DOCUMENTED_PATHS.items() if re.fullmatch(one, path)), None):
+            assert not wrong_in(operation(method, documented), reply)
         if reply.status_code == 200:
             return reply.json()
         error = reply.json()["error"]
