@@ -75,5 +75,5 @@ class TokenCounts:
             async for attempt in self._database.settling():
                 with attempt:
                     async with self._database.autocommit() as tx:
-                        await usage.count_request(tx, plan.tenant_id, id, plan.request.model, charge)
+                        await usage.count_request(tx, plan.tenant_id, id, plan.request.named, charge)
         return tokens

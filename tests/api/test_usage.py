@@ -48,6 +48,10 @@ prices = {{ input = 1000, output = 1000 }}
 name = "thinker"
 routes = [{{ upstream = "up", model = "scripted" }}]
 reasoning_summary = {{ model = "dear" }}
+
+[agents.helper]
+model = "dear"
+instructions = "Help."
 """
 PRICES = {
     "dear": ("2.5", "0.000125", "10.000001"),
@@ -189,6 +193,15 @@ def test_a_count_of_tokens_is_counted_if_the_upstream_made_a_completion_and_is_n
         for _ in range(2):  # the second is remembered
             assert client.responses.input_tokens.count(model="up@counts", input=script(TURN)).input_tokens == 1_000_003
     assert house.used("up@counts") == {**ONCE, "runs": 0, "cost": str(cost("up@scripted", 1_000_003, 77, 13))}
+
+
+def test_an_agent_is_counted_by_its_name_at_the_prices_of_its_model(house):
+    with house.client("alice") as client:
+        respond(client, "helper", script(TURN))
+        assert client.responses.input_tokens.count(model="helper", input=script(TURN)).input_tokens == 1_000_003
+    once = cost("dear", 1_000_003, 77, 13)
+    twice = {name: 2 * ONCE[name] for name in ONCE if name not in {"runs", "tool_calls"}}
+    assert house.used("helper") == {**ONCE, **twice, "cost": str(2 * once)}
 
 
 def test_each_turn_costs_what_its_route_does(house, upstream):
