@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from urllib.parse import urlsplit
 
+from msgspec.structs import replace
+
 from app.domain.client_tools import client_tool_of
 from app.domain.hosted import names_data
 from app.domain.tools.table import kind_of, missing_server
@@ -30,7 +32,10 @@ class DeclaredTools:
         servers: dict[str, ToolServer] = {}
         for index, tool in enumerate(request.tools):
             if isinstance(tool, McpTool):
-                servers[tool.server_label] = self._server(tool, f"tools[{index}]")
+                server = self._server(tool, f"tools[{index}]")
+                # What an agent has set its users do not know: its headers are secret, whatever they look like.
+                secret = frozenset(tool.headers or ()) if request.agent else frozenset[str]()
+                servers[tool.server_label] = replace(server, secret_headers=secret)
         if len(servers) > self._settings.tool_servers_max:
             raise InvalidParameter(
                 f"'tools' declares more than {self._settings.tool_servers_max} MCP servers.", param="tools"

@@ -94,6 +94,7 @@ PLANTED: dict[str, frozenset[str]] = {
     "a stored token of another tenant": NOWHERE,
     "a token of an agent": CLIENTS_TOOLS,
     "a header of an agent": CLIENTS_TOOLS,
+    "a header of plain words of an agent": CLIENTS_TOOLS,
     "a key in the URL of an agent's server": CLIENTS_TOOLS,
     "a token of an agent that was replaced": NOWHERE,
     "a token of an agent that is refused": NOWHERE,
@@ -376,7 +377,10 @@ def agents_are_used(house: House) -> None:
             "mcp", "planted-agent", echo=1, tools="raw", key=house.plant("a key in the URL of an agent's server")
         ),
         "authorization": house.plant("a token of an agent that was replaced"),
-        "headers": {"x-key": house.plant("a header of an agent")},
+        "headers": {
+            "x-key": house.plant("a header of an agent"),
+            "x-words": house.plant("a header of plain words of an agent", "eight other plain words"),
+        },
         "require_approval": "never",
     }
     agent = {
