@@ -166,6 +166,8 @@ def parse(request: Request[Any, Any, Any], type_: type[Q]) -> Q:
             values.setdefault(base, []).append(value)
         elif base in MAPS and key:
             maps.setdefault(base, {})[key] = value
+        elif name in values:
+            raise InvalidParameter(f"'{name}' is given twice.", param=name)
         else:
             values[name] = _boolean(value)
     values = {**maps, **values}
@@ -174,9 +176,13 @@ def parse(request: Request[Any, Any, Any], type_: type[Q]) -> Q:
         if name not in known:
             raise InvalidParameter(f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")
     try:
-        return msgspec.convert(values, type_, strict=False)
+        query = msgspec.convert(values, type_, strict=False)
     except msgspec.ValidationError as error:
         raise invalid(str(error), "", type_) from None
+    for name in values:
+        if getattr(query, name) is None:  # `null` in any letters
+            raise InvalidParameter(f"Invalid value for '{name}': null.", param=name)
+    return query
 
 
 def _boolean(value: str) -> str | bool:

@@ -65,7 +65,7 @@ PREFIXES = {
 }
 """Item type → id prefix; other items get `item_…`."""
 
-CUT_OFF = frozenset({"incomplete", "in_progress"})
+CUT_OFF = ("incomplete", "in_progress")
 """Statuses of a call that can't be answered."""
 
 Call = FunctionCall | CustomToolCall

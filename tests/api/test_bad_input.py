@@ -525,6 +525,8 @@ def test_an_id_that_there_is_not_is_a_404(http, method, id, below):
         ("order=up", VALUE, "order"),
         ("after=a%00b", VALUE, "after"),
         ("nonsense=1", UNKNOWN, "nonsense"),
+        ("limit=5&limit=6", VALUE, "limit"),
+        ("order=null", VALUE, "order"),
     ],
 )
 @pytest.mark.parametrize("path", ["/responses", "/responses/{id}/input_items"])
@@ -539,6 +541,9 @@ def test_a_bad_query_of_a_list_is_named(http, client, path, query, code, param):
     ("query", "code", "param"),
     [
         ("status=fine", VALUE, "status"),
+        ("status=null", VALUE, "status"),
+        ("status=NULL", VALUE, "status"),
+        ("status=completed&status=failed", VALUE, "status"),
         ("created_after=yesterday", TYPE, "created_after"),
         ("created_before=99999999999999999999", VALUE, "created_before"),
         ("model=%00", VALUE, "model"),
@@ -563,6 +568,7 @@ def test_a_bad_filter_is_named(http, query, code, param):
         ("include=everything", VALUE, "include[0]"),
         ("stream=maybe", TYPE, "stream"),
         ("starting_after=-1", VALUE, "starting_after"),
+        ("starting_after=null", VALUE, "starting_after"),
         ("stream=true&starting_after=999999999999999999999999999999", VALUE, "starting_after"),
         ("nonsense=1", UNKNOWN, "nonsense"),
     ],

@@ -238,3 +238,13 @@ def test_a_call_that_the_official_client_has_dumped_is_taken_back(client, upstre
     with pytest.raises(openai.BadRequestError) as refused:
         client.responses.create(model="m", input=[{**dumped, "async_": True}])
     assert refused.value.param == "input[0].async_"
+
+
+@pytest.mark.parametrize("status", [{}, [], ["completed"], 1, None])
+def test_a_call_whose_status_is_no_text_needs_an_output(http, status):
+    call = {"type": "apply_patch_call", "call_id": "call_odd", "status": status}
+    conversation = http.post("/conversations", json={"items": [call]}).json()["id"]
+    for body in ({"input": [call]}, {"input": "And now?", "conversation": conversation}):
+        reply = http.post("/responses", json={"model": "m", **body})
+        assert reply.status_code == 400
+        assert reply.json()["error"]["message"] == "No tool output found for apply patch call call_odd."

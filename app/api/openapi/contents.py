@@ -93,6 +93,7 @@ def _received(item: Any, tool: Any, choice: Any) -> dict[Field, Any]:
         **{(struct, name): type_ for struct in (requests.Body, *PARTIAL) for name, type_ in create.items()},
         **{(struct, "tools"): _array(tool, None) for struct in (CreateAgent, UpdateAgent)},
         **{(struct, "tool_choice"): choice | None for struct in (CreateAgent, UpdateAgent)},
+        **{(struct, "id"): str | None for struct in ITEMS if struct is not items.ItemReference},
         (items.Message, "type"): Literal["message"] | None,
         (items.ItemReference, "type"): Literal["item_reference"] | None,
         (conversations.CreateConversation, "items"): some | None,

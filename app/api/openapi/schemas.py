@@ -57,6 +57,8 @@ class Schemas:
         self._contents, self._names = contents, names
         self._mirrors: dict[tuple[type[Struct], Direction, str], type[Struct]] = {}
         self._composed: dict[str, Schema] = {}
+        self._alone: set[str] = set()
+        """Components that stand in no union somewhere: what is received may leave out their tags."""
 
     def of(self, type_: Any, direction: Direction) -> Schema:
         """The schema of any type; Structs are components."""
@@ -85,6 +87,8 @@ class Schemas:
         _, made = msgspec.json.schema_components(mirrors, ref_template=_PREFIX + "{name}")
         directions = {mirror.__name__: key[1] for key, mirror in self._mirrors.items()}
         found = {name: _tidied(schema, directions[name]) for name, schema in made.items()}
+        for name in self._alone:
+            found[name]["required"] = [key for key in found[name]["required"] if "const" not in found[name]["properties"][key]]
         return dict(sorted({**found, **self._composed}.items()))
 
     def _mirror(
@@ -128,15 +132,20 @@ class Schemas:
             namespace={"__doc__": _unwrapped(struct.__doc__ or "")},
         )
 
-    def _mirrored(self, type_: Any, direction: Direction) -> Any:
+    def _mirrored(self, type_: Any, direction: Direction, *, alone: bool = True) -> Any:
+        """A type with mirrors in the places of Structs. They stand `alone` unless a union tells them apart."""
         if isinstance(type_, type) and issubclass(type_, Struct):
-            return self._mirror(type_, direction)
+            mirror = self._mirror(type_, direction)
+            if alone and direction == "received" and mirror.__struct_config__.tag:
+                self._alone.add(mirror.__name__)
+            return mirror
         origin, arguments = get_origin(type_), get_args(type_)
         if origin is None or origin is Literal:
             return type_
         if origin is Annotated:
-            return Annotated[self._mirrored(arguments[0], direction), *type_.__metadata__]
-        inner = tuple(self._mirrored(one, direction) for one in arguments)
+            return Annotated[self._mirrored(arguments[0], direction, alone=alone), *type_.__metadata__]
+        alone = sum(isinstance(one, type) and issubclass(one, Struct) for one in arguments) < 2
+        inner = tuple(self._mirrored(one, direction, alone=alone) for one in arguments)
         return Union[inner] if origin in {Union, UnionType} else origin[inner]  # noqa: UP007
 
 
@@ -163,6 +172,7 @@ def _tidied(schema: Any, direction: Direction) -> Any:
     }
     if "discriminator" in made:
         made["oneOf"] = made.pop("anyOf")
+        made["required"] = [made["discriminator"]["propertyName"]]
     if "enum" in made and all(isinstance(value, str) for value in made["enum"]):
         made = {"type": "string", **made}
     match made.get("anyOf"):
