@@ -153,7 +153,24 @@ IGNORED = frozenset({"beta"})
 
 
 def parse(request: Request[Any, Any, Any], type_: type[Q]) -> Q:
-    """The query of a request. Raises InvalidParameter, also for unknown names."""
+    """The query of a request. Raises InvalidParameter, also for unknown names, and for those that are given twice."""
+    values = _values(request)
+    known = {field.name for field in msgspec.structs.fields(type_)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in known:
+            raise InvalidParameter(f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")
+    try:
+        query = msgspec.convert(values, type_, strict=False)
+    except msgspec.ValidationError as error:
+        raise invalid(str(error), "", type_) from None
+    for name in values:
+        if getattr(query, name) is None:  # `null`, in any letters
+            raise InvalidParameter(f"Invalid value for '{name}': null.", param=name)
+    return query
+
+
+def _values(request: Request[Any, Any, Any]) -> dict[str, Any]:
+    """The values of a query by their names; arrays and maps put together."""
     values: dict[str, Any] = {}
     maps: dict[str, dict[str, str]] = {}
     for name, value in request.query_params.multi_items():
@@ -164,25 +181,13 @@ def parse(request: Request[Any, Any, Any], type_: type[Q]) -> Q:
         base, _, key = name.removesuffix("]").partition("[")
         if base in LISTS:
             values.setdefault(base, []).append(value)
-        elif base in MAPS and key:
-            maps.setdefault(base, {})[key] = value
-        elif name in values:
-            raise InvalidParameter(f"'{name}' is given twice.", param=name)
-        else:
-            values[name] = _boolean(value)
-    values = {**maps, **values}
-    known = {field.name for field in msgspec.structs.fields(type_)}  # type: ignore[arg-type]
-    for name in values:
-        if name not in known:
-            raise InvalidParameter(f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")
-    try:
-        query = msgspec.convert(values, type_, strict=False)
-    except msgspec.ValidationError as error:
-        raise invalid(str(error), "", type_) from None
-    for name in values:
-        if getattr(query, name) is None:  # `null` in any letters
-            raise InvalidParameter(f"Invalid value for '{name}': null.", param=name)
-    return query
+            continue
+        is_of_map = base in MAPS and key
+        holder, at = (maps.setdefault(base, {}), key) if is_of_map else (values, name)
+        if at in holder:
+            raise InvalidParameter(f"'{name}' is given twice.", param=base)
+        holder[at] = value if is_of_map else _boolean(value)
+    return {**maps, **values}
 
 
 def _boolean(value: str) -> str | bool:

@@ -550,6 +550,7 @@ def test_a_bad_query_of_a_list_is_named(http, client, path, query, code, param):
         ("metadata=x", TYPE, "metadata"),
         ("metadata=x&metadata[a]=b", TYPE, "metadata"),
         ("metadata[a]=b&metadata=x", TYPE, "metadata"),
+        ("metadata[a]=b&metadata[a]=c", VALUE, "metadata"),
         ("metadata[a]=%00", VALUE, "metadata"),
         ("metadata[%00]=a", VALUE, "metadata"),
         ("include[]=message.output_text.logprobs", UNKNOWN, "include"),

@@ -9,6 +9,7 @@ import httpx
 import pytest
 from msgspec import UNSET, Struct, UnsetType
 
+from tests.conformance import operation, wrong_in
 from tests.issuer import Issuer
 from tests.routes import handlers
 from tests.servers import Served, reprise
@@ -137,7 +138,9 @@ class House(Struct):
         form = {"files": {"file": ("a.txt", b"of a")}, "data": {"purpose": "user_data"}} if call.form else {}
         authorization = {} if key is None else {"Authorization": f"Bearer {self.keys[key]}"}
         with httpx.Client(base_url=self.served.url.removesuffix("/v1"), headers=authorization, timeout=30) as http:
-            return http.request(method, path.format(**(ids or self.ids)), json=call.body, **form)
+            reply = http.request(method, path.format(**(ids or self.ids)), json=call.body, **form)
+        assert not wrong_in(operation(method, path), reply), route
+        return reply
 
     def http(self, key: str) -> httpx.Client:
         """A client with a key, by its name."""

@@ -88,7 +88,9 @@ class Schemas:
         directions = {mirror.__name__: key[1] for key, mirror in self._mirrors.items()}
         found = {name: _tidied(schema, directions[name]) for name, schema in made.items()}
         for name in self._alone:
-            found[name]["required"] = [key for key in found[name]["required"] if "const" not in found[name]["properties"][key]]
+            found[name]["required"] = [
+                key for key in found[name]["required"] if "const" not in found[name]["properties"][key]
+            ]
         return dict(sorted({**found, **self._composed}.items()))
 
     def _mirror(
