@@ -9,7 +9,12 @@ import pytest
 
 from app.api.reference import DOCUMENT, REDOC
 from tests.conformance import DOCUMENTED, wrong, wrong_in
+from tests.fuzz import documented
 from tests.servers import Served, reprise
+
+EXAMPLES_OF_EACH = 10
+"""Requests that are made for each operation, of each kind."""
+SEED = 20_261
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +122,15 @@ def test_every_body_has_an_example():
         if kind == "application/json"
     ]
     assert all(media.get("examples") for media in bodies)
+
+
+# -- Requests made from the document -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("phases", "without"), [(documented.MADE, ()), (documented.BROKEN, documented.WITH_ITEMS)], ids=["made", "broken"]
+)
+def test_requests_made_from_the_document_are_answered_as_it_says(new_server, tmp_path, phases, without):
+    served = new_server(REPRISE_AUTH_DELAY_MAX_S="0")
+    assert not documented.run(served, tmp_path, phases=phases, examples=EXAMPLES_OF_EACH, seed=SEED, without=without)
+    assert not [line for line in served.printed if "because of a bug" in line]

@@ -5,6 +5,7 @@ the parameter, and what is refused has asked nothing of the upstream.
 
     python -m tests.fuzz --requests 30000 --seed 1              on servers of its own
     python -m tests.fuzz --requests 1 --seed 1 --first 4711     one of them again
+    python -m tests.fuzz --documented --requests 50 --seed 1    requests that schemathesis makes from the OpenAPI document
 
 The suite sends some hundred of them (`tests/api/test_fuzz.py`).
 """

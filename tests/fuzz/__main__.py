@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from app import embedded, migrate
+from tests.fuzz import documented
 from tests.fuzz.sending import Fuzzer, report
 from tests.servers import Served
 from tests.upstream import Upstream
@@ -24,6 +25,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--first", type=int, default=0, help="the number of the first")
     parser.add_argument("--at-once", type=int, default=4)
+    parser.add_argument(
+        "--documented", action="store_true", help="requests of schemathesis, as many for each operation"
+    )
     given = parser.parse_args()
     print(f"seed {given.seed}", flush=True)
     with tempfile.TemporaryDirectory() as directory, Upstream() as upstream:
@@ -36,8 +40,17 @@ def main() -> int:
                 "OPENAI_BASE_URL": upstream.base_url,
                 "REPRISE_DATA_DIR": str(data),
             }
-            with Served(env) as served:
-                return fuzz(served, upstream, given)
+            with Served({**env, "REPRISE_AUTH_DELAY_MAX_S": "0"}) as served:
+                return (from_document if given.documented else fuzz)(served, upstream, given)
+
+
+def from_document(served: Served, upstream: Upstream, given: argparse.Namespace) -> int:
+    """All that schemathesis makes of the OpenAPI document."""
+    with tempfile.TemporaryDirectory() as directory:
+        phases = (*documented.MADE, *documented.BROKEN)
+        wrong = documented.run(served, Path(directory), phases=phases, examples=given.requests, seed=given.seed)
+    print(wrong or "nothing is wrong", flush=True)
+    return 1 if wrong else 0
 
 
 def fuzz(served: Served, upstream: Upstream, given: argparse.Namespace) -> int:
