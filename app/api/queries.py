@@ -172,7 +172,7 @@ def parse(request: Request[Any, Any, Any], type_: type[Q]) -> Q:
 def _values(request: Request[Any, Any, Any]) -> dict[str, Any]:
     """The values of a query by their names; arrays and maps put together."""
     values: dict[str, Any] = {}
-    maps: dict[str, dict[str, str]] = {}
+    maps: dict[str, dict[str, Any]] = {}
     for name, value in request.query_params.multi_items():
         if "\0" in name + value:
             raise InvalidParameter("Query parameters may not contain NUL characters.", param=name.partition("[")[0])

@@ -187,7 +187,10 @@ def _body(operation: Operation, type_: type[Struct], schemas: Schemas) -> Schema
             _key(name): {"summary": name, "value": value} for name, value in operation.examples.items()
         }
     media = "multipart/form-data" if operation.form else "application/json"
-    return {"required": operation.needs_body, "content": {media: content}}
+    is_needed = operation.calls or any(
+        one.required for one in msgspec.structs.fields(type_)
+    )  # else an empty one is `{}`
+    return {"required": is_needed, "content": {media: content}}
 
 
 def _key(name: str) -> str:

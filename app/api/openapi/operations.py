@@ -55,8 +55,6 @@ class Operation(Struct, frozen=True, kw_only=True):
     """The component of the events of a stream, if the reply may be one."""
     calls: bool = False
     """Whether it calls a model's server, whose errors are passed on."""
-    needs_body: bool = True
-    """Whether an empty body is refused."""
     form: bool = False
     """Whether the body is a form."""
     examples: Examples = {}
@@ -148,7 +146,6 @@ OPERATIONS: dict[str, Operation] = {
         tag=_CONVERSATIONS,
         takes=conversations.CreateConversation,
         sends=conversations.Conversation,
-        needs_body=False,
         examples=examples.CONVERSATION,
     ),
     "GET /v1/conversations": Operation(
@@ -175,7 +172,6 @@ OPERATIONS: dict[str, Operation] = {
         tag=_CONVERSATIONS,
         takes=conversations.ForkConversation,
         sends=conversations.Conversation,
-        needs_body=False,
         examples=examples.FORK,
     ),
     "GET /v1/conversations/{conversation_id}/items": Operation(
@@ -220,7 +216,6 @@ OPERATIONS: dict[str, Operation] = {
         tag=_ADMIN,
         takes=admin.CreateKey,
         sends=admin.ApiKey,
-        needs_body=False,
         examples=examples.KEY,
     ),
     "GET /v1/admin/keys": Operation(
@@ -239,7 +234,6 @@ OPERATIONS: dict[str, Operation] = {
         tag=_ADMIN,
         takes=admin.RotateKey,
         sends=admin.ApiKey,
-        needs_body=False,
         examples=examples.ROTATE,
     ),
     "DELETE /v1/admin/keys/{key_id}": Operation(summary="Revoke a key", tag=_ADMIN, sends=resources.Deleted),
@@ -267,7 +261,6 @@ OPERATIONS: dict[str, Operation] = {
         tag=_CREDENTIALS,
         takes=tool_credentials.UpdateToolCredential,
         sends=tool_credentials.ToolCredential,
-        needs_body=False,
         examples=examples.TOOL_CREDENTIAL_UPDATE,
     ),
     "DELETE /v1/tool_credentials/{credential_id}": Operation(
