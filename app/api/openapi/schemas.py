@@ -135,7 +135,7 @@ class Schemas:
         )
 
     def _mirrored(self, type_: Any, direction: Direction, *, alone: bool = True) -> Any:
-        """A type with mirrors in the places of Structs. They stand `alone` unless a union tells them apart."""
+        """A type with mirrors in the places of Structs. They stand `alone` unless they are members of a union."""
         if isinstance(type_, type) and issubclass(type_, Struct):
             mirror = self._mirror(type_, direction)
             if alone and direction == "received" and mirror.__struct_config__.tag:
