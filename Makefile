@@ -1,7 +1,7 @@
 # All that a fresh machine needs is make and Python 3.11 to 3.14: `make run`, `make test`, `make check`, `make bench`.
 # Packages go to .venv, and uv to .tools unless it is installed. `make clean` removes both and keeps .data.
 
-.PHONY: run test faults engines clients check openapi bench bench-quick lock clean
+.PHONY: run test faults engines clients open-webui librechat check openapi bench bench-quick lock clean
 .DELETE_ON_ERROR:
 
 # Ignore an active environment, which may be broken; and let uv use the installed Python.
@@ -44,12 +44,15 @@ engines: .venv/synced .engines/made
 	.venv/bin/python -m tests.engines
 
 # Real clients, as docs/clients.md connects them. Needs Node.js and npm.
-clients: .venv/synced .clients/made
+clients: .venv/synced .clients/made .clients/llama-index/made
 	.venv/bin/python -m tests.clients
 
-# Another one, which takes 7 GB.
+# Others, which take 7 GB and half a GB.
 open-webui: .venv/synced .clients/open-webui/made
 	.venv/bin/python -m tests.clients --only open-webui
+
+librechat: .venv/synced .clients/librechat/made
+	.venv/bin/python -m tests.clients --only librechat
 
 check: .venv/synced
 	.venv/bin/ruff check
@@ -101,9 +104,14 @@ clean:
 	npm install --prefix .clients --no-audit --no-fund --no-package-lock --loglevel error
 	@touch $@
 
-.clients/open-webui/made: tests/clients/open-webui.txt | .venv/synced
-	@$(UV) venv --quiet --clear --python .venv/bin/python .clients/open-webui
-	$(UV) pip install --quiet --python .clients/open-webui/bin/python -r $<
+.clients/open-webui/made .clients/llama-index/made: .clients/%/made: tests/clients/%.txt | .venv/synced
+	@$(UV) venv --quiet --clear --python .venv/bin/python .clients/$*
+	$(UV) pip install --quiet --python .clients/$*/bin/python -r $<
+	@touch $@
+
+.clients/librechat/made: tests/clients/librechat.json | .venv/synced
+	@mkdir -p .clients/librechat && cp $< .clients/librechat/package.json
+	npm install --prefix .clients/librechat --no-audit --no-fund --no-package-lock --loglevel error
 	@touch $@
 
 .tools/bin/uv:

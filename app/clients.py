@@ -73,6 +73,46 @@ model = ChatOpenAI(model="$model", base_url="$url", api_key="$key", use_response
 print(model.invoke("Hello").text)
 """,
     ),
+    "langchain-chat": Client(
+        name="LangChain, over Chat Completions",
+        file="hello.py",
+        run="python hello.py",
+        text="""
+from langchain_openai import ChatOpenAI
+
+model = ChatOpenAI(model="$model", base_url="$url", api_key="$key")
+print(model.invoke("Hello").text)
+""",
+    ),
+    "llama-index": Client(
+        name="LlamaIndex, over Chat Completions",
+        file="hello.py",
+        run="python hello.py",
+        text="""
+from llama_index.llms.openai_like import OpenAILike
+
+model = OpenAILike(
+    model="$model",
+    api_base="$url",
+    api_key="$key",
+    is_chat_model=True,
+    is_function_calling_model=True,
+)
+print(model.complete("Hello"))
+""",
+    ),
+    "litellm": Client(
+        name="LiteLLM, over Chat Completions",
+        file="hello.py",
+        run="python hello.py",
+        text="""
+from litellm import completion
+
+messages = [{"role": "user", "content": "Hello"}]
+response = completion(model="openai/$model", api_base="$url", api_key="$key", messages=messages)
+print(response.choices[0].message.content)
+""",
+    ),
     "pydantic-ai": Client(
         name="Pydantic AI",
         file="hello.py",
@@ -150,6 +190,24 @@ OPENAI_API_BASE_URL=$url
 OPENAI_API_KEY=$key
 DEFAULT_MODELS=$model
 ENABLE_OLLAMA_API=False
+""",
+    ),
+    "librechat": Client(
+        name="LibreChat, over Chat Completions",
+        file="librechat.yaml",
+        run="npm run backend",
+        text="""
+version: 1.2.8
+endpoints:
+  custom:
+    - name: Reprise
+      baseURL: "$url"
+      apiKey: "$key"
+      models:
+        default: ["$model"]
+        fetch: true
+      titleConvo: true
+      titleModel: current_model
 """,
     ),
 }

@@ -1,6 +1,7 @@
 """`python -m tests.clients`: connects real clients as `reprise connect` says, and asks each "Hello"; fails where one gets no answer.
 
-The SDK for Node.js then calls every endpoint (`openai_node.mjs`), with the scripted upstream behind the server.
+Then come programs with the scripted upstream behind the server: the SDK for Node.js calls every endpoint (`openai_node.mjs`), and
+clients of Chat Completions stream, call tools and continue conversations (`chat_*.py`, `librechat.mjs`).
 """
 
 import argparse
@@ -19,10 +20,21 @@ from tests.toolserver import Toolserver
 from tests.upstream import Upstream
 
 HOME = ROOT / ".clients"
-LARGE = {"open-webui"}
-"""Only when it is named: `make open-webui` installs it."""
-NODE_TESTS = Path(__file__).parent / "openai_node.mjs"
+LARGE = {"open-webui", "librechat"}
+"""Only when they are named: `make open-webui` and `make librechat` install them."""
+NOT_ASKED = {"librechat"}
+"""The application needs more than this machine has."""
+APART = {"llama-index", "librechat"}
+"""They have an environment of their own."""
+PROGRAMS = {
+    "openai-node": "node --test openai_node.mjs",
+    "langchain-chat": "python chat_langchain.py",
+    "llama-index": "python chat_llama_index.py",
+    "litellm": "python chat_litellm.py",
+    "librechat": "node --test librechat.mjs",
+}
 TIMEOUT_S = 120
+WITHOUT_DOWNLOADS = {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}
 ANSWER = 'You said: "Hello".'
 """The demo model's."""
 
@@ -34,14 +46,18 @@ def main() -> None:
     only = parser.parse_args().only
     failed = []
     with tempfile.TemporaryDirectory() as data, Served({"REPRISE_DATA_DIR": data}) as served:
-        for name in [only] if only else [name for name in CLIENTS if name not in LARGE]:
+        names = [only] if only else [name for name in CLIENTS if name not in LARGE]
+        for name in names:
+            if name in NOT_ASKED:
+                continue
             printed = run(name, served.url)
             if not passed(name, ANSWER in printed, printed):
                 failed.append(name)
-    if only in {None, "openai-node"}:
-        status, printed = run_node_tests()
-        if not passed(f"openai-node, {NODE_TESTS.name}", status == 0, printed):
-            failed.append(NODE_TESTS.name)
+    for name in names:
+        if name in PROGRAMS:
+            status, printed = run_program(name)
+            if not passed(f"{name}, {PROGRAMS[name].split()[-1]}", status == 0, printed):
+                failed.append(PROGRAMS[name])
     sys.exit(1 if failed else 0)
 
 
@@ -63,11 +79,11 @@ def run(name: str, url: str) -> str:
         if name in LARGE:
             env = {**os.environ, "PATH": f"{HOME / name / 'bin'}:{os.environ['PATH']}"}
             return open_webui.ask(client.command("none"), Path(home), env, "Hello")
-        return run_in(home, client.command("none"), {"CODEX_HOME": f"{home}/.codex"})[1]
+        return run_in(home, name, client.command("none"), {"CODEX_HOME": f"{home}/.codex"})[1]
 
 
-def run_node_tests() -> tuple[int, str]:
-    """The exit status of the tests of the SDK for Node.js, and what they print."""
+def run_program(name: str) -> tuple[int, str]:
+    """The exit status of a client's program, and what it prints."""
     with (
         tempfile.TemporaryDirectory(prefix="reprise-client-") as home,
         Upstream() as upstream,
@@ -80,22 +96,24 @@ def run_node_tests() -> tuple[int, str]:
             }
         ) as served,
     ):
-        shutil.copy(NODE_TESTS, home)
+        for file in (PROGRAMS[name].split()[-1], "scripts.py"):
+            shutil.copy(Path(__file__).parent / file, home)
         mcp_url = toolserver.url("mcp", "node")
         env = {"REPRISE_URL": served.url, "UPSTREAM_URL": upstream.base_url, "MCP_URL": mcp_url}
-        return run_in(home, f"node --test {NODE_TESTS.name}", env)
+        return run_in(home, name, PROGRAMS[name], env)
 
 
-def run_in(home: str, command: str, env: Mapping[str, str]) -> tuple[int, str]:
-    """The exit status of a command in this directory, where it finds the clients, and everything that it prints."""
-    (Path(home) / "node_modules").symlink_to(HOME / "node_modules")
-    path = [HOME / "venv" / "bin", HOME / "node_modules" / ".bin", os.environ["PATH"]]
+def run_in(home: str, name: str, command: str, env: Mapping[str, str]) -> tuple[int, str]:
+    """The exit status of a client's command in this directory, where it finds the client, and everything that it prints."""
+    modules = HOME / name if name in APART else HOME
+    (Path(home) / "node_modules").symlink_to(modules / "node_modules")
+    path = [HOME / (name if name in APART else "venv") / "bin", HOME / "node_modules" / ".bin", os.environ["PATH"]]
     try:
         done = subprocess.run(
             command,
             shell=True,
             cwd=home,
-            env={**os.environ, "HOME": home, "PATH": ":".join(map(str, path)), **env},
+            env={**os.environ, "HOME": home, **WITHOUT_DOWNLOADS, "PATH": ":".join(map(str, path)), **env},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
