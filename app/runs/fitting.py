@@ -2,7 +2,8 @@
 
 The upstream's refusal decides, with its counts. Where the size of the model's context is known, from the catalog or an earlier refusal,
 a long prompt is counted before it is sent, if an endpoint does that without generating; if none does, a size from the catalog is
-compared with an estimate, as upstreams that cut prompts silently refuse none.
+compared with an estimate. Upstreams that cut prompts silently refuse none: without `truncation: auto`, what is longer than a size from the
+catalog is refused here.
 """
 
 from app.domain.context import Context
@@ -43,6 +44,8 @@ class Fitting:
             body = await offload(
                 plan.size, plan.chat_request, request, begun, upstream, route, output_tokens_max=tokens_max
             )
+            if not is_auto:
+                await self._refuse_longer(request, begun, body, upstream, route)
             share = await self._share_over(request, begun, body, tokens_max, upstream, route) if is_auto else None
             is_counted = later < COUNTED_MAX
             if (
@@ -93,13 +96,50 @@ class Fitting:
         route: Route,
     ) -> float | None:
         """How much of a prompt is too much, from 0 to 1; None if that is nothing, or unknown."""
-        given = route.context_tokens or upstream.entry.context_tokens
+        given = _given_size(upstream, route)
         size = given or self._sizes.get((upstream.name, route.model)) or upstream.context_tokens(route.model)
-        if size is None or len(body) <= size * BYTES_PER_TOKEN_MIN:
+        if size is None:
             return None
-        asked = ChatRequest(upstream, route.model, body, self._plan.caller_key)
-        tokens = await self._counter.count_without_output(self._plan.tenant_id, asked)
-        if tokens is None and given:
-            tokens = await offload(self._plan.size, estimated_prompt, request, context)
+        tokens, _ = await self._tokens(request, context, body, upstream, route, size, may_estimate=given is not None)
         room = max(size - (tokens_max or 0), size // 2)
-        return (tokens - room) / tokens if tokens and tokens > room else None
+        return (tokens - room) / tokens if tokens > room else None
+
+    async def _refuse_longer(
+        self, request: CreateResponse, context: Context, body: bytes, upstream: Upstream, route: Route
+    ) -> None:
+        """Raises ContextTooLong for a prompt that is longer than the size from the catalog."""
+        size = _given_size(upstream, route)
+        if size is None:
+            return
+        tokens, is_estimate = await self._tokens(request, context, body, upstream, route, size, may_estimate=True)
+        if tokens > size:
+            about = "about " if is_estimate else ""
+            raise ContextTooLong(
+                f"The context of this model has {size} tokens, but the prompt has {about}{tokens}. Send less, or 'truncation': 'auto'.",
+                tokens_max=size,
+            )
+
+    async def _tokens(
+        self,
+        request: CreateResponse,
+        context: Context,
+        body: bytes,
+        upstream: Upstream,
+        route: Route,
+        size: int,
+        *,
+        may_estimate: bool,
+    ) -> tuple[int, bool]:
+        """The tokens of a prompt, and whether they are estimated; 0 where that is not known, or they fit into `size` by all odds."""
+        if len(body) <= size * BYTES_PER_TOKEN_MIN:
+            return 0, False
+        asked = ChatRequest(upstream, route.model, body, self._plan.caller_key)
+        counted = await self._counter.count_without_output(self._plan.tenant_id, asked)
+        if counted is None and may_estimate:
+            return await offload(self._plan.size, estimated_prompt, request, context), True
+        return counted or 0, False
+
+
+def _given_size(upstream: Upstream, route: Route) -> int | None:
+    """The size of a model's context by the catalog."""
+    return route.context_tokens or upstream.entry.context_tokens

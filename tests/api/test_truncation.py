@@ -27,6 +27,10 @@ context_tokens = 4_000
 [[models]]
 name = "small"
 routes = [{{ upstream = "silent", context_tokens = 2_000 }}]
+
+[[models]]
+name = "counted"
+routes = [{{ upstream = "vllm", context_tokens = 40 }}]
 """
 
 
@@ -69,10 +73,10 @@ def questions(record):
     return [message["content"] for message in record.body["messages"] if message["role"] == "user"][:-1]
 
 
-def make(client, given, turns=10, model="scripted", **options):
+def make(client, given, turns=10, model="scripted", truncation="auto", **options):
     asked = {"role": "user", "content": given}
     return client.responses.create(
-        model=model, input=[*history(turns), asked], instructions="Be brief.", truncation="auto", **options
+        model=model, input=[*history(turns), asked], instructions="Be brief.", truncation=truncation, **options
     )
 
 
@@ -199,7 +203,22 @@ def test_where_the_catalog_knows_the_size_a_longer_prompt_is_not_sent(client, up
     assert asked(upstream, with_auto) == [("completions", 1)]
 
 
-def test_without_auto_nothing_is_left_out_whatever_the_catalog_knows(client, upstream, said):
+@pytest.mark.parametrize(("model", "size"), [("silent@m", 4_000), ("small", 2_000)])
+def test_without_auto_what_is_longer_than_the_catalogs_size_is_refused_with_the_counts(
+    client, upstream, said, model, size
+):
     given = script([note(said), *answer("Fine.")])
-    client.responses.create(model="silent@m", input=[*history(10), {"role": "user", "content": given}])
-    assert asked(upstream, given) == [("completions", 10)]
+    with pytest.raises(openai.BadRequestError, match=rf"has {size} tokens, but the prompt has about \d+") as refused:
+        make(client, given, model=model, truncation="disabled")
+    assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "input")
+    assert upstream.asked(given) == []
+    fits = script([note(f"short {said}"), *answer("Fine.")])
+    make(client, fits, turns=1, model=model, truncation="disabled")
+    assert asked(upstream, fits) == [("completions", 1)]
+
+
+def test_a_prompt_that_is_counted_exactly_is_refused_by_its_count(client, upstream, said):
+    given = script([note(said), *answer("Fine.")])
+    with pytest.raises(openai.BadRequestError, match=r"has 40 tokens, but the prompt has \d+\."):
+        make(client, given, model="counted", truncation="disabled")
+    assert asked(upstream, given) == [("tokenize", 10)]
