@@ -86,7 +86,7 @@ def start(*, fails: bool) -> tuple[ForegroundRuns, ForegroundRun, "weakref.ref[R
     runs = ForegroundRuns(settings, Postgres(), pipeline, Owner("worker_1", 10.0), None)  # type: ignore[arg-type]
     asked = request(store=False, stream=True)
     room = Room(Rooms(1 << 20, waiting_max=4))
-    route: Any = SimpleNamespace(model="m", lacks=frozenset(), prices=None)
+    route: Any = SimpleNamespace(model="m", lacks=frozenset(), prices=None, context_tokens=1_000)
     plan = RunPlan(
         tenant_id="tenant",
         key_id=None,
