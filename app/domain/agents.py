@@ -42,7 +42,8 @@ VARIABLES_MAX = 100
 """A name that a request misspells is compared with each."""
 OVERRIDES_MAX = 200
 
-NAME = re.compile(r"(?!agent_)[a-zA-Z0-9][a-zA-Z0-9._:-]{0,63}")
+_NAME = r"(?!agent_)[a-zA-Z0-9][a-zA-Z0-9._:-]{0,63}"
+NAME = re.compile(_NAME)
 """An agent's name: no id of one, and no model at a named upstream."""
 
 NAME_RULE = "1 to 64 letters, digits and '._:-', the first a letter or a digit, and not 'agent_' at the beginning"
@@ -87,7 +88,8 @@ class CatalogAgent(Agent, kw_only=True, forbid_unknown_fields=True):
 class CreateAgent(Agent, kw_only=True, forbid_unknown_fields=True):
     """`POST /v1/agents`."""
 
-    name: str
+    name: Annotated[str, Meta(extra_json_schema={"pattern": f"^{_NAME}$"})]
+    """The name by which requests name it as their model."""
 
 
 class NamedAgent(Struct, frozen=True):

@@ -247,6 +247,36 @@ def test_a_chain_and_a_conversation_continue_with_others(client, said, upstream)
     ]
 
 
+def test_two_tenants_and_two_users_share_an_agent_and_no_conversation(house, said, upstream):
+    """What is begun over one API is continued over the other, by its user only."""
+    talks = {}
+    for key in ("ada", "bob", "stranger"):
+        with house.client(key) as own:
+            talks[key] = own.conversations.create().id
+            given = {"conversation": talks[key], **ADA}
+            own.chat.completions.create(
+                model="greeter", messages=[{"role": "user", "content": f"{said} {key}"}], extra_body=given
+            )
+    for key, talk in talks.items():
+        with house.client(key) as own:
+            made = own.responses.create(model="greeter", input=f"{said} {key} again", conversation=talk, extra_body=ADA)
+            reply = own.chat.completions.create(
+                model="closed",
+                messages=[{"role": "user", "content": f"{said} {key} at last"}],
+                extra_body={"previous_response_id": made.id},
+            )
+            assert reply.choices[0].message.content == f"ok: {said} {key} at last"
+            for other in talks.keys() - {key}:
+                with pytest.raises(openai.NotFoundError):
+                    own.responses.create(model="greeter", input="x", conversation=talks[other], extra_body=ADA)
+        [asked] = upstream.asked(f"{said} {key} at last")
+        assert [one["content"] for one in asked.body["messages"]] == [
+            "Be brief.",
+            *(text for step in ("", " again") for text in (f"{said} {key}{step}", f"ok: {said} {key}{step}")),
+            f"{said} {key} at last",
+        ]
+
+
 # -- What a request may override --------------------------------------------------------------------------------------------
 
 
