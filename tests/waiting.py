@@ -69,12 +69,25 @@ def dumped(database_url: str) -> str:
     return "\n".join([*rows, *(frames.decode() for frames in (*journalled, *archived))])
 
 
+READ_BY_TYPE = {
+    b"stream": "XRANGE {} - +",
+    b"string": "GET {}",
+    b"hash": "HGETALL {}",
+    b"list": "LRANGE {} 0 -1",
+    b"set": "SMEMBERS {}",
+    b"zset": "ZRANGE {} 0 -1",
+}
+
+
 def remembered(redis_url: str, prefix: str) -> str:
     """All keys of one server in Redis, with their values."""
     with redis.Redis.from_url(redis_url) as client:
-        return b"\n".join(
-            client.dump(key) + str(client.xrange(key)).encode() for key in client.keys(f"{prefix}*")
-        ).decode("latin-1")
+
+        def held(key: bytes) -> bytes:
+            read = [key if part == "{}" else part for part in READ_BY_TYPE[client.type(key)].split()]
+            return b"%b %b %b" % (key, str(client.execute_command(*read)).encode(), client.dump(key) or b"")
+
+        return b"\n".join(map(held, client.keys(f"{prefix}*"))).decode("latin-1")
 
 
 def until(condition: Callable[[], T], what: str = "", timeout_s: float = 20.0) -> T:

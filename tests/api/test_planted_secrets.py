@@ -43,7 +43,7 @@ SIGNS: dict[str, tuple[str, ...]] = {
         for one in ("authentication_failed", "tool_call_failed", "request_answered", "run_ended", "retry")
     ),
     "the rows": ("tool_credential.created", "resp_", "conv_", "***"),
-    "Redis": ("response.completed", "***"),
+    "Redis": ("response.completed", "***", "requests"),
     "replies": ("response.completed", "chat.completion.chunk", "tool_credential", "***"),
     "errors": ("invalid_api_key", "missing_api_key", "unknown_parameter"),
     "the command line": ("ok ", "Tool credentials"),
@@ -166,6 +166,9 @@ class House:
             "REPRISE_REDIS_PREFIX": PREFIX,
             "REPRISE_EVENT_TTL_S": "600",
             "REPRISE_KEY_CACHE_S": "0",
+            **dict.fromkeys(("REPRISE_TENANT_TOKENS_PER_MINUTE", "REPRISE_KEY_TOKENS_PER_MINUTE"), "1000000000"),
+            **dict.fromkeys(("REPRISE_TENANT_REQUESTS_PER_MINUTE", "REPRISE_KEY_REQUESTS_PER_MINUTE"), "300"),
+            **dict.fromkeys(("REPRISE_TENANT_CONCURRENT_RUNS", "REPRISE_KEY_CONCURRENT_RUNS"), "1000"),
             "REPRISE_SECRET_KEY": secret_keys["the secret key"],
             "REPRISE_OLD_SECRET_KEYS": secret_keys["a former secret key"],
             "TOKEN_SECRET": self.plant("the secret that signs tokens") * 2,
@@ -245,11 +248,15 @@ def house(
         )
         for tell in stories:
             tell(house)
+            house.found["Redis"].append(remembered(base_env["REDIS_URL"], PREFIX))  # quotas heal in a moment
+        with house.http(house.values["an administrator's key"]) as http:
+            assert http.get("/usage", params={"group_by": "key"}).json()["data"]
         house.run("keys", "list")
+        house.run("usage", "--by", "key", "--by", "user")
+        house.run("tenants", "list")
         house.run("doctor")
         house.run("rekey")
         house.found["the rows"].append(dumped(house.env["DATABASE_URL"]))
-        house.found["Redis"].append(remembered(base_env["REDIS_URL"], PREFIX))
         house.found["the upstream"] += [f"{one.headers}\n{one.raw.decode()}" for one in upstream.requests]
         servers = {
             "planted-box": "the client's",
