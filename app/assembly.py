@@ -41,6 +41,7 @@ from app.runs.pipeline import Pipeline, Prompts
 from app.runs.planning import Planner
 from app.runs.quotas import Quotas
 from app.runs.rollup import RollUp
+from app.runs.storage_quota import StorageQuota
 from app.settings import Settings, SettingsError
 from app.setup import OTHER_KEY, compaction_prompt, open_seal, reasoning_summary_prompt
 from app.storage import key_fingerprint, keys
@@ -191,6 +192,7 @@ async def assembled(settings: Settings) -> AsyncIterator[Assembly]:
                 yield
             finally:
                 await foreground.close()
+                await services.storage_quota.close()
                 await services.auth.close()
                 await made.stop()
 
@@ -205,6 +207,7 @@ async def assembled(settings: Settings) -> AsyncIterator[Assembly]:
 
 def _services(settings: Settings, catalog: Catalog, made: Core, foreground: ForegroundRuns) -> Services:
     backlogs = Backlogs(settings)
+    storage_quota = StorageQuota(settings, made.database)
     return Services(
         settings=settings,
         database=made.database,
@@ -213,8 +216,17 @@ def _services(settings: Settings, catalog: Catalog, made: Core, foreground: Fore
         agents=made.agents,
         upstreams=made.upstreams,
         admission=Admission(
-            settings, made.database, made.planner, made.seal, foreground, made.logs, backlogs, made.quotas
+            settings,
+            made.database,
+            made.planner,
+            made.seal,
+            foreground,
+            made.logs,
+            backlogs,
+            made.quotas,
+            storage_quota,
         ),
+        storage_quota=storage_quota,
         counts=TokenCounts(settings, made.database, made.planner, made.counter, made.quotas),
         following=Following(settings, made.database, made.logs, backlogs),
         cancellation=Cancellation(settings, made.database, made.logs, made.background, made.leases.owner),

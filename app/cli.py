@@ -21,7 +21,7 @@ from app.embedded import POSTGRES, EmbeddedError
 from app.errors import ApiError
 from app.settings import DEFAULT_TENANT, Settings, SettingsError, load
 from app.telemetry import log_loop_fault, start_logging
-from app.wire.admin import LIMIT_MAX, KeyLimits, Scope, TenantLimits, UpdateKey
+from app.wire.admin import LIMIT_MAX, STORED_BYTES_MAX, KeyLimits, Scope, TenantLimits, UpdateKey
 from app.wire.usage import Group
 
 T = TypeVar("T")
@@ -305,6 +305,7 @@ def list_tenants() -> None:
 @tenants.command("limit")
 @click.argument("tenant")
 @_limit_options
+@click.option("--stored-bytes", type=click.IntRange(0, STORED_BYTES_MAX), help="How much it may store; 0: no limit.")
 def limit_tenant(tenant: str, **limits: int | None) -> None:
     """Set the limits of a tenant, which hold for all its keys and users together; one that is not given is that of the settings."""
     settings = _existing()

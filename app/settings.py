@@ -443,6 +443,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             le=LIMIT_MAX,
         ),
     ] = 0
+    tenant_stored_bytes: Annotated[
+        int,
+        _about(
+            "what one tenant may store, unless it has a limit of its own; beyond: 403; 0: no limit", ge=0, le=10**15
+        ),
+    ] = 0
+    stored_bytes_age_s: Annotated[
+        float, _about("how old the measurement of what a tenant with such a limit has stored may become", gt=0)
+    ] = 60.0
     key_requests_per_minute: Annotated[
         int, _about("requests of one key in a minute, unless it has a limit of its own", ge=0, le=LIMIT_MAX)
     ] = 0

@@ -38,7 +38,8 @@ class Auth:
         self._key_default = Limits(
             settings.key_requests_per_minute, settings.key_tokens_per_minute, settings.key_concurrent_runs
         )
-        self._tenants: dict[str, tuple[float, Limits]] = {}
+        self._stored_max = settings.tenant_stored_bytes
+        self._tenants: dict[str, tuple[float, tuple[Limits, int]]] = {}
         self._known: dict[bytes, tuple[float, Proof | None]] = {}
         self._in_use: tuple[float, bool] = (0.0, False)
 
@@ -47,10 +48,12 @@ class Auth:
         keys."""
         caller = await self._authenticated(headers, http_version=http_version)
         rights = caller.rights
-        limits = [await self._limits_of_tenant(rights.tenant)]
+        of_tenant, stored_max = await self._limits_of_tenant(rights.tenant)
+        limits = [of_tenant]
         if rights.key_id:
             limits.append(limits_of(rights.limits, self._key_default))
-        return replace(caller, limits=tuple(limits)) if any(one != NO_LIMITS for one in limits) else caller
+        is_limited = any(one != NO_LIMITS for one in limits)
+        return replace(caller, limits=tuple(limits) if is_limited else (), stored_max=stored_max)
 
     async def _authenticated(self, headers: Headers, *, http_version: str) -> Caller:
         sent = next((value for name, value in headers if name == b"authorization"), b"")
@@ -69,13 +72,16 @@ class Auth:
         """Break off what is asked of issuers."""
         await self._tokens.close()
 
-    async def _limits_of_tenant(self, tenant: str) -> Limits:
-        until, limits = self._tenants.get(tenant, (0.0, NO_LIMITS))
+    async def _limits_of_tenant(self, tenant: str) -> tuple[Limits, int]:
+        """The quotas of a tenant, and how many bytes it may store; 0 for no limit."""
+        until, limits = self._tenants.get(tenant, (0.0, (NO_LIMITS, 0)))
         asked_at = time.monotonic()
         if asked_at < until:
             return limits
         async with self._database.autocommit() as tx:
-            limits = limits_of(await tenants.find_limits(tx, tenant), self._tenant_default)
+            given = await tenants.find_limits(tx, tenant)
+        stored_max = self._stored_max if given.stored_bytes is None else given.stored_bytes
+        limits = limits_of(given, self._tenant_default), stored_max
         _remember(self._tenants, tenant, (asked_at + self._cache_s, limits))
         return limits
 

@@ -33,6 +33,7 @@ class ConversationsController(Controller):
     async def create(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[bytes]:
         """A new conversation, perhaps with its first items."""
         queries.parse(request, queries.Nothing)
+        await services.storage_quota.demand_room(caller.rights, caller.stored_max)
         with services.bodies.reading(request) as body, Room(services.reads) as room:
             raw = await body.read()
             asked = await offload(len(raw), wire.decode_request, wire.CREATE, raw)
@@ -120,6 +121,7 @@ class ConversationsController(Controller):
     ) -> Response[Any]:
         """Append items."""
         query = queries.parse(request, queries.Included)
+        await services.storage_quota.demand_room(caller.rights, caller.stored_max)
         with services.bodies.reading(request) as body, Room(services.reads) as room:
             raw = await body.read()
             asked = await offload(len(raw), wire.decode_request, wire.ITEMS, raw)

@@ -25,6 +25,7 @@ from app.runs.cancellation import Cancellation
 from app.runs.claims import Claims
 from app.runs.counting import TokenCounts
 from app.runs.following import Following
+from app.runs.storage_quota import StorageQuota
 from app.settings import Settings
 from app.storage.backlog import Backlogs
 from app.storage.database import Database
@@ -44,6 +45,7 @@ class Services(Struct, frozen=True):
     upstreams: Mapping[str, Upstream]
     admission: Admission
     counts: TokenCounts
+    storage_quota: StorageQuota
     following: Following
     cancellation: Cancellation
     claims: Claims

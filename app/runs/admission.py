@@ -18,6 +18,7 @@ from app.runs.insert import insert
 from app.runs.plan import RunPlan
 from app.runs.planning import Planner
 from app.runs.quotas import Grant, Quotas
+from app.runs.storage_quota import StorageQuota
 from app.settings import Settings
 from app.storage import queue
 from app.storage.backlog import Backlogs
@@ -38,6 +39,8 @@ class Caller(Struct, frozen=True):
     rights: Rights
     limits: tuple[Limits, ...] = ()
     """The quotas of its tenant and, if there is one, of its key; none where nothing is limited."""
+    stored_max: int = 0
+    """Bytes that its tenant may store; 0 for no limit."""
     reply_headers: dict[str, str] = {}
     """What the reply says of quotas, since its admission."""
 
@@ -73,14 +76,18 @@ class Admission:
         logs: RedisLogs,
         backlogs: Backlogs,
         quotas: Quotas,
+        storage_quota: StorageQuota,
     ) -> None:
         self._settings, self._database, self._planner, self._seal = settings, database, planner, seal
         self._foreground, self._logs, self._backlogs, self._quotas = foreground, logs, backlogs, quotas
+        self._storage_quota = storage_quota
         self._planning = 0
 
     async def start(self, caller: Caller, request: CreateResponse) -> ForegroundRun:
         """Start a foreground run. Raises ApiError for everything that can be known before the upstream is asked."""
         self._refuse_when_closing()
+        if request.store:
+            await self._storage_quota.demand_room(caller.rights, caller.stored_max)
         self._quotas.refuse_early(caller.holder, caller.limits)
         if len(self._foreground) + self._planning >= self._settings.foreground_runs_max:
             raise TooManyRequests("Too many responses are being made; please try again.", headers={"Retry-After": "1"})
@@ -118,6 +125,7 @@ class Admission:
 
     async def enqueue(self, caller: Caller, request: CreateResponse, raw: bytes) -> Enqueued:
         """Store a background response with its place in the queue, in one commit. Raises ApiError."""
+        await self._storage_quota.demand_room(caller.rights, caller.stored_max)
         self._quotas.refuse_early(caller.holder, caller.limits)
         plan = await self._planner.plan(caller.tenant_id, caller.key, request, rights=caller.rights)
         try:

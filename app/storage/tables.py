@@ -52,6 +52,8 @@ tenants = Table(
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     Column("tenant", Text, comment="of a user its tenant; else null"),
     Column("limits", JSONB, comment="its quotas, by name; null: as the settings have them"),
+    Column("stored_bytes", BigInteger, comment="as last measured; null: never"),
+    Column("measured_at", DateTime(timezone=True), comment="when a process last began to, or the next may"),
     Index("tenants_tenant_idx", "tenant", postgresql_where=text("tenant is not null")),
 )
 

@@ -19,6 +19,8 @@ Scope = Literal["responses.read", "responses.write", "admin"]
 LIMIT_MAX = 1_000_000_000
 """Of what a quota may allow, as in the settings."""
 
+STORED_BYTES_MAX = 10**15
+
 Limit = Annotated[int, Meta(ge=0, le=LIMIT_MAX)]
 """0 is no limit; where null is allowed it is the default of the settings."""
 
@@ -52,6 +54,8 @@ class KeyLimits(Struct, frozen=True, forbid_unknown_fields=True):
 
 class TenantLimits(KeyLimits, frozen=True, forbid_unknown_fields=True):
     """The quotas of a tenant."""
+
+    stored_bytes: Annotated[int, Meta(ge=0, le=STORED_BYTES_MAX)] | None = None
 
 
 class CreateKey(Struct, forbid_unknown_fields=True):

@@ -155,6 +155,20 @@ def test_a_name_that_may_be_an_agent_s_costs_one_statement_once(client, postgres
     )
 
 
+def test_quotas_cost_two_commands_where_there_are_limits_and_none_elsewhere(tapped, client, redis, new_database):
+    def asked(client: openai.OpenAI) -> list[str]:
+        client.responses.create(model="m", input="hello")
+        with redis.counting():
+            client.responses.create(model="m", input="hello")
+        return redis.requests
+
+    assert asked(client) == []
+    limits = {"REPRISE_TENANT_REQUESTS_PER_MINUTE": "1000", "REPRISE_TENANT_TOKENS_PER_MINUTE": "10000000"}
+    limits["REPRISE_TENANT_CONCURRENT_RUNS"] = "10"
+    with Served({**tapped.env, "DATABASE_URL": new_database(), **limits}) as limited, limited.client() as other:
+        assert asked(other) == ["EVALSHA", "EVALSHA"]
+
+
 def test_a_response_is_read_with_one_statement(client, cost):
     made = client.responses.create(model="seldom", input="hello")
     assert statements(cost(lambda: client.responses.retrieve(made.id))) == 1

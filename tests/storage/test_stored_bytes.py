@@ -1,0 +1,66 @@
+"""What a tenant has stored, measured page by page, is what Postgres says of all its rows."""
+
+import asyncpg
+import pytest
+
+from app.domain.rights import owner_of
+from app.settings import Settings
+from app.storage import stored_bytes
+from app.storage.database import Database
+
+ADA = owner_of("acme", "ada")
+
+FILL = f"insert into tenants (id, tenant) values ('acme', null), ('{ADA}', 'acme'), ('other', null);"
+
+ROWS = f"""
+insert into responses (tenant_id, id, thread_id, turn, status, background, model, metadata, created_at, body)
+select owner, 'resp_' || i, 'thread_' || i, 1, 'completed', false, 'm', '{{"a": "b"}}', 0,
+       json_build_object('text', repeat(md5(i::text), i))
+from generate_series(1, 50) i, unnest(array['acme', '{ADA}', 'other']) owner;
+insert into items (tenant_id, thread_id, turn, position, id, body)
+select tenant_id, thread_id, turn, position, 'msg_' || position, json_build_object('text', repeat(md5(id), 100))
+from responses, generate_series(0, 4) position;
+insert into parts (tenant_id, hash, body) select tenant_id, sha256(id::bytea), repeat(id, 1000) from responses;
+insert into event_archive (tenant_id, response_id, first_number, frames)
+select tenant_id, id, number, sha256(id::bytea) from responses, generate_series(0, 2) number;
+insert into files (tenant_id, id, created_at, filename, bytes, written_at)
+select tenant_id, id, 0, '', 10, now() from responses;
+"""
+
+SUM = f"""
+select sum(size)::bigint from (
+    select tenant_id, pg_column_size(body) + pg_column_size(metadata) as size from responses
+    union all select tenant_id, pg_column_size(body) from items
+    union all select tenant_id, pg_column_size(body) from parts
+    union all select tenant_id, pg_column_size(frames) from event_archive
+    union all select tenant_id, bytes from files
+) every where tenant_id in ('acme', '{ADA}')
+"""
+
+
+@pytest.fixture
+def fresh(new_database):
+    return new_database()
+
+
+@pytest.mark.parametrize("page_rows", [7, 50, 20_000])
+async def test_all_rows_of_a_tenant_and_its_users_are_measured_by_one_process_at_a_time(fresh, page_rows):
+    connection = await asyncpg.connect(fresh)
+    await connection.execute(FILL + ROWS)
+    database = Database(Settings(database_url=fresh))
+    try:
+        async with database.autocommit() as tx:
+            assert await stored_bytes.read(tx, "acme", age_s=60) == stored_bytes.Measured(None, is_due=True)
+        await stored_bytes.measure(database, "acme", age_s=60, page_rows=page_rows)
+        expected = await connection.fetchval(SUM)
+        async with database.autocommit() as tx:
+            assert await stored_bytes.read(tx, "acme", age_s=60) == stored_bytes.Measured(expected, is_due=False)
+        await connection.execute("delete from files")
+        await stored_bytes.measure(database, "acme", age_s=60)  # as another process would
+        assert await connection.fetchval("select stored_bytes from tenants where id = 'acme'") == expected
+        await connection.execute("update tenants set measured_at = now() - interval '61 s'")
+        await stored_bytes.measure(database, "acme", age_s=60, page_rows=page_rows)
+        assert await connection.fetchval("select stored_bytes from tenants where id = 'acme'") == expected - 1_000
+    finally:
+        await database.close()
+        await connection.close()
