@@ -20,10 +20,7 @@ from app.wire import resources
 from app.wire.compactions import CompactedResponse, decode_compact
 from app.wire.items import AnyItem, encode_item
 from app.wire.redaction import Redaction
-from app.wire.resources import InputTokensDetails, OutputTokensDetails, Usage, encode
-
-NO_USAGE = Usage(0, InputTokensDetails(), 0, OutputTokensDetails(), 0)
-"""Clients demand a usage, even where the upstream reports none."""
+from app.wire.resources import NO_USAGE, encode
 
 
 class CompactionsController(Controller):
@@ -63,6 +60,6 @@ def _encoded(messages: list[AnyItem], made: resources.Response) -> bytes:
             id=made.id,
             created_at=made.created_at,
             output=[*(msgspec.Raw(encode_item(message)) for message in messages), *Redaction(()).output(made.output)],
-            usage=made.usage or NO_USAGE,
+            usage=made.usage or NO_USAGE,  # clients demand one, even where the upstream reports none
         )
     )

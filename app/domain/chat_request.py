@@ -86,7 +86,7 @@ NAMES = {
 
 _SAME = (
     "temperature top_p frequency_penalty presence_penalty top_logprobs parallel_tool_calls stream metadata service_tier "
-    "prompt_cache_key prompt_cache_options prompt_cache_retention safety_identifier user previous_response_id agent"
+    "prompt_cache_key prompt_cache_options prompt_cache_retention safety_identifier user previous_response_id agent run_limits"
 ).split()
 """Parameters that both APIs have under one name."""
 

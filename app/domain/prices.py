@@ -39,6 +39,10 @@ class Prices(Struct, frozen=True, forbid_unknown_fields=True):
         cached_price = self.input if self.cached_input is None else self.cached_input
         return (read - cached) * _of_one(self.input) + cached * _of_one(cached_price) + made * _of_one(self.output)
 
+    def least_cost(self, tokens: int) -> int:
+        """What so many tokens of input cost at least: if they are cached."""
+        return tokens * _of_one(min(self.input, self.input if self.cached_input is None else self.cached_input))
+
 
 def _is_price(price: Decimal) -> bool:
     return price.is_finite() and 0 <= price <= PRICE_MAX and price == round(price, PRICE_DECIMALS)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import msgspec
 from msgspec import Raw, Struct
+from msgspec.structs import replace
 
 from app.domain.lifecycle import add_usage
 from app.domain.prices import Prices
@@ -23,6 +24,13 @@ class Spent(Struct, frozen=True, kw_only=True):
     """Of the output tokens, those that `max_output_tokens` does not limit: of compactions and summaries of reasoning."""
     cost: int = 0
     """By the prices that the catalog had when a turn was made."""
+    tool_s: float = 0.0
+    """How long calls of tools have taken, each by itself."""
+
+    @property
+    def tokens(self) -> int:
+        """Of input and output."""
+        return self.usage.input_tokens + self.usage.output_tokens if self.usage else 0
 
 
 NOTHING_SPENT = Spent()
@@ -34,7 +42,8 @@ def spend(spent: Spent, reported: ChatUsage | None, prices: Prices | None, *, is
         return spent
     reported = _bounded(reported)
     unlimited = 0 if is_limited else reported.completion_tokens or 0
-    return Spent(
+    return replace(
+        spent,
         usage=add_usage(spent.usage, reported),
         unlimited_output_tokens=spent.unlimited_output_tokens + unlimited,
         cost=spent.cost + (prices.cost(reported) if prices else 0),

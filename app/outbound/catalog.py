@@ -55,6 +55,7 @@ from app.domain.prices import Prices
 from app.domain.prompt_templates import Prompt
 from app.errors import NotFound
 from app.outbound.toolserver import Shared, ToolServer
+from app.wire.run_limits import RunLimits
 
 ENGINE_PARAMETERS = frozenset(
     # sampling and stopping, common to the engines
@@ -157,6 +158,8 @@ class ModelEntry(Struct, frozen=True, forbid_unknown_fields=True):
     routes: Annotated[list[Route], Meta(min_length=1)]
     reasoning_summary: ReasoningSummary = "verbatim"
     description: str = ""
+    run_limits: RunLimits | None = None
+    """Those of requests without their own, and the most that a request may have."""
     prices: Prices | None = None
 
 
@@ -208,6 +211,11 @@ class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
             code="model_not_found",
             param="model",
         )
+
+    def run_limits(self, model: str) -> RunLimits | None:
+        """The limits of a model's runs."""
+        entry = self._entry(model)
+        return entry.run_limits if entry else None
 
     def _prices(self, route: Route) -> Prices | None:
         upstream = self.upstreams.get(route.upstream)

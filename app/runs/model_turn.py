@@ -6,11 +6,14 @@
 import asyncio
 from collections.abc import Collection
 
+from msgspec.structs import replace
+
 from app.domain.citations import NO_SOURCES, sources_of
 from app.domain.context import Context
-from app.domain.lifecycle import outcome_of
+from app.domain.lifecycle import Outcome, outcome_of
 from app.domain.prices import Prices
 from app.domain.prompt import compaction_turn
+from app.domain.run_limits import Cap, cap, reached
 from app.domain.think import ThinkSplitter
 from app.domain.turn import Turn, texts_of
 from app.errors import UpstreamGarbled
@@ -23,8 +26,10 @@ from app.runs.plan import RunPlan
 from app.runs.recorder import Recorder
 from app.runs.summaries import Summaries
 from app.storage.backlog import Backlog
+from app.wire.chat import ChatUsage
 from app.wire.items import ItemStatus, call_id_of
 from app.wire.requests import CreateResponse
+from app.wire.resources import Reason
 
 
 class ModelTurns:
@@ -51,6 +56,10 @@ class ModelTurns:
         self._call_ids = {*call_ids, *filter(None, map(call_id_of, plan.context.items))}
         self._prices: Prices | None = None
         """Of the route that has answered last."""
+        self._cap: Cap | None = None
+        """What limits the output of that answer."""
+        self._repeated: ChatUsage | None = None
+        """The usage of the turn before."""
         self.opening: asyncio.Task[ChunkStream] | None = None
         """The upstream's answer to the next turn, if it is requested already."""
 
@@ -62,9 +71,20 @@ class ModelTurns:
         return most - spent.usage.output_tokens + spent.unlimited_output_tokens if most and spent.usage else most
 
     @property
-    def is_spent(self) -> bool:
-        """Whether `max_output_tokens` leaves nothing."""
-        return self.tokens_left is not None and self.tokens_left <= 0
+    def spent(self) -> Outcome | None:
+        """The outcome of a run whose limits leave nothing for another turn; None if there is none."""
+        reason = self._spent_reason
+        return Outcome("incomplete", reason=reason) if reason else None
+
+    @property
+    def _spent_reason(self) -> Reason | None:
+        if self.tokens_left is not None and self.tokens_left <= 0:
+            return "max_output_tokens"
+        plan, spent = self._plan, self._recorder.spent
+        if reason := reached(plan.limits, spent):
+            return reason
+        caps = [cap(plan.limits, spent, self._repeated, route.prices) for _, route in plan.routes[:1]]
+        return next((one.reason for one in caps if one and not one.tokens), None)
 
     def open_first(self) -> "asyncio.Task[ChunkStream]":
         """Request the first turn of the plan, which may be a compaction. The task raises ApiError."""
@@ -73,15 +93,15 @@ class ModelTurns:
 
     def open(self, context: Context) -> "asyncio.Task[ChunkStream]":
         """Request the next turn. The task raises ApiError."""
-        return self._begin(self._plan.request, context, self.tokens_left)
+        return self._begin(self._plan.request, context, is_limited=True)
 
     def open_compaction(self, context: Context) -> "asyncio.Task[ChunkStream]":
         """Request the turn that makes the summary of a compaction. The task raises ApiError."""
-        return self._begin(*compaction_turn(self._plan.request, context, self._compaction_prompt), None)
+        return self._begin(*compaction_turn(self._plan.request, context, self._compaction_prompt), is_limited=False)
 
-    def _begin(self, request: CreateResponse, context: Context, tokens_max: int | None) -> "asyncio.Task[ChunkStream]":
+    def _begin(self, request: CreateResponse, context: Context, *, is_limited: bool) -> "asyncio.Task[ChunkStream]":
         if self.opening is None:
-            self.opening = asyncio.create_task(self._open(request, context, tokens_max))
+            self.opening = asyncio.create_task(self._open(request, context, is_limited=is_limited))
         return self.opening
 
     async def close(self) -> None:
@@ -93,15 +113,33 @@ class ModelTurns:
             if isinstance(result, ChunkStream):
                 await result.close()
 
-    async def _open(self, request: CreateResponse, context: Context, tokens_max: int | None) -> ChunkStream:
+    async def _open(self, request: CreateResponse, context: Context, *, is_limited: bool) -> ChunkStream:
         """The answer of the first route whose upstream is in order."""
 
         async def ask(upstream: Upstream, route: Route) -> ChunkStream:
-            stream = await self._fitting.open(request, context, tokens_max, upstream, route)
-            self._prices = route.prices
+            cap = self._cap_of(route) if is_limited else None
+            stream = await self._fitting.open(request, context, max(cap.tokens, 1) if cap else None, upstream, route)
+            self._prices, self._cap = route.prices, cap
             return stream
 
         return await self._plan.first_in_order(ask)
+
+    def _cap_of(self, route: Route) -> Cap | None:
+        """What limits the output of the next turn most."""
+        left = self.tokens_left
+        caps = [
+            None if left is None else Cap(left, "max_output_tokens"),
+            cap(self._plan.limits, self._recorder.spent, self._repeated, route.prices),
+        ]
+        return min((one for one in caps if one), key=lambda one: one.tokens, default=None)
+
+    def outcome_of(self, turn: Turn) -> Outcome:
+        """The outcome of a turn. One that was cut off at its cap has reached the limit which that comes from."""
+        outcome, cap = outcome_of(turn.finish_reason), self._cap
+        if outcome.reason != "max_output_tokens" or cap is None:
+            return outcome
+        made = turn.usage.completion_tokens if turn.usage else None
+        return outcome if made is not None and made < cap.tokens else replace(outcome, reason=cap.reason)
 
     async def follow(self, context: Context) -> Turn:
         """Record one turn of the model from its first chunk to its last. Raises ApiError, Fenced, DatabaseUnavailable."""
@@ -153,6 +191,7 @@ class ModelTurns:
     async def _end(self, stream: ChunkStream, turn: Turn, *, is_limited: bool = True) -> None:
         stream.upstream.record_reasoning_form(stream.model, turn.reasoning_form)
         self._recorder.spend(turn.usage, self._prices, is_limited=is_limited)
+        self._repeated = turn.usage if is_limited else None  # after a compaction the next prompt is another
         self.opening = None
         await asyncio.shield(stream.close())
 

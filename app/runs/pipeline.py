@@ -24,7 +24,7 @@ import structlog
 from msgspec import Struct
 
 from app.domain.context import Context
-from app.domain.lifecycle import Outcome, close_response, outcome_of
+from app.domain.lifecycle import Outcome, close_response
 from app.domain.toolbox import NeedsApproval
 from app.errors import ApiError, DatabaseUnavailable, Fenced, RunTooLong, ServerError
 from app.outbound.guard import Guard
@@ -66,6 +66,11 @@ class Turns(Struct):
     model: ModelTurns
     rounds: ToolRounds
     compacting: Compacting
+
+    @property
+    def spent(self) -> Outcome | None:
+        """The outcome of a run that has reached a limit of its own; None while it may continue."""
+        return self.rounds.spent or self.model.spent
 
 
 class Run(Protocol):
@@ -176,34 +181,39 @@ class Pipeline:
 
     async def _take_turns(self, turns: Turns) -> Outcome:
         """Raises ApiError; the events until then are recorded."""
-        plan, recorder, model, rounds = turns.plan, turns.recorder, turns.model, turns.rounds
-        if not plan.request.generate:
+        request = turns.plan.request
+        if not request.generate:
             return Outcome("completed")
         context = await self._prepare(turns)
-        if plan.request.compacts:
+        if request.compacts:
             return await turns.compacting.answer(context)
-        if model.is_spent:  # by earlier owners
-            return Outcome("incomplete", reason="max_output_tokens")
         for left in reversed(range(self.settings.turns_max)):
-            context, ended = await turns.compacting.fit(context)
+            context, ended = await self._take_turn(turns, context, is_last=not left)
             if ended:
                 return ended
-            output = len(recorder.response.output)
-            turn = await model.follow(context)
-            outcome = outcome_of(turn.finish_reason)
-            if outcome.status != "completed" or not turn.own_calls:
-                return outcome
-            ends = turn.client_calls or any(isinstance(call.verdict, NeedsApproval) for call in turn.own_calls)
-            if not (left or ends):
-                break  # the model would not read what comes of the calls
-            made = await rounds.run(context, turn.own_calls, output)
-            if ends:
-                return outcome
-            if model.is_spent:
-                return Outcome("incomplete", reason="max_output_tokens")
-            context = rounds.proceed(context, made)
-            turns.compacting.follow(turn.usage, made)
-        return Outcome("incomplete", reason="max_turns")
+        raise AssertionError("the last turn ends")
+
+    async def _take_turn(self, turns: Turns, context: Context, *, is_last: bool) -> tuple[Context, Outcome | None]:
+        """One turn of the model, and the calls that it makes: the context of the next; or how the run ends. Raises as `_take_turns`."""
+        model, rounds = turns.model, turns.rounds
+        if ended := turns.spent:  # perhaps by earlier owners
+            return context, ended
+        context, ended = await turns.compacting.fit(context)
+        if ended := ended or turns.spent:
+            return context, ended
+        output = len(turns.recorder.response.output)
+        turn = await model.follow(context)
+        outcome = model.outcome_of(turn)
+        if outcome.status != "completed" or not turn.own_calls:
+            return context, outcome
+        ends = turn.client_calls or any(isinstance(call.verdict, NeedsApproval) for call in turn.own_calls)
+        if is_last and not ends:  # the model would not read what comes of the calls
+            return context, Outcome("incomplete", reason="max_turns")
+        made = await rounds.run(context, turn.own_calls, output)
+        if ended := rounds.spent or (outcome if ends else None):
+            return context, ended
+        turns.compacting.follow(turn.usage, made)
+        return rounds.proceed(context, made), None
 
     async def _prepare(self, turns: Turns) -> Context:
         """The context of the first turn, with what comes of lists and approved calls; a turn that is requested already, or makes a

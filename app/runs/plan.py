@@ -13,6 +13,7 @@ from app.domain.files import NO_FILES, Files
 from app.domain.hosted import HostedRoute, Kind
 from app.domain.item_builders import OutputOptions
 from app.domain.prompt import chat_request
+from app.domain.run_limits import NO_LIMITS
 from app.domain.sealed import TenantSeal
 from app.domain.spending import Spent
 from app.errors import ApiError, UpstreamBusy, UpstreamGarbled, UpstreamStalled, UpstreamUnavailable
@@ -24,6 +25,7 @@ from app.rooms import Room
 from app.storage.contexts import Parent
 from app.storage.usage import Charge
 from app.wire.requests import CreateResponse
+from app.wire.run_limits import RunLimits
 
 T = TypeVar("T")
 
@@ -62,6 +64,8 @@ class RunPlan(Struct, frozen=True):
     """Tokens of a context that is compacted before the next turn; None for none."""
     context_tokens: int = 0
     """Those of the context, where there is a threshold."""
+    limits: RunLimits = NO_LIMITS
+    """Of the run: those of the request, or the catalog's."""
     summary_routes: Sequence[tuple[Upstream, Route]] = ()
     """The ways to the model that makes summaries of reasoning, where there is one and the request asks for them."""
 

@@ -11,6 +11,7 @@ from app.domain.context import Context, LeftOut, answered_requests, resolve, res
 from app.domain.files import NO_FILES, Files, Gone
 from app.domain.item_builders import OutputOptions
 from app.domain.rights import Rights
+from app.domain.run_limits import lower, refuse_approved, refuse_higher
 from app.domain.sealed import Seal, TenantSeal
 from app.errors import InvalidParameter, InvalidRequest
 from app.ids import new_id
@@ -92,6 +93,9 @@ class Planner:
         # An agent's own model need not be one that the caller may name.
         routes = await self._routes(request.model, caller_key, None if request.agent else rights)
         _refuse_untaken(request, [upstream for upstream, _ in routes])
+        most = self._catalog.run_limits(request.model)
+        if not (request.agent or request.body.prompt):  # whose limits are no mistake of the client's
+            refuse_higher(request.body.run_limits, most)
         servers = self._declared.servers(request)
         self._declared.refuse_hosted(request)
         room, seal = self.room(), self._seal.of(tenant_id)
@@ -100,6 +104,7 @@ class Planner:
             stored = await self._stored.of_request(tenant_id, request, room, beside)
             size = request.size + stored.bytes + beside
             context = await offload(size, self._resolve, seal, servers, request, stored)
+            refuse_approved(len(context.approved), lower(request.body.run_limits, most))
             slot = stored.parent.conversation if stored.parent else None
             return _Resolved(
                 context,
@@ -282,6 +287,7 @@ class Planner:
             ),
             context_tokens=tokens,
             summary_routes=summary_routes,
+            limits=lower(request.body.run_limits, self._catalog.run_limits(request.model)),
         )
 
 

@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from msgspec.structs import replace
+
 from app.domain.fold import Fold
 from app.domain.prices import Prices
 from app.domain.quotas import used_tokens
@@ -125,6 +127,10 @@ class Recorder:
     def spend(self, reported: ChatUsage | None, prices: Prices | None, *, is_limited: bool = True) -> None:
         """Add what an upstream has reported, at these prices, and whether `max_output_tokens` limits it."""
         self.spent = spend(self.spent, reported, prices, is_limited=is_limited)
+
+    def spend_tool_time(self, seconds: float) -> None:
+        """Add how long a call of a tool has taken."""
+        self.spent = replace(self.spent, tool_s=self.spent.tool_s + seconds)
 
     def count_upstream(self, count: int) -> None:
         """Count bytes that the upstream has sent; they have the limit of a run's output. Raises RunTooLong."""

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from app.domain.calls import PendingCall, approval_request, close_list, mcp_call, open_list
 from app.domain.context import Context, proceed
+from app.domain.lifecycle import Outcome
 from app.domain.toolbox import NeedsApproval, Rejected, ServerCall, Toolbox
 from app.domain.tools.answers import Answer
 from app.domain.tools.table import tool_of
@@ -40,6 +41,13 @@ class ToolRounds:
         self._calls_made = sum(tool_of(item) is not None for item in self._output_since(0))
         self.is_calling = False
         """Whether calls are under way."""
+        self._has_left_out = False
+        """Whether the run's limit has left out a call."""
+
+    @property
+    def spent(self) -> Outcome | None:
+        """The outcome of a run whose limit has left out a call; None while there is none."""
+        return Outcome("incomplete", reason="max_tool_calls") if self._has_left_out else None
 
     async def prepare(self, context: Context) -> Context:
         """List the tools of servers that the context does not know yet, and make the approved calls. Raises ToolsUnavailable."""
@@ -67,7 +75,8 @@ class ToolRounds:
         events: list[Event] = []
         calls: list[PendingCall] = []
         rejected: list[tuple[FunctionCall, FunctionCallOutput]] = []
-        most = self._plan.request.body.max_tool_calls
+        most, limits = self._plan.request.body.max_tool_calls, self._plan.limits
+        left = None if limits.tool_calls is None else limits.tool_calls - self._calls_made
         for own in own_calls:
             match own.verdict:
                 case Rejected(reason):
@@ -75,6 +84,8 @@ class ToolRounds:
                 case NeedsApproval(name, label):
                     ids = self._plan.ids_of_requests(own.ids, label, name, own.arguments)
                     events += approval_request(ids, label, name, own.arguments, self._next_output_index())
+                case ServerCall() if left is not None and len(calls) >= left:
+                    self._has_left_out = True
                 case ServerCall() as call if most is None or self._calls_made + len(calls) < most:
                     calls.append(self._tools.pending(call, own.arguments, own.ids))
                 case ServerCall():
@@ -121,7 +132,8 @@ class ToolRounds:
             events += call.open(self._next_output_index())
         await self._recorder.record(events, checkpoint=True)
         self.is_calling = bool(calls)
-        answers = [asyncio.create_task(self._answer(toolbox, call)) for call in calls]
+        timeout_s = self._time_of_each(len(calls))
+        answers = [asyncio.create_task(self._answer(toolbox, call, timeout_s)) for call in calls]
         waiting = deque(calls)
         try:
             for answer in answers:
@@ -139,11 +151,18 @@ class ToolRounds:
             self.is_calling = False
             await _cancel(answers)
 
-    async def _answer(self, toolbox: Toolbox, call: PendingCall) -> Answer:
+    def _time_of_each(self, calls: int) -> float | None:
+        """How long each of so many calls may take, so that all together are within the run's limit; None for no such limit."""
+        most = self._plan.limits.tool_seconds
+        return None if most is None or not calls else max(most - self._recorder.spent.tool_s, 0.0) / calls
+
+    async def _answer(self, toolbox: Toolbox, call: PendingCall, timeout_s: float | None) -> Answer:
         item = call.item
         if isinstance(item, McpCall) and not toolbox.runs(item.server_label, item.name):
             return unavailable(item.name)
-        return await self._tools.answer(call)
+        answer, took_s = await self._tools.answer(call, timeout_s)
+        self._recorder.spend_tool_time(took_s)
+        return answer
 
 
 def _rejected(own: OwnCall, reason: str) -> tuple[FunctionCall, FunctionCallOutput]:

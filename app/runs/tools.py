@@ -6,6 +6,7 @@ an answer that says so, for the model to read.
 
 import asyncio
 import hashlib
+import time
 
 import structlog
 from msgspec import UNSET
@@ -28,6 +29,9 @@ log = structlog.get_logger()
 
 UNAVAILABLE = -32601
 """JSON-RPC's code for what can't be called."""
+
+REQUEST_TIMEOUT = -32001
+"""MCP's code for what took too long."""
 
 
 class Tools:
@@ -68,20 +72,31 @@ class Tools:
             return hosted_call(ids, call.by, self._plan.hosted[call.by.kind], arguments, container)
         return mcp_call(ids, call.by.label, call.name, arguments)
 
-    async def answer(self, call: PendingCall) -> Answer:
-        """Make a call, once."""
+    async def answer(self, call: PendingCall, timeout_s: float | None = None) -> tuple[Answer, float]:
+        """Make a call, once, and break it off after so many seconds; and how long it has taken."""
         async with self._places:
+            begun = time.monotonic()
             try:
-                return await self._send(call)
-            except ToolFailure as error:
-                log.warning(
-                    "A tool call failed.",
-                    action="tool_call_failed",
-                    call=call.item.id,
-                    kind=error.kind,
-                    code=error.code,
-                )
-                return failure(error.kind, error.code, error.message)
+                async with asyncio.timeout(timeout_s):
+                    answer = await self._answer(call)
+            except TimeoutError:
+                assert timeout_s is not None
+                why = f"The call was broken off after {timeout_s:.3g} s: the run's tool_seconds are used up."
+                answer = failure("mcp_protocol_error", REQUEST_TIMEOUT, why)
+            return answer, time.monotonic() - begun
+
+    async def _answer(self, call: PendingCall) -> Answer:
+        try:
+            return await self._send(call)
+        except ToolFailure as error:
+            log.warning(
+                "A tool call failed.",
+                action="tool_call_failed",
+                call=call.item.id,
+                kind=error.kind,
+                code=error.code,
+            )
+            return failure(error.kind, error.code, error.message)
 
     async def _send(self, call: PendingCall) -> Answer:
         if len(call.arguments.encode()) > self._arguments_bytes_max:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import msgspec
 import zstandard
 from msgspec import Struct
+from msgspec.structs import asdict
 from sqlalchemy import text
 
 from app.domain.spending import NOTHING_SPENT, Spent
@@ -15,7 +16,7 @@ from app.storage.database import Database, Query, Tx, storable
 from app.storage.parts import dictionary, dictionary_of
 from app.storage.tables import IN_FLIGHT
 from app.wire.events import Entry, split_frames
-from app.wire.resources import Response, Usage
+from app.wire.resources import NO_USAGE, Response, Usage
 
 ARCHIVE_LEVEL = 3
 """zstd's own default: 239 kB of events become 9 kB."""
@@ -77,6 +78,9 @@ class _Spent(Usage):
 
     unlimited_output_tokens: int = 0
     cost: int = 0
+    tool_s: float = 0.0
+    is_reported: bool = True
+    """Whether any upstream has reported the usage."""
 
 
 class StoredEvents(Struct, frozen=True):
@@ -152,9 +156,10 @@ class RunJournal:
 
 
 def _stored(spent: Spent) -> str:
-    usage = spent.usage and _Spent(
-        **msgspec.structs.asdict(spent.usage), unlimited_output_tokens=spent.unlimited_output_tokens, cost=spent.cost
-    )
+    if spent == NOTHING_SPENT:
+        return "null"
+    others = {name: getattr(spent, name) for name in Spent.__struct_fields__ if name != "usage"}
+    usage = _Spent(**asdict(spent.usage or NO_USAGE), **others, is_reported=spent.usage is not None)
     return msgspec.json.encode(usage).decode()
 
 
@@ -164,7 +169,8 @@ def read_spent(stored: str | None) -> Spent:
     if read is None:
         return NOTHING_SPENT
     usage = Usage(*(getattr(read, name) for name in Usage.__struct_fields__))
-    return Spent(usage=usage, unlimited_output_tokens=read.unlimited_output_tokens, cost=read.cost)
+    others = {name: getattr(read, name) for name in Spent.__struct_fields__ if name != "usage"}
+    return Spent(usage=usage if read.is_reported else None, **others)
 
 
 async def read(tx: Tx, tenant_id: str, response_id: str, after: int) -> StoredEvents | None:

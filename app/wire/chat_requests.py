@@ -34,6 +34,7 @@ from app.wire.requests import (
     mend_surrogates,
     named_model,
 )
+from app.wire.run_limits import RunLimits
 from app.wire.tools import FreeText, ToolName
 
 # -- Messages ----------------------------------------------------------------------------------------------------------------
@@ -249,7 +250,7 @@ TokenBias = Annotated[float, Meta(ge=-100, le=100)]
 
 
 class ChatBody(Struct, kw_only=True):
-    """The parameters of `POST /v1/chat/completions`, with the API's ranges; the last four are this server's own."""
+    """The parameters of `POST /v1/chat/completions`, with the API's ranges; the last five are this server's own."""
 
     messages: list[AnyMessage] | None = None
     model: str | None = None
@@ -292,6 +293,7 @@ class ChatBody(Struct, kw_only=True):
     conversation: str | ConversationParam | None = None
     conversation_id: str | None = None
     agent: AgentVariables | None = None
+    run_limits: RunLimits | None = None
 
 
 class ChatRequest(Struct, frozen=True):

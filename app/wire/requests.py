@@ -24,6 +24,7 @@ from app.wire.items import (
     decode_item,
 )
 from app.wire.keys import suggestion
+from app.wire.run_limits import RunLimits
 from app.wire.tools import AnyTool, McpTool, ToolChoice, decode_tool_choice, decode_tools
 
 NOTHING = Raw(b"null")
@@ -148,6 +149,7 @@ class PromptParameters(Struct, kw_only=True):
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
     truncation: Literal["auto", "disabled"] | None = None
+    run_limits: RunLimits | None = None
 
 
 class Body(PromptParameters, kw_only=True):

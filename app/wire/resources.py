@@ -41,13 +41,25 @@ class Usage(Struct):
     total_tokens: int
 
 
+NO_USAGE = Usage(0, InputTokensDetails(), 0, OutputTokensDetails(), 0)
+
+
 class ResponseError(Struct):
     code: str
     message: str
 
 
-Reason = Literal["max_output_tokens", "content_filter", "max_turns"]
-"""Why a response is incomplete; the last is this server's own: the run reached REPRISE_TURNS_MAX."""
+Reason = Literal[
+    "max_output_tokens",
+    "content_filter",
+    "max_turns",
+    "max_run_tokens",
+    "max_run_cost",
+    "max_tool_calls",
+    "max_tool_seconds",
+]
+"""Why a response is incomplete. All but the first two are this server's own: the run reached REPRISE_TURNS_MAX, or a limit of its
+`run_limits`."""
 
 
 class IncompleteDetails(Struct):

@@ -67,6 +67,39 @@ def test_what_earlier_owners_have_used_counts(cluster, upstream, box):
     assert cluster.query("select tool_calls from usage_ledger where model = 'earlier'") == [{"tool_calls": 1}]
 
 
+def test_what_earlier_owners_have_used_counts_towards_the_limits_of_the_run(cluster, upstream, box):
+    cluster.ensure(workers=2)
+    turn = [*calling("add", {"a": 1, "b": 2}), usage(100, 5)]
+    said = script([note("limits"), *turn], [gate("limits"), *turn], calling("add", {"a": 1, "b": 2}))
+    tool = {"type": "mcp", "server_label": "box", "server_url": box.url("limits"), "require_approval": "never"}
+    response_id = begin(
+        cluster.urls[0], said, model="limits", tools=[tool], run_limits={"tokens": 260, "tool_calls": 9}
+    )
+    upstream.wait_reached("limits", 20)
+    cluster.kill_owner(response_id)
+    upstream.open("limits")
+    made = cluster.ended(response_id, status="incomplete")
+    assert made["incomplete_details"] == {"reason": "max_run_tokens"}
+    assert (made["usage"]["total_tokens"], len(upstream.asked(said))) == (210, 3)
+    assert used(cluster, "limits") == [(1, 200, 10)]
+
+
+def test_calls_that_earlier_owners_have_made_count_towards_the_limit(cluster, upstream, box):
+    cluster.ensure(workers=2)
+    said = script(
+        [note("calls"), *calling("add", {"a": 1, "b": 2})],
+        [gate("calls"), *calling("add", {"a": 3, "b": 4}, id="call_2")],
+    )
+    tool = {"type": "mcp", "server_label": "box", "server_url": box.url("calls"), "require_approval": "never"}
+    response_id = begin(cluster.urls[0], said, model="calls", tools=[tool], run_limits={"tool_calls": 1})
+    upstream.wait_reached("calls", 20)
+    cluster.kill_owner(response_id)
+    upstream.open("calls")
+    made = cluster.ended(response_id, status="incomplete")
+    assert made["incomplete_details"] == {"reason": "max_tool_calls"}
+    assert len([call for call in box.calls("calls") if call["tool"] == "add"]) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "body"),
     [

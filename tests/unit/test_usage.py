@@ -8,12 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Raw
+from msgspec.structs import replace
 
 from app.domain.prices import Prices, amount
-from app.domain.spending import NOTHING_SPENT, spend, tool_calls
+from app.domain.run_limits import cap, lower, reached, refuse_higher
+from app.domain.spending import NOTHING_SPENT, Spent, spend, tool_calls
 from app.domain.usage_report import as_csv, as_table, cursor, place_of
+from app.errors import InvalidParameter
 from app.storage.journal import _stored, read_spent
 from app.wire.chat import ChatUsage, CompletionTokensDetails, PromptTokensDetails
+from app.wire.run_limits import RunLimits
 from app.wire.usage import GroupUsage
 
 PRICE = st.decimals(0, 10**9, places=6)
@@ -106,3 +110,71 @@ def test_a_cursor_is_read_again(place: tuple[str, ...]):
 def test_any_other_text_is_no_cursor(text: str):
     found = place_of(text)
     assert found is None or len(found) == 5
+
+
+# -- Limits -----------------------------------------------------------------------------------------------------------------
+
+
+LIMITS = st.builds(
+    RunLimits,
+    tokens=st.integers(1, 10**6) | st.none(),
+    tool_calls=st.integers(1, 100) | st.none(),
+    tool_seconds=st.floats(0.1, 1000) | st.none(),
+    cost=st.floats(1e-6, 100) | st.none(),
+)
+
+
+@given(LIMITS, LIMITS)
+def test_the_lower_limit_counts_and_a_higher_one_is_refused(asked: RunLimits, ceiling: RunLimits):
+    found = lower(asked, ceiling)
+    higher = []
+    for name in RunLimits.__struct_fields__:
+        one, most = getattr(asked, name), getattr(ceiling, name)
+        given = [limit for limit in (one, most) if limit is not None]
+        assert getattr(found, name) == min(given, default=None)
+        higher += [f"run_limits.{name}"] if len(given) == 2 and one > most else []
+    if higher:
+        with pytest.raises(InvalidParameter) as caught:
+            refuse_higher(asked, ceiling)
+        assert caught.value.param in higher
+    else:
+        refuse_higher(asked, ceiling)
+
+
+@given(LIMITS, st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 10**5), PRICE)
+def test_a_turn_within_its_cap_stays_within_the_limits(
+    limits: RunLimits, used: int, prompt: int, made: int, price: Decimal
+):
+    """If its prompt is what the turn before has read and made."""
+    prices = Prices(price, price)
+    spent = spend(NOTHING_SPENT, ChatUsage(used, 0), prices)
+    before = ChatUsage(prompt, made)
+    limit = cap(limits, spent, before, prices)
+    if limit is None:
+        assert limits.tokens is None and (limits.cost is None or not price)
+        return
+    after = spend(spent, ChatUsage(prompt + made, limit.tokens), prices)
+    if limit.tokens:
+        assert limits.tokens is None or after.tokens <= limits.tokens
+        assert limits.cost is None or after.cost <= limits.cost * 10**12 * (1 + 1e-9)
+    if limit.tokens == 0 or reached(limits, after):
+        assert limit.reason in {"max_run_tokens", "max_run_cost"} or limits.tool_seconds is not None
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        (RunLimits(tokens=15), "max_run_tokens"),
+        (RunLimits(tokens=16), None),
+        (RunLimits(cost=0.00002), "max_run_cost"),
+        (RunLimits(cost=0.000021), None),
+        (RunLimits(tool_seconds=1.5), "max_tool_seconds"),
+        (RunLimits(tool_seconds=1.6), None),
+        (RunLimits(), None),
+    ],
+)
+def test_a_limit_is_reached_by_what_is_spent(limits: RunLimits, reason: str | None):
+    spent = replace(spend(NOTHING_SPENT, ChatUsage(10, 5), Prices(Decimal(1), Decimal(2))), tool_s=1.5)
+    assert reached(limits, spent) == reason
+    assert read_spent(_stored(spent)) == spent
+    assert read_spent(_stored(Spent(tool_s=2.5))) == Spent(tool_s=2.5)
