@@ -253,14 +253,22 @@ class ChatBody(Struct, kw_only=True):
     """The parameters of `POST /v1/chat/completions`, with the API's ranges; the last five are this server's own."""
 
     messages: list[AnyMessage] | None = None
+    """The messages so far. They may be absent if something is continued."""
     model: str | None = None
+    """A name of `/v1/models`, of a model or an agent."""
     stream: bool | None = None
+    """Send chunks while the completion is made."""
     stream_options: ChatStreamOptions | None = None
     store: bool | None = None
+    """Keep the completion, and the response that it is."""
     metadata: Metadata | None = None
+    """Up to 16 pairs, which lists can be filtered by."""
     n: Annotated[int, Meta(ge=1)] | None = None
+    """Only one choice is made: other numbers are refused."""
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    """The former name of `max_completion_tokens`."""
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    """Over all turns of the model, reasoning included."""
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
@@ -269,12 +277,18 @@ class ChatBody(Struct, kw_only=True):
     seed: int | None = None
     logit_bias: dict[str, TokenBias] | None = None
     logprobs: bool | None = None
+    """Whether the log probability of each token is given."""
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    """How many rivals of each token are given, with `logprobs`."""
     tools: list[Raw] | None = None
+    """What the model may call: functions of the client, tools of MCP servers, hosted tools."""
     tool_choice: Raw = NOTHING
+    """Which tools the model may or must call."""
     parallel_tool_calls: bool | None = None
+    """Whether one turn may make several calls."""
     web_search_options: WebSearchOptions | None = None
     response_format: TextFormat | JsonObjectFormat | ChatSchemaFormat | None = None
+    """The format of the answer: text, or JSON of a schema."""
     reasoning_effort: Effort | None = None
     verbosity: Verbosity | None = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
@@ -285,13 +299,17 @@ class ChatBody(Struct, kw_only=True):
     user: str | None = None
     prediction: Any = None
     modalities: list[Literal["text", "audio"]] | None = None
+    """Replies are text: `audio` is refused."""
     audio: Raw = NOTHING
     functions: Raw = NOTHING
     function_call: Raw = NOTHING
     moderation: Raw = NOTHING
     previous_response_id: str | None = None
+    """The response to continue: its whole context precedes the messages."""
     conversation: str | ConversationParam | None = None
+    """The conversation to continue. Messages and answer are appended to it."""
     conversation_id: str | None = None
+    """The same by the name that chat front ends use."""
     agent: AgentVariables | None = None
     run_limits: RunLimits | None = None
 

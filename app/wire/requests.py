@@ -136,49 +136,78 @@ class PromptParameters(Struct, kw_only=True):
     """The parameters that a prompt or an agent may set; what a request gives wins."""
 
     model: str | None = None
+    """A name of `/v1/models`, of a model or an agent."""
     max_output_tokens: Annotated[int, Meta(ge=16)] | None = None
+    """Over all turns of the model, reasoning included."""
     max_tool_calls: Annotated[int, Meta(ge=1)] | None = None
+    """Over all calls that this server makes."""
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    """How many rivals of each token are given, where `include` asks for log probabilities."""
     parallel_tool_calls: bool | None = None
+    """Whether one turn may make several calls."""
     tools: list[Raw] | None = None
+    """What the model may call: functions of the client, tools of MCP servers, hosted tools."""
     tool_choice: Raw = NOTHING
+    """Which tools the model may or must call."""
     text: TextConfig | None = None
+    """The format of the answer: text, or JSON of a schema."""
     reasoning: ReasoningConfig | None = None
     truncation: Literal["auto", "disabled"] | None = None
+    """`auto` leaves out the oldest turns if the context is too long for the model; otherwise that is a 400."""
     run_limits: RunLimits | None = None
+    """Limits over all turns of the run; at the first that is met it ends as incomplete."""
 
 
 class Body(PromptParameters, kw_only=True):
     """The parameters of `POST /v1/responses`, with the API's ranges."""
 
     input: Raw = NOTHING
+    """A text, or items: messages, calls and their outputs. It may be absent if something is continued."""
     instructions: str | None = None
+    """They stand before all items, and are not inherited by later responses."""
     previous_response_id: str | None = None
+    """The response to continue: its whole context precedes the input."""
     conversation: str | ConversationParam | None = None
+    """The conversation to continue. Input and output are appended to it."""
     prompt: PromptReference | None = None
+    """A prompt of the operator's catalog."""
     agent: AgentVariables | None = None
     store: bool | None = None
+    """`false` keeps nothing; the response can't be retrieved or continued then."""
     background: bool | None = None
+    """Give the response at once and make it later: it survives crashes."""
     stream: bool | None = None
+    """Send events while the response is made."""
     stream_options: StreamOptions | None = None
     include: list[Include] | None = None
+    """What is left out unless it is named here."""
     metadata: Metadata | None = None
+    """Up to 16 pairs, which lists can be filtered by."""
     context_management: list[ContextManagement] | None = None
+    """Compact the context once it is over a threshold."""
     moderation: Raw = NOTHING
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"] | None = None
+    """A hint, passed on where the model's server takes it."""
     prompt_cache_key: str | None = None
+    """A hint."""
     prompt_cache_options: PromptCacheOptions | None = None
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    """A hint."""
     safety_identifier: Annotated[str, Meta(max_length=128)] | None = None
+    """A hint: it is given back."""
     user: str | None = None
+    """A hint: it is given back. Users of a tenant are those of its keys."""
     image: Image | None = None
+    """A hint; `enabled` is refused."""
     access_programs: AccessPrograms | None = None
+    """A hint; other programs than `standard` are refused."""
     multi_agent: Raw = NOTHING
     verbosity: Verbosity | None = None
+    """A hint: `text.verbosity` counts."""
 
 
 class CreateResponse(Struct, kw_only=True, frozen=True):

@@ -26,6 +26,9 @@ Field = tuple[type[Struct], str]
 RECEIVED = "Param"
 """Ends the name of a schema of what is received, if there is another of what is sent."""
 
+FIRST = frozenset({"id", "object", "role", "model", "input", "messages", "instructions"})
+"""Names of the fields that people look for first."""
+
 _PREFIX = "#/components/schemas/"
 
 
@@ -111,7 +114,7 @@ class Schemas:
             tag = ""
             fields.append((tag_field, types[struct, tag_field], field(default=UNSET)))
         docs = documented(struct)
-        for one in msgspec.structs.fields(struct):
+        for one in sorted(msgspec.structs.fields(struct), key=lambda one: one.name not in FIRST):
             if tag and one.encode_name == tag_field:
                 continue
             type_ = types.get((struct, one.name), one.type)

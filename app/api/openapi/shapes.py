@@ -1,10 +1,11 @@
 """Bodies and replies that the wire format has no Struct of."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from msgspec import Struct, defstruct
+from msgspec import Meta, Struct, defstruct
 from msgspec.structs import fields
 
+from app.api.openapi.schemas import documented
 from app.domain import agents
 from app.wire import compactions, files, requests, resources
 
@@ -24,7 +25,12 @@ def page_of(type_: Any, name: str = "") -> type[Struct]:
 
 def _some_of(names: frozenset[str], name: str, doc: str, **more: Any) -> type[Struct]:
     """A body with only some parameters of a create."""
-    taken = [(one.name, one.type, one.default) for one in fields(requests.Body) if one.name in names]
+    docs = documented(requests.Body)
+    taken = [
+        (one.name, Annotated[one.type, Meta(description=docs[one.name])] if one.name in docs else one.type, one.default)
+        for one in fields(requests.Body)
+        if one.name in names
+    ]
     own = [(key, type_, None) for key, type_ in more.items()]
     return defstruct(name, [*taken, *own], forbid_unknown_fields=True, namespace={"__doc__": doc})
 
