@@ -79,7 +79,7 @@ lock:
 	$(COMPILE) --extra embedded --group dev -c requirements.lock -o requirements-dev.lock
 
 clean:
-	rm -rf .venv .tools .engines .clients .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .tools .engines .clients .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .schemathesis
 
 .venv/synced: requirements-dev.lock
 	@uv --version >/dev/null 2>&1 || $(MAKE) -s .tools/bin/uv
