@@ -22,6 +22,7 @@ from msgspec.structs import fields, replace
 from app.domain.chat_request import refuse_uncarried
 from app.domain.prompt_templates import Template, VariableType, is_absent, left_out
 from app.domain.rights import Rights
+from app.domain.run_limits import lower, refuse_higher
 from app.errors import InvalidParameter, UnsupportedParameter
 from app.wire.admin import ModelName, Name
 from app.wire.decoding import decode, not_among
@@ -174,6 +175,9 @@ def apply(named: NamedAgent, request: CreateResponse, *, bytes_max: int) -> Crea
         if request.is_chat:
             _refuse_uncarried(named, tools)
     given = left_out(body, agent) | {"model": agent.model}
+    if body.run_limits and agent.run_limits:  # those of an agent can be lowered, not raised
+        refuse_higher(body.run_limits, agent.run_limits)
+        given["run_limits"] = lower(body.run_limits, agent.run_limits)
     if brings_tools:
         given.pop("tools", None)
         given.pop("tool_choice", None)  # which is about the agent's tools

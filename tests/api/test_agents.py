@@ -13,6 +13,7 @@ import openai
 import pytest
 from msgspec import Struct
 
+from app.wire.requests import PromptParameters
 from tests.api.streams import events_of
 from tests.conformance import operation, wrong_in
 from tests.replay import replay
@@ -307,6 +308,7 @@ def test_what_it_lets_a_request_set_wins(client, said, heard):
         ({"parallel_tool_calls": False}, "parallel_tool_calls"),
         ({"top_k": 3}, "top_k"),
         ({"chat_template": "x"}, "chat_template"),
+        ({"run_limits": {"tokens": 10}}, "run_limits.tokens"),
         ({"prompt": {"id": "any"}}, "prompt.id"),
     ],
 )
@@ -506,6 +508,8 @@ def test_an_agent_hides_a_model_that_an_upstream_lists_under_its_name(base_env, 
 
 # -- By API -----------------------------------------------------------------------------------------------------------------
 
+PARAMETERS = set(PromptParameters.__struct_fields__)
+
 WHOLE = {
     "model": "hidden",
     "description": "Does\nall.",
@@ -524,12 +528,14 @@ WHOLE = {
     "text": {"format": {"type": "json_schema", "name": "s", "schema": {"type": "object"}}, "verbosity": "low"},
     "reasoning": {"effort": "low", "summary": "auto"},
     "truncation": "auto",
+    "run_limits": {"tokens": 100_000, "cost": 0.5, "tool_calls": 3, "tool_seconds": 20.0},
     "overrides": ["temperature", "top_k"],
     "users": ["ada", "bob"],
 }
 
 
 def test_an_agent_is_made_retrieved_updated_and_deleted(house):
+    assert WHOLE.keys() >= PARAMETERS
     made = house.make("whole", **WHOLE)
     assert made["id"].startswith("agent_")
     assert made["updated_at"] == made["created_at"]

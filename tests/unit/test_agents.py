@@ -13,6 +13,7 @@ from app.domain.agents import CREATE, NamedAgent, apply, is_agent_name, new_agen
 from app.domain.rights import Rights
 from app.errors import ApiError, InvalidParameter
 from app.wire.requests import CreateResponse, ToolSecrets, as_stored, decode_create
+from app.wire.run_limits import RunLimits
 from app.wire.tools import McpTool
 
 BOX = {
@@ -121,6 +122,17 @@ def test_tools_of_a_request_leave_the_choice_among_the_agent_s_own():
     again = decode_create(as_stored(raw, request)[0], ())
     assert (again.tool_choice, again.tools) == ("auto", request.tools)
     assert asked(agent, tools=[])[0].tools == []
+
+
+def test_its_limits_of_a_run_can_be_lowered_and_not_raised():
+    agent = made(run_limits={"tokens": 100, "tool_calls": 3}, overrides=["run_limits"])
+    assert asked(agent)[0].body.run_limits == RunLimits(tokens=100, tool_calls=3)
+    lowered, raw = asked(agent, run_limits={"tokens": 50, "cost": 0.5})
+    assert lowered.body.run_limits == RunLimits(tokens=50, tool_calls=3, cost=0.5)
+    assert decode_create(as_stored(raw, lowered)[0], ()).body.run_limits == lowered.body.run_limits
+    with pytest.raises(InvalidParameter) as caught:
+        asked(agent, run_limits={"tokens": 101})
+    assert caught.value.param == "run_limits.tokens"
 
 
 PARAMETERS = {
