@@ -14,6 +14,7 @@ from app.domain.compaction import is_compaction, is_instruction, newest_compacti
 from app.domain.hosted import Kind
 from app.domain.lifecycle import IN_FLIGHT
 from app.domain.sealed import SIGNATURE_DIGITS, TenantSeal
+from app.domain.tool_filters import is_by_read_only
 from app.domain.toolbox import Toolbox, open_toolbox
 from app.domain.tools.table import SERVER_TOOLS
 from app.errors import InvalidRequest
@@ -102,6 +103,8 @@ class Context(Struct, frozen=True):
     """Hosted tools that have a tool server."""
     origins: Mapping[str, str]
     """A declared MCP server's label → the suffix of the ids of its own lists."""
+    lists: tuple[McpListTools, ...]
+    """Those of the declared MCP servers, oldest first."""
 
     @property
     def visible(self) -> list[tuple[int, AnyItem]]:
@@ -177,7 +180,8 @@ def resolve(
         raise InvalidRequest("There is nothing to compact: the context holds no items.", param="input")
     decided = _decided(every, fresh, requests or {}, seal)
     _refuse_undeclared(request, decided)
-    return _context(request, every, fresh, decided, hosted, origins)
+    lists = () if _relies_on_lists(request) else every
+    return _context(request, every, fresh, decided, hosted, origins, _lists_of(lists, origins))
 
 
 def accept_items(
@@ -215,12 +219,15 @@ def restore(
     `earlier` the output of earlier owners."""
     every = (*stored, *earlier)
     _refuse_sealed_by_others(every, seal)
-    return _context(request, every, (), _decided(every, own, requests, seal, earlier), hosted, origins)
+    decided = _decided(every, own, requests, seal, earlier)
+    lists = earlier if _relies_on_lists(request) else every
+    return _context(request, every, (), decided, hosted, origins, _lists_of(lists, origins))
 
 
 def proceed(context: Context, request: CreateResponse, more: Sequence[AnyItem]) -> Context:
     """The context after a turn: with the items of its output, and of calls and lists that were made."""
-    return _context(request, (*context.items, *more), context.input, {}, context.hosted, context.origins)
+    lists = (*context.lists, *_lists_of(more, context.origins))
+    return _context(request, (*context.items, *more), context.input, {}, context.hosted, context.origins, lists)
 
 
 def _context(
@@ -230,11 +237,12 @@ def _context(
     decided: Mapping[str, McpApprovalRequest | None],
     hosted: frozenset[Kind],
     origins: Mapping[str, str],
+    lists: tuple[McpListTools, ...],
 ) -> Context:
     # A call for the client that was cut off can't be answered, so it is left out.
     items = tuple(item for item in every if not _cut_off(item))
     added = [tool for item in items for tool in tools_added_by(item)]
-    listed = {item.server_label: item.tools for item in items if _is_list_of(item, origins)}
+    listed = {item.server_label: item.tools for item in lists}
     return Context(
         items=items,
         input=fresh,
@@ -245,7 +253,19 @@ def _context(
         toolbox=open_toolbox(request.tools, added, request.tool_choice, listed=listed, hosted=hosted),
         hosted=hosted,
         origins=origins,
+        lists=lists,
     )
+
+
+def _relies_on_lists(request: CreateResponse) -> bool:
+    """Whether an agent limits what is called by what servers say of their tools: then only lists count that its own run has made, since
+    clients can send any."""
+    servers = [tool for tool in request.tools if isinstance(tool, McpTool)] if request.agent else []
+    return any(is_by_read_only(one) for one in servers)
+
+
+def _lists_of(items: Sequence[AnyItem], origins: Mapping[str, str]) -> tuple[McpListTools, ...]:
+    return tuple(item for item in items if _is_list_of(item, origins))
 
 
 def _is_list_of(item: AnyItem, origins: Mapping[str, str]) -> TypeGuard[McpListTools]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from app.wire.tools import ListedTool, McpFilter
+from app.wire.tools import ListedTool, McpApproval, McpFilter, McpTool
 
 Matches = Callable[[ListedTool], bool]
 
@@ -14,3 +14,10 @@ def matching(wanted: McpFilter) -> Matches:
     if names is None and read_only is None:
         return lambda tool: False
     return lambda tool: (names is None or tool.name in names) and read_only in {None, tool.read_only}
+
+
+def is_by_read_only(server: McpTool) -> bool:
+    """Whether a declaration depends on which of its tools a server calls read-only."""
+    approval = server.require_approval
+    filters = (server.allowed_tools, *((approval.always, approval.never) if isinstance(approval, McpApproval) else ()))
+    return any(isinstance(one, McpFilter) and one.read_only is not None for one in filters)
