@@ -29,6 +29,8 @@ _RATES = """
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 local MINUTE = 60000000
+-- No upstream can mean more: what it reports wrongly would lock a tenant out for good.
+local DEBT_MAX = 1440 * MINUTE
 
 local function whole(number)
     return string.format('%.0f', number)
@@ -48,6 +50,7 @@ local function owe(key, debt)
     if debt <= 0 then
         redis.call('DEL', key)
     else
+        debt = math.min(debt, DEBT_MAX)
         redis.call('SET', key, whole(now) .. string.format(' %.17g', debt), 'PX', whole(math.ceil(debt / 1000)))
     end
 end
@@ -59,11 +62,12 @@ _ADMIT = (
 -- KEYS: the reservation, and of each subject requests, tokens, runs of the foreground and of the background.
 local run, is_background, tokens = ARGV[1], ARGV[2] == '1', tonumber(ARGV[3])
 local lease_us, known_us, kept_ms, asked_max = ARGV[4], ARGV[5], ARGV[6], ARGV[7]
-local rates, places, unknown, fits, reserved = {}, {}, {}, true, ARGV[3]
+local rates, places, unknown, fits = {}, {}, {}, true
+local reserved = ARGV[3] .. ' ' .. whole(now)
 
 local function rate(key, limit, cost)
     if limit == 0 then
-        return 0
+        return 0, 0
     end
     local interval = MINUTE / limit
     local debt, is_ahead = owed(key)
@@ -75,13 +79,13 @@ local function rate(key, limit, cost)
     local is_within = cost == 0 or over <= interval / 1000
     fits = fits and is_within
     rates[#rates + 1] = {key, limit, cost, interval, debt, is_within, math.max(0, over)}
-    return interval
+    return interval, debt + cost * interval
 end
 
 for at = 2, #KEYS, 4 do
     local limits = 8 + (at - 2) / 4 * 3
     rate(KEYS[at], tonumber(ARGV[limits]), 1)
-    reserved = reserved .. string.format(' %.17g', rate(KEYS[at + 1], tonumber(ARGV[limits + 1]), tokens))
+    reserved = reserved .. string.format(' %.17g %.17g', rate(KEYS[at + 1], tonumber(ARGV[limits + 1]), tokens))
     local runs_max, foreground, background = tonumber(ARGV[limits + 2]), KEYS[at + 2], KEYS[at + 3]
     if run ~= '' and runs_max > 0 then
         redis.call('ZREMRANGEBYSCORE', foreground, '-inf', whole(now))
@@ -126,6 +130,7 @@ _SETTLE = (
     _RATES
     + """
 -- KEYS: as for the admission, without requests. ARGV: the run, and what it has used; nothing for what it has reserved.
+-- A reservation is its tokens, when they were reserved, and of each subject the interval and the debt with them.
 local reserved = redis.call('GET', KEYS[1])
 local fields = {}
 for field in string.gmatch(reserved or '', '%S+') do
@@ -137,9 +142,11 @@ end
 for at = 2, #KEYS, 3 do
     redis.call('ZREM', KEYS[at + 1], ARGV[1])
     redis.call('ZREM', KEYS[at + 2], ARGV[1])
-    local interval = fields[2 + (at - 2) / 3]
-    if interval and interval > 0 and ARGV[2] ~= '' then
-        owe(KEYS[at], owed(KEYS[at]) + (ARGV[2] - fields[1]) * interval)
+    local interval, debt = fields[3 + (at - 2) / 3 * 2], fields[4 + (at - 2) / 3 * 2]
+    if debt and interval > 0 and ARGV[2] ~= '' then
+        -- What has healed is not given back: else the debts of others would be paid with it, and many minutes saved for one moment.
+        local left = math.max(0, math.min(fields[1] * interval, debt - math.max(0, now - fields[2])))
+        owe(KEYS[at], owed(KEYS[at]) + math.max((ARGV[2] - fields[1]) * interval, -left))
     end
 end
 """

@@ -83,7 +83,7 @@ class Model:
         self.buckets: dict[tuple[str | None, str], Bucket] = {}
         self.foreground: dict[str | None, dict[str, int]] = {subject: {} for subject in limits}
         self.background: dict[str | None, set[str]] = {subject: set() for subject in limits}
-        self.reserved: dict[str, int] = {}
+        self.reserved: dict[str, tuple[int, int, dict[str | None, Fraction]]] = {}
 
     def bucket(self, subject: str | None, measure: str, now: int) -> tuple[Bucket, int]:
         found = self.buckets.setdefault((subject, measure), Bucket())
@@ -125,18 +125,21 @@ class Model:
                 else:
                     self.foreground[subject][run] = now + int(LEASE_S * 1_000_000)
             if tokens:
-                self.reserved[run] = tokens
+                limited = [subject for subject in subjects(holder) if self.limits[subject].tokens_per_minute]
+                used = {subject: self.buckets[subject, "tokens"].used for subject in limited}
+                self.reserved[run] = tokens, now, used
         left = [max(0, math.floor(limit - bucket.used + Fraction(1, 1000))) for bucket, limit, _ in rates]
         return fits, [*left, *(max(0, most - self.runs(subject, now)) for subject, most in places)]
 
     def settle(self, holder: Holder, run: str, tokens: int | None, now: int) -> None:
-        reserved = self.reserved.pop(run, None)
+        reserved, at, owed = self.reserved.pop(run, (None, now, {}))
         for subject in subjects(holder):
             self.foreground[subject].pop(run, None)
             self.background[subject].discard(run)
             if reserved is not None and tokens is not None and self.limits[subject].tokens_per_minute:
-                bucket, _ = self.bucket(subject, "tokens", now)
-                bucket.used = max(Fraction(0), bucket.used + tokens - reserved)
+                bucket, limit = self.bucket(subject, "tokens", now)
+                left = max(Fraction(0), min(Fraction(reserved), owed[subject] - Fraction(now - at) * limit / MINUTE_US))
+                bucket.used = max(Fraction(0), bucket.used + max(Fraction(tokens - reserved), -left))
 
 
 def subjects(holder: Holder) -> list[str | None]:
@@ -213,6 +216,26 @@ async def test_more_tokens_than_were_reserved_are_paid_for_later(clocked):
     assert (await clocked.admit(TENANT, limits)).fits, "what takes no tokens does not wait for them"
     await clocked.at(clocked.now + state.retry_us)
     assert (await clocked.admit(TENANT, limits, "resp_2", tokens=100)).fits
+
+
+async def test_what_long_runs_have_reserved_in_vain_is_not_saved_for_one_moment(clocked):
+    limits = [Limits(tokens_per_minute=600)]
+    for minute in range(5):
+        assert (await clocked.admit(TENANT, limits, f"resp_{minute}", tokens=600)).fits
+        await clocked.at(clocked.now + MINUTE_US)
+    taken = 0
+    for minute in range(5):
+        taken += (await clocked.admit(TENANT, limits, f"resp_at_once_{minute}", tokens=600)).fits
+        await clocked.settle(TENANT, f"resp_{minute}", 0)
+    assert taken == 1
+
+
+async def test_what_an_upstream_reports_wrongly_does_not_lock_a_tenant_out_for_good(clocked):
+    limits = [Limits(tokens_per_minute=1)]
+    assert (await clocked.admit(TENANT, limits, "resp_1", tokens=1)).fits
+    await clocked.settle(TENANT, "resp_1", 2**60)
+    refused = only(await clocked.admit(TENANT, limits, "resp_2", tokens=1), "tokens")
+    assert refused.retry_us == refused.reset_us == 86_400_000_000
 
 
 async def test_a_clock_that_is_set_back_does_not_lock_a_tenant_out(clocked):
