@@ -33,9 +33,10 @@ class DeclaredTools:
         for index, tool in enumerate(request.tools):
             if isinstance(tool, McpTool):
                 server = self._server(tool, f"tools[{index}]")
-                # What an agent has set its users do not know: its headers are secret, whatever they look like.
-                secret = frozenset(tool.headers or ()) if request.agent else frozenset[str]()
-                servers[tool.server_label] = replace(server, secret_headers=secret)
+                if request.agent:  # what it has set its users do not know: that is secret, whatever it looks like
+                    secret = frozenset(tool.headers or ())
+                    server = replace(server, secret_headers=secret, is_url_secret=bool(tool.server_url))
+                servers[tool.server_label] = server
         if len(servers) > self._settings.tool_servers_max:
             raise InvalidParameter(
                 f"'tools' declares more than {self._settings.tool_servers_max} MCP servers.", param="tools"

@@ -60,6 +60,7 @@ class ToolServer(Struct, frozen=True):
     trusted: bool = False  # the operator's own: no guard
     shared: Shared = "tenant"  # which runs share a program
     secret_headers: frozenset[str] = frozenset()  # those whose values are secret, whatever they look like
+    is_url_secret: bool = False  # all of it but the origin
     fault: str = ""  # why it can't be called
 
     def __repr__(self) -> str:
@@ -110,6 +111,10 @@ class ToolServer(Struct, frozen=True):
             return
         yield url.userinfo.decode()
         yield url.password
+        if self.is_url_secret:  # words of its path alone may stand in any answer
+            yield url.raw_path.decode()
+            yield url.path
+            yield from url.params.values()
         for name, value in chain(url.params.multi_items(), (("", part) for part in url.path.split("/"))):
             if KEY_NAME.search(name) or (KEY_IN_URL.fullmatch(value) and not WORDS.fullmatch(value)):
                 yield value

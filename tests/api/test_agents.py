@@ -855,6 +855,16 @@ def test_a_client_s_own_server_of_the_same_label_gets_no_secrets(house, toolserv
     assert toolserver.calls(f"{name}1") == []
 
 
+def test_no_error_of_its_server_shows_the_path_of_its_address(house, client, toolserver, name):
+    url = toolserver.url("mcp", "opensesame", redirect="http://127.0.0.1:9/mcp/opensesame")
+    house.make("redirected", tools=[{"type": "mcp", "server_label": "box", "server_url": url}])
+    made = client.responses.create(model="redirected", input=name)
+    [listed] = [item for item in made.output if item.type == "mcp_list_tools"]
+    assert "not followed" in listed.error
+    assert "opensesame" not in made.model_dump_json()
+    house.send("DELETE", "/agents/redirected")
+
+
 @pytest.mark.parametrize("way", ["input", "chain", "conversation"])
 @pytest.mark.parametrize(
     "limits",
