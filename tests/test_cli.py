@@ -27,6 +27,7 @@ from app.doctor import _about_redis
 from app.settings import SettingsError, load
 from app.setup import OTHER_KEY, _kept_key, open_seal
 from app.storage.tables import metadata
+from tests.faults.cluster import locked
 from tests.servers import ROOT, Served, reprise
 from tests.upstream import script
 from tests.waiting import fetch, until
@@ -256,6 +257,22 @@ def test_two_that_migrate_at_once_do_not_harm_each_other(base_env, empty_databas
     with concurrent.futures.ThreadPoolExecutor() as pool:
         done = list(pool.map(lambda _: reprise(env, "migrate"), range(3)))
     assert [one.returncode for one in done] == [0, 0, 0]
+
+
+def test_a_migration_that_waits_for_a_reader_keeps_nobody_waiting(base_env, empty_database):
+    """The reader may be a dump of the whole database."""
+    migrate.upgrade(empty_database, "0016")
+    waits = "select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        with locked(empty_database, "runs"):
+            migrating = pool.submit(reprise, {**base_env, "DATABASE_URL": empty_database}, "migrate")
+            for _ in range(2):
+                until(lambda: fetch(empty_database, waits), "it waits for the table")
+                fetch(f"{empty_database}&statement_timeout=3000", "select from runs")
+                until(lambda: not fetch(empty_database, waits), "it has given up")
+            assert not migrating.done()
+        assert migrating.result().returncode == 0
+    assert in_sync(empty_database, differences) == []
 
 
 def in_sync(url, look):
