@@ -43,7 +43,8 @@ def reply(
 ) -> Response[Any]:
     """The same of another type."""
     if len(body) <= PAGE_BYTES:
-        return Response(body, media_type=media_type, headers=headers)
+        # As a header: of a text's type the framework would say the charset once more.
+        return Response(body, media_type=media_type, headers={"content-type": media_type, **(headers or {})})
     return LargeReply(body, backlogs, {"content-type": media_type, **(headers or {})}, made=made, stored=stored)
 
 
