@@ -108,13 +108,22 @@ def worker() -> None:
 
 
 @reprise.command("migrate")
-def migrate_command() -> None:
+@click.option(
+    "--back-to",
+    metavar="REVISION",
+    help="Go back to the schema of an earlier version; what only later ones keep is deleted.",
+)
+def migrate_command(back_to: str | None) -> None:
     """Migrate the database to the schema of this version."""
     settings = setup.with_servers(_settings(), JUST_POSTGRES, create_database=True)
     from app import migrate
 
-    migrate.upgrade(settings.database_url)
-    click.echo("The schema is that of this version.")
+    if back_to is None:
+        migrate.upgrade(settings.database_url)
+        click.echo("The schema is that of this version.")
+    else:
+        migrate.downgrade(settings.database_url, back_to)
+        click.echo(f"The schema is {back_to}, which this version does not serve.")
 
 
 # -- keys -------------------------------------------------------------------------------------------------------------------

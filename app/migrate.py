@@ -40,6 +40,23 @@ def upgrade(database_url: str, revision: str = "head") -> None:
         raise SettingsError(asyncio.run(fault(database_url)) or f"the schema can't be changed: {error}.") from None
 
 
+def downgrade(database_url: str, revision: str) -> None:
+    """Go back to the schema of an earlier version, without what only later ones keep. Must be called outside a running loop.
+
+    Raises SettingsError if the database can't be reached, or this version knows no such schema before its own.
+    """
+    own, *older = revisions()
+    if revision not in older:
+        raise SettingsError(
+            f"there is no schema '{revision}' before this version's {own}; the one before is {older[0]}."
+        )
+    try:
+        with _reached():
+            command.downgrade(config(database_url), revision)
+    except CommandError as error:
+        raise SettingsError(f"the schema can't be changed: {error}.") from None
+
+
 def revisions() -> list[str]:
     """Every schema that this version knows, its own first."""
     return [script.revision for script in ScriptDirectory(str(MIGRATIONS)).walk_revisions()]

@@ -252,6 +252,21 @@ def test_migrate_makes_the_tables_and_may_be_run_again(base_env, empty_database)
         assert httpx.get(f"{served.url}/responses").json()["data"] == []
 
 
+def test_migrate_leads_back_to_the_schema_of_an_earlier_version(base_env, empty_database):
+    env = {**base_env, "DATABASE_URL": empty_database}
+    assert reprise(env, "migrate").returncode == 0
+    back = reprise(env, "migrate", "--back-to", "0016")
+    assert (back.returncode, back.stdout) == (0, "The schema is 0016, which this version does not serve.\n")
+    assert "usage_days" not in in_sync(empty_database, table_names)
+    refused = reprise(env, "keys", "list")
+    assert (refused.returncode != 0, "schema 0016 is older than this version's" in refused.stderr) == (True, True)
+    for unknown in ("1600", migrate.revisions()[0], "base"):
+        refused = reprise(env, "migrate", "--back-to", unknown)
+        assert (refused.returncode != 0, f"no schema '{unknown}' before" in refused.stderr) == (True, True)
+    assert reprise(env, "migrate").returncode == 0
+    assert in_sync(empty_database, differences) == []
+
+
 def test_two_that_migrate_at_once_do_not_harm_each_other(base_env, empty_database):
     env = {**base_env, "DATABASE_URL": empty_database}
     with concurrent.futures.ThreadPoolExecutor() as pool:
