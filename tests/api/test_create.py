@@ -580,7 +580,7 @@ def count_rows(server):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_is_not_stored_leaves_nothing_behind(client, server, said, stream):
+def test_what_is_not_stored_leaves_nothing_but_its_usage(client, server, said, stream):
     parent = client.responses.create(model="m", input="Hello")
     before = count_rows(server)
     made = client.responses.create(model="m", input=said, store=False, stream=stream, previous_response_id=parent.id)
@@ -588,7 +588,7 @@ def test_what_is_not_stored_leaves_nothing_behind(client, server, said, stream):
         *_, last = made
         made = last.response
     assert (made.store, made.output_text) == (False, f"ok: {said}")
-    assert count_rows(server) == before
+    assert count_rows(server) == {**before, "usage_ledger": before["usage_ledger"] + 1}
     with pytest.raises(openai.NotFoundError) as missing:
         client.responses.retrieve(made.id)
     assert missing.value.body["message"] == f"Response with id '{made.id}' not found."

@@ -418,7 +418,8 @@ def rows(own):
     """How many rows each table of data has."""
     data = "responses facets items parts part_uses branches conversations removals files file_pieces runs event_journal event_archive approvals"
     names = data.split()
-    assert {*names, "tenants", "keys", "retired_secrets", "audit_log", "sealing"} == tables.metadata.tables.keys()
+    others = "tenants keys retired_secrets audit_log sealing usage_ledger usage_days agents tool_credentials"
+    assert {*names, *others.split()} == tables.metadata.tables.keys()
     counts = ", ".join(f"(select count(*) from {name})" for name in names)
     return dict(zip(names, fetch(own.database_url, f"select {counts}")[0], strict=True))
 

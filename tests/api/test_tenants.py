@@ -160,10 +160,10 @@ def test_keys_are_listed_without_their_secrets(house):
     listed = reprise(house.env, "keys", "list")
     lines = [line.split("\t") for line in listed.stdout.splitlines()]
     assert {(tenant, name) for _, tenant, _, name, *_ in lines} >= {("a", "-"), ("b", "-"), ("c", "for the list")}
-    [(*_, created, state)] = [line for line in lines if line[0] == id]
+    [(*_, created, state, _)] = [line for line in lines if line[0] == id]
     assert state.startswith("revoked 20")
     assert created <= state.removeprefix("revoked ")
-    assert {state for line_id, *_, state in lines if line_id != id and not state.startswith("revoked ")} == {"valid"}
+    assert {state for line_id, *_, state, _ in lines if line_id != id and not state.startswith("revoked ")} == {"valid"}
     assert not any(secret in listed.stdout for secret in (key, house.a, house.b))
 
 

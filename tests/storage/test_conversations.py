@@ -16,6 +16,7 @@ from app.storage.conversations import StoredConversation
 from app.storage.database import Tx
 from app.storage.pages import BYTES_MAX
 from app.storage.queue import Owner
+from app.storage.usage import NO_CHARGE
 from tests.unit.build import request
 
 OWNER = Owner("worker", 60.0)
@@ -80,7 +81,7 @@ class House:
         ids, items = self.new_items(count)
         made = msgspec.structs.replace(response, output=[msgspec.Raw(body) for _, body in items])
         closed = close_response(made, Outcome(status), usage=None, now=1)
-        assert await endings.end_foreground(self.tx, self.tenant_id, closed)
+        assert await endings.end_foreground(self.tx, self.tenant_id, closed, NO_CHARGE)
         self.responses[response.id] = context, ids
         id = response.conversation and response.conversation.id
         if id in self.conversations and status in {"completed", "incomplete"}:

@@ -11,6 +11,7 @@ from app.errors import InvalidRequest
 from app.storage.approvals import answer_requests
 from app.storage.database import Tx
 from app.storage.endings import end_background
+from app.storage.usage import NO_CHARGE
 from tests.unit.build import request
 
 RUN = """
@@ -46,12 +47,12 @@ async def test_a_seal_that_waits_for_its_earlier_attempt_knows_it(connections):
     await first.execute(RUN, response.id)
     transaction = first.transaction()
     await transaction.start()
-    assert await end_background(Tx(first), "t", response, 1, [])
-    again = asyncio.create_task(end_background(Tx(second), "t", response, 1, []))
+    assert await end_background(Tx(first), "t", response, 1, [], NO_CHARGE)
+    again = asyncio.create_task(end_background(Tx(second), "t", response, 1, [], NO_CHARGE))
     await until_it_waits(again, looking)
     await transaction.commit()
     assert await again
-    assert not await end_background(Tx(looking), "t", response, 2, [])
+    assert not await end_background(Tx(looking), "t", response, 2, [], NO_CHARGE)
 
 
 async def test_two_who_answer_the_same_requests_do_not_wait_for_each_other_crosswise(connections):

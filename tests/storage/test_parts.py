@@ -15,6 +15,7 @@ from app.storage import completions, contexts, endings, responses, threads
 from app.storage.database import Tx
 from app.storage.pages import BYTES_MAX
 from app.storage.queue import Owner
+from app.storage.usage import NO_CHARGE
 from app.wire.resources import encode
 from tests.unit.build import request
 
@@ -56,7 +57,7 @@ async def end(connection, tenant_id, response, *, output=True):
         response, output=[msgspec.Raw(message(f"msg_out_{response.id}")[1])] if output else []
     )
     closed = close_response(made, Outcome("completed"), usage=None, now=1)
-    assert await endings.end_foreground(Tx(connection), tenant_id, closed)
+    assert await endings.end_foreground(Tx(connection), tenant_id, closed, NO_CHARGE)
     return closed
 
 
