@@ -24,12 +24,12 @@ class Prices(Struct, frozen=True, forbid_unknown_fields=True):
     output: Decimal
     cached_input: Decimal | None = None
 
-    def faults(self) -> Iterator[str]:
-        """What is wrong with them."""
+    def faults(self, at: str = "prices") -> Iterator[str]:
+        """What is wrong with them; `at` is their path."""
         for name in self.__struct_fields__:
             price: Decimal | None = getattr(self, name)
             if price is not None and not _is_price(price):
-                yield f"'prices.{name}' is no number from 0 to {PRICE_MAX:,} with at most {PRICE_DECIMALS} decimals"
+                yield f"'{at}.{name}' is no number from 0 to {PRICE_MAX:,} with at most {PRICE_DECIMALS} decimals"
 
     def cost(self, used: ChatUsage) -> int:
         """What a turn costs that has used so much."""

@@ -29,7 +29,9 @@ def check(named: NamedAgent, catalog: Catalog, settings: Settings) -> None:
             raise InvalidParameter(f"Invalid value for 'users[{index}]'.", param=f"users[{index}]")
     check_overrides(agent, catalog.passed_on)
     _check_model(agent.model, catalog)
-    _check_tools(replace(agent.as_request(), tools=named.tools), catalog, settings)
+    request = replace(agent.as_request(), tools=named.tools)
+    catalog.refuse_unpriced(agent.run_limits, agent.model, is_summarized=request.asks_for_summary)
+    _check_tools(request, catalog, settings)
 
 
 def _check_model(model: str, catalog: Catalog) -> None:

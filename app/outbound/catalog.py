@@ -53,7 +53,7 @@ from app.domain.hosted import HostedRoute, Kind
 from app.domain.issuers import Issuer
 from app.domain.prices import Prices
 from app.domain.prompt_templates import Prompt
-from app.errors import NotFound
+from app.errors import InvalidParameter, NotFound
 from app.outbound.toolserver import Shared, ToolServer
 from app.wire.run_limits import RunLimits
 
@@ -197,10 +197,7 @@ class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
     def routes(self, model: str) -> list[Route]:
         """The routes to a model, in order. Raises NotFound."""
         if entry := self._entry(model):
-            return [
-                replace(route, model=route.model or model, prices=route.prices or entry.prices or self._prices(route))
-                for route in entry.routes
-            ]
+            return [replace(one, model=one.model or model) for one in self.priced(entry)]
         upstream, at, name = model.partition("@")
         direct = Route(upstream, name) if at and upstream in self.upstreams else None
         default = self.default or (next(iter(self.upstreams)) if len(self.upstreams) == 1 else "")
@@ -211,6 +208,25 @@ class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
             code="model_not_found",
             param="model",
         )
+
+    def priced(self, entry: ModelEntry) -> list[Route]:
+        """The routes of an entry, with their prices."""
+        return [replace(one, prices=one.prices or entry.prices or self._prices(one)) for one in entry.routes]
+
+    def refuse_unpriced(self, limits: RunLimits | None, model: str, *, is_summarized: bool) -> None:
+        """Raises InvalidParameter for a limit of cost that would not hold; NotFound."""
+        if limits and limits.cost is not None and not self.is_priced(model, is_summarized=is_summarized):
+            raise InvalidParameter(
+                "'run_limits.cost' can't be kept: a model that may answer has no prices in the catalog.",
+                param="run_limits.cost",
+            )
+
+    def is_priced(self, model: str, *, is_summarized: bool) -> bool:
+        """Whether every route that may answer has prices, and every one to the model of the summaries, if there are any. Raises
+        NotFound."""
+        summary = self.reasoning_summary(model) if is_summarized else "off"
+        models = [model, summary.model] if isinstance(summary, SummaryModel) else [model]
+        return all(route.prices for one in models for route in self.routes(one))
 
     def run_limits(self, model: str) -> RunLimits | None:
         """The limits of a model's runs."""

@@ -267,12 +267,22 @@ def _faults_of_prices(catalog: Catalog) -> Iterator[str]:
     priced: list[tuple[str, Prices | None]] = [
         (f"[upstreams.{name}]", one.prices) for name, one in catalog.upstreams.items()
     ]
-    for model in catalog.models:
-        priced += [
-            (f"model '{model.name}'", prices) for prices in (model.prices, *(one.prices for one in model.routes))
-        ]
     for entry, prices in priced:
         yield from (f"{entry}: {fault}" for fault in (prices.faults() if prices else ()))
+    for model in catalog.models:
+        of_model = {"prices": model.prices} | {
+            f"routes[{at}].prices": one.prices for at, one in enumerate(model.routes)
+        }
+        for path, prices in of_model.items():
+            yield from (f"model '{model.name}': {fault}" for fault in (prices.faults(path) if prices else ()))
+        if model.run_limits and model.run_limits.cost is not None:
+            needs = f"model '{model.name}': 'run_limits.cost' needs prices, and"
+            for at, route in enumerate(catalog.priced(model)):
+                if not route.prices:
+                    yield f"{needs} 'routes[{at}]' has none"
+            summary = model.reasoning_summary
+            if isinstance(summary, SummaryModel) and not catalog.is_priced(summary.model, is_summarized=False):
+                yield f"{needs} the model of 'reasoning_summary' has none"
 
 
 def _faults_of_headers(catalog: Catalog) -> Iterator[str]:
@@ -324,7 +334,11 @@ def _faults_of_prompts(catalog: Catalog) -> Iterator[str]:
                 if version.model is not None:
                     yield from _faults_of_model(catalog, f"[prompts.{id}.versions.{number}]", version.model)
                 yield from (f"[prompts.{id}.versions.{number}]: {fault}" for fault in version.faults())
-                version.as_request()
+                request = version.as_request()
+                if version.model is not None:
+                    agent = catalog.agents.get(version.model)
+                    model = agent.model if agent else version.model
+                    catalog.refuse_unpriced(version.run_limits, model, is_summarized=request.asks_for_summary)
             except ApiError as error:
                 yield f"[prompts.{id}.versions.{number}]: {error.message.removesuffix('.')}"
 

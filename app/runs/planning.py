@@ -96,6 +96,8 @@ class Planner:
         most = self._catalog.run_limits(request.model)
         if not (request.agent or request.body.prompt):  # whose limits are no mistake of the client's
             refuse_higher(request.body.run_limits, most)
+        run_limits = lower(request.body.run_limits, most)
+        self._catalog.refuse_unpriced(run_limits, request.model, is_summarized=request.asks_for_summary)
         servers = self._declared.servers(request)
         self._declared.refuse_hosted(request)
         room, seal = self.room(), self._seal.of(tenant_id)
@@ -104,7 +106,7 @@ class Planner:
             stored = await self._stored.of_request(tenant_id, request, room, beside)
             size = request.size + stored.bytes + beside
             context = await offload(size, self._resolve, seal, servers, request, stored)
-            refuse_approved(len(context.approved), lower(request.body.run_limits, most))
+            refuse_approved(len(context.approved), run_limits)
             slot = stored.parent.conversation if stored.parent else None
             return _Resolved(
                 context,
@@ -246,7 +248,7 @@ class Planner:
     ) -> RunPlan:
         """The plan of a run whose context is what `look` finds."""
         seal = self._seal.of(tenant_id)
-        summary = self._catalog.reasoning_summary(request.model) if _asks_for_summary(request) else "off"
+        summary = self._catalog.reasoning_summary(request.model) if request.asks_for_summary else "off"
         try:
             made = await self._with_files(tenant_id, request, routes, room, look, wait_s=wait_s)
             tokens = await self._tokens(tenant_id, request, made)
@@ -296,11 +298,6 @@ def _refuse_untaken(request: CreateResponse, upstreams: Sequence[Upstream]) -> N
     for name in request.extra:
         if not any(upstream.entry.takes(name) for upstream in upstreams):
             raise InvalidRequest(f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")
-
-
-def _asks_for_summary(request: CreateResponse) -> bool:
-    reasoning = request.body.reasoning
-    return bool(reasoning and (reasoning.summary or reasoning.generate_summary))
 
 
 def _origins(servers: Mapping[str, ToolServer], seal: TenantSeal) -> dict[str, str]:

@@ -272,6 +272,12 @@ class CreateResponse(Struct, kw_only=True, frozen=True):
         return bool(self.input) and isinstance(self.input[-1], CompactionTrigger)
 
     @property
+    def asks_for_summary(self) -> bool:
+        """Whether its reasoning is to be summarized."""
+        reasoning = self.body.reasoning
+        return bool(reasoning and (reasoning.summary or reasoning.generate_summary))
+
+    @property
     def generate(self) -> bool:
         """False for a prewarm: the response is made without calling the model."""
         options = self.body.prompt_cache_options

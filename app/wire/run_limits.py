@@ -6,6 +6,8 @@ from msgspec import Meta, Struct
 
 COUNT_MAX = 2**53
 AMOUNT_MAX = 1_000_000_000
+COST_MIN = 1e-12
+"""The unit of costs: what is less would be none."""
 
 
 class RunLimits(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -15,4 +17,4 @@ class RunLimits(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=T
     tokens: Annotated[int, Meta(ge=1, le=COUNT_MAX)] | None = None
     tool_calls: Annotated[int, Meta(ge=1, le=COUNT_MAX)] | None = None
     tool_seconds: Annotated[float, Meta(gt=0, le=AMOUNT_MAX)] | None = None
-    cost: Annotated[float, Meta(gt=0, le=AMOUNT_MAX)] | None = None
+    cost: Annotated[float, Meta(ge=COST_MIN, le=AMOUNT_MAX)] | None = None

@@ -38,6 +38,7 @@ description = "Answers."
 [[models]]
 name = "hidden"
 routes = [{{ upstream = "up", model = "behind" }}]
+prices = {{ input = 0.1, output = 0.4 }}
 
 [agents.greeter]
 model = "hidden"
@@ -663,6 +664,8 @@ def test_a_name_that_is_taken_is_refused(house, name):
         ({"tools": [{"type": "mcp", "server_label": "x", "server_url": "http://x/<redacted>"}]}, "tools[0].server_url"),
         ({"tool_choice": {"type": "function", "name": "nod"}}, "tool_choice"),
         ({"reasoning": {"mode": "pro"}}, "reasoning.mode"),
+        ({"run_limits": {"cost": 0.5}}, "run_limits.cost"),
+        ({"model": "hidden", "run_limits": {"cost": 1e-13}}, "run_limits.cost"),
         ({"instructions": "x" * 20_000}, None),
     ],
 )
@@ -679,6 +682,12 @@ def test_a_bad_update_changes_nothing(house):
     for given in ({"temperature": 9}, {"instructions": "x"}, {"temperature": 0.1, "nonsense": 1}, {"model": None}):
         assert house.send("POST", f"/agents/{made['id']}", **given)[0] == 400
     assert house.send("GET", f"/agents/{made['id']}") == made
+
+
+def test_an_agent_with_a_limit_of_cost_keeps_to_models_with_prices(house):
+    made = house.make("priced", model="hidden", run_limits={"cost": 0.5})
+    assert house.send("POST", f"/agents/{made['id']}", model="plain") == (400, "invalid_value", "run_limits.cost")
+    assert house.send("POST", f"/agents/{made['id']}", model="plain", run_limits=None)["model"] == "plain"
 
 
 def test_an_agent_is_no_agent_s_model(house):

@@ -24,11 +24,30 @@ prices = {{ input = 1000, output = 2000 }}
 [[models]]
 name = "bounded"
 routes = [{{ upstream = "up", model = "scripted" }}]
+prices = {{ input = 0.001, output = 0.001 }}
 run_limits = {{ tokens = 1000, tool_calls = 2, tool_seconds = 30, cost = 0.5 }}
+
+[[models]]
+name = "half"
+routes = [{{ upstream = "up", model = "scripted", prices = {{ input = 1, output = 1 }} }}, {{ upstream = "up", model = "spare" }}]
+
+[[models]]
+name = "thinks"
+routes = [{{ upstream = "up", model = "scripted" }}]
+prices = {{ input = 1000, output = 2000 }}
+reasoning_summary = {{ model = "up@scripted" }}
 
 [agents.thrifty]
 model = "priced"
 run_limits = {{ tokens = 100 }}
+
+[agents.free]
+model = "up@scripted"
+overrides = ["run_limits"]
+
+[prompts.cheap.versions.1]
+instructions = "Be brief."
+run_limits = {{ cost = 0.5 }}
 """
 
 
@@ -174,6 +193,7 @@ def test_a_call_that_was_broken_off_for_others_of_its_turn_does_not_end_the_run(
         ({"cost": 0.51}, "run_limits.cost"),
         ({"tokens": 0}, "run_limits.tokens"),
         ({"cost": -1}, "run_limits.cost"),
+        ({"cost": 9e-13}, "run_limits.cost"),
         ({"cost": "cheap"}, "run_limits.cost"),
         ({"token": 5}, "run_limits.token"),
         ([], "run_limits"),
@@ -184,6 +204,36 @@ def test_a_limit_above_the_model_s_or_unknown_is_refused_by_its_path(server, pat
     said = {"input": "hi"} if path == "/responses" else {"messages": [{"role": "user", "content": "hi"}]}
     status, reply = http_call(server.url, "POST", path, {"model": "bounded", **said, "run_limits": limits})
     assert (status, reply["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("path", "given"),
+    [
+        ("/responses", {"model": "up@scripted"}),
+        ("/responses", {"model": "up@scripted", "stream": True}),
+        ("/responses", {"model": "up@scripted", "store": False}),
+        ("/responses", {"model": "up@scripted", "background": True}),
+        ("/responses", {"model": "half"}),
+        ("/responses", {"model": "thinks", "reasoning": {"summary": "auto"}}),
+        ("/responses", {"model": "free"}),
+        ("/responses", {"model": "free", "background": True}),
+        ("/responses", {"model": "up@scripted", "prompt": {"id": "cheap"}, "run_limits": None}),
+        ("/chat/completions", {"model": "up@scripted"}),
+        ("/chat/completions", {"model": "free", "stream": True}),
+    ],
+)
+def test_a_limit_of_cost_is_refused_where_what_may_answer_has_no_prices(server, upstream, said, path, given):
+    asking = {"input": said} if path == "/responses" else {"messages": [{"role": "user", "content": said}]}
+    status, reply = http_call(server.url, "POST", path, {**asking, "run_limits": {"cost": 0.5}, **given})
+    assert (status, reply["error"]["param"]) == (400, "run_limits.cost")
+    assert upstream.asked(said) == []
+
+
+def test_a_limit_of_cost_holds_where_all_that_answers_has_prices(client, said):
+    asking = script([note(said), text("half"), finish("length"), usage(5, 10)])
+    assert ended(create(client, asking, model="thinks", run_limits={"cost": 0.02})) == ("incomplete", "max_run_cost")
+    prompted = client.responses.create(model="priced", input=said, prompt={"id": "cheap"})
+    assert prompted.status == "completed"
 
 
 def test_the_catalog_s_limits_hold_without_any_in_the_request(client, upstream, mcp, said):

@@ -11,6 +11,7 @@ from app.errors import NotFound
 from app.outbound.catalog import ENGINE_PARAMETERS, Catalog, Route
 from app.outbound.catalog_file import load_catalog
 from app.settings import Settings, SettingsError
+from app.wire.run_limits import RunLimits
 
 ONE = """
 [upstreams.a]
@@ -196,7 +197,11 @@ def test_parameters_are_let_through_that_any_upstream_takes(read: Read):
         (ONE + "prices = { input = 1, output = -1 }\n", r"\[upstreams.a\]: 'prices.output' is no number"),
         (
             TWO + '[[models]]\nname = "m"\nroutes = [{ upstream = "spare", prices = { input = nan, output = 1 } }]\n',
-            "model 'm': 'prices.input' is no number",
+            r"model 'm': 'routes\[0\]\.prices\.input' is no number",
+        ),
+        (
+            TWO + '[[models]]\nname = "m"\nroutes = [{ upstream = "spare" }]\nprices = { input = 1, output = inf }\n',
+            r"model 'm': 'prices\.output' is no number",
         ),
         ('currency = "U$D"\n' + ONE, "currency"),
     ],
@@ -226,6 +231,19 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path):
 
 
 # -- Faults -----------------------------------------------------------------------------------------------------------------
+
+UNPRICED = """
+[[models]]
+name = "[m]*"
+routes = [{ upstream = "local", prices = { input = 1, output = 1 } }, { upstream = "spare" }]
+"""
+
+LIMITED_PROMPT = """
+[prompts.p.versions.1]
+model = "m"
+instructions = "x"
+run_limits = { cost = 1 }
+"""
 
 SERVER = '[tool_servers.s]\nurl = "http://x/mcp"\n'
 
@@ -377,6 +395,27 @@ SERVER = '[tool_servers.s]\nurl = "http://x/mcp"\n'
             )
         ),
         (TWO + '[agents.g]\nmodel = "q"', r"\[agents\.g\]: The model 'q' does not exist"),
+        *(
+            (TWO + UNPRICED + fields, message)
+            for fields, message in (
+                ("run_limits = { cost = 0.5 }", r"model '\[m\]\*': 'run_limits\.cost' .* 'routes\[1\]' has none"),
+                (
+                    'prices = { input = 1, output = 1 }\nreasoning_summary = { model = "spare@x" }\nrun_limits = { cost = 1 }',
+                    r"model '\[m\]\*': 'run_limits\.cost' .* the model of 'reasoning_summary' has none",
+                ),
+                ("run_limits = { cost = 1e-13 }", r"\[\[models\]\] '\[m\]\*': .*>= 1e-12 - at `\$\.run_limits\.cost`"),
+                ('[agents.g]\nmodel = "m"\nrun_limits = { cost = 1 }', r"\[agents\.g\]: 'run_limits\.cost' "),
+                ('[agents.g]\nmodel = "m"\nrun_limits = { cost = 1e-13 }', r"\[agents\.g\]: .*`\$\.run_limits\.cost`"),
+                (
+                    LIMITED_PROMPT,
+                    r"\[prompts\.p\.versions\.1\]: 'run_limits\.cost' ",
+                ),
+                (
+                    '[agents.g]\nmodel = "m"\noverrides = "all"' + LIMITED_PROMPT.replace('"m"', '"g"'),
+                    r"\[prompts\.p\.versions\.1\]: 'run_limits\.cost' ",
+                ),
+            )
+        ),
         ('[upstreams."a@b"]\nbase_url = "http://x/v1"', "neither spaces nor '@'"),
         (ONE + '[tool_servers."a b"]\nurl = "http://x"', "letters, digits, '_' and '-'"),
     ],
@@ -384,6 +423,20 @@ SERVER = '[tool_servers.s]\nurl = "http://x/mcp"\n'
 def test_a_fault_names_its_entry_and_what_may_stand_there(read: Read, toml: str, message: str):
     with pytest.raises(SettingsError, match=rf"^[^\n]*catalog\.toml: [^\n]*{message}[^\n]*$"):
         read(toml)
+
+
+@pytest.mark.parametrize("of", ["the route", "the model", "the upstream"])
+def test_a_limit_of_cost_stands_where_every_route_has_prices(read: Read, of: str):
+    prices = "prices = { input = 1, output = 1 }\n"
+    toml = TWO + (prices if of == "the upstream" else "") + UNPRICED + (prices if of == "the model" else "")
+    if of == "the route":
+        toml = toml.replace('"spare" }', '"spare", ' + prices.strip() + " }")
+    limits = "run_limits = { cost = 1e-12 }\n"
+    prompt = '[prompts.p.versions.1]\nmodel = "m"\ninstructions = "x"\n' + limits
+    catalog = read(toml + limits + '[agents.g]\nmodel = "m"\n' + limits + prompt)
+    assert catalog.run_limits("m") == catalog.agents["g"].run_limits == RunLimits(cost=1e-12)
+    anyone = read(TWO + prompt.replace('model = "m"\n', ""))
+    assert anyone.prompts["p"].versions["1"].run_limits == RunLimits(cost=1e-12), "its model is each request's"
 
 
 @pytest.mark.parametrize("written", ['"yes"', '"T"', "1", '"On"', "true"])

@@ -17,7 +17,7 @@ from app.domain.usage_report import as_csv, as_table, cursor, place_of
 from app.errors import InvalidParameter
 from app.storage.journal import _stored, read_spent
 from app.wire.chat import ChatUsage, CompletionTokensDetails, PromptTokensDetails
-from app.wire.run_limits import RunLimits
+from app.wire.run_limits import COST_MIN, RunLimits
 from app.wire.usage import GroupUsage
 
 PRICE = st.decimals(0, 10**9, places=6)
@@ -178,3 +178,9 @@ def test_a_limit_is_reached_by_what_is_spent(limits: RunLimits, reason: str | No
     assert reached(limits, spent) == reason
     assert read_spent(_stored(spent)) == spent
     assert read_spent(_stored(Spent(tool_s=2.5))) == Spent(tool_s=2.5)
+
+
+def test_the_least_limit_of_cost_is_reached_by_the_least_cost():
+    limits = RunLimits(cost=COST_MIN)
+    assert reached(limits, NOTHING_SPENT) is None
+    assert reached(limits, replace(NOTHING_SPENT, cost=1)) == "max_run_cost"
