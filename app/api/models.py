@@ -59,7 +59,7 @@ async def _model(name: str, caller: Caller, services: Services) -> Model:
     Raises NotFound if no upstream would be asked, ModelNotAllowed.
     """
     agent = await services.agents.find(caller.rights, name)
-    route = services.catalog.routes(agent.agent.model if agent else name)[0]
+    route = (services.catalog.routes(agent.agent.model, agent=name) if agent else services.catalog.routes(name))[0]
     if agent is None:
         caller.rights.demand_model(name)
     listed: Listed = {}

@@ -26,6 +26,7 @@ from app.domain.run_limits import lower, refuse_higher
 from app.errors import InvalidParameter, UnsupportedParameter
 from app.wire.admin import ModelName, Name
 from app.wire.decoding import decode, not_among
+from app.wire.items import AdditionalTools, tools_added_by
 from app.wire.requests import (
     NOTHING,
     CreateResponse,
@@ -35,7 +36,7 @@ from app.wire.requests import (
     with_secrets,
     without_secrets,
 )
-from app.wire.tools import AnyTool, decode_tool_choice, decode_tools
+from app.wire.tools import AnyTool, HostedTool, decode_tool_choice, decode_tools
 
 DESCRIPTION_CHARS_MAX = 2_000
 USERS_MAX = 100
@@ -49,7 +50,11 @@ NAME = re.compile(_NAME)
 
 NAME_RULE = "1 to 64 letters, digits and '._:-', the first a letter or a digit, and not 'agent_' at the beginning"
 
-OVERRIDABLE = ("instructions", *(name for name in PromptParameters.__struct_fields__ if name != "model"))
+OVERRIDABLE = (
+    "instructions",
+    "context_management",
+    *(name for name in PromptParameters.__struct_fields__ if name != "model"),
+)
 """What an agent may let requests set, beside the parameters of the engines."""
 
 Overrides = Literal["all", "none"] | Annotated[list[str], Meta(max_length=OVERRIDES_MAX)]
@@ -74,16 +79,20 @@ class Agent(Template, kw_only=True, forbid_unknown_fields=True):
         """Whether it is for this caller's user."""
         return self.users is None or rights.user in self.users
 
+    def is_for(self, tenant: str) -> bool:
+        """Whether it is for this tenant; to others it is unknown."""
+        return True
+
 
 class CatalogAgent(Agent, kw_only=True, forbid_unknown_fields=True):
     """`[agents.NAME]`."""
 
     tenants: list[str] | None = None
-    """Whose keys may use it; None for all."""
+    """Whose keys know it; None for all."""
 
-    def admits(self, rights: Rights) -> bool:
-        """Whether it is for this caller's tenant and user."""
-        return super().admits(rights) and (self.tenants is None or rights.tenant in self.tenants)
+    def is_for(self, tenant: str) -> bool:
+        """Whether it is for this tenant."""
+        return self.tenants is None or tenant in self.tenants
 
 
 class CreateAgent(Agent, kw_only=True, forbid_unknown_fields=True):
@@ -197,7 +206,7 @@ def apply(named: NamedAgent, request: CreateResponse, *, bytes_max: int) -> Crea
 
 def _refuse_overrides(named: NamedAgent, request: CreateResponse) -> None:
     """Raises InvalidParameter."""
-    for name, path in _given(request):
+    for name, path in (*_given(request), *_added(named, request)):
         if not named.agent.lets_set(name):
             raise InvalidParameter(
                 f"The agent '{named.name}' does not let requests set '{path}'.", param=path, code="not_overridable"
@@ -211,6 +220,8 @@ def _given(request: CreateResponse) -> Iterator[tuple[str, str]]:
         yield "prompt", "prompt"  # which no list of an agent has: it is a template, too
     if body.instructions is not None:
         yield "instructions", "instructions"
+    if body.context_management:
+        yield "context_management", "context_management"
     for name in PromptParameters.__struct_fields__:
         value = getattr(body, name)
         if name not in {"model", "tools"} and not is_absent(value) and (path := _path(name, value)):
@@ -222,6 +233,15 @@ def _given(request: CreateResponse) -> Iterator[tuple[str, str]]:
         )  # which `web_search_options` of Chat Completions has become
     for name in request.extra:
         yield name, name
+
+
+def _added(named: NamedAgent, request: CreateResponse) -> Iterator[tuple[str, str]]:
+    """The items that add tools, and their paths; not what a search has found that is a tool of the agent."""
+    items = [(index, item) for index, item in enumerate(request.input) if tools_added_by(item)]
+    searches = bool(items) and any(isinstance(one, HostedTool) and one.type == "tool_search" for one in named.tools)
+    for index, item in items:
+        if isinstance(item, AdditionalTools) or not searches:
+            yield "tools", f"input[{index}]"
 
 
 def _path(name: str, value: object) -> str | None:

@@ -200,7 +200,8 @@ def places(request: CreateResponse, context: Context, own: Collection[str], unse
     """Every image, file and sound that the model gets. `own` are ids of the request's own items."""
     given = (at for at, item in enumerate(request.input) if not isinstance(item, CompactionTrigger))
     paths = {item.id: f"input[{at}]" for at, item in zip(given, context.input, strict=False)}
-    return [Place(part, path, is_new) for part, path, is_new in _media(context, paths, own, unseal)]
+    variables = "prompt.variables" if request.body.prompt else "agent.variables"
+    return [Place(part, path, is_new) for part, path, is_new in _media(context, variables, paths, own, unseal)]
 
 
 def wanted(found: Sequence[Place], needs: Needs) -> dict[str, Wanted]:
@@ -276,12 +277,12 @@ def name_of(part: Media) -> str:
 
 
 def _media(
-    context: Context, paths: Mapping[str, str], own: Collection[str], unseal: Unseal
+    context: Context, variables: str, paths: Mapping[str, str], own: Collection[str], unseal: Unseal
 ) -> Iterator[tuple[Media, str, bool]]:
     """Each part with its path, and whether the request gives it."""
     if isinstance(context.instructions, Sequence) and not isinstance(context.instructions, str):
         for message in context.instructions:
-            yield from ((part, "prompt.variables", True) for part in message.content if isinstance(part, Media))
+            yield from ((part, variables, True) for part in message.content if isinstance(part, Media))
     for _, item in context.visible:
         for part, path in _media_of(item, paths.get(item.id)):
             yield part, path, item.id in own

@@ -1,5 +1,7 @@
 """An agent against the catalog: its model, its tools, and what would be wrong in every request."""
 
+from collections.abc import Collection
+
 from msgspec.structs import replace
 
 from app.domain import limits
@@ -16,8 +18,8 @@ from app.wire.requests import CreateResponse, is_model_name
 from app.wire.tools import REDACTED, HostedTool, McpTool
 
 
-def check(named: NamedAgent, catalog: Catalog, settings: Settings) -> None:
-    """Raises InvalidRequest, with the parameter's path."""
+def check(named: NamedAgent, catalog: Catalog, settings: Settings, known: Collection[str]) -> None:
+    """`known` are the names of agents that can't be its model. Raises InvalidRequest, with the parameter's path."""
     agent = named.agent
     fault = next(agent.faults(), None)
     if fault:
@@ -28,16 +30,16 @@ def check(named: NamedAgent, catalog: Catalog, settings: Settings) -> None:
         if not is_name(user):
             raise InvalidParameter(f"Invalid value for 'users[{index}]'.", param=f"users[{index}]")
     check_overrides(agent, catalog.passed_on)
-    _check_model(agent.model, catalog)
+    _check_model(agent.model, catalog, known)
     request = replace(agent.as_request(), tools=named.tools)
     catalog.refuse_unpriced(agent.run_limits, agent.model, is_summarized=request.asks_for_summary)
     _check_tools(request, catalog, settings)
 
 
-def _check_model(model: str, catalog: Catalog) -> None:
+def _check_model(model: str, catalog: Catalog, known: Collection[str]) -> None:
     if not is_model_name(model):
         raise InvalidParameter("Invalid value for 'model'.", param="model")
-    if model in catalog.agents:
+    if model in known:
         raise InvalidParameter(f"'{model}' is an agent; the model of an agent can't be one.", param="model")
     try:
         catalog.routes(model)

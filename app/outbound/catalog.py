@@ -194,8 +194,8 @@ class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
     """Whether a hosted tool without a `[hosted]` entry is a 400, or hidden from the model. Default: a 400 if the answer depends on it,
     else hidden."""
 
-    def routes(self, model: str) -> list[Route]:
-        """The routes to a model, in order. Raises NotFound."""
+    def routes(self, model: str, *, agent: str = "") -> list[Route]:
+        """The routes to a model, in order. Raises NotFound; with the name of the agent whose model it is, which callers need not know."""
         if entry := self._entry(model):
             return [replace(one, model=one.model or model) for one in self.priced(entry)]
         upstream, at, name = model.partition("@")
@@ -204,7 +204,9 @@ class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
         if route := direct or (Route(default, model) if default else None):
             return [replace(route, prices=self._prices(route))]
         raise NotFound(
-            f"The model '{model}' does not exist or you do not have access to it.",
+            f"The model of the agent '{agent}' does not exist any more."
+            if agent
+            else f"The model '{model}' does not exist or you do not have access to it.",
             code="model_not_found",
             param="model",
         )

@@ -373,7 +373,7 @@ def _faults_of_agents(catalog: Catalog, settings: Settings) -> Iterator[str]:
         if name in catalog.model_names:
             yield f"[agents.{name}]: a model of [[models]] has this name"
         try:
-            check(NamedAgent(name, agent, 0), catalog, settings)
+            check(NamedAgent(name, agent, 0), catalog, settings, catalog.agents)
         except ApiError as error:
             yield f"[agents.{name}]: {error.message.removesuffix('.')}"
 

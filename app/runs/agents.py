@@ -71,8 +71,8 @@ class Agents:
         async with self._database.autocommit() as tx:
             own = await agents.summaries(tx, rights.tenant)
         named: list[NamedAgent | Summary] = [
-            *self._of_catalog.values(),
-            *(one for one in own if self._is_named(one.name)),
+            *self._shared_with(rights.tenant).values(),
+            *(one for one in own if self._is_named(rights.tenant, one.name)),
         ]
         return [(one, _may_be_used(one, rights)) for one in named]
 
@@ -81,7 +81,8 @@ class Agents:
         without an agent."""
         found = await self.find(rights, request.model)
         if found:
-            return await offload(found.bytes, apply, found, request, bytes_max=self._settings.body_bytes_max)
+            size = found.bytes + request.size
+            return await offload(size, apply, found, request, bytes_max=self._settings.body_bytes_max)
         if request.body.agent:
             self._catalog.routes(request.model)
             rights.demand_model(request.model)
@@ -89,9 +90,9 @@ class Agents:
         return request
 
     async def _find(self, tenant: str, name: str) -> NamedAgent | None:
-        if found := self._of_catalog.get(name):
+        if found := self._shared(tenant, name):
             return found
-        if not self._is_named(name):
+        if not self._is_named(tenant, name):
             return None
         known = self._known.get((tenant, name))
         asked_at = time.monotonic()  # what changes while the answer arrives is not remembered longer than the rest
@@ -103,9 +104,17 @@ class Agents:
         self._remember(tenant, name, made)
         return made.agent
 
-    def _is_named(self, name: str) -> bool:
-        """Whether a request that names this may mean an agent of a tenant."""
-        return name not in self._taken and name not in self._of_catalog and is_agent_name(name)
+    def _shared(self, tenant: str, name: str) -> NamedAgent | None:
+        """The catalog's agent of this name, if it is for the tenant. To others it does not exist: the name may be one of theirs."""
+        found = self._of_catalog.get(name)
+        return found if found and found.agent.is_for(tenant) else None
+
+    def _shared_with(self, tenant: str) -> dict[str, NamedAgent]:
+        return {name: one for name, one in self._of_catalog.items() if one.agent.is_for(tenant)}
+
+    def _is_named(self, tenant: str, name: str) -> bool:
+        """Whether a request that names this may mean an agent that the tenant has made."""
+        return name not in self._taken and not self._shared(tenant, name) and is_agent_name(name)
 
     def _remember(self, tenant: str, name: str, made: _Known) -> None:
         self._forget(tenant, name)
@@ -123,7 +132,7 @@ class Agents:
     async def get(self, rights: Rights, id: str) -> NamedAgent:
         """An agent by its id, or by its name. Raises AgentNotFound; ModelNotAllowed for one that the caller may neither use nor
         administer."""
-        found = self._of_catalog.get(id)
+        found = self._shared(rights.tenant, id)
         if found is None:
             async with self._database.autocommit() as tx:
                 found = self._opened(rights.tenant, await _stored(tx, rights.tenant, id), needs_secrets=False)
@@ -140,7 +149,7 @@ class Agents:
         Raises InvalidParameter for a cursor that is no agent."""
         async with self._database.autocommit() as tx:
             own = await agents.summaries(tx, rights.tenant)
-        every: list[NamedAgent | Summary] = [*self._of_catalog.values(), *own]
+        every: list[NamedAgent | Summary] = [*self._shared_with(rights.tenant).values(), *own]
         shown = [one for one in every if _may_be_read(one, rights)]
         if order == "desc":
             shown.reverse()
@@ -176,7 +185,7 @@ class Agents:
         """Replace some of an agent's parameters; of two updates at once the later one sees what the earlier has made.
 
         Raises AgentNotFound, InvalidRequest, ModelNotAllowed."""
-        self._refuse_of_catalog(id)
+        self._refuse_shared(rights.tenant, id)
         entry, now = None, int(time.time())
         async for attempt in self._database.settling():
             with attempt:
@@ -195,7 +204,7 @@ class Agents:
 
     async def delete(self, rights: Rights, id: str) -> str:
         """Delete an agent, and give its id. Raises AgentNotFound."""
-        self._refuse_of_catalog(id)
+        self._refuse_shared(rights.tenant, id)
         async with self._database.autocommit() as tx:
             stored = await _stored(tx, rights.tenant, id)
         entry = audit.entry(rights, "agent.deleted", stored.id)
@@ -208,8 +217,8 @@ class Agents:
         self._forget(rights.tenant, stored.name)
         return stored.id
 
-    def _refuse_of_catalog(self, id: str) -> None:
-        if id in self._of_catalog:
+    def _refuse_shared(self, tenant: str, id: str) -> None:
+        if self._shared(tenant, id):
             raise InvalidRequest(f"The agent '{id}' is the catalog's, which no request changes.", param="agent_id")
 
     async def _check(self, rights: Rights, made: NamedAgent) -> None:
@@ -217,13 +226,13 @@ class Agents:
             raise BodyTooLarge(
                 f"The agent takes {made.bytes} bytes; at most {self._settings.agent_bytes_max} are possible."
             )
-        if not self._is_named(made.name):
+        if not self._is_named(rights.tenant, made.name):
             raise InvalidParameter(
                 f"The catalog has a model or an agent '{made.name}'.", param="name", code="name_taken"
             )
         if made.name == made.agent.model:
             raise InvalidParameter("The model of an agent can't be an agent, nor itself.", param="model")
-        await offload(made.bytes, check, made, self._catalog, self._settings)
+        await offload(made.bytes, check, made, self._catalog, self._settings, self._shared_with(rights.tenant))
         rights.demand_model(made.agent.model)
 
     # -- Rows -------------------------------------------------------------------------------------------------------------

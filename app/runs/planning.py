@@ -91,7 +91,7 @@ class Planner:
             listed_max=self._settings.tools_listed_max,
         )
         # An agent's own model need not be one that the caller may name.
-        routes = await self._routes(request.model, caller_key, None if request.agent else rights)
+        routes = await self._routes(request.model, caller_key, None if request.agent else rights, agent=request.agent)
         _refuse_untaken(request, [upstream for upstream, _ in routes])
         most = self._catalog.run_limits(request.model)
         if not (request.agent or request.body.prompt):  # whose limits are no mistake of the client's
@@ -150,7 +150,8 @@ class Planner:
     ) -> RunPlan:
         """The plan of a stored response, with the items that earlier owners have made. It waits for `room` as long as that takes.
         Raises ApiError."""
-        routes, servers = await self._routes(request.model, caller_key), self._declared.servers(request)
+        routes = await self._routes(request.model, caller_key, agent=request.agent)
+        servers = self._declared.servers(request)
         seal, hosted = self._seal.of(tenant_id), frozenset(self._catalog.hosted)
         origins = _origins(servers, seal)
 
@@ -224,9 +225,11 @@ class Planner:
         usage = await self._stored.usage(tenant_id, made.continued) if made.continued else None
         return await offload(made.size, _known_tokens, request, made, usage)
 
-    async def _routes(self, model: str, caller_key: str | None, rights: Rights | None = None) -> Routes:
+    async def _routes(
+        self, model: str, caller_key: str | None, rights: Rights | None = None, *, agent: str = ""
+    ) -> Routes:
         """The ways to a model, each to an upstream whose dialect is known as far as it can be. Raises NotFound, ModelNotAllowed."""
-        routes = [(self._upstreams[route.upstream], route) for route in self._catalog.routes(model)]
+        routes = [(self._upstreams[route.upstream], route) for route in self._catalog.routes(model, agent=agent)]
         if rights:
             rights.demand_model(model)
         for upstream, _ in routes:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -65,6 +66,11 @@ users = ["ada"]
 [agents.theirs]
 model = "plain"
 tenants = ["other"]
+
+[agents.theirs-bobs]
+model = "plain"
+tenants = ["other"]
+users = ["bob"]
 """
 
 ADA = {"agent": {"variables": {"name": "Ada"}}}
@@ -105,6 +111,9 @@ class House(Struct):
 
     def make(self, name: str, key: str = "admin", **given: Any) -> Any:
         return self.send("POST", "/agents", key, name=name, **{"model": "plain", **given})
+
+
+BOW = {"type": "function", "name": "bow", "parameters": {"type": "object"}}
 
 
 def user(text: str) -> dict[str, Any]:
@@ -315,6 +324,12 @@ def test_what_it_lets_a_request_set_wins(client, said, heard):
         ({"chat_template": "x"}, "chat_template"),
         ({"run_limits": {"tokens": 10}}, "run_limits.tokens"),
         ({"prompt": {"id": "any"}}, "prompt.id"),
+        ({"context_management": [{"type": "compaction"}]}, "context_management"),
+        ({"input": [user("hi"), {"type": "additional_tools", "tools": [BOW]}]}, "input[1]"),
+        (
+            {"input": [{"type": "tool_search_output", "call_id": "c", "execution": "client", "tools": [BOW]}]},
+            "input[0]",
+        ),
     ],
 )
 @pytest.mark.parametrize("background", [False, True])
@@ -353,7 +368,9 @@ def test_over_chat_completions_the_path_is_that_of_its_parameter(client, given, 
 
 def test_what_sets_nothing_is_no_override(client, said, heard):
     given = {"tools": [], "text": {}, "reasoning": {"effort": None}, "temperature": None, "include": [], "user": "u"}
-    made = client.post("/responses", body={"model": "closed", "input": said, **given}, cast_to=object)
+    given["context_management"] = []
+    items = [{"type": "additional_tools", "tools": []}, user(said)]
+    made = client.post("/responses", body={"model": "closed", "input": items, **given}, cast_to=object)
     assert made["model"] == "closed"
     assert [tool["function"]["name"] for tool in heard()["tools"]] == ["nod"]
 
@@ -363,6 +380,24 @@ def test_an_agent_may_let_a_request_set_everything(house, client, said, heard):
     client.responses.create(model="open", input=said, temperature=1.0, extra_body={"top_k": 7}, instructions="y")
     asked = heard()
     assert (asked["temperature"], asked["top_k"], asked["messages"][0]["content"]) == (1.0, 7, "y")
+
+
+def test_tools_that_it_lets_a_request_set_may_be_added_by_an_item(house, client, said, heard):
+    items = [{"type": "additional_tools", "tools": [BOW]}, user(said)]
+    client.post("/responses", body={"model": "greeter", "input": items, **ADA}, cast_to=object)
+    assert {tool["function"]["name"] for tool in heard()["tools"]} == {"wave", "bow"}
+    house.make("managed", overrides=["context_management"])
+    given = {"context_management": [{"type": "compaction"}]}
+    made = client.post("/responses", body={"model": "managed", "input": said, **given}, cast_to=object)
+    assert made["status"] == "completed"
+
+
+def test_an_agent_that_searches_gets_the_tools_that_its_client_has_found(house, client, said, heard):
+    house.make("searching", tools=[{"type": "tool_search", "execution": "client"}])
+    found = {"type": "tool_search_output", "call_id": "c", "execution": "client", "tools": [BOW]}
+    sought = {"type": "tool_search_call", "call_id": "c", "execution": "client", "arguments": {}}
+    client.post("/responses", body={"model": "searching", "input": [sought, found, user(said)]}, cast_to=object)
+    assert "bow" in {tool["function"]["name"] for tool in heard()["tools"]}
 
 
 @pytest.mark.parametrize(
@@ -381,6 +416,17 @@ def test_a_wrong_variable_is_a_400_with_its_path(client, agent, param, path):
     with pytest.raises(openai.BadRequestError) as caught:
         client.post(path, body=body, cast_to=object)
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize("type_", ["input_image", "input_file"])
+@pytest.mark.parametrize("background", [False, True])
+def test_a_file_that_no_variable_may_be_is_a_400_with_its_path(house, client, type_, background):
+    name = f"viewer-{type_.replace('_', '-')}-{background}"
+    house.make(name, instructions=[{"role": "user", "content": "{{seen}}"}], variables={"seen": type_})
+    given = {"agent": {"variables": {"seen": {"type": type_, "file_id": "file-0123456789abcdef"}}}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.responses.create(model=name, input="x", background=background, extra_body=given)
+    assert (caught.value.param, caught.value.code) == ("agent.variables", "file_not_found")
 
 
 def test_a_model_has_no_variables(client):
@@ -423,7 +469,11 @@ UNKNOWN = {(404, "model_not_found", "model")}
         ("adas", "admin", NO_ACCESS),
         ("adas", "stranger", NO_ACCESS),
         ("theirs", "stranger", {"ok"}),
-        ("theirs", "user", NO_ACCESS),
+        ("theirs", "user", UNKNOWN),
+        ("theirs", "admin", UNKNOWN),
+        ("theirs", "narrow", UNKNOWN),
+        ("theirs-bobs", "stranger", NO_ACCESS),
+        ("theirs-bobs", "bob", UNKNOWN),
         ("closed", "narrow", {"ok"}),
         ("adas", "narrow", NO_ACCESS),
         ("greeter", "narrow", NO_ACCESS),
@@ -580,7 +630,46 @@ def test_who_may_use_it_is_shown_to_administrators_only(house):
     assert house.send("GET", f"/agents/{made['id']}", "stranger")[0] == 404
     assert "users" not in house.send("GET", "/agents/adas", "ada")
     assert "tenants" not in house.send("GET", "/agents/theirs", "stranger")
-    assert house.send("GET", "/agents/theirs", "admin") == (403, "model_not_allowed", "model")
+    assert house.send("GET", "/agents/theirs", "admin")[0] == 404
+
+
+def test_an_agent_that_the_catalog_has_for_other_tenants_is_as_unknown_as_any_name(house):
+    def answers(name: str) -> list[Any]:
+        replies = [
+            house.send("GET", f"/agents/{name}"),
+            house.send("DELETE", f"/agents/{name}"),
+            house.send("POST", f"/agents/{name}", top_p=1),
+            house.send("POST", "/responses", model=name, input="hi", **ADA),
+            house.make("reader-of-it", model=name),
+        ]
+        made = house.make(name)
+        assert used(house, "user", name) == {"ok"}
+        assert name in {one["name"] for one in house.send("GET", "/agents?limit=100")["data"]}
+        listed = [one for one in house.send("GET", "/models")["data"] if one["id"] == name]
+        assert [one["owned_by"] for one in listed] == ["acme"]
+        assert house.send("DELETE", f"/agents/{name}")["id"] == made["id"]
+        return [*replies, used(house, "user", name)]
+
+    assert answers("theirs") == answers("nobodys")
+    assert used(house, "stranger", "theirs") == {"ok"}
+
+
+def test_with_one_upstream_such_an_agent_s_name_is_the_model_that_the_upstream_lists(
+    base_env, new_database, upstream, said, heard, tmp_path
+):
+    catalog = tmp_path / "catalog.toml"
+    agent = '[agents.scripted-strict]\nmodel = "scripted"\ninstructions = "Be."\ntenants = ["other"]\n'
+    catalog.write_text(f'[upstreams.up]\nbase_url = "{upstream.base_url}"\n{agent}')
+    env = {name: value for name, value in base_env.items() if name != "OPENAI_BASE_URL"}
+    env |= {"DATABASE_URL": new_database(), "REPRISE_CATALOG": str(catalog)}
+    keys = {one: reprise(env, "keys", "create", "--tenant", one).stdout.strip() for one in ("acme", "other")}
+    with Served(env) as served:
+        for tenant, asked in (("acme", "scripted-strict"), ("other", "scripted")):
+            with served.client(keys[tenant]) as client:
+                listed = {one.id: one.to_dict()["is_agent"] for one in client.models.list()}
+                assert listed["scripted-strict"] == (tenant == "other")
+                client.responses.create(model="scripted-strict", input=f"{said} {tenant}")
+            assert upstream.asked(f"{said} {tenant}")[-1].body["model"] == asked
 
 
 @pytest.mark.parametrize("order", ["asc", "desc"])
@@ -733,6 +822,35 @@ def test_a_tenant_has_so_many_agents(base_env, new_database, house):
 
 
 # -- Changes ----------------------------------------------------------------------------------------------------------------
+
+
+def test_an_agent_whose_model_is_gone_does_not_say_which_it_was(house, tmp_path):
+    house.make("left", model="hidden")
+    begun = house.send("POST", "/responses", "user", model="left", input="hi", background=True)
+    former = Path(house.env["REPRISE_CATALOG"]).read_text()
+    catalog = tmp_path / "catalog.toml"
+    head, _, tail = former.partition('[[models]]\nname = "hidden"')
+    catalog.write_text(head + tail[tail.index("[agents.adas]") :])
+    env = {**house.env, "REPRISE_CATALOG": str(catalog)}
+    message = "The model of the agent 'left' does not exist any more."
+    headers = {"Authorization": f"Bearer {house.keys['user']}"}
+    with Served({**env, "REPRISE_WORKERS_IN_API": "true"}) as served, httpx.Client(base_url=served.url) as http:
+        chat = {"model": "left", "messages": [user("hi")]}
+        replies = [
+            http.request(method, path, headers=headers, json=body, timeout=30)
+            for method, path, body in (
+                ("POST", "/responses", {"model": "left", "input": "hi"}),
+                ("POST", "/chat/completions", chat),
+                ("GET", "/models/left", None),
+            )
+        ]
+        for reply in replies:
+            error = reply.json()["error"]
+            assert (reply.status_code, error["message"]) == (404, message)
+            assert (error["code"], error["param"]) == ("model_not_found", "model")
+        until(lambda: house.send("GET", f"/responses/{begun['id']}", "user")["status"] == "failed")
+        assert house.send("GET", f"/responses/{begun['id']}", "user")["error"]["message"] == message
+    house.send("DELETE", "/agents/left")
 
 
 def test_a_change_is_noticed_at_once_here_and_soon_elsewhere(house, said, upstream):
