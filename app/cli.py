@@ -315,7 +315,8 @@ def list_tenants() -> None:
 @click.argument("tenant")
 @_limit_options
 @click.option("--stored-bytes", type=click.IntRange(0, STORED_BYTES_MAX), help="How much it may store; 0: no limit.")
-def limit_tenant(tenant: str, **limits: int | None) -> None:
+@click.option("--create", is_flag=True, help="Make the tenant if there is none of this name.")
+def limit_tenant(tenant: str, *, create: bool, **limits: int | None) -> None:
     """Set the limits of a tenant, which hold for all its keys and users together; one that is not given is that of the settings."""
     settings = _existing()
     from app.storage import audit, tenants
@@ -323,7 +324,7 @@ def limit_tenant(tenant: str, **limits: int | None) -> None:
 
     async def limit() -> None:
         async with opened(settings) as database, database.begin() as tx:
-            await tenants.set_limits(tx, tenant, TenantLimits(**limits))
+            await tenants.set_limits(tx, tenant, TenantLimits(**limits), create=create)
             await audit.write(tx, tenant, audit.entry(None, "tenant.updated", tenant))
 
     _run(limit())

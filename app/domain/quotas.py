@@ -90,16 +90,18 @@ def limits_of(given: KeyLimits, default: Limits) -> Limits:
 
 
 def reserved_tokens(
-    limits: Sequence[Limits], request: CreateResponse, visible: Sequence[AnyItem], output_tokens: int
+    limits: Sequence[Limits], request: CreateResponse, visible: Sequence[AnyItem], output_tokens: int | None
 ) -> int:
     """The tokens that a request reserves: an estimate of its input, and the output that it allows; without `max_output_tokens` that
-    is `output_tokens`, or what the limits leave. 0 without a limit. `limits` are those of the tenant, and of the key if there is one.
-    Raises RequestTooLarge for more than a minute's worth."""
+    is `output_tokens`, or what the limits leave. With None for `output_tokens` it is the input alone. 0 without a limit. `limits` are
+    those of the tenant, and of the key if there is one. Raises RequestTooLarge for more than a minute's worth."""
     most = min((one.tokens_per_minute for one in limits if one.tokens_per_minute), default=0)
     if not most or not request.generate:
         return 0
     given = context_tokens(request, visible)
-    output = request.body.max_output_tokens or min(output_tokens, max(0, most - given))
+    output = 0
+    if output_tokens is not None:
+        output = request.body.max_output_tokens or min(output_tokens, max(0, most - given))
     if given + output > most:
         subject: SubjectName = "tenant" if limits[0].tokens_per_minute == most else "key"
         raise RequestTooLarge(
@@ -109,12 +111,12 @@ def reserved_tokens(
     return given + output
 
 
-def used_tokens(status: Status, usage: Usage | None, *, was_answered: bool, reserved: int) -> int:
-    """What a run that has ended has used; `was_answered` says whether any upstream has begun to answer. None reports a turn that was
-    broken off: then what was reserved counts, unless the turns before it have used more."""
+def used_tokens(status: Status, usage: Usage | None, *, was_asked: bool, reserved: int) -> int:
+    """What a run that has ended has used; `was_asked` says whether an upstream was sent a turn and has not refused it. None reports
+    a turn that was broken off: then what was reserved counts, unless the turns before it have used more."""
     reported = usage.total_tokens if usage else 0
     is_whole = usage is not None and status in APPENDED
-    return max(reported, reserved) if was_answered and not is_whole else reported
+    return max(reported, reserved) if was_asked and not is_whole else reported
 
 
 def headers_of(states: Sequence[State]) -> dict[str, str]:

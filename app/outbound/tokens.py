@@ -83,6 +83,8 @@ class ChatRequest(Struct, frozen=True):
     caller_key: str | None
     report: Callable[[ChatUsage], None] | None = None
     """Called with what a completion has used, if one is made to count."""
+    completing: Callable[[bool], None] | None = None
+    """Called before a completion is asked for, with True, and if that is refused, with False."""
 
     def content_hash(self, tenant_id: str) -> bytes:
         """The same for the same request of a tenant only; with the caller's key where that decides what the upstream answers."""
@@ -188,7 +190,13 @@ class TokenCounter:
         upstream = request.upstream
         limit = {upstream.dialect.max_tokens: tokens_max}
         body = await offload(len(request.body), partial(completion, request.body, **limit))
-        stream = await upstream.open(request.model, body, request.caller_key)
+        completing = request.completing or (lambda _: None)
+        completing(True)
+        try:
+            stream = await upstream.open(request.model, body, request.caller_key)
+        except ApiError:
+            completing(False)
+            raise
         try:
             chunks = await anext(aiter(stream))  # all of an answer that is not streamed
         finally:

@@ -3,8 +3,10 @@
 from collections.abc import Callable
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from app.domain.context import LeftOut
+from app.domain.quotas import reserved_tokens
 from app.domain.spending import NOTHING_SPENT, spend
 from app.errors import TooManyRequests
 from app.ids import new_id
@@ -15,7 +17,7 @@ from app.outbound.upstream import Upstream
 from app.runs.admission import Caller
 from app.runs.plan import RunPlan
 from app.runs.planning import Planner
-from app.runs.quotas import Quotas
+from app.runs.quotas import Grant, Quotas
 from app.settings import Settings
 from app.storage import usage
 from app.storage.database import Database
@@ -50,28 +52,46 @@ class TokenCounts:
         try:
             plan = await self._planner.plan(caller.tenant_id, caller.key, request, rights=caller.rights)
             with plan.room:
-                admitted = await self._quotas.admit(caller.holder, caller.limits)
-                caller.reply_headers.update(admitted.headers)
+                id = new_id("count")
+                grant = await self._grant(caller, plan, id)
                 planned()
-                return Counted(await self._count(plan), plan.left_out)
+                return Counted(await self._count(plan, id, grant), plan.left_out)
         finally:
             self._counting -= 1
 
-    async def _count(self, plan: RunPlan) -> int:
-        spent = NOTHING_SPENT
+    async def _grant(self, caller: Caller, plan: RunPlan, id: str) -> Grant | None:
+        """Take a request and, since a completion may be made to count, an estimate of the input; no place, as this is no run."""
+        limits = [replace(one, concurrent_runs=0) for one in caller.limits]
+        visible = [item for _, item in plan.context.visible]
+        tokens = await offload(plan.size, reserved_tokens, limits, plan.request, visible, None) if limits else 0
+        admitted = await self._quotas.admit(caller.holder, limits, id, tokens=tokens)
+        caller.reply_headers.update(admitted.headers)
+        return admitted.grant
+
+    async def _count(self, plan: RunPlan, id: str, grant: Grant | None) -> int:
+        spent, is_unreported = NOTHING_SPENT, False
 
         async def ask(upstream: Upstream, route: Route) -> int:
             def report(used: ChatUsage) -> None:
                 nonlocal spent
                 spent = spend(spent, used, route.prices)
 
+            def completing(begun: bool) -> None:
+                nonlocal is_unreported
+                is_unreported = begun
+
             body = await offload(plan.size, plan.chat_request, plan.request, plan.context, upstream, route)
-            asked = ChatRequest(upstream, route.model, body, plan.caller_key, report)
+            asked = ChatRequest(upstream, route.model, body, plan.caller_key, report, completing)
             return await self._counter.count(plan.tenant_id, asked)
 
-        tokens = await plan.first_in_order(ask)
+        try:
+            tokens = await plan.first_in_order(ask)
+        finally:
+            if grant:
+                is_known = spent != NOTHING_SPENT or not is_unreported
+                await self._quotas.settle(grant, spent.tokens if is_known else None)
         if spent != NOTHING_SPENT:
-            id, charge = new_id("count"), plan.charge(spent)
+            charge = plan.charge(spent)
             async for attempt in self._database.settling():
                 with attempt:
                     async with self._database.autocommit() as tx:

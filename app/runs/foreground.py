@@ -253,7 +253,8 @@ class ForegroundRun:
 
     async def _refuse(self, error: ApiError) -> None:
         """Give the reader the error, at once unless a conversation is locked: a client that repeats the request must find it free."""
-        await self._settle_quotas(0)
+        is_outage = isinstance(error, DatabaseUnavailable)
+        await self._settle_quotas(None if self.recorder.is_asking and not is_outage else 0)
         parent = self._plan.parent
         if parent and parent.conversation:
             await self._withdraw()
@@ -262,7 +263,7 @@ class ForegroundRun:
             self._settle_refused(error)
             await self._withdraw()
 
-    async def _settle_quotas(self, tokens: int) -> None:
+    async def _settle_quotas(self, tokens: int | None) -> None:
         grant, self._grant = self._grant, None
         if grant:
             await self._runs.quotas.settle(grant, tokens)

@@ -16,7 +16,7 @@ from app.domain.prompt import compaction_turn
 from app.domain.run_limits import Cap, cap, reached
 from app.domain.think import ThinkSplitter
 from app.domain.turn import Turn, texts_of
-from app.errors import UpstreamGarbled
+from app.errors import ApiError, UpstreamGarbled
 from app.ids import new_id, siblings
 from app.outbound.catalog import Route
 from app.outbound.tokens import TokenCounter
@@ -118,7 +118,14 @@ class ModelTurns:
 
         async def ask(upstream: Upstream, route: Route) -> ChunkStream:
             cap = self._cap_of(route) if is_limited else None
-            stream = await self._fitting.open(request, context, max(cap.tokens, 1) if cap else None, upstream, route)
+            self._recorder.is_asking = True
+            try:
+                stream = await self._fitting.open(
+                    request, context, max(cap.tokens, 1) if cap else None, upstream, route
+                )
+            except ApiError:
+                self._recorder.is_asking = False
+                raise
             self._prices, self._cap = route.prices, cap
             return stream
 

@@ -58,6 +58,8 @@ class Recorder:
         self._fold = Fold(response)
         self.upstream: str | None = None
         """The name of the upstream that answered last."""
+        self.is_asking = False
+        """Whether an upstream was sent the newest turn, and has not refused it."""
         self._begun = time.monotonic()
         self.spent = spent
         self.next_number = next_number
@@ -140,8 +142,8 @@ class Recorder:
 
     def used_tokens(self, closed: Response, reserved: int) -> int:
         """What the ended response counts for in quotas, of which it has `reserved` so much."""
-        was_answered = bool(self.upstream or closed.output)
-        return used_tokens(closed.status, closed.usage, was_answered=was_answered, reserved=reserved)
+        was_asked = bool(self.is_asking or self.upstream or closed.output)
+        return used_tokens(closed.status, closed.usage, was_asked=was_asked, reserved=reserved)
 
     def stop(self, why: Exception | None = None) -> None:
         """Record nothing more, because another worker continues. Every later attempt raises `why`, by default Fenced."""

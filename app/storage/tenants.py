@@ -6,6 +6,7 @@ from sqlalchemy import text
 
 from app.domain.rights import is_name
 from app.errors import InvalidParameter
+from app.settings import DEFAULT_TENANT
 from app.storage.database import Query, Tx
 from app.storage.keys import NAME_RULE
 from app.wire.admin import TenantLimits
@@ -14,8 +15,12 @@ _LIMITS = Query(text("select limits from tenants where id = :tenant_id"), across
 _SET_LIMITS = Query(
     text("""
     insert into tenants (id, limits) values (:tenant_id, cast(:limits as jsonb))
-    on conflict (id) do update set limits = excluded.limits
+    on conflict (id) do update set limits = excluded.limits returning id
     """)
+)
+_CHANGE_LIMITS = Query(
+    text("update tenants set limits = cast(:limits as jsonb) where id = :tenant_id and tenant is null returning id"),
+    across_tenants="the row of the tenant itself",
 )
 _ALL = Query(
     text("""
@@ -48,11 +53,16 @@ async def find_limits(tx: Tx, tenant: str) -> TenantLimits:
     return _decoded(row["limits"]) if row else DEFAULT_LIMITS
 
 
-async def set_limits(tx: Tx, tenant: str, limits: TenantLimits) -> None:
-    """Replace the quotas of a tenant, and make it if it is unknown. Raises InvalidParameter."""
+async def set_limits(tx: Tx, tenant: str, limits: TenantLimits, *, create: bool) -> None:
+    """Replace the quotas of a tenant, which `create` makes if it is unknown; the default tenant is always known. Raises
+    InvalidParameter."""
     if not is_name(tenant):
         raise InvalidParameter(f"Invalid value for 'tenant': {NAME_RULE}.", param="tenant")
-    await tx.one(_SET_LIMITS, tenant_id=tenant, limits=msgspec.json.encode(limits).decode())
+    query = _SET_LIMITS if create or tenant == DEFAULT_TENANT else _CHANGE_LIMITS
+    if await tx.one(query, tenant_id=tenant, limits=msgspec.json.encode(limits).decode()) is None:
+        raise InvalidParameter(
+            f"Invalid value for 'tenant': there is no tenant '{tenant}'; `--create` makes it.", param="tenant"
+        )
 
 
 async def all_tenants(tx: Tx) -> list[Tenant]:

@@ -159,7 +159,7 @@ def usage(total):
 
 
 @pytest.mark.parametrize(
-    ("status", "reported", "was_answered", "used"),
+    ("status", "reported", "was_asked", "used"),
     [
         ("completed", 70, True, 70),
         ("incomplete", 700, True, 700),
@@ -171,9 +171,9 @@ def usage(total):
         ("failed", None, False, 0),
     ],
 )
-def test_what_is_not_reported_counts_as_reserved_unless_nothing_was_answered(status, reported, was_answered, used):
+def test_what_is_not_reported_counts_as_reserved_unless_nothing_was_asked(status, reported, was_asked, used):
     given = usage(reported) if reported else None
-    assert used_tokens(status, given, was_answered=was_answered, reserved=100) == used
+    assert used_tokens(status, given, was_asked=was_asked, reserved=100) == used
 
 
 def test_the_settings_and_the_api_take_the_same_numbers():
