@@ -136,9 +136,13 @@ def test_an_agent_is_used_by_those_for_whom_it_is(house, said):
     assert all({"good", "greeter"} <= models for models in listed.values())
     assert house.clients["ada"].responses.create(model="secretary", input=said).output_text == f"ok: {said}"
     assert house.seen(said)[0] == "Keep secrets."
-    for name in ("bob", "ada of b"):
-        client = house.clients[name]
-        with pytest.raises(openai.PermissionDeniedError):
-            client.responses.create(model="secretary", input=said)
-        with pytest.raises(openai.PermissionDeniedError):
-            client.chat.completions.create(model="secretary", messages=user(said))
+    bob, stranger = house.clients["bob"], house.clients["ada of b"]
+    with pytest.raises(openai.PermissionDeniedError):
+        bob.responses.create(model="secretary", input=said)
+    with pytest.raises(openai.PermissionDeniedError):
+        bob.chat.completions.create(model="secretary", messages=user(said))
+    # To another tenant it is a name like any other, which the only upstream is asked for.
+    stranger.responses.create(model="secretary", input=f"{said} of b")
+    stranger.chat.completions.create(model="secretary", messages=user(f"{said} of b, too"))
+    assert house.seen(f"{said} of b") == [f"{said} of b"]
+    assert house.seen(f"{said} of b, too") == [f"{said} of b, too"]

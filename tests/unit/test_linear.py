@@ -79,8 +79,8 @@ Work = Callable[[], object]
 Make = Callable[[int], Work]
 
 GROWTH = 8
-RATIO_MAX = 20.0
-"""More than twice what linear work takes, and less than a third of what quadratic work does."""
+RATIO_MAX = 28.0
+"""Less than half of what quadratic work takes. Linear work may take so long once its input no longer fits into the caches."""
 LEAST_S = 0.004
 """The larger run of a case takes at least so long: less is not worth a comparison."""
 
