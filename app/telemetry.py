@@ -24,7 +24,11 @@ NOISY = ("mcp", "client", "httpx2", "httpcore2")
 PLAIN_SPOKEN = frozenset({"uvicorn"})
 """Libraries whose messages quote nothing."""
 
-RETRIED = {"app.outbound.upstream.Upstream._open": "an upstream's answer", "<context block>": "a write to the database"}
+RETRIED = {
+    "app.outbound.upstream.Upstream._open": "an upstream's answer",
+    "<context block>": "a write to the database",
+    "env_py.run_migrations": "the migrations",
+}
 """The retry library's name of an operation → what it is."""
 
 CAUSES_MAX = 10

@@ -4,15 +4,14 @@ A migration that changes a table waits for those that use it, and all others wou
 """
 
 import asyncio
-import time
 
+import stamina
 from alembic import context
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
 from app.storage.tables import metadata
 from app.storage.urls import unpooled_engine
-from app.telemetry import log
 
 ONE_AT_A_TIME = 7_236_201
 """The advisory lock that keeps replicas from migrating at once; any number that nobody else uses."""
@@ -21,7 +20,7 @@ LOCK_WAIT_S = 1.0
 """How long servers may be kept waiting by a migration that waits for a lock."""
 
 LOCK_PAUSE_S = 2.0
-"""How long they go on before it tries again."""
+"""How long they continue before it tries again."""
 
 LOCKED = frozenset({"55P03", "40P01"})
 """What Postgres says of a lock that was not to be had: lock_not_available, deadlock_detected."""
@@ -32,25 +31,27 @@ def migrate(connection: Connection) -> None:
     connection.execute(text(f"select pg_advisory_lock({ONE_AT_A_TIME})"))
     connection.execute(text(f"set lock_timeout = {int(LOCK_WAIT_S * 1000)}"))
     connection.commit()
-    while not _migrated(connection):
-        log.warning("A migration waits for a table that is in use; it tries again.", action="migration_waits")
-        time.sleep(LOCK_PAUSE_S)
+    run_migrations(connection)
 
 
-def _migrated(connection: Connection) -> bool:
-    """Whether all were made; False if one of them could not get a lock. Those before it stay."""
+def _is_locked(error: Exception) -> bool:
+    return isinstance(error, DBAPIError) and getattr(error.orig, "sqlstate", None) in LOCKED
+
+
+@stamina.retry(
+    on=_is_locked, attempts=None, timeout=None, wait_initial=LOCK_PAUSE_S, wait_max=LOCK_PAUSE_S, wait_jitter=0
+)
+def run_migrations(connection: Connection) -> None:
+    """Those that are left. Each has a transaction of its own, so that those before one that waits stay."""
     context.configure(
         connection=connection, target_metadata=metadata, compare_server_default=True, transaction_per_migration=True
     )
     try:
         with context.begin_transaction():
             context.run_migrations()
-    except DBAPIError as error:
-        if getattr(error.orig, "sqlstate", None) not in LOCKED:
-            raise
+    except BaseException:
         connection.rollback()
-        return False
-    return True
+        raise
 
 
 async def main() -> None:

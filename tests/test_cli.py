@@ -286,7 +286,11 @@ def test_a_migration_that_waits_for_a_reader_keeps_nobody_waiting(base_env, empt
                 fetch(f"{empty_database}&statement_timeout=3000", "select from runs")
                 until(lambda: not fetch(empty_database, waits), "it has given up")
             assert not migrating.done()
-        assert migrating.result().returncode == 0
+        done = migrating.result()
+    assert done.returncode == 0
+    waits = [line for line in done.stderr.splitlines() if "retry" in line]
+    assert len(waits) >= 2
+    assert all("the migrations" in line and "55P03" in line and "Connection" not in line for line in waits)
     assert in_sync(empty_database, differences) == []
 
 
