@@ -68,21 +68,8 @@ class ChatCompletionsController(Controller):
         """Stored completions by creation, the oldest first unless asked otherwise."""
         query = queries.parse(request, queries.CompletionPage)
         filter = responses.Filter(model=query.model, status=CHAT, metadata=query.metadata)
-
-        async def read(bytes_max: int) -> tuple[int, Page[tuple[str, Stored]] | None]:
-            async with services.database.autocommit() as tx:
-                return await responses.list_responses(
-                    tx,
-                    caller.tenant_id,
-                    filter,
-                    after=query.after and response_id(query.after),
-                    limit=query.limit,
-                    order=query.order,
-                    page_bytes=services.settings.page_bytes_max,
-                    bytes_max=bytes_max,
-                )
-
-        return await pages.read(services, read, _page_of_completions)
+        after = query.after and response_id(query.after)
+        return await pages.responses(services, query, filter, caller.tenant_id, after=after, write=_page_of_completions)
 
     @get("/{completion_id:str}")
     async def retrieve(

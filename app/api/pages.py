@@ -16,6 +16,7 @@ from app.rooms import Room
 from app.storage.contexts import ItemPage, StoredItem
 from app.storage.database import Tx
 from app.storage.pages import Page
+from app.storage.responses import Filter, Stored, list_responses
 from app.wire import resources as wire
 from app.wire.items import OpaqueItem, decode_stored_item, encode_item
 from app.wire.redaction import Redaction
@@ -63,6 +64,33 @@ async def read(
         found = await room.read(read, wait_s=services.settings.context_wait_s)
         body = await offload(room.size, write, found)
     return json_reply(body, services.backlogs)
+
+
+async def responses(
+    services: Services,
+    query: Query,
+    filter: Filter,
+    tenant_id: str,
+    *,
+    after: str | None,
+    write: Callable[[Page[tuple[str, Stored]]], bytes],
+) -> Response[Any]:
+    """A reply with a page of responses after this id, as `write` makes it. Raises InvalidParameter for the cursor."""
+
+    async def read_page(bytes_max: int) -> tuple[int, Page[tuple[str, Stored]] | None]:
+        async with services.database.autocommit() as tx:
+            return await list_responses(
+                tx,
+                tenant_id,
+                filter,
+                after=after,
+                limit=query.limit,
+                order=query.order,
+                page_bytes=services.settings.page_bytes_max,
+                bytes_max=bytes_max,
+            )
+
+    return await read(services, read_page, write)
 
 
 async def items(

@@ -72,21 +72,9 @@ class ResponsesController(Controller):
             created_after=query.created_after,
             created_before=query.created_before,
         )
-
-        async def read(bytes_max: int) -> tuple[int, Page[tuple[str, Stored]] | None]:
-            async with services.database.autocommit() as tx:
-                return await responses.list_responses(
-                    tx,
-                    caller.tenant_id,
-                    filter,
-                    after=query.after,
-                    limit=query.limit,
-                    order=query.order,
-                    page_bytes=services.settings.page_bytes_max,
-                    bytes_max=bytes_max,
-                )
-
-        return await pages.read(services, read, _page_of_responses)
+        return await pages.responses(
+            services, query, filter, caller.tenant_id, after=query.after, write=_page_of_responses
+        )
 
     @get("/{response_id:str}")
     async def retrieve(
