@@ -395,7 +395,8 @@ def test_whoever_continues_at_the_completed_event_always_finds_the_parent(client
 
 
 def test_a_chain_of_three_hundred_turns_costs_no_more_statements_than_a_short_one(new_server, servers, upstream, said):
-    quiet = {"REPRISE_WORKERS_IN_API": "false", "REPRISE_KEY_CACHE_S": "3600", "REPRISE_LEASE_S": "3600"}
+    remembered = {"REPRISE_KEY_CACHE_S": "3600", "REPRISE_AGENT_CACHE_S": "3600"}
+    quiet = {"REPRISE_WORKERS_IN_API": "false", "REPRISE_LEASE_S": "3600", **remembered}
     server = new_server(**quiet)  # nothing but what is counted
     log_statements(server)
     log = servers.data_dir / "embedded" / "log"

@@ -446,6 +446,10 @@ def test_a_response_that_can_never_be_stored_fails_and_says_why(base_env, postgr
         assert count(postgres.url, f"runs where response_id = '{id}'") == 0  # others' may wait for a lease
 
 
+BUSY_S = 1
+"""What other tests on the same cores may add to the end of a process."""
+
+
 @pytest.mark.parametrize("away", ["down", "frozen"])
 @pytest.mark.parametrize("runs", ["go on", "have ended"])
 def test_the_server_ends_in_time_while_postgres_is_away_and_its_clients_hear_so(
@@ -484,7 +488,7 @@ def test_the_server_ends_in_time_while_postgres_is_away_and_its_clients_hear_so(
             thread.join(10)
         with capsys.disabled():
             print(f"\n  Postgres {away}, runs {runs}: gone after {took_s:.1f} s, with a grace of {grace_s} s")
-        assert took_s < grace_s + 5
+        assert took_s < grace_s + 5 + BUSY_S
         last = events[-1][1]
         assert (last.type, last.response.status) == ("response.failed", "failed")
         assert last.response.error.message == UNAVAILABLE["error"]["message"]
