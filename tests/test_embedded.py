@@ -107,7 +107,9 @@ def connects(path: Path) -> bool:
 def pids(data_dir: Path) -> dict[str, int]:
     home = data_dir / "embedded"
     files = {"supervisor": "supervisor", "postgres": "postgres/postmaster.pid", "valkey": "valkey/valkey.pid"}
-    return {name: int((home / file).read_text().split()[0]) for name, file in files.items()}
+    # A file that is being written again is empty for a moment.
+    texts = {name: until(lambda file=file: (home / file).read_text().split()) for name, file in files.items()}
+    return {name: int(words[0]) for name, words in texts.items()}
 
 
 def test_data_survive_close_and_start(data_dir: Path) -> None:
