@@ -18,6 +18,7 @@ import pytest
 import redis
 
 from app import embedded
+from tests.processes import children, command
 from tests.waiting import until
 
 ROOT = Path(embedded.__file__).parents[1]
@@ -231,9 +232,7 @@ def test_a_killed_deputy_has_a_successor(data_dir: Path) -> None:
 
 def deputies(supervisor: int) -> list[int]:
     """Children of a supervisor that are no servers."""
-    children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
-    commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
-    return [pid for pid, command in commands.items() if b"app.embedded" in command]
+    return [pid for pid in children(supervisor) if "app.embedded" in command(pid)]
 
 
 def test_recovers_when_everything_was_killed_and_its_pids_were_reused(data_dir: Path) -> None:

@@ -18,8 +18,9 @@ from app.outbound.masking import Mask
 from app.outbound.mcp import ToolFailure, ToolServer, ToolSessions
 from app.outbound.programs import Programs
 from app.settings import Settings
+from tests.processes import processes
 from tests.servers import ROOT
-from tests.waiting import processes, until
+from tests.waiting import until
 
 Runs = Callable[..., ToolSessions]
 """Tenant → the sessions of a run."""

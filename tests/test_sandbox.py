@@ -21,9 +21,10 @@ import pytest
 from mcp import Client
 from mcp_types import CallToolResult, ImageContent, TextContent
 
+from tests.processes import processes
 from tests.servers import ROOT, START_TIMEOUT_S
 from tests.toolservers import OverHttp, over_stdio, program
-from tests.waiting import processes, until
+from tests.waiting import until
 
 WALL_S = 6
 LIMITS = f"--wall {WALL_S} --cpu 2 --memory 300 --disk 16 --processes 24 --runs 2".split()

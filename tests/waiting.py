@@ -4,7 +4,6 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import asyncpg
@@ -23,19 +22,6 @@ from event_archive archive join responses response on response.tenant_id = archi
 POLL_S = (0.01, 0.01, 0.01, 0.02, 0.03)
 POLL_LATER_S = 0.05
 """A poll costs a connection or a request, so a condition that takes long is polled less often."""
-
-
-def processes(marker: str) -> dict[int, str]:
-    """The processes on this machine whose command line contains a marker, by pid."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if marker in line:
-            found[int(path.parent.name)] = line
-    return found
 
 
 def fetch(database_url: str, sql: str, *args: object) -> list[asyncpg.Record]:

@@ -4,12 +4,12 @@ import json
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import uvicorn
 from mcp_server_time.server import create_server
 
+from tests.processes import children, command
 from tests.servers import Served
 from tests.upstream import answer, call, finish, script
 from tests.waiting import until
@@ -34,9 +34,7 @@ def clocked(new_server, upstream, catalog_file) -> Served:
 
 def programs_of(served: Served) -> list[str]:
     """The commands of the processes that a server has started, and that live."""
-    tasks = Path(f"/proc/{served.process.pid}/task").iterdir()
-    children = [child for task in tasks for child in (task / "children").read_text().split()]
-    return [Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ") for child in children]
+    return [command(child) for child in children(served.process.pid)]
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,10 @@ import uuid
 
 import pytest
 
+from tests.processes import processes
 from tests.servers import ROOT
 from tests.upstream import answer, calling, script
-from tests.waiting import processes, until
+from tests.waiting import until
 
 
 @pytest.fixture

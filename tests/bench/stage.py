@@ -15,6 +15,7 @@ import asyncpg
 import redis.asyncio as redis
 
 from app import embedded, migrate
+from tests.processes import children
 from tests.servers import ROOT, Served
 from tests.toolserver import Toolprocess
 
@@ -90,7 +91,7 @@ class Stage:
 
     def _postgres(self) -> tuple[int, ...]:
         postmaster = int((self.home / "embedded" / "postgres" / "postmaster.pid").read_text().split()[0])
-        return (postmaster, *_children(postmaster))
+        return (postmaster, *children(postmaster))
 
     def _redis(self) -> tuple[int, ...]:
         return (int((self.home / "embedded" / "valkey" / "valkey.pid").read_text()),)
@@ -122,15 +123,6 @@ def _cpu_s(pids: tuple[int, ...]) -> float:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             ticks += sum(int(field) for field in fields[11:13])
     return ticks * TICK_S
-
-
-def _children(parent: int) -> tuple[int, ...]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            if int(path.read_text().rpartition(")")[2].split()[1]) == parent:
-                found.append(int(path.parent.name))
-    return tuple(found)
 
 
 @contextmanager

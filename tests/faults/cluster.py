@@ -19,6 +19,7 @@ import redis
 from app import embedded, migrate
 from tests.faults.client import get
 from tests.forked import IMPORT_FIRST
+from tests.processes import children, runs
 from tests.servers import Served
 from tests.waiting import until
 
@@ -67,7 +68,7 @@ class Servers:
     def postgres(self) -> list[int]:
         """The postmaster, and every process of it."""
         postmaster = int((self._home / "postgres" / "postmaster.pid").read_text().split()[0])
-        return [postmaster, *_children(postmaster)]
+        return [postmaster, *children(postmaster)]
 
     def valkey(self) -> list[int]:
         """Valkey's process."""
@@ -90,7 +91,7 @@ class Servers:
         with frozen([self._supervisor]):
             running = self.postgres()
             self.kill_postgres()
-            until(lambda: not any(map(_runs, running)), "also those are gone that still served a connection")
+            until(lambda: not any(map(runs, running)), "also those are gone that still served a connection")
             yield
         self.wait_postgres()
 
@@ -147,21 +148,6 @@ class Servers:
             return bool(self.redis.ping())
         except redis.RedisError:
             return False
-
-
-def _runs(pid: int) -> bool:
-    """Whether the process runs; a zombie does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def _children(pid: int) -> list[int]:
-    found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        found += map(int, (task / "children").read_text().split())
-    return found
 
 
 @contextlib.contextmanager
