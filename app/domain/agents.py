@@ -20,13 +20,14 @@ from msgspec import UNSET, Meta, Raw, Struct
 from msgspec.structs import fields, replace
 
 from app.domain.chat_request import refuse_uncarried
+from app.domain.client_tools import is_found_by
 from app.domain.prompt_templates import Template, VariableType, is_absent, left_out
 from app.domain.rights import Rights
 from app.domain.run_limits import lower, refuse_higher
 from app.errors import InvalidParameter, UnsupportedParameter
 from app.wire.admin import ModelName, Name
 from app.wire.decoding import decode, not_among
-from app.wire.items import AdditionalTools, tools_added_by
+from app.wire.items import tools_added_by
 from app.wire.requests import (
     NOTHING,
     CreateResponse,
@@ -36,7 +37,7 @@ from app.wire.requests import (
     with_secrets,
     without_secrets,
 )
-from app.wire.tools import AnyTool, HostedTool, decode_tool_choice, decode_tools
+from app.wire.tools import AnyTool, decode_tool_choice, decode_tools
 
 DESCRIPTION_CHARS_MAX = 2_000
 USERS_MAX = 100
@@ -197,6 +198,7 @@ def apply(named: NamedAgent, request: CreateResponse, *, bytes_max: int) -> Crea
         body=replace(body, **given),
         model=agent.model,
         agent=named.name,
+        items_add_tools=agent.lets_set("tools"),
         tools=tools,
         tool_choice=choice,
         prompted=prompted,
@@ -236,11 +238,11 @@ def _given(request: CreateResponse) -> Iterator[tuple[str, str]]:
 
 
 def _added(named: NamedAgent, request: CreateResponse) -> Iterator[tuple[str, str]]:
-    """The items that add tools, and their paths; not what a search has found that is a tool of the agent."""
+    """The items that add tools, and their paths."""
     items = [(index, item) for index, item in enumerate(request.input) if tools_added_by(item)]
-    searches = bool(items) and any(isinstance(one, HostedTool) and one.type == "tool_search" for one in named.tools)
+    tools = named.tools if items else ()
     for index, item in items:
-        if isinstance(item, AdditionalTools) or not searches:
+        if not is_found_by(tools, item):
             yield "tools", f"input[{index}]"
 
 

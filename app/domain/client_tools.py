@@ -4,7 +4,7 @@ To the model each is a plain function; its call becomes an item of a type of its
 because it has no event for a part of them. Arguments that do not fit are not handed to the client: the model reads why.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeGuard
 
 import msgspec
@@ -14,7 +14,7 @@ from app.domain.tools.shell import command_events, is_in_container
 from app.wire.decoding import Json, json_object
 from app.wire.events import Event
 from app.wire.items import AnyItem, OpaqueItem
-from app.wire.tools import FunctionTool, HostedTool
+from app.wire.tools import AnyTool, FunctionTool, HostedTool
 
 Milliseconds = int | UnsetType | None
 
@@ -359,6 +359,17 @@ def is_client_call(type_: str, fields: Json) -> bool:
     """Whether an item of this type, with these fields, is a call of a client's tool."""
     is_elsewhere = is_in_container(fields) or _is_search_elsewhere(type_, "tool_search_call", fields)
     return type_ in ID_PREFIXES and not is_elsewhere
+
+
+def is_found_by(declared: Sequence[AnyTool], item: AnyItem) -> bool:
+    """Whether an item has what a search for tools has found that is among the declared ones."""
+    is_found = isinstance(item, OpaqueItem) and item.type == "tool_search_output"
+    return is_found and any(_is_search(tool) for tool in declared)
+
+
+def _is_search(tool: AnyTool) -> bool:
+    client_tool = client_tool_of(tool) if isinstance(tool, HostedTool) else None
+    return client_tool is not None and client_tool.kind == "tool_search"
 
 
 def _is_search_elsewhere(type_: str, search: str, fields: Json) -> bool:

@@ -9,7 +9,7 @@ from msgspec import UNSET, Struct
 from msgspec.structs import replace
 
 from app.domain.approvals import was_asked
-from app.domain.client_tools import ID_PREFIXES, is_client_run
+from app.domain.client_tools import ID_PREFIXES, is_client_run, is_found_by
 from app.domain.compaction import is_compaction, is_instruction, newest_compaction, open_compacted
 from app.domain.hosted import Kind
 from app.domain.lifecycle import IN_FLIGHT
@@ -47,7 +47,7 @@ from app.wire.items import (
 )
 from app.wire.requests import CreateResponse
 from app.wire.resources import Status
-from app.wire.tools import McpTool
+from app.wire.tools import AnyTool, McpTool
 
 PREFIXES = {
     "message": "msg",
@@ -77,8 +77,8 @@ NO_ORIGINS: Mapping[str, str] = MappingProxyType({})
 
 
 class LeftOut(Struct, frozen=True):
-    """Types of tools and items that the model does not see: no server here runs them, this version does not know them, or they are
-    calls of other servers that have no output. And ids or addresses of files that are gone."""
+    """Types of tools and items that the model does not see: no server here runs them, this version does not know them, they are
+    calls of other servers that have no output, or an agent does not take their tools. And ids or addresses of files that are gone."""
 
     tools: tuple[str, ...]
     items: tuple[str, ...]
@@ -105,6 +105,8 @@ class Context(Struct, frozen=True):
     """A declared MCP server's label → the suffix of the ids of its own lists."""
     lists: tuple[McpListTools, ...]
     """Those of the declared MCP servers, oldest first."""
+    unheeded: tuple[str, ...]
+    """Types of items that would add tools to those of an agent which lets nothing add any."""
 
     @property
     def visible(self) -> list[tuple[int, AnyItem]]:
@@ -122,7 +124,7 @@ class Context(Struct, frozen=True):
     def left_out(self) -> LeftOut:
         """What the model does not see of what it would see in the hosted API."""
         unseen = (type_of(item) for at, item in self.visible if is_unknown(item) or self._is_open_call(at, item))
-        return LeftOut(self.toolbox.left_out, tuple(dict.fromkeys(unseen)))
+        return LeftOut(self.toolbox.left_out, tuple(dict.fromkeys((*unseen, *self.unheeded))))
 
     def _is_open_call(self, position: int, item: AnyItem) -> bool:
         """Whether an item is a call of another server that has no output."""
@@ -241,7 +243,14 @@ def _context(
 ) -> Context:
     # A call for the client that was cut off can't be answered, so it is left out.
     items = tuple(item for item in every if not _cut_off(item))
-    added = [tool for item in items for tool in tools_added_by(item)]
+    added: list[AnyTool] = []
+    unheeded: list[str] = []
+    for item in items:
+        if tools := tools_added_by(item):
+            if request.items_add_tools or is_found_by(request.tools, item):
+                added += tools
+            else:
+                unheeded.append(type_of(item))
     listed = {item.server_label: item.tools for item in lists}
     return Context(
         items=items,
@@ -254,6 +263,7 @@ def _context(
         hosted=hosted,
         origins=origins,
         lists=lists,
+        unheeded=tuple(dict.fromkeys(unheeded)),
     )
 
 

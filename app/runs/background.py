@@ -294,7 +294,10 @@ class BackgroundRun:
             self._runs.catalog.passed_on,
             lambda body: (body, prompted),  # as at admission, whatever the catalog and the agent have now
         )
-        return replace(request, agent=response.model if response.model != request.model else "", prompted=prompted)
+        agent = response.model if response.model != request.model else ""
+        return replace(
+            request, agent=agent, items_add_tools=not agent or request.body.agent is not None, prompted=prompted
+        )
 
     def interrupted(self) -> Outcome | None:
         """The outcome of a run that is cancelled now; None if another worker continues it."""

@@ -223,6 +223,8 @@ class CreateResponse(Struct, kw_only=True, frozen=True):
     """Parameters beyond the API that go to the upstream as they are."""
     agent: str = ""
     """The name of the agent that the request is for, in the place of a model."""
+    items_add_tools: bool = True
+    """Whether items may add tools: not to those of an agent that no request may set."""
     prompted: list[PromptedMessage] = []
     """The messages of the prompt, or of the agent."""
     size: int = 0
@@ -389,13 +391,16 @@ _RAWS = msgspec.json.Decoder(list[Raw])
 def as_stored(raw: bytes, request: CreateResponse) -> tuple[bytes, dict[str, ToolSecrets]]:
     """The body of a create request as it may be stored, and apart from it the secrets of its MCP servers, by label.
 
-    It holds the parameters that its prompt or agent has set; their messages are those of the response.
+    It holds the parameters that its prompt or agent has set; their messages are those of the response. It has an `agent` if items may
+    add tools to those of the agent.
     """
     secrets = secrets_of(request.tools)
     if not secrets and not request.body.prompt and not request.agent:
         return raw, {}
     keys = _KEYS.decode(mend_surrogates(raw)) | _prompted_keys(request)
     keys.pop("agent", None)  # its values stand in the messages
+    if request.agent and request.items_add_tools:
+        keys["agent"] = Raw(b"{}")
     if secrets:
         tools = without_secrets(request.tools, _RAWS.decode(keys["tools"]))
         keys["tools"] = Raw(msgspec.json.encode(tools))

@@ -400,6 +400,50 @@ def test_an_agent_that_searches_gets_the_tools_that_its_client_has_found(house, 
     assert "bow" in {tool["function"]["name"] for tool in heard()["tools"]}
 
 
+def brought(client: openai.OpenAI, way: str, said: str) -> tuple[str, dict[str, Any]]:
+    """A path and a body whose context, and not whose input, has items that add the tools `bow` and `found`."""
+    found = {**BOW, "name": "found"}
+    items = [
+        {"type": "additional_tools", "tools": [BOW]},
+        {"type": "tool_search_call", "call_id": "c", "execution": "client", "arguments": {}},
+        {"type": "tool_search_output", "call_id": "c", "execution": "client", "tools": [found]},
+    ]
+    chat = {"messages": [user(said)]}
+    if way in {"conversation", "chat conversation"}:
+        given = {"conversation": client.conversations.create(items=items).id}
+        return ("/chat/completions", given | chat) if "chat" in way else ("/responses", {**given, "input": said})
+    first = client.post("/responses", body={"model": "plain", "input": [*items, user("Hi")]}, cast_to=object)
+    if way == "reference":
+        kept = client.responses.input_items.list(first["id"], order="asc").data[:3]
+        return "/responses", {"input": [*({"type": "item_reference", "id": one.id} for one in kept), user(said)]}
+    given = {"previous_response_id": first["id"]}
+    if way == "chat":
+        return "/chat/completions", given | chat
+    return "/responses", {**given, "input": said, "background": way == "background"}
+
+
+@pytest.mark.parametrize("way", ["chain", "conversation", "reference", "background", "chat", "chat conversation"])
+def test_what_its_context_brings_adds_no_tools_to_one_that_lets_nothing_add_any(house, client, said, heard, way):
+    def offered_to(model: str, **given: Any) -> tuple[set[str], str | None]:
+        path, body = brought(client, way, said)
+        headers = {"Authorization": f"Bearer {house.keys['user']}"}
+        reply = httpx.post(f"{house.one.url}{path}", headers=headers, json={"model": model, **body, **given})
+        assert reply.status_code == 200
+        if way == "background":
+            with Served(house.env, command="worker"):
+                until(lambda: client.responses.retrieve(reply.json()["id"]).status == "completed")
+        offered = {tool["function"]["name"] for tool in heard()["tools"]}
+        return offered, reply.headers.get("x-reprise-left-out-items")
+
+    assert offered_to("closed") == ({"nod"}, "additional_tools, tool_search_output")
+    assert offered_to("greeter", **ADA) == ({"wave", "bow", "found"}, None)
+    if "chat" in way:  # which has no searches
+        return
+    made = house.make(f"seeker-{way}", tools=[{"type": "tool_search", "execution": "client"}])
+    assert offered_to(made["name"]) == ({"tool_search", "found"}, "additional_tools")
+    house.send("DELETE", f"/agents/{made['id']}")
+
+
 @pytest.mark.parametrize(
     ("agent", "param"),
     [
