@@ -62,6 +62,7 @@ READ_BY_TYPE = {
     b"list": "LRANGE {} 0 -1",
     b"set": "SMEMBERS {}",
     b"zset": "ZRANGE {} 0 -1",
+    b"none": "GET {}",  # it has expired since it was listed
 }
 
 
