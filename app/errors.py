@@ -278,10 +278,10 @@ class PromptNotFound(NotFound):
 
 
 class ConversationNotFound(NotFound):
-    """An unknown conversation."""
+    """An unknown conversation; `param` where a body names it."""
 
-    def __init__(self, conversation_id: str) -> None:
-        super().__init__(f"Conversation with id '{conversation_id}' not found.")
+    def __init__(self, conversation_id: str, *, param: str | None = None) -> None:
+        super().__init__(f"Conversation with id '{conversation_id}' not found.", param=param)
 
 
 class KeyNotFound(NotFound):

@@ -17,6 +17,7 @@ from app.domain.chat_completion import Chunks, completion, completion_id, error_
 from app.domain.chat_messages import sent_messages
 from app.domain.chat_request import create_request, renamed
 from app.errors import ApiError, InvalidParameter, UpstreamError
+from app.ids import seconds_of
 from app.offload import offload
 from app.runs.admission import Caller
 from app.storage import audit, completions, responses
@@ -68,7 +69,7 @@ class ChatCompletionsController(Controller):
         """Stored completions by creation, the oldest first unless asked otherwise."""
         query = queries.parse(request, queries.CompletionPage)
         filter = responses.Filter(model=query.model, status=CHAT, metadata=query.metadata)
-        after = query.after and response_id(query.after)
+        after = None if query.after is None else _cursor(query.after)
         return await pages.responses(services, query, filter, caller.tenant_id, after=after, write=_page_of_completions)
 
     @get("/{completion_id:str}")
@@ -143,6 +144,14 @@ def _retrieved(stored: Stored) -> bytes:
 
 def _page_of_completions(page: Page[tuple[str, Stored]]) -> bytes:
     return pages.encoded([(completion_id(id), _retrieved(stored)) for id, stored in page.rows], has_more=page.has_more)
+
+
+def _cursor(after: str) -> str:
+    """The response that a completion is, which may be deleted. Raises InvalidParameter if its id is none of ours."""
+    id = response_id(after)
+    if id == after or seconds_of(id) is None:
+        raise InvalidParameter(f"Chat completion with id '{after}' not found.", param="after")
+    return id
 
 
 def _page_of_messages(items: Sequence[StoredItem], completion_id: str, query: queries.MessagePage) -> bytes:

@@ -52,6 +52,7 @@ from app.wire.items import (
     Refusal,
 )
 from app.wire.requests import (
+    NOTHING,
     AnyFormat,
     Body,
     CreateResponse,
@@ -59,7 +60,6 @@ from app.wire.requests import (
     ReasoningConfig,
     StreamOptions,
     TextConfig,
-    given,
 )
 from app.wire.tools import (
     AnyTool,
@@ -83,6 +83,9 @@ NAMES = {
     "max_output_tokens": "max_completion_tokens",
 }
 """Parameters of the Responses API that errors name, and their names in Chat Completions."""
+
+ALLOWED = "tool_choice.allowed_tools"
+"""Where Chat Completions have what stands in `tool_choice` otherwise."""
 
 _SAME = (
     "temperature top_p frequency_penalty presence_penalty top_logprobs parallel_tool_calls stream metadata service_tier "
@@ -132,10 +135,14 @@ def renamed(error: ApiError, chat: ChatRequest) -> ApiError:
     if error.param is None:
         return error
     named = NAMES.get(error.param, error.param)
+    if named == "conversation" and chat.body.conversation_id is not None:
+        named = "conversation_id"
     if named == "max_completion_tokens" and chat.body.max_completion_tokens is None:
         named = "max_tokens"
     if found := _ITEM.fullmatch(error.param):
         named = "messages" + _place(chat.messages, int(found["index"]), found["rest"])
+    if error.param.startswith("tool_choice.tools"):
+        named = ALLOWED + error.param.removeprefix("tool_choice")
     searching = f"tools[{len(chat.body.tools or ())}]"  # where the create request has `web_search_options`
     if error.param.startswith(searching):
         named = "web_search_options" + error.param.removeprefix(searching).removesuffix(".type")
@@ -246,7 +253,7 @@ def _tools(body: ChatBody) -> list[AnyTool]:
 def _tool(raw: Raw, at: str) -> AnyTool:
     declared = decode(_DECLARED, raw, at)
     type_ = declared.type
-    if type_ in {"function", "custom"} and not given(getattr(declared, type_)):
+    if type_ in {"function", "custom"} and getattr(declared, type_) == NOTHING:
         raise missing(f"{at}.{type_}")
     if type_ == "function":
         function = decode(_FUNCTION, raw, at).function
@@ -297,13 +304,13 @@ def _choice(raw: Raw) -> ToolChoice:
         return decode_tool_choice(_flat(raw, chosen, "tool_choice"))
     if chosen.allowed_tools is None:
         raise missing("tool_choice.allowed_tools")
-    at = "tool_choice.allowed_tools.tools"
+    at = f"{ALLOWED}.tools"
     tools = [
         _flat(one, decode(_CHOSEN, one, f"{at}[{index}]"), f"{at}[{index}]")
         for index, one in enumerate(chosen.allowed_tools.tools)
     ]
     flat = {"type": "allowed_tools", "mode": chosen.allowed_tools.mode, "tools": tools}
-    return decode_tool_choice(Raw(msgspec.json.encode(flat)))
+    return decode_tool_choice(Raw(msgspec.json.encode(flat)), ALLOWED)
 
 
 def _flat(raw: Raw, chosen: Chosen, at: str) -> Raw:

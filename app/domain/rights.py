@@ -17,6 +17,9 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 ORDINARY: frozenset[Scope] = frozenset({"responses.read", "responses.write"})
 """The scopes of a key that names none."""
 
+NAME_RULE = f"expected 1 to {NAME_CHARS_MAX} characters, none of them control characters"
+"""Of tenants and users."""
+
 _SEPARATOR = "\x1f"
 """Between a tenant and its user; no name contains it."""
 

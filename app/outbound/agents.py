@@ -7,7 +7,7 @@ from msgspec.structs import replace
 from app.domain import limits
 from app.domain.agents import NamedAgent, check_overrides
 from app.domain.client_tools import client_tool_of
-from app.domain.rights import is_name
+from app.domain.rights import NAME_RULE, is_name
 from app.domain.toolbox import open_toolbox
 from app.domain.tools.table import kind_of, missing_server
 from app.errors import InvalidParameter, NotFound, UnsupportedParameter
@@ -28,7 +28,7 @@ def check(named: NamedAgent, catalog: Catalog, settings: Settings, known: Collec
         raise InvalidParameter("'description' may not contain NUL characters.", param="description")
     for index, user in enumerate(agent.users or ()):
         if not is_name(user):
-            raise InvalidParameter(f"Invalid value for 'users[{index}]'.", param=f"users[{index}]")
+            raise InvalidParameter(f"Invalid value for 'users[{index}]': {NAME_RULE}.", param=f"users[{index}]")
     check_overrides(agent, catalog.passed_on)
     _check_model(agent.model, catalog, known)
     request = replace(agent.as_request(), tools=named.tools)

@@ -230,7 +230,7 @@ async def load_conversation(
     ConversationNotFound."""
     rows = await _rows_of_chain(tx, _CONVERSATION_CHAIN, tenant_id, conversation_id, items_max, bytes_max, in_flight)
     if not rows:
-        raise ConversationNotFound(conversation_id)
+        raise ConversationNotFound(conversation_id, param="conversation")
     chain = _read_chain(rows, f"conversation '{conversation_id}'", items_max, bytes_max, in_flight)
     return replace(chain, parent=replace(chain.parent, conversation=Slot(conversation_id, rows[0]["writer"])))
 

@@ -13,7 +13,7 @@ from msgspec import UNSET, Struct
 from msgspec.structs import replace
 from sqlalchemy import text
 
-from app.domain.rights import ORDINARY, Rights, has_controls, is_name, owner_of
+from app.domain.rights import NAME_RULE, ORDINARY, Rights, has_controls, is_name, owner_of
 from app.errors import InvalidParameter, KeyNotFound
 from app.ids import new_id, seconds_of
 from app.settings import KEY_OVERLAP_S_MAX
@@ -121,7 +121,6 @@ DEFAULT_LIMITS = KeyLimits()
 
 _LIMITS = msgspec.json.Decoder(KeyLimits)
 
-NAME_RULE = f"expected 1 to {NAME_CHARS_MAX} characters, none of them control characters"
 
 
 class Key(Struct, frozen=True, kw_only=True):

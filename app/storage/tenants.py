@@ -4,11 +4,10 @@ import msgspec
 from msgspec import Struct
 from sqlalchemy import text
 
-from app.domain.rights import is_name
+from app.domain.rights import NAME_RULE, is_name
 from app.errors import InvalidParameter
 from app.settings import DEFAULT_TENANT
 from app.storage.database import Query, Tx
-from app.storage.keys import NAME_RULE
 from app.wire.admin import TenantLimits
 
 _LIMITS = Query(text("select limits from tenants where id = :tenant_id"), across_tenants="the row of the tenant itself")

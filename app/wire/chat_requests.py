@@ -83,7 +83,7 @@ AnyPart = TextPart | RefusalPart | ImagePart | AudioPart | FilePart
 class Named(Struct, forbid_unknown_fields=True):
     """A tool by its name."""
 
-    name: str
+    name: Annotated[str, Meta(min_length=1)]
 
 
 class CalledFunction(Struct, forbid_unknown_fields=True):
@@ -246,7 +246,8 @@ class ChatStreamOptions(Struct, forbid_unknown_fields=True):
     include_obfuscation: bool | None = None
 
 
-TokenBias = Annotated[float, Meta(ge=-100, le=100)]
+TokenBias = Annotated[int, Meta(ge=-100, le=100)] | Annotated[float, Meta(ge=-100, le=100)]
+"""Upstreams may take no `2.0` where a client has sent `2`."""
 
 
 class ChatBody(Struct, kw_only=True):
@@ -375,6 +376,10 @@ def decode_chat(raw: bytes, passed_on: Collection[str]) -> ChatRequest:
     keys = decode_keys(raw)
     extra = {key: value for key, value in keys.items() if key not in _KNOWN and key not in HINTS}
     for key in extra:
+        if key in _ELSEWHERE and key not in MOVED:
+            raise InvalidParameter(
+                f"Unknown parameter: '{key}'. Only /v1/responses has it.", param=key, code="unknown_parameter"
+            )
         if key in _ELSEWHERE or key not in passed_on:
             raise unknown(key, MOVED.get(key) or suggestion(ChatBody, "", key))
     body = decode(_BODY, raw)

@@ -9,14 +9,15 @@ from typing import Any, TypeVar
 import msgspec
 
 from app.errors import InvalidParameter, InvalidRequest, shortened
-from app.wire.keys import choices, nearest, suggestion, without_unknown
+from app.wire.keys import choices, nearest, suggestion, without_unknown, wrong_value
 
 T = TypeVar("T")
 
-_AT = re.compile(r" - at `(?:key` in `)?\$(?P<path>[^`]*?)(?:\[\.\.\.\])?`$")
+_AT = re.compile(r" - at `(?P<key>key` in `)?\$(?P<path>[^`]*?)(?P<value>\[\.\.\.\])?`$")
 _MISSING = re.compile(r"^Object missing required field `(?P<name>[^`]+)`$")
 _UNKNOWN = re.compile(r"^Object contains unknown field `(?P<name>.*)`$", re.DOTALL)
 _TYPE = re.compile(r"^Expected `(?P<want>[^`]+)`, got `(?P<got>[^`]+)`$")
+_RULE = re.compile(r"^Expected `(?P<want>\w+)`(?P<rule>.*)$", re.DOTALL)
 _ENUM = re.compile(r"^Invalid (?:enum )?value '?(?P<value>[^']*)'?$")
 
 Json = dict[str, Any]
@@ -42,7 +43,7 @@ def decode(decoder: msgspec.json.Decoder[T], raw: bytes | msgspec.Raw, at: str =
     try:
         return decoder.decode(raw)
     except msgspec.ValidationError as error:
-        raise invalid(shortened(str(error)), at, decoder.type) from None
+        raise invalid(str(error), at, decoder.type, raw) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"We could not parse the JSON body of your request: {error}.", param=at or None) from None
     except RecursionError:
@@ -133,26 +134,40 @@ def not_among(path: str, value: str, known: Iterable[str]) -> InvalidParameter:
     return InvalidParameter(message, param=path)
 
 
-def invalid(message: str, at: str, type_: Any = None) -> InvalidParameter:
-    """A message of msgspec → the 400 that names the parameter; `at` is the path of what was decoded, as `type_`."""
+def invalid(message: str, at: str, type_: Any = None, raw: bytes | msgspec.Raw | None = None) -> InvalidParameter:
+    """A message of msgspec → the 400 that names the parameter; `at` is the path of what was decoded, as `type_` and of `raw`."""
+    message = shortened(message)
     found = _AT.search(message)
-    path = join(at, found["path"]) if found else at
+    below = found["path"] if found else ""
+    path = join(at, below)
+    if found and found["value"] and raw is not None and (wrong := wrong_value(type_, below, raw)):
+        key, values, value, why = wrong
+        return invalid(why, shortened(join(path, f".{key}")), values, value)
     detail = message[: found.start()] if found else message
     if absent := _MISSING.match(detail):
         return missing(join(path, f".{absent['name']}"))
     if extra := _UNKNOWN.match(detail):
-        near = suggestion(type_, found["path"] if found else "", extra["name"]) if type_ else None
+        near = suggestion(type_, below, extra["name"], raw) if type_ else None
         return unknown(join(path, f".{extra['name']}"), near and join(path, f".{near}"))
     name = path or "body"
-    if wrong := _TYPE.match(detail):
+    if wrong_type := _TYPE.match(detail):
         return InvalidParameter(
-            f"Invalid type for '{name}': expected {_type_names(wrong['want'])}, got {_type_names(wrong['got'])} instead.",
+            f"Invalid type for '{name}': expected {_type_names(wrong_type['want'])}, got {_type_names(wrong_type['got'])} instead.",
             param=path or None,
             code="invalid_type",
         )
     if enum := _ENUM.match(detail):
-        return not_among(path, enum["value"], choices(type_, found["path"] if found else "") if type_ else ())
-    return InvalidParameter(f"Invalid value for '{name}': {detail}.", param=path or None)
+        return not_among(path, enum["value"], choices(type_, below, raw) if type_ else ())
+    of_key = "a key is wrong: " if found and found["key"] else ""
+    return InvalidParameter(f"Invalid value for '{name}': {of_key}{_rule(detail)}.", param=path or None)
+
+
+def _rule(detail: str) -> str:
+    """What a value has to be, in the words of the other errors."""
+    if detail == "Invalid RFC3339 encoded date":
+        return "expected a day like 2026-11-27"
+    rule = _RULE.match(detail)
+    return f"expected {_type_names(rule['want'])}{rule['rule']}" if rule else detail
 
 
 _NAMES = {

@@ -2,12 +2,14 @@
 version."""
 
 import difflib
+import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
-from msgspec import inspect
+import msgspec
+from msgspec import Raw, inspect
 
 LIKENESS = 0.7
 """Of two names, from 0 to 1; below it nothing is suggested."""
@@ -18,10 +20,15 @@ MISSPELT = 0.85
 NAME_CHARS_MAX = 64
 """A longer name resembles none of the API's, and is slow to compare."""
 
+KEYS_SEARCHED_MAX = 1_000
+"""Of one object: for the key of a wrong value."""
+
 TYPES_REMEMBERED = 1024
 """Unknown types that have been compared with the known ones, which takes ten times as long as decoding an item."""
 
-_STEP = re.compile(r"\.(?P<key>[^.\[\]]+)|\[")
+_STEP = re.compile(r"\.(?P<key>[^.\[\]]+)|\[(?P<index>\d+)?")
+_KEYS = msgspec.json.Decoder(dict[str, Raw])
+_ROWS = msgspec.json.Decoder(list[Raw])
 
 
 @cache
@@ -50,26 +57,80 @@ def nearest(name: str, known: Iterable[str], likeness: float = LIKENESS) -> str 
     return near[0] if near else None
 
 
-def suggestion(type_: Any, path: str, name: str) -> str | None:
-    """The declared key that an unknown key `name` resembles; `path` leads from `type_` to the object that holds it."""
-    places = _places(type_, path)
-    return nearest(
-        name, [field.encode_name for place in places if isinstance(place, inspect.StructType) for field in place.fields]
-    )
+def suggestion(type_: Any, path: str, name: str, raw: bytes | Raw | None = None) -> str | None:
+    """The declared key that an unknown key `name` resembles; `path` leads from `type_` to the object that holds it, in `raw` if that is
+    given."""
+    places, held = _places(type_, path, raw)
+    structs = [place for place in _tagged(places, held) if isinstance(place, inspect.StructType)]
+    return nearest(name, [field.encode_name for struct in structs for field in struct.fields])
 
 
-def choices(type_: Any, path: str) -> list[str]:
-    """The strings that are allowed at a path."""
-    literals = [place for place in _places(type_, path) if isinstance(place, inspect.LiteralType)]
-    return sorted(str(value) for literal in literals for value in literal.values)
+def choices(type_: Any, path: str, raw: bytes | Raw | None = None) -> list[str]:
+    """The strings that are allowed at a path, in `raw` if that is given."""
+    places, _ = _places(type_, path, raw)
+    literals = [place for place in places if isinstance(place, inspect.LiteralType)]
+    return sorted({str(value) for literal in literals for value in literal.values})
 
 
-def _places(type_: Any, path: str) -> list[inspect.Type]:
-    """The types at a path."""
+def wrong_value(type_: Any, path: str, raw: bytes | Raw) -> tuple[str, Any, Raw, str] | None:
+    """Of the object at a path whose keys may be any: the first key whose value is wrong, the value's type, the value, and what is wrong
+    with it."""
+    before, _, name = path.rpartition(".")
+    places, held = _places(type_, before, raw)
+    structs = [place for place in _tagged(places, held) if isinstance(place, inspect.StructType)]
+    given = _inner(held, name, None)
+    hints = (get_type_hints(struct.cls, include_extras=True).get(name) for struct in structs)
+    values = next((found for hint in hints if (found := _values(hint))), None)
+    if values is None or given is None or not bytes(given).startswith(b"{"):
+        return None
+    decoder = msgspec.json.Decoder(values)
+    for key, value in itertools.islice(_KEYS.decode(given).items(), KEYS_SEARCHED_MAX):
+        try:
+            decoder.decode(value)
+        except msgspec.ValidationError as error:
+            return key, values, value, str(error)
+    return None
+
+
+def _values(hint: Any) -> Any:
+    """The type of the values of a `dict` among the types of a hint."""
+    if get_origin(hint) is dict:
+        return get_args(hint)[1]
+    return next((found for inner in get_args(hint) if (found := _values(inner))), None)
+
+
+def _places(type_: Any, path: str, raw: bytes | Raw | None = None) -> tuple[list[inspect.Type], bytes | Raw | None]:
+    """The types at a path, and what stands there in `raw`."""
     places = list(_members(_type(type_)))
     for step in _STEP.finditer(path):
-        places = [member for place in places for inner in _below(place, step["key"]) for member in _members(inner)]
-    return places
+        holders = _tagged(places, raw)
+        places = [member for place in holders for inner in _below(place, step["key"]) for member in _members(inner)]
+        raw = _inner(raw, step["key"], step["index"])
+    return places, raw
+
+
+def _inner(raw: bytes | Raw | None, key: str | None, index: str | None) -> Raw | None:
+    """What an object has under a key, or an array at an index."""
+    try:
+        if raw is None or not (key or index):
+            return None
+        return _KEYS.decode(raw).get(key) if key else _ROWS.decode(raw)[int(index or 0)]
+    except (msgspec.DecodeError, IndexError):
+        return None
+
+
+def _tagged(places: Sequence[inspect.Type], raw: bytes | Raw | None) -> Sequence[inspect.Type]:
+    """Those of a union's types that the tag of `raw` names; all without one."""
+    fields = {place.tag_field for place in places if isinstance(place, inspect.StructType) and place.tag_field}
+    if len(places) < 2 or not fields or raw is None:
+        return places
+    tags = {field: msgspec.json.decode(_inner(raw, field, None) or b"null") for field in fields}
+    named = [
+        place
+        for place in places
+        if isinstance(place, inspect.StructType) and place.tag_field and tags[place.tag_field] == place.tag
+    ]
+    return named or places
 
 
 def _members(type_: inspect.Type) -> Iterator[inspect.Type]:

@@ -781,7 +781,7 @@ def test_a_name_that_is_taken_is_refused(house, name):
         ({"temperatur": 1}, "temperatur"),
         ({"instructions": "{{you}}"}, "instructions"),
         ({"instructions": "x", "variables": {"you": "string"}}, "instructions"),
-        ({"variables": {"you": "text"}}, "variables"),
+        ({"variables": {"you": "text"}}, "variables.you"),
         ({"overrides": ["temperatur"]}, "overrides[0]"),
         ({"overrides": "some"}, "overrides"),
         ({"users": [""]}, "users[0]"),

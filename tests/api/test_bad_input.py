@@ -185,8 +185,8 @@ BAD = [
     ),
     # metadata
     ({"metadata": []}, TYPE, "metadata", "expected an object or null"),
-    ({"metadata": {"a": 1}}, TYPE, "metadata", "expected a string, got an integer instead"),
-    ({"metadata": {"a": "x" * 513}}, VALUE, "metadata", "512"),
+    ({"metadata": {"a": 1}}, TYPE, "metadata.a", "expected a string, got an integer instead"),
+    ({"metadata": {"a": "x" * 513}}, VALUE, "metadata.a", "512"),
     ({"metadata": {"a" * 65: "x"}}, VALUE, "metadata", "64"),
     ({"metadata": {str(number): "x" for number in range(17)}}, VALUE, "metadata", "16"),
     ({"metadata": {"a": "\0"}}, VALUE, "metadata", "NUL"),

@@ -76,6 +76,7 @@ def test_a_completion_and_what_the_upstream_is_sent(client, upstream):
     assert made.id.startswith("chatcmpl-")
     assert (made.usage.prompt_tokens, made.usage.completion_tokens, made.usage.total_tokens) == (10, 2, 12)
     [asked] = upstream.asked(given)
+    assert b'"logit_bias":{"1":2}' in asked.raw  # some upstreams take no 2.0
     assert asked.body == {
         "model": "m",
         "messages": sent,
@@ -243,6 +244,14 @@ def test_errors_about_state_name_what_the_chat_request_has(http):
         "tool_calls": [{"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
     }
     file = {"type": "file", "file": {"file_id": "file_none"}}
+    choice = {"type": "allowed_tools", "allowed_tools": {"tools": [{"type": "function", "function": {"name": "g"}}]}}
+    reply = http.post(
+        "/chat/completions", json={"model": "m", "messages": [user("x")], "tools": TOOLS, "tool_choice": choice}
+    )
+    assert reply.json()["error"]["param"] == "tool_choice.allowed_tools.tools[0]"
+    for key in ("conversation", "conversation_id"):
+        reply = http.post("/chat/completions", json={"model": "m", "messages": [user("x")], key: "conv_none"})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (404, key)
     for messages, param in (
         ([user("x"), lost], "messages"),
         ([{"role": "tool", "tool_call_id": "call_9", "content": "x"}], "messages"),
@@ -401,6 +410,9 @@ def test_stored_completions_are_listed_by_model_and_metadata(client, said):
     assert listed(limit=1) == listed(order="desc", limit=1)[::-1] == listed()
     assert set(listed(model="m")) == set(ids[:2])
     assert listed(model="other") == ids[2:]
+    for after in ("none", "chatcmpl-none", ids[0].replace("chatcmpl-", "resp_")):
+        with pytest.raises(openai.BadRequestError, match=f"Chat completion with id '{after}' not found"):
+            listed(after=after)
     first = listed()[0]
     assert first not in [one.id for one in client.chat.completions.list(metadata=tag, after=first)]
 

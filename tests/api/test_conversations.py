@@ -171,6 +171,7 @@ def test_an_unknown_conversation_is_not_found(client, given):
         client.responses.create(model="m", input="hi", conversation=given)
     id = given if isinstance(given, str) else given["id"]
     assert caught.value.body["message"] == f"Conversation with id '{id}' not found."
+    assert caught.value.param == "conversation"
 
 
 @pytest.mark.parametrize(
@@ -357,7 +358,7 @@ def test_a_conversation_that_is_deleted_while_a_response_is_made_leaves_the_resp
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
-        ("", {"metadata": {"k": 1}}, "metadata[...]"),
+        ("", {"metadata": {"k": 1}}, "metadata.k"),
         ("", {"metadata": {"k": "\0"}}, "metadata"),
         ("", {"metadata": {str(n): "" for n in range(17)}}, "metadata"),
         ("", {"item": []}, "item"),
@@ -371,7 +372,7 @@ def test_a_conversation_that_is_deleted_while_a_response_is_made_leaves_the_resp
 def test_bad_requests_are_refused_with_the_parameter(http, conversation, path, body, param):
     reply = http.post(f"/conversations{path.replace('ID', conversation)}", json=body)
     assert (reply.status_code, reply.json()["error"]["type"]) == (400, "invalid_request_error")
-    assert reply.json()["error"]["param"].split("[")[0] == param.split("[")[0]
+    assert reply.json()["error"]["param"] == param
 
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=101", "order=up", "after=msg_unknown", "before=a&after=b", "x=1"])

@@ -247,7 +247,7 @@ def test_a_parameter_of_another_endpoint_is_refused(client, said, extra):
         ({"messages": []}, "Unknown parameter: 'messages'. Did you mean 'input'?"),
         ({"model": None}, "Missing required parameter: 'model'."),
         ({"input": None}, "Missing required parameter: 'input'."),
-        ({"personality": "x" * 65}, "Invalid value for 'personality': Expected `str` of length <= 64."),
+        ({"personality": "x" * 65}, "Invalid value for 'personality': expected a string of length <= 64."),
         ({"personality": 7}, "Invalid type for 'personality': expected a string or null, got an integer instead."),
         ({"input": [{"type": "message", "role": "chorus", "content": "x"}]}, None),
         ({"previous_response_id": "resp_none"}, "Previous response with id 'resp_none' not found."),

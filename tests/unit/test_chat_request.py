@@ -187,6 +187,73 @@ def test_a_message_that_is_wrong_is_named(message, param, code):
     assert refusal(message) == (param, code)
 
 
+PICTURE = {"type": "image_url", "image_url": {"url": "https://a.example/a.png", "detail": "huge"}}
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        (
+            {"messages": [USER, {"role": "assistant", "content": [IMAGE]}]},
+            "messages[1].content[0].type",
+            "Invalid value for '{}': 'image_url'. Supported values are: 'refusal', 'text'.",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "txt", "text": "x"}]}]},
+            "messages[0].content[0].type",
+            "Invalid value for '{}': 'txt'. Supported values are: 'file', 'image_url', 'input_audio', 'text'. Did you mean 'text'?",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [PICTURE]}]},
+            "messages[0].content[0].image_url.detail",
+            "Invalid value for '{}': 'huge'. Supported values are: 'auto', 'high', 'low', 'original'.",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x", "tool_cals": []}]},
+            "messages[0].tool_cals",
+            "Unknown parameter: '{}'.",
+        ),
+        ({"messages": [{"role": None}]}, "messages[0].role", "Invalid value for '{}': expected a string."),
+        ({"metadata": {"a": "b", "c": 1}}, "metadata.c", "Invalid type for '{}': expected a string, got an integer instead."),
+        ({"metadata": {"a": "b" * 513}}, "metadata.a", "Invalid value for '{}': expected a string of length <= 512."),
+        ({"metadata": {"a" * 65: ""}}, "metadata", "Invalid value for '{}': a key is wrong: expected a string of length <= 64."),
+        (
+            {"metadata": {str(number): "" for number in range(17)}},
+            "metadata",
+            "Invalid value for '{}': expected an object of length <= 16.",
+        ),
+        ({"logit_bias": {"5": 0, "7": 101}}, "logit_bias.7", "Invalid value for '{}': expected an integer <= 100."),
+        (
+            {"logit_bias": {"5": "high"}},
+            "logit_bias.5",
+            "Invalid type for '{}': expected an integer or a number, got a string instead.",
+        ),
+        ({"temperature": 2.5}, "temperature", "Invalid value for '{}': expected a number <= 2.0."),
+        (
+            {"tools": [{"type": "function", "function": {}}]},
+            "tools[0].function.name",
+            "Missing required parameter: '{}'.",
+        ),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "allowed_tools": {"tools": []}}},
+            "tool_choice.allowed_tools.tools",
+            "Invalid value for '{}': expected an array of length >= 1.",
+        ),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": ""}}},
+            "tool_choice.function.name",
+            "Invalid value for '{}': expected a string of length >= 1.",
+        ),
+        ({"truncation": "auto"}, "truncation", "Unknown parameter: '{}'. Only /v1/responses has it."),
+        ({"max_tool_calls": 1}, "max_tool_calls", "Unknown parameter: '{}'. Only /v1/responses has it."),
+    ],
+)
+def test_a_refusal_says_what_may_stand_there_and_nothing_else(body, param, message):
+    with pytest.raises(ApiError) as refused:
+        created(**body)
+    assert (refused.value.param, refused.value.message) == (param, message.format(param))
+
+
 def test_errors_about_items_name_the_message_and_its_part():
     raw = msgspec.json.encode(
         {
@@ -248,6 +315,11 @@ def test_parameters_reach_the_upstream_and_are_echoed():
     assert encode(echo)
 
 
+def test_a_bias_that_is_an_integer_stays_one():
+    body = created(logit_bias={"1": 2, "3": -1.5})
+    assert bytes(body.extra["logit_bias"]) == b'{"1":2,"3":-1.5}'
+
+
 def test_without_state_nothing_stays_unless_the_client_asks_for_it():
     assert created().store is False
     assert created(store=True).store is True
@@ -304,7 +376,7 @@ def test_tools_that_the_server_runs_stand_beside_functions():
         ({"background": True}, "background"),
         ({"mood": 1}, "mood"),
         ({"stop": 1}, "stop"),
-        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1"),
         ({"messages": []}, "messages"),
         ({"model": None}, "model"),
         ({"conversation": "conv_1", "previous_response_id": "resp_1"}, "conversation"),

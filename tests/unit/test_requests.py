@@ -157,8 +157,8 @@ def test_every_form_of_tool_choice_is_decoded(choice: Any, expected: Any):
             "text.format.schema",
             "missing_required_parameter",
         ),
-        ({"metadata": {"k": 1}}, "metadata", "invalid_type"),
-        ({"metadata": {"k": "v" * 513}}, "metadata", "invalid_value"),
+        ({"metadata": {"k": 1}}, "metadata.k", "invalid_type"),
+        ({"metadata": {"k": "v" * 513}}, "metadata.k", "invalid_value"),
         ({"metadata": {str(number): "" for number in range(17)}}, "metadata", "invalid_value"),
         ({"metadata": {"k": "\0"}}, "metadata", "invalid_value"),
         ({"stream_options": {}}, "stream_options", "invalid_value"),
@@ -178,8 +178,7 @@ def test_every_form_of_tool_choice_is_decoded(choice: Any, expected: Any):
 )
 def test_a_bad_parameter_is_refused_with_its_path(body: dict[str, Any], param: str, code: str):
     error = refused(**body)
-    found = error.param or ""
-    assert (found.partition("[...]")[0] if param == "metadata" else found, error.code) == (param, code)
+    assert (error.param, error.code) == (param, code)
     assert error.status == 400 and error.message
 
 
