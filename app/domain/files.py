@@ -251,6 +251,12 @@ def check(found: Sequence[Place], files: Files, dialect: Dialect) -> None:
                 param=place.param,
                 code="invalid_image_url",
             )
+        if place.is_new and len(given := _given_sources(place.part)) > 1:
+            raise InvalidParameter(
+                f"Mutually exclusive parameters: give {' or '.join(map(repr, given))}, not both.",
+                param=place.param,
+                code="mutually_exclusive_parameters",
+            )
         try:
             _form(place.part, files, dialect)
         except InvalidRequest as error:
@@ -313,6 +319,18 @@ def _source(part: Media) -> tuple[Source, str]:
         case InputFile(file_url=str(url)) | InputAudio(audio_url=str(url)) if url and not part.file_id:
             return "url", url
     return "id", part.file_id or ""
+
+
+_SOURCES: Mapping[type, tuple[str, ...]] = {
+    InputImage: ("image_url", "file_id"),
+    InputFile: ("file_data", "file_url", "file_id"),
+    InputAudio: ("input_audio", "audio_url", "file_id"),
+}
+
+
+def _given_sources(part: Media) -> list[str]:
+    """The keys under which a part has a content: one, or what it has under the others would count for nothing."""
+    return [key for key in _SOURCES[type(part)] if getattr(part, key)]
 
 
 def _is_no_address(part: Media) -> bool:

@@ -344,6 +344,39 @@ def test_what_the_model_takes_in_no_form_is_refused_by_its_path(served, upstream
     assert upstream.asked(said) == []
 
 
+@pytest.mark.parametrize("more", [{}, {"background": True}], ids=["json", "background"])
+@pytest.mark.parametrize(
+    ("part", "key", "given"),
+    [
+        ({**IMAGE, "file_id": "file_x"}, "image_url", "'image_url' or 'file_id'"),
+        ({**file_of(PLAN), "file_id": "file_x"}, "file_data", "'file_data' or 'file_id'"),
+        ({**file_of(PLAN), "file_url": "http://a.example/"}, "file_data", "'file_data' or 'file_url'"),
+        ({**SOUND, "audio_url": "http://a.example/"}, "input_audio", "'input_audio' or 'audio_url'"),
+    ],
+)
+def test_of_two_contents_of_one_part_none_is_dropped(served, upstream, said, part, key, given, more):
+    body = {"model": "m", "input": [of_user(said, part)], **more}
+    error = httpx.post(f"{served.url}/responses", json=body, timeout=30).json()["error"]
+    assert (error["code"], error["param"]) == ("mutually_exclusive_parameters", f"input[0].content[1].{key}")
+    assert error["message"] == f"Mutually exclusive parameters: give {given}, not both."
+    assert upstream.asked(said) == []
+
+
+def test_a_content_beside_nulls_is_one(api, said):
+    parts = ({**IMAGE, "file_id": None}, {**file_of(PLAN), "file_url": None, "file_id": None})
+    assert api.responses.create(model="m", input=[of_user(said, *parts)]).status == "completed"
+
+
+def test_of_two_contents_of_a_part_of_a_chat_none_is_dropped(http):
+    file = {"file_data": data_url("text/plain", b"hello"), "filename": "a.txt", "file_id": "file_x"}
+    message = {"role": "user", "content": [{"type": "file", "file": file}]}
+    error = http.post("/chat/completions", json={"model": "m", "messages": [message]}).json()["error"]
+    assert (error["code"], error["param"]) == (
+        "mutually_exclusive_parameters",
+        "messages[0].content[0].file.file_data",
+    )
+
+
 def test_texts_that_are_too_long_together_are_refused(served):
     parts = [file_of(bytes([65 + n]) * 40 * KIB, "a.txt") for n in range(2)]
     reply = httpx.post(f"{served.url}/responses", json={"model": "m", "input": [of_user(*parts)]})
