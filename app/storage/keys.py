@@ -122,7 +122,6 @@ DEFAULT_LIMITS = KeyLimits()
 _LIMITS = msgspec.json.Decoder(KeyLimits)
 
 
-
 class Key(Struct, frozen=True, kw_only=True):
     """A key as its administrators see it. Times are unix seconds."""
 
