@@ -373,10 +373,14 @@ class DatabaseUnavailable(ServerError):
     """Postgres does not answer, or can't serve this now."""
 
     status = 503
+    is_unknown = False
+    """Whether what was to be written may be written."""
 
 
 class OutcomeUnknown(DatabaseUnavailable):
     """The connection to Postgres was lost before the outcome of a commit was known."""
+
+    is_unknown = True
 
 
 class TooMuchUnread(ServerError):

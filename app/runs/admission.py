@@ -1,5 +1,6 @@
 """The one door for new responses: limits, the plan, the approvals that are used up, the insert."""
 
+import asyncio
 import time
 
 from msgspec import Struct
@@ -134,14 +135,22 @@ class Admission:
             grant = await self._grant(caller, plan, response.id, is_background=True)
             try:
                 return await self._enqueue(caller, plan, raw, response, grant)
-            except DatabaseUnavailable:  # it may be stored: Postgres is asked for it later
-                raise
-            except BaseException:
+            except BaseException as error:
                 if grant:
-                    await self._quotas.settle(grant, 0)
+                    await self._give_back(grant, error)
                 raise
         finally:
             plan.room.release()
+
+    async def _give_back(self, grant: Grant, error: BaseException) -> None:
+        """Give back what a run has taken that was not stored because of this error. If it may be, Postgres is asked."""
+        may_be_stored = isinstance(error, asyncio.CancelledError) or (
+            isinstance(error, DatabaseUnavailable) and error.is_unknown
+        )
+        if may_be_stored:
+            await self._quotas.doubt(grant)
+        else:
+            await self._quotas.settle(grant, 0)
 
     async def _enqueue(
         self, caller: Caller, plan: RunPlan, raw: bytes, response: Response, grant: Grant | None

@@ -16,7 +16,7 @@ from redis.exceptions import RedisError
 from app.domain.compaction import newest_compaction
 from app.domain.context import waits_for_client
 from app.domain.lifecycle import Outcome, close_response
-from app.domain.quotas import holder_of
+from app.domain.quotas import holder_of, used_tokens
 from app.domain.recovery import Recovered, recover
 from app.domain.rights import logged
 from app.domain.sealed import Seal
@@ -323,11 +323,16 @@ class BackgroundRun:
         return Charge(self.claim.key_id, self._runs.catalog.currency, spent)
 
     async def _settle_quotas(self, closed: Response) -> None:
-        claim, reserved = self.claim, self.claim.reserved_tokens
-        if reserved is None:
-            return
-        grant = Grant(holder_of(claim.tenant_id, claim.key_id), claim.response_id, reserved)
-        await self._runs.quotas.settle(grant, self.recorder.used_tokens(closed, reserved))
+        if grant := self._grant:
+            await self._runs.quotas.settle(grant, self.recorder.used_tokens(closed, grant.tokens))
+
+    @property
+    def _grant(self) -> Grant | None:
+        """What it has taken of quotas."""
+        claim = self.claim
+        if claim.reserved_tokens is None:
+            return None
+        return Grant(holder_of(claim.tenant_id, claim.key_id), claim.response_id, claim.reserved_tokens)
 
     async def publish(self) -> None:
         """Wait until Redis holds the terminal event, or is unavailable: then readers find it in Postgres. Nothing else is left."""
@@ -343,6 +348,11 @@ class BackgroundRun:
     async def _publish_rest(self) -> None:
         """The former owner died between the commit and the terminal event."""
         claim = self.claim
+        if grant := self._grant:
+            async with self._runs.database.autocommit() as tx:
+                body = await responses.load_body(tx, claim.tenant_id, claim.response_id)
+            used = used_tokens(body.status, body.usage, was_asked=True, reserved=grant.tokens) if body else None
+            await self._runs.quotas.settle(grant, used)
         if claim.streamed:
             async with self._runs.database.autocommit() as tx:
                 archived = await journal.read_all(tx, claim.tenant_id, claim.response_id)

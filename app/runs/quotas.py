@@ -36,6 +36,9 @@ _US_PER_S = 1_000_000
 REFUSED_MAX = 10_000
 """Tenants and keys that are remembered as refused."""
 
+UNSETTLED_MAX = 10_000
+"""Grants that are remembered until Redis can settle them."""
+
 
 class Grant(Struct, frozen=True):
     """What a run has taken that is to be settled."""
@@ -76,13 +79,16 @@ class Quotas:
         self._running: dict[str, Holder] = {}
         """The runs of the foreground that have places, by response id."""
         self._refused: dict[tuple[str, str | None], _Refused] = {}
+        self._unsettled: dict[Grant, int | None] = {}
+        """What is to be settled once Redis answers: grants that have ended, and those that it did not answer in time."""
         self._is_down = False
         self._asked_again_at = 0.0
         self._settling: set[asyncio.Task[None]] = set()
         self._prolonging: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Start to prolong the places of runs of the foreground: those of a process that dies are free after a lease."""
+        """Start to prolong the places of runs of the foreground: those of a process that dies are free after a lease. And to settle
+        what could not be settled."""
         self._prolonging = asyncio.create_task(self._prolong_forever())
 
     async def close(self) -> None:
@@ -121,11 +127,17 @@ class Quotas:
         if not limits:
             return Admitted({}, None)
 
-        async def take() -> Answer:
-            return await self._store.admit(holder, limits, run, tokens=tokens, is_background=is_background)
-
         has_place = bool(run) and any(one.concurrent_runs for one in limits)
         grant = Grant(holder, run, tokens) if has_place or tokens else None
+
+        async def take() -> Answer:
+            try:
+                return await self._store.admit(holder, limits, run, tokens=tokens, is_background=is_background)
+            except BaseException:  # Redis may have counted it, or will once it awakes
+                if grant:
+                    self._settle_later(grant, 0)
+                raise
+
         asked_at = time.monotonic()
         answer = await self._taken(take, grant)
         if answer and answer.unknown and await self._sort_out(holder, answer.unknown):
@@ -187,15 +199,36 @@ class Quotas:
         settling.add_done_callback(self._settling.discard)
         return settling
 
+    async def doubt(self, grant: Grant) -> None:
+        """A background run may have been stored, or not: Postgres is asked for it as soon as there is no place left."""
+        await self._ask(lambda: self._store.doubt(grant.holder, grant.run))
+
     async def _settle(self, grant: Grant, tokens: int | None) -> None:
         self._running.pop(grant.run, None)
-        await self._ask(lambda: self._store.settle(grant.holder, grant.run, tokens))
+        if not await self._is_settled(grant, tokens):
+            self._settle_later(grant, tokens)
+
+    async def _is_settled(self, grant: Grant, tokens: int | None) -> bool:
+        async def settle() -> bool:
+            await self._store.settle(grant.holder, grant.run, tokens)
+            return True
+
+        return bool(await self._ask(settle))
+
+    def _settle_later(self, grant: Grant, tokens: int | None) -> None:
+        while len(self._unsettled) >= UNSETTLED_MAX:
+            del self._unsettled[next(iter(self._unsettled))]
+        self._unsettled[grant] = tokens
 
     async def _prolong_forever(self) -> None:
         while True:
             await asyncio.sleep(self._settings.lease_s / BEATS_PER_LEASE)
             if self._running:
                 await self._ask(lambda: self._store.prolong(dict(self._running)))
+            for grant, tokens in list(self._unsettled.items()):
+                if not await self._is_settled(grant, tokens):
+                    break
+                self._unsettled.pop(grant, None)
 
     async def _ask(self, question: Callable[[], Awaitable[T]]) -> T | None:
         """Redis' answer; None if there is none in time, which is logged once."""

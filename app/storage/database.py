@@ -6,7 +6,7 @@ so that a test can demand of each that it names the tenant.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
@@ -170,24 +170,24 @@ class Database:
 
     def retrying(self, *, forever: bool = False) -> AsyncIterator[stamina.Attempt]:
         """Attempts at an idempotent write while Postgres is away, for at most REPRISE_DATABASE_RETRY_S, or forever."""
-        return self._attempts(DatabaseUnavailable, timeout_s=None if forever else self._retry_s)
+        return self._attempts(always=True, timeout_s=None if forever else self._retry_s)
 
     def settling(self) -> AsyncIterator[stamina.Attempt]:
         """Attempts at an idempotent write; it is repeated, for as long, only once its outcome is unknown."""
+        return self._attempts(always=False, timeout_s=self._retry_s)
+
+    def _attempts(self, *, always: bool, timeout_s: float | None) -> AsyncIterator[stamina.Attempt]:
         unknown = False
 
         def goes_on(error: Exception) -> bool:
             nonlocal unknown
-            unknown = unknown or isinstance(error, OutcomeUnknown)
-            return unknown and isinstance(error, DatabaseUnavailable)
+            if not isinstance(error, DatabaseUnavailable):
+                return False
+            error.is_unknown = unknown = unknown or error.is_unknown
+            return always or unknown
 
-        return self._attempts(goes_on, timeout_s=self._retry_s)
-
-    def _attempts(
-        self, on: type[Exception] | Callable[[Exception], bool], *, timeout_s: float | None
-    ) -> AsyncIterator[stamina.Attempt]:
         return stamina.retry_context(
-            on=on, attempts=None, timeout=timeout_s, wait_initial=0.05, wait_max=1.0
+            on=goes_on, attempts=None, timeout=timeout_s, wait_initial=0.05, wait_max=1.0
         ).__aiter__()
 
     async def close(self) -> None:

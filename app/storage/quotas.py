@@ -92,8 +92,14 @@ for at = 2, #KEYS, 4 do
         local used = redis.call('ZCARD', foreground) + redis.call('ZCARD', background)
         if used >= runs_max then
             fits = false
-            for _, one in ipairs(redis.call('ZRANGEBYSCORE', background, '-inf', whole(now), 'LIMIT', 0, asked_max)) do
-                unknown[#unknown + 1] = one
+            -- What is later than it could have been set is of a clock that was set back.
+            for _, one in ipairs(redis.call('ZRANGEBYSCORE', foreground, '(' .. whole(now + lease_us), '+inf')) do
+                redis.call('ZADD', foreground, whole(now + lease_us), one)
+            end
+            for _, range in ipairs({{'-inf', whole(now)}, {'(' .. whole(now + known_us), '+inf'}}) do
+                for _, one in ipairs(redis.call('ZRANGEBYSCORE', background, range[1], range[2], 'LIMIT', 0, asked_max)) do
+                    unknown[#unknown + 1] = one
+                end
             end
         end
         places[#places + 1] = {foreground, background, runs_max, used}
@@ -252,6 +258,10 @@ class QuotaStore:
         """Free the places of background runs that have ended; the others have theirs for KNOWN_S more."""
         gone = list(ended)
         await self._prolong(self._keys(holder, None, "background"), [KNOWN_S * _US_PER_S, len(gone), *gone, *known])
+
+    async def doubt(self, holder: Holder, run: str) -> None:
+        """A background run may not be known: Postgres is to be asked for it at once."""
+        await self._prolong(self._keys(holder, None, "background"), [0, 0, run])
 
     def _keys(self, holder: Holder, run: str | None, *names: str) -> list[str]:
         """The names of keys: what the run has reserved, unless it is None, then these of the tenant and of the key."""

@@ -12,16 +12,19 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import asyncpg
 import redis
 
 from app import embedded, migrate
+from tests import wire_proxy
 from tests.faults.client import get
 from tests.forked import IMPORT_FIRST
 from tests.processes import children, runs
 from tests.servers import Served
 from tests.waiting import until
+from tests.wire_proxy import WireProxy
 
 LEASE_S = 1.5
 POLL_S = 0.2
@@ -176,6 +179,14 @@ def locked(url: str, table: str) -> Iterator[None]:
     finally:
         loop.run_until_complete(connection.close())
         loop.close()
+
+
+@contextlib.contextmanager
+def wired(cluster: "Cluster") -> Iterator[tuple[WireProxy, str]]:
+    """A proxy to the cluster's Postgres, and the URL of the database through it."""
+    directory = parse_qs(urlsplit(cluster.database_url).query)["host"][0]
+    with WireProxy(Path(directory) / ".s.PGSQL.5432", ".s.PGSQL.5432", wire_proxy.postgres) as wire:
+        yield wire, cluster.database_url.replace(directory, str(wire.directory))
 
 
 def query(url: str, statement: str, *arguments: Any) -> list[dict[str, Any]]:

@@ -9,8 +9,8 @@ import httpx
 import pytest
 import redis
 
-from tests.faults.client import cancel
-from tests.faults.cluster import LEASE_S, frozen
+from tests.faults.client import cancel, get
+from tests.faults.cluster import LEASE_S, frozen, wired
 from tests.servers import Served
 from tests.upstream import finish, gate, script, text
 from tests.waiting import until
@@ -140,6 +140,89 @@ def test_a_queued_run_that_is_cancelled_elsewhere_gives_back_what_it_has_taken(c
             reply = post(other)
             assert reply.status_code == 200
             assert int(reply.headers["x-ratelimit-remaining-tokens"]) > 990_000
+    cluster.ensure()
+
+
+ROOMY = {"REPRISE_TENANT_REQUESTS_PER_MINUTE": "0", "REPRISE_TENANT_TOKENS_PER_MINUTE": "1000000"}
+"""A place is what such a tenant lacks; it takes a minute until its tokens are healed."""
+
+
+def has_all_back(served: Served) -> bool:
+    """Whether a run is let through, and nearly no tokens are taken."""
+    reply = post(served)
+    return reply.status_code == 200 and int(reply.headers.get("x-ratelimit-remaining-tokens", "0")) > 990_000
+
+
+def test_background_runs_that_postgres_does_not_take_give_back_what_they_have_taken(cluster):
+    env = {**ROOMY, "REPRISE_TENANT_CONCURRENT_RUNS": "2", "REPRISE_KEY_CACHE_S": "60"}
+    with limited(cluster, **env) as served:
+        assert post(served).status_code == 200
+        with cluster.servers.without_postgres():
+            replies = [post(served, background=True, max_output_tokens=200_000) for _ in range(4)]
+            assert [reply.status_code for reply in replies] == [503] * 4
+        assert has_all_back(served)
+        assert [post(served, background=True).status_code for _ in range(2)] == [200] * 2
+
+
+def test_a_background_run_of_which_nobody_knows_whether_it_is_stored_has_its_place_if_it_is(cluster):
+    cluster.kill_workers()
+    env = {**ROOMY, "REPRISE_TENANT_CONCURRENT_RUNS": "1", "REPRISE_DATABASE_RETRY_S": "0.001"}
+    with wired(cluster) as (wire, url), limited(cluster, **env, DATABASE_URL=url) as served:
+        assert post(served).status_code == 200
+        wire.lose_answer_of("COMMIT")
+        assert post(served, background=True).status_code == 503
+        assert wire.lost == 1
+        [run] = cluster.query("select response_id from runs")
+        assert [post(served).status_code for _ in range(3)] == [429] * 3
+        assert cancel(served.url, run["response_id"])["status"] == "cancelled"
+        assert post(served).status_code == 200
+    cluster.ensure()
+
+
+def test_a_background_run_that_ends_while_redis_is_gone_gives_back_what_it_has_taken_once_redis_answers(
+    cluster, upstream, said
+):
+    env = {**ROOMY, "REPRISE_TENANT_CONCURRENT_RUNS": "1", "REPRISE_WORKERS_IN_API": "true"}
+    cluster.kill_workers()
+    with limited(cluster, **env) as served:
+        asked = script([text("so "), gate(said), finish()])
+        made = post(served, input=asked, background=True, max_output_tokens=900_000).json()
+        upstream.wait_reached(said, 20)
+        with cluster.servers.without_valkey():
+            upstream.open(said)
+            until(lambda: get(served.url, made["id"])["status"] == "completed")
+        until(lambda: has_all_back(served), timeout_s=20)
+    cluster.ensure()
+
+
+def test_what_a_frozen_redis_counts_when_it_awakes_is_given_back(cluster):
+    lease_s = 20.0
+    env = {**ROOMY, "REPRISE_TENANT_CONCURRENT_RUNS": "1", "REPRISE_LEASE_S": str(lease_s)}
+    with limited(cluster, **env) as served:
+        assert post(served).status_code == 200
+        with frozen(cluster.servers.valkey()):
+            assert post(served, max_output_tokens=900_000).status_code == 200
+            assert lines(served, "quotas_down")
+        until(lambda: has_all_back(served), timeout_s=lease_s / 2)
+
+
+def test_a_background_run_whose_worker_dies_after_the_commit_gives_back_what_it_has_taken(cluster, upstream, said):
+    cluster.kill_workers()
+    env = {**ROOMY, "REPRISE_TENANT_CONCURRENT_RUNS": "1"}
+    with limited(cluster, **env) as served:
+        prefix = {"REPRISE_REDIS_PREFIX": served.env["REPRISE_REDIS_PREFIX"]}
+        worker = cluster.start_worker(**prefix, REPRISE_QUOTA_TIMEOUT_S="60")
+        asked = script([text("so "), gate(said), finish()])
+        post(served, input=asked, background=True, max_output_tokens=900_000)
+        upstream.wait_reached(said, 20)
+        with frozen(cluster.servers.valkey()):
+            upstream.open(said)
+            until(lambda: cluster.query("select from runs where state = 'sealed'"))
+            cluster.kill(worker)
+        assert post(served).status_code == 429
+        other = cluster.start_worker(**prefix)
+        until(lambda: has_all_back(served), timeout_s=20)
+        cluster.kill(other)
     cluster.ensure()
 
 

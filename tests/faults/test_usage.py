@@ -2,18 +2,14 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
 
 import httpx
 import pytest
 
-from tests import wire_proxy
 from tests.faults.client import begin, call, cancel, get
-from tests.faults.cluster import locked
+from tests.faults.cluster import locked, wired
 from tests.upstream import calling, finish, gate, note, script, text, usage
 from tests.waiting import until
-from tests.wire_proxy import WireProxy
 
 WAITS = "select from pg_locks where not granted and relation = 'usage_ledger'::regclass"
 SAID = [text("whole"), finish(), usage(700, 11)]
@@ -29,9 +25,7 @@ def used(cluster, model):
 @pytest.fixture
 def tapped(cluster):
     """A replica that makes background runs, too, and reaches Postgres through a proxy; and the proxy."""
-    directory = parse_qs(urlsplit(cluster.database_url).query)["host"][0]
-    with WireProxy(Path(directory) / ".s.PGSQL.5432", ".s.PGSQL.5432", wire_proxy.postgres) as wire:
-        url = cluster.database_url.replace(directory, str(wire.directory))
+    with wired(cluster) as (wire, url):
         replica = cluster.start_replica(DATABASE_URL=url, REPRISE_WORKERS_IN_API="true", REPRISE_POLL_S="60")
         yield replica, wire
         replica.kill()

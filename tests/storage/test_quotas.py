@@ -248,6 +248,20 @@ async def test_a_clock_that_is_set_back_does_not_lock_a_tenant_out(clocked):
     assert (await clocked.admit(TENANT, limits)).fits
 
 
+async def test_a_clock_that_is_set_back_keeps_no_places_of_the_dead(clocked):
+    limits, hour_us = [Limits(concurrent_runs=2)], 3_600_000_000
+    assert (await clocked.admit(TENANT, limits, "resp_dead")).fits
+    assert (await clocked.admit(TENANT, limits, "resp_ended", is_background=True)).fits
+    await clocked.at(clocked.now - hour_us)
+    answer = await clocked.admit(TENANT, limits, "resp_1")
+    assert (answer.fits, answer.unknown) == (False, ["resp_ended"])
+    await clocked.at(clocked.now + int(LEASE_S * 1_000_000))
+    await clocked.sort_out(TENANT, ended=[], known=["resp_ended"])
+    answer = await clocked.admit(TENANT, limits, "resp_1")
+    assert (answer.fits, answer.unknown) == (True, [])
+    assert (await clocked.admit(TENANT, limits, "resp_2")).unknown == []
+
+
 async def test_what_is_healed_is_forgotten_by_the_server(store):
     limits = [Limits(60_000, 60_000)]
     answer = await store.admit(TENANT, limits, "resp_1", tokens=30_000)
@@ -303,6 +317,14 @@ async def test_the_place_of_a_background_run_is_its_own_until_postgres_knows_it_
     await clocked.sort_out(ALICE, ended=["resp_1"], known=["resp_2"])
     assert (await clocked.admit(ALICE, limits, "resp_3")).fits
     assert (await clocked.admit(ALICE, limits, "resp_4")).unknown == []
+
+
+async def test_postgres_is_asked_at_once_for_a_background_run_of_which_nobody_knows_whether_it_is_stored(clocked):
+    limits = [Limits(concurrent_runs=2), Limits(concurrent_runs=2)]
+    for run in ("resp_1", "resp_2"):
+        assert (await clocked.admit(ALICE, limits, run, is_background=True)).fits
+    await clocked.doubt(ALICE, "resp_1")
+    assert set((await clocked.admit(ALICE, limits, "resp_3")).unknown) == {"resp_1"}
 
 
 # -- All or nothing ---------------------------------------------------------------------------------------------------------
