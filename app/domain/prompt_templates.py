@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta, Raw, Struct
+from msgspec import UNSET, Meta, Raw, Struct
 from msgspec.structs import replace
 
 from app.errors import BodyTooLarge, PromptNotFound
@@ -132,7 +132,9 @@ def left_out(body: Body, template: PromptParameters) -> dict[str, Any]:
 
 
 def is_absent(value: object) -> bool:
-    """Whether a parameter is not given, or null."""
+    """Whether a parameter is not given, null, or an object that sets nothing."""
+    if isinstance(value, Struct):
+        return all(getattr(value, name) in (None, UNSET) for name in value.__struct_fields__)
     return value is None or value == NOTHING
 
 

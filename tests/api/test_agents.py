@@ -375,6 +375,16 @@ def test_what_sets_nothing_is_no_override(client, said, heard):
     assert [tool["function"]["name"] for tool in heard()["tools"]] == ["nod"]
 
 
+def test_what_sets_nothing_leaves_what_the_agent_has(house, client, said, heard):
+    format = {"type": "json_object"}
+    house.make("shaped", text={"format": format}, reasoning={"effort": "high"}, run_limits={"tokens": 99})
+    given = {"text": {}, "reasoning": {"effort": None}, "run_limits": {}, "tool_choice": None}
+    body = {"model": "shaped", "input": said, **given}
+    made = client.post("/responses", body=body, cast_to=object)
+    assert (made["text"]["format"], made["reasoning"]["effort"]) == (format, "high")
+    assert heard()["response_format"] == format
+
+
 def test_an_agent_may_let_a_request_set_everything(house, client, said, heard):
     house.make("open", overrides="all", instructions="x", temperature=0.1)
     client.responses.create(model="open", input=said, temperature=1.0, extra_body={"top_k": 7}, instructions="y")
