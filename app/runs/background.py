@@ -189,6 +189,8 @@ class BackgroundRun:
             pending=found.pending,
             journal=RunJournal(self._runs.database, claim.tenant_id, claim.response_id, claim.epoch),
         )
+        # Whether the former owner has asked an upstream, it alone knew.
+        self._recorder.is_asking = found.response.status != "queued"
         try:
             outcome = await self._record_recovery(recovered, found)
         except RunTooLong as error:  # which the former owner met, and died before it could record it

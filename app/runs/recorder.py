@@ -59,7 +59,7 @@ class Recorder:
         self.upstream: str | None = None
         """The name of the upstream that answered last."""
         self.is_asking = False
-        """Whether an upstream was sent the newest turn, and has not refused it."""
+        """Whether an upstream was sent the newest turn, or may have been by an earlier owner, and has not refused it."""
         self._begun = time.monotonic()
         self.spent = spent
         self.next_number = next_number
