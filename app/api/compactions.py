@@ -12,7 +12,8 @@ from app.api.left_out import left_out_headers
 from app.api.replies import json_reply
 from app.api.services import Services
 from app.domain.compaction import retained
-from app.errors import UpstreamError, UpstreamGarbled
+from app.domain.run_limits import OF_RUN
+from app.errors import InvalidRequest, UpstreamError, UpstreamGarbled
 from app.offload import offload
 from app.runs.admission import Caller
 from app.runs.foreground import ForegroundRun
@@ -48,6 +49,9 @@ class CompactionsController(Controller):
 
             start = partial(services.admission.start, caller, create)
             run, (messages, made) = await run_while_connected(request.receive, start, read)
+        incomplete = made.incomplete_details
+        if incomplete and incomplete.reason in OF_RUN:
+            raise InvalidRequest("The summary would be longer than the limits of the run allow.", code=incomplete.reason)
         if made.status != "completed":
             raise UpstreamGarbled("The upstream's summary is not complete.")
         body = await offload(size, _encoded, messages, made)

@@ -14,6 +14,9 @@ from app.wire.run_limits import RunLimits
 
 NO_LIMITS = RunLimits()
 
+OF_RUN: frozenset[Reason] = frozenset({"max_run_tokens", "max_run_cost"})
+"""The reasons for which a turn is cut off that would not be by `max_output_tokens`."""
+
 
 class Cap(Struct, frozen=True):
     """The most tokens that a turn may put out, and the limit from which that follows."""

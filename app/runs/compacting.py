@@ -14,7 +14,7 @@ from app.domain.compaction import (
     seal_compacted,
 )
 from app.domain.context import Context, proceed
-from app.domain.lifecycle import Outcome, outcome_of
+from app.domain.lifecycle import Outcome
 from app.domain.tools.server_tool import item_done
 from app.errors import UpstreamGarbled
 from app.ids import new_id
@@ -88,7 +88,7 @@ class Compacting:
 
     async def _summarize(self, context: Context) -> tuple[Compacted | None, Outcome]:
         summary, turn = await self._model.compact(context, self._bytes_max)
-        outcome = outcome_of(turn.finish_reason)
+        outcome = self._model.outcome_of(turn)
         if outcome.status != "completed":
             return None, outcome
         if not summary.strip():

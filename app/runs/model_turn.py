@@ -117,7 +117,7 @@ class ModelTurns:
         """The answer of the first route whose upstream is in order."""
 
         async def ask(upstream: Upstream, route: Route) -> ChunkStream:
-            cap = self._cap_of(route) if is_limited else None
+            cap = self._cap_of(route, is_limited=is_limited)
             self._recorder.is_asking = True
             try:
                 stream = await self._fitting.open(
@@ -131,9 +131,9 @@ class ModelTurns:
 
         return await self._plan.first_in_order(ask)
 
-    def _cap_of(self, route: Route) -> Cap | None:
-        """What limits the output of the next turn most."""
-        left = self.tokens_left
+    def _cap_of(self, route: Route, *, is_limited: bool) -> Cap | None:
+        """What limits the output of the next turn most; `max_output_tokens` only if it `is_limited`."""
+        left = self.tokens_left if is_limited else None
         caps = [
             None if left is None else Cap(left, "max_output_tokens"),
             cap(self._plan.limits, self._recorder.spent, self._repeated, route.prices),

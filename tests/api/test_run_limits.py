@@ -5,6 +5,8 @@ import time
 import openai
 import pytest
 
+from app.settings import Settings
+from app.setup import compaction_prompt
 from tests.faults.client import call as http_call
 from tests.servers import Served
 from tests.upstream import answer, finish, note, script, text, usage
@@ -261,6 +263,52 @@ def test_a_chat_completion_has_limits(client, mcp, said):
         extra_body={"run_limits": {"tool_calls": 1}},
     )
     assert (made.choices[0].finish_reason, made.choices[0].message.content) == ("length", "On it.")
+
+
+# -- Compactions ------------------------------------------------------------------------------------------------------------
+
+
+PROMPT = compaction_prompt(Settings())
+
+
+@pytest.fixture
+def context(upstream, said):
+    """A context whose summary is cut off."""
+    upstream.scripts[PROMPT] = script([text("half"), finish("length"), usage(5, 1000)])
+    yield [{"role": "user", "content": said}, {"role": "assistant", "content": "Yes."}]
+    upstream.scripts.pop(PROMPT)
+
+
+def summary_limits(upstream, said) -> list[int | None]:
+    """How long each summary of a context might be."""
+    asked = [record.body for record in upstream.asked(PROMPT)]
+    return [body.get("max_completion_tokens") for body in asked if body["messages"][0]["content"] == said]
+
+
+@pytest.mark.parametrize("limits", [{"tokens": 100}, {"cost": 0.0000001}])
+def test_the_summary_of_a_compaction_may_be_no_longer_than_what_is_left(client, upstream, said, context, limits):
+    trigger = {"type": "compaction_trigger"}
+    made = create(client, [*context, trigger], model="bounded", run_limits=limits, max_output_tokens=20)
+    assert ended(made) == ("incomplete", f"max_run_{next(iter(limits))}")
+    assert summary_limits(upstream, said) == [100]
+
+
+def test_a_compaction_on_demand_that_its_agent_s_limits_cut_off_is_not_to_be_repeated(client, upstream, said, context):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.responses.compact(model="thrifty", input=context)
+    assert caught.value.code == "max_run_tokens"
+    assert summary_limits(upstream, said) == [100]
+
+
+def test_a_context_that_is_compacted_on_the_way_is_within_the_limits(client, upstream, said, context):
+    asked = {"role": "user", "content": "word " * 900}
+    management = [{"type": "compaction", "compact_threshold": 1000}]
+    made = create(client, [*context, asked], model="bounded", context_management=management)
+    assert ended(made) == ("incomplete", "max_run_tokens")
+    assert summary_limits(upstream, said) == [1000]
+
+
+# -- Approvals --------------------------------------------------------------------------------------------------------------
 
 
 def test_more_approved_calls_than_the_limit_are_refused_before_an_approval_is_used(client, mcp, said):
