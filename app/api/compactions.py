@@ -51,7 +51,9 @@ class CompactionsController(Controller):
             run, (messages, made) = await run_while_connected(request.receive, start, read)
         incomplete = made.incomplete_details
         if incomplete and incomplete.reason in OF_RUN:
-            raise InvalidRequest("The summary would be longer than the limits of the run allow.", code=incomplete.reason)
+            raise InvalidRequest(
+                "The summary would be longer than the limits of the run allow.", code=incomplete.reason
+            )
         if made.status != "completed":
             raise UpstreamGarbled("The upstream's summary is not complete.")
         body = await offload(size, _encoded, messages, made)

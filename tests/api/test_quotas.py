@@ -267,7 +267,9 @@ def test_a_run_that_is_broken_off_has_used_what_it_reserved(tenant, upstream: Up
     assert error_of(reply) == (429, "tokens", "rate_limit_exceeded")
 
 
-@pytest.mark.parametrize("kind", ["response", "stream", "unstored", "chat", "chat stream", "background", "background stream"])
+@pytest.mark.parametrize(
+    "kind", ["response", "stream", "unstored", "chat", "chat stream", "background", "background stream"]
+)
 def test_a_run_whose_client_leaves_before_the_first_byte_has_used_what_it_reserved(
     tenant, upstream: Upstream, said, kind
 ):
