@@ -1,7 +1,9 @@
 """The agents that requests name: those of the catalog, and those that tenants have made."""
 
+import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from weakref import WeakValueDictionary
 
 import msgspec
 from msgspec import Raw, Struct
@@ -54,6 +56,7 @@ class Agents:
         }
         self._known: dict[tuple[str, str], _Known] = {}
         self._known_bytes = 0
+        self._writing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     # -- For requests -----------------------------------------------------------------------------------------------------
 
@@ -172,7 +175,7 @@ class Agents:
         stored, entry = self._closed(rights.tenant, made), audit.entry(rights, "agent.created", id)
         async for attempt in self._database.settling():
             with attempt:
-                async with self._database.begin() as tx:
+                async with self._writer(rights.tenant), self._database.begin() as tx:
                     await agents.lock(tx, rights.tenant)
                     await agents.create(
                         tx, rights.tenant, stored, size=made.bytes, agents_max=self._settings.agents_tenant_max
@@ -189,7 +192,7 @@ class Agents:
         entry, now = None, int(time.time())
         async for attempt in self._database.settling():
             with attempt:
-                async with self._database.begin() as tx:
+                async with self._writer(rights.tenant), self._database.begin() as tx:
                     await agents.lock(tx, rights.tenant)
                     stored = await _stored(tx, rights.tenant, id)
                     before = self._opened(rights.tenant, stored, needs_secrets="tools" not in given)
@@ -210,12 +213,16 @@ class Agents:
         entry = audit.entry(rights, "agent.deleted", stored.id)
         async for attempt in self._database.settling():
             with attempt:
-                async with self._database.begin() as tx:
+                async with self._writer(rights.tenant), self._database.begin() as tx:
                     await agents.lock(tx, rights.tenant)
                     await agents.delete(tx, rights.tenant, stored.id, again=attempt.num > 1)
                     await audit.write(tx, rights.tenant, entry)
         self._forget(rights.tenant, stored.name)
         return stored.id
+
+    def _writer(self, tenant: str) -> asyncio.Lock:
+        """The turn of a tenant's writers in this process: else each would wait with a connection, of which there are few."""
+        return self._writing.setdefault(tenant, asyncio.Lock())
 
     def _refuse_shared(self, tenant: str, id: str) -> None:
         if self._shared(tenant, id):

@@ -1,5 +1,6 @@
 """Agents, through the official client: those of the catalog and those made by API, on every endpoint; who may use them; what stays."""
 
+import asyncio
 import copy
 import itertools
 import json
@@ -9,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import httpx
 import openai
 import pytest
@@ -856,6 +858,37 @@ def test_of_writers_at_once_none_undoes_what_another_has_done(house):
     assert refused == [(400, "name_taken", "name")] * 3
     whole = house.send("GET", "/agents/busy")
     assert {name: whole[name] for one in given for name in one} == {name: one[name] for one in given for name in one}
+
+
+def test_writers_that_wait_for_each_other_take_no_connections_from_other_tenants(base_env, new_database, house):
+    env = {**house.env, "DATABASE_URL": new_database(), "REPRISE_DATABASE_POOL_SIZE": "2"}
+    key, other = (
+        reprise(env, "keys", "create", "--tenant", one, *(f"--scope={scope}" for scope in ALL)).stdout.strip()
+        for one in ("acme", "other")
+    )
+    with Served(env) as served:
+        asyncio.run(wait_to_write(served, key, other))
+
+
+async def wait_to_write(served: Served, key: str, other: str) -> None:
+    """More writers of one tenant than there are connections wait, and another tenant reads."""
+    async with httpx.AsyncClient(base_url=served.url, timeout=30) as http:
+
+        async def send(key: str, method: str, path: str, **given: Any) -> int:
+            return (await http.request(method, path, headers={"Authorization": f"Bearer {key}"}, **given)).status_code
+
+        def making(name: str) -> asyncio.Task[int]:
+            return asyncio.create_task(send(key, "POST", "/agents", json={"name": name, "model": "plain"}))
+
+        assert [await making("first"), await send(other, "GET", "/responses")] == [200, 200]
+        locking = await asyncpg.connect(served.database_url)
+        await locking.execute("select pg_advisory_lock(hashtextextended('agents acme', 0))")
+        made = [making(f"a{at}") for at in range(6)]
+        while not await locking.fetch("select from pg_locks where locktype = 'advisory' and not granted"):
+            await asyncio.sleep(0)
+        assert [await send(other, "GET", "/responses") for _ in range(20)] == [200] * 20
+        await locking.close()
+        assert [await one for one in made] == [200] * 6
 
 
 def test_a_tenant_has_so_many_agents(base_env, new_database, house):
