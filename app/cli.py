@@ -21,7 +21,7 @@ from app.embedded import POSTGRES, EmbeddedError
 from app.errors import ApiError
 from app.settings import DEFAULT_TENANT, Settings, SettingsError, load
 from app.telemetry import log_loop_fault, start_logging
-from app.wire.admin import LIMIT_MAX, STORED_BYTES_MAX, KeyLimits, Scope, TenantLimits, UpdateKey
+from app.wire.admin import LIMIT_MAX, STORED_BYTES_MAX, OwnLimits, Scope, UpdateKey
 from app.wire.usage import Group
 
 T = TypeVar("T")
@@ -65,17 +65,16 @@ def _run(main: Awaitable[T]) -> T:
     return uvloop.run(awaited())
 
 
-_LIMIT = click.IntRange(0, LIMIT_MAX)
-
-
 def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options that set limits; 0 is no limit."""
-    for name, what in (
-        ("concurrent-runs", "runs at once"),
-        ("tokens-per-minute", "tokens in a minute"),
-        ("requests-per-minute", "requests in a minute"),
+    for name, what, most in (
+        ("stored-bytes", "bytes of what is stored", STORED_BYTES_MAX),
+        ("concurrent-runs", "runs at once", LIMIT_MAX),
+        ("tokens-per-minute", "tokens in a minute", LIMIT_MAX),
+        ("requests-per-minute", "requests in a minute", LIMIT_MAX),
     ):
-        command = click.option(f"--{name}", type=_LIMIT, help=f"How many {what}; 0: no limit.")(command)
+        given = click.IntRange(0, most)
+        command = click.option(f"--{name}", type=given, help=f"How many {what}; 0: no limit.")(command)
     return command
 
 
@@ -179,7 +178,7 @@ def create_key(
         name=name,
         scopes=frozenset(scopes) or ORDINARY,
         models=models or None,
-        limits=KeyLimits(**limits),
+        limits=OwnLimits(**limits),
         expires_at=int(expires.replace(tzinfo=UTC).timestamp()) if expires else None,
     )
     secret = keys.new_secret()
@@ -219,7 +218,7 @@ def list_keys() -> None:
         click.echo("\t".join((*named, scopes, models, made, state, _listed(key.limits))))
 
 
-def _listed(limits: KeyLimits) -> str:
+def _listed(limits: OwnLimits) -> str:
     given = {name: getattr(limits, name) for name in limits.__struct_fields__}
     return ",".join(f"{name}={value}" for name, value in given.items() if value is not None) or "-"
 
@@ -240,7 +239,7 @@ def limit_key(key_id: str, **limits: int | None) -> None:
     async def limit() -> None:
         async with opened(settings) as database, database.begin() as tx:
             tenant = await keys.tenant_of_key(tx, key_id)
-            await keys.update_key(tx, tenant, key_id, UpdateKey(limits=KeyLimits(**limits)))
+            await keys.update_key(tx, tenant, key_id, UpdateKey(limits=OwnLimits(**limits)))
             await audit.write(tx, tenant, audit.entry(None, "key.updated", key_id))
 
     _run(limit())
@@ -314,7 +313,6 @@ def list_tenants() -> None:
 @tenants.command("limit")
 @click.argument("tenant")
 @_limit_options
-@click.option("--stored-bytes", type=click.IntRange(0, STORED_BYTES_MAX), help="How much it may store; 0: no limit.")
 @click.option("--create", is_flag=True, help="Make the tenant if there is none of this name.")
 def limit_tenant(tenant: str, *, create: bool, **limits: int | None) -> None:
     """Set the limits of a tenant, which hold for all its keys and users together; one that is not given is that of the settings."""
@@ -324,7 +322,7 @@ def limit_tenant(tenant: str, *, create: bool, **limits: int | None) -> None:
 
     async def limit() -> None:
         async with opened(settings) as database, database.begin() as tx:
-            await tenants.set_limits(tx, tenant, TenantLimits(**limits), create=create)
+            await tenants.set_limits(tx, tenant, OwnLimits(**limits), create=create)
             await audit.write(tx, tenant, audit.entry(None, "tenant.updated", tenant))
 
     _run(limit())

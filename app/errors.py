@@ -16,7 +16,7 @@
       ForeignSite 403             a web page of another site calls a server that has no keys
       MissingScope 403            the key may not do this
       ModelNotAllowed 403         the key may not use this model
-      StorageQuotaExceeded 403    the tenant has stored as much as it may
+      StorageQuotaExceeded 403    as much is stored as the tenant or the key may store
       NotFound 404                an unknown id or path; another tenant's id looks the same
         PromptNotFound            the catalog has no such prompt, or no such version of it
       MethodNotAllowed 405        the path exists, the method does not
@@ -231,17 +231,14 @@ class ModelNotAllowed(ApiError):
 
 
 class StorageQuotaExceeded(ApiError):
-    """The tenant has stored as much as it may. 403, not 429: SDKs would repeat that, and waiting frees nothing."""
+    """As much is stored as the tenant or the key may store. 403, not 429: SDKs would repeat that, and waiting frees nothing."""
 
     status = 403
     type = "insufficient_quota"
     code = "storage_quota_exceeded"
 
-    def __init__(self, size: int, size_max: int) -> None:
-        super().__init__(
-            f"This tenant has stored {size} bytes, and may store {size_max}. Delete what is not needed; it counts until the "
-            "next measurement."
-        )
+    def __init__(self, message: str) -> None:
+        super().__init__(f"{message} Delete what is not needed; it counts until the next measurement.")
 
 
 class NotFound(ApiError):

@@ -450,7 +450,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = 0
     stored_bytes_age_s: Annotated[
-        float, _about("how old the measurement of what a tenant with such a limit has stored may become", gt=0)
+        float, _about("how old the measurement of what is stored may become, where that is limited", gt=0)
     ] = 60.0
     key_requests_per_minute: Annotated[
         int, _about("requests of one key in a minute, unless it has a limit of its own", ge=0, le=LIMIT_MAX)
@@ -460,6 +460,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 0
     key_concurrent_runs: Annotated[
         int, _about("runs of one key at once, unless it has a limit of its own", ge=0, le=LIMIT_MAX)
+    ] = 0
+    key_stored_bytes: Annotated[
+        int,
+        _about(
+            "what the user of one key may store, or without one its tenant, unless the key has a limit of its own; beyond: 403",
+            ge=0,
+            le=10**15,
+        ),
     ] = 0
     quota_output_tokens: Annotated[
         int, _about("output that a request without `max_output_tokens` reserves of a limit of tokens", ge=0)

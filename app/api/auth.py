@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from app.api.bearer import BearerTokens, is_token
 from app.api.sites import Headers, refuse_foreign
-from app.domain.quotas import NO_LIMITS, Limits, limits_of
+from app.domain.quotas import Limits, limits_of, storage_limits
 from app.domain.rights import Rights
 from app.errors import AuthenticationFailed
 from app.outbound.catalog import KEY
@@ -33,13 +33,18 @@ class Auth:
         self._cache_s = settings.key_cache_s
         self._per_caller = settings.upstream_auth == "caller"
         self._tenant_default = Limits(
-            settings.tenant_requests_per_minute, settings.tenant_tokens_per_minute, settings.tenant_concurrent_runs
+            settings.tenant_requests_per_minute,
+            settings.tenant_tokens_per_minute,
+            settings.tenant_concurrent_runs,
+            settings.tenant_stored_bytes,
         )
         self._key_default = Limits(
-            settings.key_requests_per_minute, settings.key_tokens_per_minute, settings.key_concurrent_runs
+            settings.key_requests_per_minute,
+            settings.key_tokens_per_minute,
+            settings.key_concurrent_runs,
+            settings.key_stored_bytes,
         )
-        self._stored_max = settings.tenant_stored_bytes
-        self._tenants: dict[str, tuple[float, tuple[Limits, int]]] = {}
+        self._tenants: dict[str, tuple[float, Limits]] = {}
         self._known: dict[bytes, tuple[float, Proof | None]] = {}
         self._in_use: tuple[float, bool] = (0.0, False)
 
@@ -48,12 +53,11 @@ class Auth:
         keys."""
         caller = await self._authenticated(headers, http_version=http_version)
         rights = caller.rights
-        of_tenant, stored_max = await self._limits_of_tenant(rights.tenant)
-        limits = [of_tenant]
+        limits = [await self._limits_of_tenant(rights.tenant)]
         if rights.key_id:
             limits.append(limits_of(rights.limits, self._key_default))
-        is_limited = any(one != NO_LIMITS for one in limits)
-        return replace(caller, limits=tuple(limits) if is_limited else (), stored_max=stored_max)
+        counted = tuple(limits) if any(one.are_counted for one in limits) else ()
+        return replace(caller, limits=counted, storage_limits=storage_limits(rights, limits))
 
     async def _authenticated(self, headers: Headers, *, http_version: str) -> Caller:
         sent = next((value for name, value in headers if name == b"authorization"), b"")
@@ -72,16 +76,14 @@ class Auth:
         """Break off what is asked of issuers."""
         await self._tokens.close()
 
-    async def _limits_of_tenant(self, tenant: str) -> tuple[Limits, int]:
-        """The quotas of a tenant, and how many bytes it may store; 0 for no limit."""
-        until, limits = self._tenants.get(tenant, (0.0, (NO_LIMITS, 0)))
+    async def _limits_of_tenant(self, tenant: str) -> Limits:
+        """The quotas of a tenant."""
+        until, limits = self._tenants.get(tenant, (0.0, self._tenant_default))
         asked_at = time.monotonic()
         if asked_at < until:
             return limits
         async with self._database.autocommit() as tx:
-            given = await tenants.find_limits(tx, tenant)
-        stored_max = self._stored_max if given.stored_bytes is None else given.stored_bytes
-        limits = limits_of(given, self._tenant_default), stored_max
+            limits = limits_of(await tenants.find_limits(tx, tenant), self._tenant_default)
         _remember(self._tenants, tenant, (asked_at + self._cache_s, limits))
         return limits
 

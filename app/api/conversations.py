@@ -33,7 +33,7 @@ class ConversationsController(Controller):
     async def create(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[bytes]:
         """A new conversation, perhaps with its first items."""
         queries.parse(request, queries.Nothing)
-        await services.storage_quota.demand_room(caller.rights, caller.stored_max)
+        await services.storage_quota.demand_room(caller.storage_limits)
         with services.bodies.reading(request) as body, Room(services.reads) as room:
             raw = await body.read()
             asked = await offload(len(raw), wire.decode_request, wire.CREATE, raw)
@@ -95,6 +95,7 @@ class ConversationsController(Controller):
     ) -> Response[bytes]:
         """A new conversation that shares the items of this one, up to `after`; beyond the hosted API."""
         queries.parse(request, queries.Nothing)
+        await services.storage_quota.demand_room(caller.storage_limits)
         asked = await services.bodies.decoded(request, wire.FORK)
         async with services.database.autocommit() as tx:
             source = await conversations.get_conversation(tx, caller.tenant_id, conversation_id)
@@ -121,7 +122,7 @@ class ConversationsController(Controller):
     ) -> Response[Any]:
         """Append items."""
         query = queries.parse(request, queries.Included)
-        await services.storage_quota.demand_room(caller.rights, caller.stored_max)
+        await services.storage_quota.demand_room(caller.storage_limits)
         with services.bodies.reading(request) as body, Room(services.reads) as room:
             raw = await body.read()
             asked = await offload(len(raw), wire.decode_request, wire.ITEMS, raw)

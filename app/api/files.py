@@ -34,7 +34,7 @@ class FilesController(Controller):
     async def create(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[bytes]:
         """A new file, from a form."""
         queries.parse(request, queries.Nothing)
-        await services.storage_quota.demand_room(caller.rights, caller.stored_max)
+        await services.storage_quota.demand_room(caller.storage_limits)
         content_type = request.headers.get("content-type", "")
         with services.bodies.reading(request) as body:
             file = await uploads.receive(body, content_type, services.settings, services.database, caller.tenant_id)

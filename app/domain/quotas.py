@@ -14,9 +14,9 @@ from msgspec import Struct
 from app.domain.compaction import context_tokens
 from app.domain.issuers import LABEL
 from app.domain.lifecycle import APPENDED
-from app.domain.rights import tenant_of, user_of
-from app.errors import RateLimited, RequestTooLarge
-from app.wire.admin import KeyLimits
+from app.domain.rights import Rights, tenant_of, user_of
+from app.errors import RateLimited, RequestTooLarge, StorageQuotaExceeded
+from app.wire.admin import OwnLimits
 from app.wire.items import AnyItem
 from app.wire.requests import CreateResponse
 from app.wire.resources import Status, Usage
@@ -46,9 +46,31 @@ class Limits(Struct, frozen=True):
     requests_per_minute: int = 0
     tokens_per_minute: int = 0
     concurrent_runs: int = 0
+    stored_bytes: int = 0
+
+    @property
+    def are_counted(self) -> bool:
+        """Whether there is something for Redis to count; stored bytes are measured in Postgres."""
+        return bool(self.requests_per_minute or self.tokens_per_minute or self.concurrent_runs)
 
 
-NO_LIMITS = Limits()
+class StorageLimit(Struct, frozen=True):
+    """How much an owner may have stored until a subject may store nothing more; a tenant's users count for it."""
+
+    subject: SubjectName
+    owner: str
+    bytes: int
+
+    def demand_room(self, stored: int) -> None:
+        """Raises StorageQuotaExceeded where the owner has stored so much."""
+        if stored < self.bytes:
+            return
+        by = ""
+        if self.subject == "key":
+            by = " by its user" if user_of(self.owner) else " by its tenant"
+        raise StorageQuotaExceeded(
+            f"Storage limit reached for {_SUBJECTS[self.subject]}: Limit {self.bytes} bytes, Used {stored}{by}."
+        )
 
 
 class Holder(Struct, frozen=True):
@@ -79,13 +101,24 @@ class State(Struct, frozen=True):
     """Until the request would fit."""
 
 
-def limits_of(given: KeyLimits, default: Limits) -> Limits:
+def limits_of(given: OwnLimits, default: Limits) -> Limits:
     """The limits that are given, and the others by default."""
     return Limits(
         **{
             name: value if (value := getattr(given, name)) is not None else getattr(default, name)
             for name in Limits.__struct_fields__
         }
+    )
+
+
+def storage_limits(rights: Rights, limits: Sequence[Limits]) -> tuple[StorageLimit, ...]:
+    """Where a caller stores nothing more. `limits` are those of its tenant, and of its key if there is one: that of a key is for what
+    its user has stored, or without one for the tenant with its users."""
+    subjects: tuple[tuple[SubjectName, str], ...] = (("tenant", rights.tenant), ("key", rights.owner))
+    return tuple(
+        StorageLimit(subject, owner, one.stored_bytes)
+        for (subject, owner), one in zip(subjects, limits, strict=False)
+        if one.stored_bytes
     )
 
 

@@ -10,7 +10,7 @@ from typing import get_args
 from msgspec import Struct
 
 from app.errors import MissingScope, ModelNotAllowed
-from app.wire.admin import NAME_CHARS_MAX, KeyLimits, Scope
+from app.wire.admin import NAME_CHARS_MAX, OwnLimits, Scope
 
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
@@ -37,7 +37,7 @@ class Rights(Struct, frozen=True):
     """Of a token `jwt:` and the name of its issuer in the catalog."""
     keyless: bool = False
     """Whether the server has no keys: then every caller is the tenant."""
-    limits: KeyLimits = KeyLimits()
+    limits: OwnLimits = OwnLimits()
     """The quotas of the key, as far as it has some of its own."""
 
     @property

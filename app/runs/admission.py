@@ -7,7 +7,7 @@ from msgspec import Struct
 
 from app.domain.context import LeftOut
 from app.domain.lifecycle import open_response
-from app.domain.quotas import Holder, Limits, holder_of, reserved_tokens
+from app.domain.quotas import Holder, Limits, StorageLimit, holder_of, reserved_tokens
 from app.domain.rights import Rights
 from app.domain.sealed import Seal
 from app.domain.secrets import Secrets, seal_secrets
@@ -40,8 +40,8 @@ class Caller(Struct, frozen=True):
     rights: Rights
     limits: tuple[Limits, ...] = ()
     """The quotas of its tenant and, if there is one, of its key; none where nothing is limited."""
-    stored_max: int = 0
-    """Bytes that its tenant may store; 0 for no limit."""
+    storage_limits: tuple[StorageLimit, ...] = ()
+    """What its tenant and its key may have stored; none where that is not limited."""
     reply_headers: dict[str, str] = {}
     """What the reply says of quotas, since its admission."""
 
@@ -88,7 +88,7 @@ class Admission:
         """Start a foreground run. Raises ApiError for everything that can be known before the upstream is asked."""
         self._refuse_when_closing()
         if request.store:
-            await self._storage_quota.demand_room(caller.rights, caller.stored_max)
+            await self._storage_quota.demand_room(caller.storage_limits)
         self._quotas.refuse_early(caller.holder, caller.limits)
         if len(self._foreground) + self._planning >= self._settings.foreground_runs_max:
             raise TooManyRequests("Too many responses are being made; please try again.", headers={"Retry-After": "1"})
@@ -126,7 +126,7 @@ class Admission:
 
     async def enqueue(self, caller: Caller, request: CreateResponse, raw: bytes) -> Enqueued:
         """Store a background response with its place in the queue, in one commit. Raises ApiError."""
-        await self._storage_quota.demand_room(caller.rights, caller.stored_max)
+        await self._storage_quota.demand_room(caller.storage_limits)
         self._quotas.refuse_early(caller.holder, caller.limits)
         plan = await self._planner.plan(caller.tenant_id, caller.key, request, rights=caller.rights)
         try:

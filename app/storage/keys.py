@@ -19,7 +19,7 @@ from app.ids import new_id, seconds_of
 from app.settings import KEY_OVERLAP_S_MAX
 from app.storage.database import Query, Row, Tx, storable
 from app.storage.pages import Page, id_range
-from app.wire.admin import NAME_CHARS_MAX, KeyLimits, Scope, UpdateKey
+from app.wire.admin import NAME_CHARS_MAX, OwnLimits, Scope, UpdateKey
 from app.wire.requests import Order
 
 _KEY_PREFIX = "sk-reprise-"
@@ -117,9 +117,9 @@ def _list(order: Order) -> Query:
 
 _LISTS: dict[Order, Query] = {"asc": _list("asc"), "desc": _list("desc")}
 
-DEFAULT_LIMITS = KeyLimits()
+DEFAULT_LIMITS = OwnLimits()
 
-_LIMITS = msgspec.json.Decoder(KeyLimits)
+_LIMITS = msgspec.json.Decoder(OwnLimits)
 
 
 class Key(Struct, frozen=True, kw_only=True):
@@ -131,7 +131,7 @@ class Key(Struct, frozen=True, kw_only=True):
     name: str = ""
     scopes: frozenset[Scope] = ORDINARY
     models: tuple[str, ...] | None = None
-    limits: KeyLimits = DEFAULT_LIMITS
+    limits: OwnLimits = DEFAULT_LIMITS
     created_at: int = 0
     expires_at: int | None = None
     revoked_at: int | None = None
@@ -162,7 +162,7 @@ async def find_proof(tx: Tx, hash: bytes) -> Proof | None:
     if row is None:
         return None
     rights = Rights(
-        row["tenant_id"], row["user_name"], frozenset(row["scopes"]), _models(row), row["id"], limits=_limits(row)
+        row["tenant_id"], row["user_name"], frozenset(row["scopes"]), _models(row), row["id"], limits=limits_in(row)
     )
     return Proof(rights, row["is_revoked"], row["left_s"])
 
@@ -187,7 +187,7 @@ async def create_key(tx: Tx, key: Key, secret: str) -> None:
         name=key.name,
         scopes=sorted(key.scopes),
         models=key.models,
-        limits=_encoded(key.limits),
+        limits=encode_limits(key.limits),
         expires_at=key.expires_at,
     )
 
@@ -263,7 +263,7 @@ async def update_key(tx: Tx, tenant: str, key_id: str, asked: UpdateKey) -> Key:
         name=changed.name,
         scopes=sorted(changed.scopes),
         models=changed.models,
-        limits=_encoded(changed.limits),
+        limits=encode_limits(changed.limits),
     )
     return _key(row)
 
@@ -283,7 +283,7 @@ def new_key(
     name: str = "",
     scopes: frozenset[Scope] = ORDINARY,
     models: tuple[str, ...] | None = None,
-    limits: KeyLimits = DEFAULT_LIMITS,
+    limits: OwnLimits = DEFAULT_LIMITS,
     expires_at: int | None = None,
 ) -> Key:
     """A key that is not stored yet. Raises InvalidParameter."""
@@ -338,7 +338,7 @@ def _key(row: Row) -> Key:
         name=row["name"],
         scopes=frozenset(row["scopes"]),
         models=_models(row),
-        limits=_limits(row),
+        limits=limits_in(row),
         created_at=_seconds(row["created_at"]) or 0,
         expires_at=_seconds(row["expires_at"]),
         revoked_at=_seconds(row["revoked_at"]),
@@ -349,12 +349,15 @@ def _models(row: Row) -> tuple[str, ...] | None:
     return None if row["models"] is None else tuple(row["models"])
 
 
-def _limits(row: Row) -> KeyLimits:
+def limits_in(row: Row) -> OwnLimits:
+    """The quotas in a row of a key or a tenant."""
     return DEFAULT_LIMITS if row["limits"] is None else _LIMITS.decode(row["limits"])
 
 
-def _encoded(limits: KeyLimits) -> str | None:
-    return None if limits == DEFAULT_LIMITS else msgspec.json.encode(limits).decode()
+def encode_limits(limits: OwnLimits) -> str | None:
+    """Quotas as a row has them: those that are given, so that the version before reads what it knows."""
+    given = {name: value for name in limits.__struct_fields__ if (value := getattr(limits, name)) is not None}
+    return msgspec.json.encode(given).decode() if given else None
 
 
 def _seconds(at: datetime | None) -> int | None:

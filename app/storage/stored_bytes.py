@@ -1,16 +1,19 @@
-"""What a tenant has stored: measured in the background by reading its rows, page by page, where there is a limit.
+"""What a tenant, or one user of it, has stored: measured in the background by reading the rows, page by page, where there is a limit.
 
 Nothing is counted when rows are written, so a create costs no more, and no row is one that all creates of a tenant change. The sizes are
 those that Postgres has on disk, compressed: to know them it reads no long values.
 """
 
+import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 from msgspec import Struct
 from sqlalchemy import text
 
+from app.domain.rights import tenant_of, user_of
 from app.storage.database import Database, Query, Tx
 
 PAGE_ROWS = 20_000
@@ -25,11 +28,11 @@ _READ = Query(
            measured_at is null or measured_at < now() - cast(:age_s as float8) * interval '1 second' as is_due
     from tenants where id = :tenant_id
     """),
-    across_tenants="the row of the tenant itself",
+    across_tenants="the row of the owner itself",
 )
 _BEGIN = Query(
     text("""
-    insert into tenants (id, measured_at) values (:tenant_id, now())
+    insert into tenants (id, tenant, measured_at) values (:tenant_id, :tenant, now())
     on conflict (id) do update set measured_at = now()
     where tenants.measured_at is null
        or tenants.measured_at < now() - cast(:age_s as float8) * interval '1 second'
@@ -41,9 +44,9 @@ _END = Query(
     update tenants set stored_bytes = :bytes, measured_at = now() + cast(:rest_s as float8) * interval '1 second'
     where id = :tenant_id
     """),
-    across_tenants="the row of the tenant itself",
+    across_tenants="the row of the owner itself",
 )
-_OWNERS = Query(
+_USERS = Query(
     text("select id from tenants where tenant = :tenant"), across_tenants="the limit is that of a tenant with its users"
 )
 
@@ -83,39 +86,61 @@ _TABLES = (
 
 
 class Measured(Struct, frozen=True):
-    """What is known of a tenant."""
+    """What is known of an owner."""
 
     bytes: int | None
     """None if it was never measured."""
     is_due: bool
 
 
-async def read(tx: Tx, tenant: str, *, age_s: float) -> Measured:
+async def read(tx: Tx, owner: str, *, age_s: float) -> Measured:
     """What was measured last, and whether that is so old that it is to be measured again."""
-    row = await tx.one(_READ, tenant_id=tenant, age_s=age_s)
+    row = await tx.one(_READ, tenant_id=owner, age_s=age_s)
     return Measured(row["stored_bytes"], row["is_due"]) if row else Measured(None, is_due=True)
 
 
-async def measure(database: Database, tenant: str, *, age_s: float, page_rows: int = PAGE_ROWS) -> None:
-    """Measure what a tenant has stored, unless another process does. Holds no connection between pages. Raises DatabaseUnavailable."""
-    async with database.autocommit() as tx:
-        if await tx.one(_BEGIN, tenant_id=tenant, age_s=age_s) is None:
+async def measure(
+    database: Database, owner: str, *, age_s: float, turns: asyncio.Lock, page_rows: int = PAGE_ROWS
+) -> None:
+    """Measure what an owner has stored, a tenant with its users, unless another process does. Those that share `turns` take one
+    connection together, and none between two pages. Raises DatabaseUnavailable."""
+    connection = _Connection(database, turns)
+    tenant = tenant_of(owner) if user_of(owner) else None
+    async with connection.turn() as tx:
+        if await tx.one(_BEGIN, tenant_id=owner, tenant=tenant, age_s=age_s) is None:
             return
-        owners = [tenant, *(row["id"] for row in await tx.all(_OWNERS, tenant=tenant))]
-    begun = time.monotonic()
+        users = [] if tenant else [row["id"] for row in await tx.all(_USERS, tenant=owner)]
     total = 0
-    for owner in owners:
+    for one in (owner, *users):
         for pages in _TABLES:
-            total += await _size(database, owner, pages, page_rows)
-    rest_s = max(0.0, REST * (time.monotonic() - begun) - age_s)
-    async with database.autocommit() as tx:
-        await tx.one(_END, tenant_id=tenant, bytes=total, rest_s=rest_s)
+            total += await _size(connection, one, pages, page_rows)
+    async with connection.turn() as tx:
+        rest_s = max(0.0, REST * connection.used_s - age_s)
+        await tx.one(_END, tenant_id=owner, bytes=total, rest_s=rest_s)
 
 
-async def _size(database: Database, owner: str, pages: _Pages, page_rows: int) -> int:
+class _Connection:
+    """A connection for one measurement, which has it for a statement and gives it to others that wait for their turn."""
+
+    def __init__(self, database: Database, turns: asyncio.Lock) -> None:
+        self._database, self._turns = database, turns
+        self.used_s = 0.0
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[Tx]:
+        """The connection, from here to the end of the block."""
+        async with self._turns, self._database.autocommit() as tx:
+            begun = time.monotonic()
+            try:
+                yield tx
+            finally:
+                self.used_s += time.monotonic() - begun
+
+
+async def _size(connection: _Connection, owner: str, pages: _Pages, page_rows: int) -> int:
     total, after = 0, dict(pages.first)
     while True:
-        async with database.autocommit() as tx:
+        async with connection.turn() as tx:
             binds = {f"after_{name}": value for name, value in after.items()}
             row = await tx.one(pages.query, tenant_id=owner, page_rows=page_rows, **binds)
         assert row

@@ -1,6 +1,5 @@
 """Tenants and their quotas, as the operator sets them."""
 
-import msgspec
 from msgspec import Struct
 from sqlalchemy import text
 
@@ -8,7 +7,8 @@ from app.domain.rights import NAME_RULE, is_name
 from app.errors import InvalidParameter
 from app.settings import DEFAULT_TENANT
 from app.storage.database import Query, Tx
-from app.wire.admin import TenantLimits
+from app.storage.keys import DEFAULT_LIMITS, encode_limits, limits_in
+from app.wire.admin import OwnLimits
 
 _LIMITS = Query(text("select limits from tenants where id = :tenant_id"), across_tenants="the row of the tenant itself")
 _SET_LIMITS = Query(
@@ -31,10 +31,6 @@ _ALL = Query(
     across_tenants="the operator's own list",
 )
 
-_DECODER = msgspec.json.Decoder(TenantLimits)
-
-DEFAULT_LIMITS = TenantLimits()
-
 
 class Tenant(Struct, frozen=True):
     """A tenant as the operator sees it."""
@@ -43,22 +39,22 @@ class Tenant(Struct, frozen=True):
     keys: int
     """Those that are not revoked."""
     users: int
-    limits: TenantLimits
+    limits: OwnLimits
 
 
-async def find_limits(tx: Tx, tenant: str) -> TenantLimits:
+async def find_limits(tx: Tx, tenant: str) -> OwnLimits:
     """The quotas of a tenant, which may be unknown."""
     row = await tx.one(_LIMITS, tenant_id=tenant)
-    return _decoded(row["limits"]) if row else DEFAULT_LIMITS
+    return limits_in(row) if row else DEFAULT_LIMITS
 
 
-async def set_limits(tx: Tx, tenant: str, limits: TenantLimits, *, create: bool) -> None:
+async def set_limits(tx: Tx, tenant: str, limits: OwnLimits, *, create: bool) -> None:
     """Replace the quotas of a tenant, which `create` makes if it is unknown; the default tenant is always known. Raises
     InvalidParameter."""
     if not is_name(tenant):
         raise InvalidParameter(f"Invalid value for 'tenant': {NAME_RULE}.", param="tenant")
     query = _SET_LIMITS if create or tenant == DEFAULT_TENANT else _CHANGE_LIMITS
-    if await tx.one(query, tenant_id=tenant, limits=msgspec.json.encode(limits).decode()) is None:
+    if await tx.one(query, tenant_id=tenant, limits=encode_limits(limits)) is None:
         raise InvalidParameter(
             f"Invalid value for 'tenant': there is no tenant '{tenant}'; `--create` makes it.", param="tenant"
         )
@@ -66,8 +62,4 @@ async def set_limits(tx: Tx, tenant: str, limits: TenantLimits, *, create: bool)
 
 async def all_tenants(tx: Tx) -> list[Tenant]:
     """Every tenant, by name."""
-    return [Tenant(row["id"], row["keys"], row["users"], _decoded(row["limits"])) for row in await tx.all(_ALL)]
-
-
-def _decoded(limits: str | None) -> TenantLimits:
-    return DEFAULT_LIMITS if limits is None else _DECODER.decode(limits)
+    return [Tenant(row["id"], row["keys"], row["users"], limits_in(row)) for row in await tx.all(_ALL)]

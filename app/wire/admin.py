@@ -44,17 +44,12 @@ Action = Literal[
 ]
 
 
-class KeyLimits(Struct, frozen=True, forbid_unknown_fields=True):
-    """The quotas of a key."""
+class OwnLimits(Struct, frozen=True, forbid_unknown_fields=True):
+    """The quotas that a tenant or a key has of its own."""
 
     requests_per_minute: Limit | None = None
     tokens_per_minute: Limit | None = None
     concurrent_runs: Limit | None = None
-
-
-class TenantLimits(KeyLimits, frozen=True, forbid_unknown_fields=True):
-    """The quotas of a tenant."""
-
     stored_bytes: Annotated[int, Meta(ge=0, le=STORED_BYTES_MAX)] | None = None
 
 
@@ -66,7 +61,7 @@ class CreateKey(Struct, forbid_unknown_fields=True):
     scopes: Annotated[list[Scope], Meta(min_length=1)] | None = None
     models: Annotated[list[ModelName], Meta(min_length=1, max_length=MODELS_MAX)] | None = None
     expires_at: Annotated[int, Meta(ge=0, le=LAST_TIME)] | None = None
-    limits: KeyLimits = KeyLimits()
+    limits: OwnLimits = OwnLimits()
 
 
 class UpdateKey(Struct, forbid_unknown_fields=True):
@@ -75,7 +70,7 @@ class UpdateKey(Struct, forbid_unknown_fields=True):
     name: Name | UnsetType = UNSET
     scopes: Annotated[list[Scope], Meta(min_length=1)] | UnsetType = UNSET
     models: Annotated[list[ModelName], Meta(min_length=1, max_length=MODELS_MAX)] | UnsetType | None = UNSET
-    limits: KeyLimits | UnsetType = UNSET
+    limits: OwnLimits | UnsetType = UNSET
 
 
 class RotateKey(Struct, forbid_unknown_fields=True):
@@ -94,7 +89,7 @@ class ApiKey(Struct, kw_only=True):
     user: str | None
     scopes: list[str]
     models: list[str] | None
-    limits: KeyLimits
+    limits: OwnLimits
     created_at: int
     expires_at: int | None
     revoked_at: int | None

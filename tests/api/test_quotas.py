@@ -1,6 +1,7 @@
 """Quotas as clients meet them: what is refused, what the replies say, what the official client makes of it."""
 
 import asyncio
+import itertools
 import re
 import secrets
 import time
@@ -14,8 +15,10 @@ import redis
 from msgspec import Struct
 
 from app.domain.quotas import Holder
+from app.domain.rights import owner_of
 from app.settings import Settings
 from app.storage.quotas import QuotaStore
+from tests.issuer import Issuer
 from tests.servers import Served, reprise
 from tests.upstream import Upstream, finish, gate, script, status, text, usage
 from tests.waiting import fetch, until
@@ -559,42 +562,183 @@ def test_two_replicas_under_load_let_through_exactly_as_many_runs_as_there_is_ro
 # -- Stored bytes -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_tenant_that_has_stored_enough_stores_no_more_until_it_deletes(tenant, house):
-    acme = tenant(stored_bytes=100_000)
-    users = [acme.make(user=user)["value"] for user in ("ada", "bob")]
-    made: dict[str, list[str]] = {key: [] for key in users}
+def store(acme: Tenant, key: str, served: Served | None = None) -> httpx.Response:
+    """The reply to a create of a response that takes some 30 kB, as random text is not compressed well."""
+    with acme.http(key, served) as http:
+        return http.post("/responses", json={"model": "m", "input": secrets.token_hex(20_000)})
 
-    def store(key: str) -> httpx.Response:
-        with acme.http(key) as http:
-            reply = http.post("/responses", json={"model": "m", "input": secrets.token_hex(20_000)})
-            if reply.status_code == 200:
-                made[key].append(reply.json()["id"])
-            return reply
 
-    def refused() -> httpx.Response | None:
-        return next((reply for reply in map(store, users) if reply.status_code != 200), None)
-
-    reply = until(refused)
+def fill(acme: Tenant, *keys: str, served: Served | None = None) -> str:
+    """Store with the keys in turns until that is refused; gives the message."""
+    turns = itertools.cycle(keys)
+    reply = until(lambda: refused(store(acme, next(turns), served)))
     assert error_of(reply) == (403, "insufficient_quota", "storage_quota_exceeded")
-    [row] = fetch(house.env["DATABASE_URL"], "select stored_bytes from tenants where id = $1", acme.name)
-    said = re.search(r"has stored (\d+) bytes, and may store 100000\.", reply.json()["error"]["message"])
-    assert said and 100_000 < int(said[1]) <= row["stored_bytes"]  # which may have been measured again meanwhile
+    return str(reply.json()["error"]["message"])
+
+
+def refused(reply: httpx.Response) -> httpx.Response | None:
+    assert reply.status_code in {200, 403}, reply.text
+    return reply if reply.status_code == 403 else None
+
+
+def empty(acme: Tenant, *keys: str) -> None:
+    """Delete all responses."""
+    for key in keys:
+        with acme.http(key) as http:
+            while made := http.get("/responses").json()["data"]:
+                assert {http.delete(f"/responses/{one['id']}").status_code for one in made} == {200}
+
+
+def measured(acme: Tenant, user: str = "") -> int | None:
+    """What is known of a tenant, or of one user."""
+    owner = owner_of(acme.name, user)
+    rows = fetch(acme.house.env["DATABASE_URL"], "select stored_bytes from tenants where id = $1", owner)
+    return rows[0]["stored_bytes"]
+
+
+def stores_nothing(acme: Tenant, key: str, conversation: str) -> None:
+    """Whatever would be stored is refused, and the rest is not."""
     form = {"files": {"file": ("a.txt", b"a")}, "data": {"purpose": "user_data"}}
-    with acme.http() as http, acme.client(max_retries=3) as client:
-        for more in ({}, {"background": True}, {"stream": True}):
+    item = {"role": "user", "content": "hi"}
+    with acme.http(key) as http, acme.client(key, max_retries=3) as client:
+        for more in ({}, {"background": True}, {"stream": True}, {"conversation": conversation}):
             with pytest.raises(openai.PermissionDeniedError) as caught:
                 client.responses.create(model="m", input="hi", **more)
             assert caught.value.code == "storage_quota_exceeded"
-        assert http.post("/chat/completions", json={**CHAT, "store": True}).status_code == 403
-        assert http.post("/conversations", json={}).status_code == 403
-        assert http.post("/files", **form).status_code == 403
+        for path, given in (
+            ("/chat/completions", {"json": {**CHAT, "store": True}}),
+            ("/chat/completions", {"json": {**CHAT, "conversation": conversation}}),
+            ("/conversations", {"json": {}}),
+            (f"/conversations/{conversation}/items", {"json": {"items": [item]}}),
+            (f"/conversations/{conversation}/fork", {"json": {}}),
+            ("/files", form),
+        ):
+            assert error_of(http.post(path, **given))[0::2] == (403, "storage_quota_exceeded"), path
         assert http.post("/responses", json={**ASKED, "store": False}).status_code == 200
+        assert http.post("/responses/compact", json=ASKED).status_code == 200
+        assert http.post("/responses/input_tokens", json=ASKED).status_code == 200
         assert http.post("/chat/completions", json=CHAT).status_code == 200
         assert http.get("/responses").status_code == 200
-    for key, ids in made.items():
-        with acme.http(key) as http:
-            assert {http.delete(f"/responses/{id}").status_code for id in ids} == {200}
-    until(lambda: store(users[0]).status_code == 200)
+        assert len(http.get(f"/conversations/{conversation}/items").json()["data"]) == 0
+
+
+def begin(acme: Tenant, key: str) -> str:
+    """A new conversation."""
+    with acme.http(key) as http:
+        return str(http.post("/conversations", json={}).json()["id"])
+
+
+def test_a_tenant_that_has_stored_enough_stores_no_more_until_it_deletes(tenant):
+    acme = tenant(stored_bytes=100_000)
+    ada, bob = (acme.make(user=user)["value"] for user in ("ada", "bob"))
+    conversation = begin(acme, acme.key)
+    message = fill(acme, ada, bob)
+    said = re.match(r"Storage limit reached for this tenant: Limit 100000 bytes, Used (\d+)\. Delete ", message)
+    assert said and 100_000 <= int(said[1]) <= measured(acme)  # which may have been measured again meanwhile
+    stores_nothing(acme, acme.key, conversation)
+    empty(acme, ada, bob)
+    until(lambda: store(acme, ada).status_code == 200)
+
+
+def test_of_two_users_one_has_stored_what_its_key_allows_and_the_other_has_not(tenant):
+    acme = tenant()
+    ada, bob = (acme.make(user=user, limits={"stored_bytes": 100_000})["value"] for user in ("ada", "bob"))
+    conversation = begin(acme, ada)
+    assert store(acme, bob).status_code == 200
+    message = fill(acme, ada)
+    said = re.match(r"Storage limit reached for this API key: Limit 100000 bytes, Used (\d+) by its user\. ", message)
+    assert said and 100_000 <= int(said[1]) <= measured(acme, "ada")
+    assert "ada" not in message
+    stores_nothing(acme, ada, conversation)
+    assert store(acme, bob).status_code == 200
+    assert until(lambda: (measured(acme, "bob") or 0) > 40_000), "both responses are measured"
+    assert store(acme, bob).status_code == 200
+    assert store(acme, acme.make(user="ada")["value"]).status_code == 200, "the limit is that of the key"
+    empty(acme, ada)
+    until(lambda: store(acme, ada).status_code == 200)
+
+
+def test_a_key_of_no_user_is_at_its_limit_once_its_tenant_has_stored_that_with_its_users(tenant):
+    acme = tenant()
+    narrow, ada = acme.make(limits={"stored_bytes": 100_000})["value"], acme.make(user="ada")["value"]
+    conversation = begin(acme, narrow)
+    for key in (ada, ada, narrow, ada):
+        assert store(acme, key).status_code == 200
+    message = fill(acme, narrow)
+    said = re.match(r"Storage limit reached for this API key: Limit 100000 bytes, Used (\d+) by its tenant\. ", message)
+    assert said and 100_000 <= int(said[1]) <= measured(acme)
+    assert "ada" not in message
+    stores_nothing(acme, narrow, conversation)
+    assert [store(acme, key).status_code for key in (acme.key, ada)] == [200, 200]
+    empty(acme, ada, narrow)
+    until(lambda: store(acme, narrow).status_code == 200)
+
+
+def test_of_a_tenant_s_limit_and_a_key_s_the_one_that_is_reached_refuses(tenant):
+    acme = tenant(stored_bytes=60_000)
+    wide = acme.make(user="ada", limits={"stored_bytes": 10_000_000})["value"]
+    assert "this tenant: Limit 60000 bytes" in fill(acme, wide)
+    acme.house.limit(acme.name, stored_bytes=10_000_000)
+    until(lambda: store(acme, wide).status_code == 200)
+    narrow = acme.make(user="ada", limits={"stored_bytes": 60_000})["value"]
+    assert "this API key: Limit 60000 bytes" in fill(acme, narrow)
+
+
+def test_a_change_of_a_key_s_stored_bytes_is_noticed(tenant, house):
+    acme = tenant()
+    made = acme.make(user="ada", limits={"stored_bytes": 100_000})
+    assert made["limits"]["stored_bytes"] == 100_000
+    fill(acme, made["value"])
+    with acme.http() as http:
+        path, limits = f"/admin/keys/{made['id']}", {"stored_bytes": 10**15}
+        assert http.post(path, json={"limits": limits}).json()["limits"]["stored_bytes"] == 10**15
+        until(lambda: store(acme, made["value"]).status_code == 200)
+        assert reprise(house.env, "keys", "limit", made["id"], "--stored-bytes=1").returncode == 0
+        until(lambda: store(acme, made["value"], house.other).status_code == 403)
+        [line] = [one for one in reprise(house.env, "keys", "list").stdout.splitlines() if made["id"] in one]
+        assert line.endswith("\tstored_bytes=1")
+        assert http.post(path, json={"limits": {}}).json()["limits"]["stored_bytes"] is None
+        until(lambda: store(acme, made["value"]).status_code == 200)
+    own = reprise(house.env, "keys", "create", f"--tenant={acme.name}", "--user=ada", "--stored-bytes=1").stdout.strip()
+    until(lambda: store(acme, own).status_code == 403)
+    for bad in ("-1", str(10**15 + 1), "many"):
+        done = reprise(house.env, "keys", "limit", made["id"], f"--stored-bytes={bad}")
+        assert (done.returncode, "Invalid value for '--stored-bytes'" in done.stderr) == (2, True)
+
+
+def test_the_setting_limits_what_users_of_tokens_and_of_keys_without_a_limit_have_stored(new_cataloged, upstream):
+    with Issuer() as issuer:
+        served = new_cataloged(
+            f"""
+            [upstreams.up]
+            base_url = "{upstream.base_url}"
+            [issuers.company]
+            issuer = "{issuer.url}"
+            audience = "reprise"
+            algorithms = ["RS256"]
+            jwks_url = "{issuer.jwks_url}"
+            tenant = "acme"
+            claims = {{ user = "sub" }}
+            """,
+            REPRISE_KEY_CACHE_S="0",
+            REPRISE_STORED_BYTES_AGE_S="0.2",
+            REPRISE_KEY_STORED_BYTES="60000",
+        )
+        house = House(dict(served.env), served, served)
+        ada, bob = (issuer.token(sub=user) for user in ("ada", "bob"))
+        acme = Tenant(house, "acme", ada)
+        assert store(acme, bob).status_code == 200
+        message = fill(acme, ada)
+        assert "for this API key: Limit 60000 bytes" in message
+        assert " by its user." in message
+        assert store(acme, bob).status_code == 200
+        of_ada, free = (
+            reprise(house.env, "keys", "create", "--tenant=acme", "--user=ada", *more).stdout.strip()
+            for more in ((), ("--stored-bytes=0",))
+        )
+        assert [store(acme, key).status_code for key in (of_ada, free)] == [403, 200]
+        empty(acme, ada)
+        until(lambda: store(acme, ada).status_code == 200)
 
 
 # -- Where limits are set ---------------------------------------------------------------------------------------------------
@@ -633,7 +777,7 @@ def test_the_operator_s_limits_are_noticed_by_every_replica_soon(tenant, house):
 
 def test_a_key_s_limits_are_set_by_api_and_on_the_command_line(tenant, house):
     acme = tenant()
-    limits = {"requests_per_minute": 50, "tokens_per_minute": None, "concurrent_runs": 0}
+    limits = {"requests_per_minute": 50, "tokens_per_minute": None, "concurrent_runs": 0, "stored_bytes": None}
     made = acme.make(name="narrow", limits={"requests_per_minute": 50, "concurrent_runs": 0})
     assert made["limits"] == limits
     narrow = Tenant(house, acme.name, made["value"])
@@ -643,7 +787,7 @@ def test_a_key_s_limits_are_set_by_api_and_on_the_command_line(tenant, house):
         assert http.post(path, json={"name": "wider"}).json()["limits"] == limits
         changed = http.post(path, json={"limits": {"requests_per_minute": 70}, "models": ["m*"]}).json()
         assert (changed["name"], changed["models"]) == ("wider", ["m*"])
-        assert changed["limits"] == {"requests_per_minute": 70, "tokens_per_minute": None, "concurrent_runs": None}
+        assert changed["limits"] == {**dict.fromkeys(limits), "requests_per_minute": 70}
         assert http.get(path).json() == changed
         until(lambda: limit_of(narrow, house.one) == "70", timeout_s=CACHE_S + 2)
         done = reprise(house.env, "keys", "limit", made["id"], "--requests-per-minute=90")
@@ -673,7 +817,9 @@ def test_a_key_s_limits_are_set_by_api_and_on_the_command_line(tenant, house):
         ({"limits": {"requests_per_minute": -1}}, "limits.requests_per_minute", "invalid_value"),
         ({"limits": {"requests_per_minute": 1_000_000_001}}, "limits.requests_per_minute", "invalid_value"),
         ({"limits": {"tokens_per_minute": "many"}}, "limits.tokens_per_minute", "invalid_type"),
-        ({"limits": {"stored_bytes": 1}}, "limits.stored_bytes", "unknown_parameter"),
+        ({"limits": {"stored_bytes": -1}}, "limits.stored_bytes", "invalid_value"),
+        ({"limits": {"stored_bytes": 10**15 + 1}}, "limits.stored_bytes", "invalid_value"),
+        ({"limits": {"stored_byte": 1}}, "limits.stored_byte", "unknown_parameter"),
         ({"limits": None}, "limits", "invalid_type"),
         ({"scopes": []}, "scopes", "invalid_value"),
         ({"scopes": ["admin"]}, "user", "invalid_value"),

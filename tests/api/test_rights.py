@@ -71,7 +71,12 @@ def test_a_key_is_made_and_its_secret_is_shown_once(house):
         "user": "ada",
         "scopes": ["responses.read"],
         "models": ["m*"],
-        "limits": {"requests_per_minute": None, "tokens_per_minute": None, "concurrent_runs": None},
+        "limits": {
+            "requests_per_minute": None,
+            "tokens_per_minute": None,
+            "concurrent_runs": None,
+            "stored_bytes": None,
+        },
         "created_at": made["created_at"],
         "expires_at": 4_000_000_000,
         "revoked_at": None,

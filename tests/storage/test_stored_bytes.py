@@ -1,4 +1,6 @@
-"""What a tenant has stored, measured page by page, is what Postgres says of all its rows."""
+"""What a tenant, or a user of it, has stored, measured page by page, is what Postgres says of all its rows."""
+
+import asyncio
 
 import asyncpg
 import pytest
@@ -45,22 +47,72 @@ def fresh(new_database):
 
 @pytest.mark.parametrize("page_rows", [7, 50, 20_000])
 async def test_all_rows_of_a_tenant_and_its_users_are_measured_by_one_process_at_a_time(fresh, page_rows):
-    connection = await asyncpg.connect(fresh)
+    connection, turns = await asyncpg.connect(fresh), asyncio.Lock()
     await connection.execute(FILL + ROWS)
     database = Database(Settings(database_url=fresh))
     try:
         async with database.autocommit() as tx:
             assert await stored_bytes.read(tx, "acme", age_s=60) == stored_bytes.Measured(None, is_due=True)
-        await stored_bytes.measure(database, "acme", age_s=60, page_rows=page_rows)
+        await stored_bytes.measure(database, "acme", age_s=60, turns=turns, page_rows=page_rows)
         expected = await connection.fetchval(SUM)
         async with database.autocommit() as tx:
             assert await stored_bytes.read(tx, "acme", age_s=60) == stored_bytes.Measured(expected, is_due=False)
         await connection.execute("delete from files")
-        await stored_bytes.measure(database, "acme", age_s=60)  # as another process would
+        await stored_bytes.measure(database, "acme", age_s=60, turns=turns)  # as another process would
         assert await connection.fetchval("select stored_bytes from tenants where id = 'acme'") == expected
         await connection.execute("update tenants set measured_at = now() - interval '61 s'")
-        await stored_bytes.measure(database, "acme", age_s=60, page_rows=page_rows)
+        await stored_bytes.measure(database, "acme", age_s=60, turns=turns, page_rows=page_rows)
         assert await connection.fetchval("select stored_bytes from tenants where id = 'acme'") == expected - 1_000
     finally:
         await database.close()
         await connection.close()
+
+
+async def test_a_user_is_measured_alone_and_known_as_one_of_its_tenant(fresh):
+    """The row of the user may be missing."""
+    connection, turns = await asyncpg.connect(fresh), asyncio.Lock()
+    await connection.execute(FILL + ROWS)
+    await connection.execute(f"delete from tenants where id = '{ADA}'")
+    database = Database(Settings(database_url=fresh))
+    try:
+        async with database.autocommit() as tx:
+            assert await stored_bytes.read(tx, ADA, age_s=60) == stored_bytes.Measured(None, is_due=True)
+        await stored_bytes.measure(database, ADA, age_s=60, turns=turns)
+        async with database.autocommit() as tx:
+            of_ada = await stored_bytes.read(tx, ADA, age_s=60)
+            assert await stored_bytes.read(tx, "acme", age_s=60) == stored_bytes.Measured(None, is_due=True)
+        assert of_ada == stored_bytes.Measured(await connection.fetchval(SUM.replace("'acme', ", "")), is_due=False)
+        await stored_bytes.measure(database, "acme", age_s=60, turns=turns)
+        rows = await connection.fetch("select id, tenant, stored_bytes from tenants order by id")
+        assert [(row["id"], row["tenant"]) for row in rows] == [("acme", None), (ADA, "acme"), ("other", None)]
+        sizes = [row["stored_bytes"] for row in rows]
+        assert sizes == [await connection.fetchval(SUM), of_ada.bytes, None], "the tenant's has its users' data"
+    finally:
+        await database.close()
+        await connection.close()
+
+
+async def test_however_many_are_measured_at_once_they_take_one_connection(fresh, waits):
+    connection, locking, turns = await asyncpg.connect(fresh), await asyncpg.connect(fresh), asyncio.Lock()
+    await connection.execute(FILL + ROWS)
+    database = Database(Settings(database_url=fresh, database_pool_size=2))
+    users = [owner_of("acme", f"user {number}") for number in range(20)]
+    try:
+        async with locking.transaction():
+            await locking.execute("lock table responses in access exclusive mode")
+            tasks = [
+                asyncio.create_task(stored_bytes.measure(database, owner, age_s=60, turns=turns)) for owner in users
+            ]
+            await waits(connection, tasks[0])
+            async with database.autocommit() as tx, asyncio.timeout(5):
+                assert (await stored_bytes.read(tx, users[-1], age_s=60)).bytes is None
+            waiting = (
+                "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+            )
+            assert await connection.fetchval(waiting) == 1
+        await asyncio.gather(*tasks)
+        assert await connection.fetchval("select count(*) from tenants where stored_bytes = 0") == 20
+    finally:
+        await database.close()
+        await connection.close()
+        await locking.close()

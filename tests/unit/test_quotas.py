@@ -14,12 +14,14 @@ from app.domain.quotas import (
     limits_of,
     refusal,
     reserved_tokens,
+    storage_limits,
     used_tokens,
 )
-from app.domain.rights import owner_of
-from app.errors import RequestTooLarge
+from app.domain.rights import Rights, owner_of
+from app.errors import RequestTooLarge, StorageQuotaExceeded
+from app.storage.keys import encode_limits, limits_in
 from app.wire import admin
-from app.wire.admin import KeyLimits
+from app.wire.admin import OwnLimits
 from app.wire.items import InputText, Message
 from app.wire.resources import InputTokensDetails, OutputTokensDetails, Usage
 from tests.unit.build import request
@@ -114,8 +116,39 @@ def test_a_refusal_is_in_the_words_of_the_hosted_api(refused, type_, message, re
 
 def test_limits_that_are_not_given_are_the_default_ones_and_zero_is_none():
     default = Limits(1, 2, 3)
-    assert limits_of(KeyLimits(), default) == default
-    assert limits_of(KeyLimits(requests_per_minute=0, concurrent_runs=9), default) == Limits(0, 2, 9)
+    assert limits_of(OwnLimits(), default) == default
+    assert limits_of(OwnLimits(requests_per_minute=0, concurrent_runs=9), default) == Limits(0, 2, 9)
+
+
+def test_stored_bytes_alone_are_nothing_for_redis():
+    assert not Limits(stored_bytes=1).are_counted
+    assert all(Limits(**{name: 1}).are_counted for name in Limits.__struct_fields__ if name != "stored_bytes")
+
+
+@pytest.mark.parametrize(
+    ("user", "words"), [("", "this API key: Limit 5 bytes, Used 7 by its tenant"), ("ada", "Used 7 by its user")]
+)
+def test_a_tenant_s_limit_of_stored_bytes_is_the_tenant_s_and_a_key_s_that_of_its_user(user, words):
+    rights = Rights("acme", user, key_id="key_1")
+    of_tenant, of_key = storage_limits(rights, [Limits(stored_bytes=9), Limits(stored_bytes=5)])
+    assert (of_tenant.owner, of_key.owner) == ("acme", owner_of("acme", user))
+    of_tenant.demand_room(8)
+    of_key.demand_room(4)
+    with pytest.raises(StorageQuotaExceeded, match=r"for this tenant: Limit 9 bytes, Used 9\. Delete "):
+        of_tenant.demand_room(9)
+    with pytest.raises(StorageQuotaExceeded, match=words) as caught:
+        of_key.demand_room(7)
+    assert "ada" not in caught.value.message
+    assert storage_limits(rights, [Limits(), Limits(stored_bytes=5)]) == (of_key,)
+    assert storage_limits(rights, [Limits(stored_bytes=9)]) == (of_tenant,), "a server without keys"
+
+
+def test_limits_are_stored_as_far_as_they_are_given():
+    given = OwnLimits(requests_per_minute=0, stored_bytes=7)
+    assert encode_limits(given) == '{"requests_per_minute":0,"stored_bytes":7}'
+    assert limits_in({"limits": encode_limits(given)}) == given
+    assert encode_limits(OwnLimits()) is None
+    assert limits_in({"limits": None}) == OwnLimits()
 
 
 def test_a_request_counts_for_its_tenant_and_its_key_and_with_a_token_for_its_user():
@@ -178,6 +211,6 @@ def test_what_is_not_reported_counts_as_reserved_unless_nothing_was_asked(status
 
 def test_the_settings_and_the_api_take_the_same_numbers():
     assert settings.LIMIT_MAX == admin.LIMIT_MAX
-    msgspec.convert({"requests_per_minute": settings.LIMIT_MAX}, KeyLimits)
+    msgspec.convert({"requests_per_minute": settings.LIMIT_MAX}, OwnLimits)
     with pytest.raises(msgspec.ValidationError):
-        msgspec.convert({"requests_per_minute": settings.LIMIT_MAX + 1}, KeyLimits)
+        msgspec.convert({"requests_per_minute": settings.LIMIT_MAX + 1}, OwnLimits)

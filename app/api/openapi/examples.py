@@ -95,7 +95,9 @@ ITEMS: Examples = {
 KEY: Examples = {
     "A user's key": {"name": "of Ada's notebook", "user": "ada", "scopes": ["responses.read"], "models": ["qwen*"]}
 }
-KEY_UPDATE: Examples = {"Limits": {"limits": {"requests_per_minute": 60, "concurrent_runs": 2}}}
+KEY_UPDATE: Examples = {
+    "Limits": {"limits": {"requests_per_minute": 60, "concurrent_runs": 2, "stored_bytes": 1_000_000_000}}
+}
 ROTATE: Examples = {"With an hour for the change": {"overlap_s": 3600}}
 TOOL_CREDENTIAL: Examples = {
     "A bearer token": {"server_url": "https://tools.example/mcp", "authorization": "TOKEN-OF-ADA", "name": "Tools"},
