@@ -371,10 +371,10 @@ def rekey() -> None:
     a key that is not configured, as an old one is, is lost."""
     settings = _existing()
     seal = setup.open_seal(settings)
-    from app.storage import agents, key_fingerprint, tool_credentials
+    from app.storage import agents, key_fingerprint, sealed_rows, tool_credentials
     from app.storage.database import opened
 
-    async def accept() -> dict[str, tool_credentials.Resealed]:
+    async def accept() -> dict[str, sealed_rows.Resealed]:
         async with opened(settings) as database:
             await key_fingerprint.accept_key(database, seal.fingerprints, anyway=True)
             return {
@@ -400,10 +400,11 @@ def doctor() -> None:
 
 async def _examine() -> bool:
     from app.doctor import examine
+    from app.domain.usage_report import printable
 
     healthy = True
     async for finding in examine(os.environ):
-        click.echo(f"{'ok  ' if finding.ok else 'BAD '} {finding.part}: {finding.text}")
+        click.echo(printable(f"{'ok  ' if finding.ok else 'BAD '} {finding.part}: {finding.text}"))
         healthy = healthy and finding.ok
     return healthy
 

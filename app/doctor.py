@@ -24,9 +24,10 @@ from app.outbound.masking import Mask
 from app.outbound.mcp import ToolSessions
 from app.outbound.toolserver import ToolFailure
 from app.outbound.upstream import Upstream
+from app.runs.agents import Agents
 from app.settings import Settings, SettingsError, load
-from app.storage import key_fingerprint, keys, readiness
-from app.storage.database import Database
+from app.storage import key_fingerprint, keys, readiness, sealed_rows, tool_credentials
+from app.storage.database import Database, opened
 from app.storage.urls import redis_address
 
 NAMES = {POSTGRES: "Postgres", VALKEY: "Redis"}
@@ -39,6 +40,15 @@ REDIS_MIN = (6, 2)
 """The oldest versions with the features in use; every Valkey has them."""
 
 MODELS_NAMED_MAX = 5
+FAULTS_NAMED_MAX = 20
+
+ROWS_MAX = 10_000
+"""How many rows of a kind are looked at."""
+
+READ_WITH = ("Postgres", "schema", "secret key")
+"""Without these parts nothing is known of what is stored."""
+
+FORMER_KEY = "add the one that sealed them to REPRISE_OLD_SECRET_KEYS"
 
 
 class Finding(Struct, frozen=True):
@@ -68,9 +78,14 @@ async def examine(environ: Mapping[str, str]) -> AsyncIterator[Finding]:
         return
     for server in sorted(missing - made):
         yield Finding(NAMES[server], True, f"none yet; `reprise serve` embeds one in {settings.data_path}")
-    for part in (_postgres, _redis, _upstreams):
+    failed: set[str] = set()
+    for part in (_postgres, _redis):
         async for finding in part(settings):
+            failed |= set() if finding.ok else {finding.part}
             yield finding
+    is_readable = bool(settings.database_url) and setup.has_secret_key(settings)
+    async for finding in _catalog(settings, with_agents=is_readable and failed.isdisjoint(READ_WITH)):
+        yield finding
 
 
 def _with_short_waits(settings: Settings) -> Settings:
@@ -108,7 +123,11 @@ async def _postgres(settings: Settings) -> AsyncIterator[Finding]:
         async with database.autocommit() as tx:
             yield _keys(settings, in_use=_has_issuers(settings) or await keys.keys_in_use(tx))
             yield _workers(settings, connected=await readiness.is_connected(tx, assembly.WORKER_CONNECTION))
-        yield await _secret_key(settings, database)
+        key = await _secret_key(settings, database)
+        yield key
+        if key.ok and setup.has_secret_key(settings):
+            for finding in await _sealed(settings, database):
+                yield finding
     except SettingsError as error:
         yield Finding("Postgres", False, str(error))
     except ApiError as error:
@@ -165,6 +184,27 @@ async def _secret_key(settings: Settings, database: Database | None) -> Finding:
     return Finding(
         "secret key", True, f"{'REPRISE_SECRET_KEY' if settings.secret_key else path}; replicas must share it"
     )
+
+
+async def _sealed(settings: Settings, database: Database) -> list[Finding]:
+    """What is stored sealed, and whether a key opens it; those of agents have findings of their own."""
+    seal = setup.open_seal(settings)
+    tried = {
+        "tool credentials": await tool_credentials.try_all(database, seal, most=ROWS_MAX),
+        "secrets of runs": await sealed_rows.try_runs(database, seal, most=ROWS_MAX),
+        "compaction items": await sealed_rows.try_compactions(database, seal, most=ROWS_MAX),
+    }
+    return [
+        Finding(
+            what,
+            not found.unopened,
+            f"of {found.rows} looked at, {found.unopened} open with none of the keys; {FORMER_KEY}"
+            if found.unopened
+            else f"{found.rows} looked at, and opened",
+        )
+        for what, found in tried.items()
+        if found.rows
+    ]
 
 
 # -- Redis ------------------------------------------------------------------------------------------------------------------
@@ -231,34 +271,16 @@ async def _try_writing(client: redis.asyncio.Redis, prefix: str) -> None:
 # -- Upstreams and tools ----------------------------------------------------------------------------------------------------
 
 
-async def _upstreams(settings: Settings) -> AsyncIterator[Finding]:
+async def _catalog(settings: Settings, *, with_agents: bool) -> AsyncIterator[Finding]:
     demo = None if settings.catalog or settings.openai_base_url else await echo.serve()
     try:
         catalog = load_catalog(settings, os.environ, demo_url=demo.base_url if demo else "")
-        for name, entry in catalog.upstreams.items():
-            upstream = Upstream(name, entry, settings)
-            try:
-                async with asyncio.timeout(settings.models_wait_s):
-                    listed = await upstream.list_models(None)
-            except TimeoutError:
-                yield Finding(
-                    f"upstream {name}", False, f"{entry.address} lists no models within {settings.models_wait_s:g} s"
-                )
-            except ApiError as error:
-                yield Finding(f"upstream {name}", False, f"{entry.address}: {error.message}")
-            else:
-                upstream.recognize(listed)
-                state = f"{entry.address} lists {len(listed)} model{'' if len(listed) == 1 else 's'}; dialect: {upstream.dialect_name}"
-                yield Finding(f"upstream {name}", True, state)
-                ids = [model.id for model in listed]
-                for finding in (*_routed_models(catalog, name, ids), *_models_of_agents(catalog, name, ids)):
-                    yield finding
-            finally:
-                await upstream.close()
-        async for finding in _tool_servers(settings, catalog):
-            yield finding
-        async for finding in _issuers(settings, catalog):
-            yield finding
+        listed: dict[str, list[str]] = {}
+        parts = [_upstreams(settings, catalog, listed), _agents(catalog, listed)]
+        parts += [_stored_agents(settings, catalog, listed)] if with_agents else []
+        for part in (*parts, _tool_servers(settings, catalog), _issuers(settings, catalog)):
+            async for finding in part:
+                yield finding
     except SettingsError as error:
         yield Finding("catalog", False, str(error))
     finally:
@@ -266,15 +288,68 @@ async def _upstreams(settings: Settings) -> AsyncIterator[Finding]:
             await demo.close()
 
 
-def _models_of_agents(catalog: Catalog, upstream: str, listed: list[str]) -> list[Finding]:
-    """Agents whose model only this upstream could have, and that it does not list, if it lists any."""
-    named = {entry.name for entry in catalog.models}
-    return [
-        Finding(f"agent {name}", False, f"upstream '{upstream}' does not list '{route.model}'")
-        for name, agent in catalog.agents.items()
-        for route in catalog.routes(agent.model)
-        if agent.model not in named and route.upstream == upstream and listed and route.model not in listed
-    ]
+async def _upstreams(settings: Settings, catalog: Catalog, models: dict[str, list[str]]) -> AsyncIterator[Finding]:
+    """Each upstream; those that answer leave the models that they list."""
+    for name, entry in catalog.upstreams.items():
+        upstream = Upstream(name, entry, settings)
+        try:
+            async with asyncio.timeout(settings.models_wait_s):
+                listed = await upstream.list_models(None)
+        except TimeoutError:
+            yield Finding(
+                f"upstream {name}", False, f"{entry.address} lists no models within {settings.models_wait_s:g} s"
+            )
+        except ApiError as error:
+            yield Finding(f"upstream {name}", False, f"{entry.address}: {error.message}")
+        else:
+            upstream.recognize(listed)
+            state = f"{entry.address} lists {len(listed)} model{'' if len(listed) == 1 else 's'}; dialect: {upstream.dialect_name}"
+            yield Finding(f"upstream {name}", True, state)
+            models[name] = [model.id for model in listed]
+            for finding in _routed_models(catalog, name, models[name]):
+                yield finding
+        finally:
+            await upstream.close()
+
+
+async def _agents(catalog: Catalog, listed: Mapping[str, list[str]]) -> AsyncIterator[Finding]:
+    """The agents of the catalog whose model is not there."""
+    for name, agent in catalog.agents.items():
+        if fault := _unlisted(catalog, agent.model, listed):
+            yield Finding(f"agent {name}", False, fault)
+
+
+def _unlisted(catalog: Catalog, model: str, listed: Mapping[str, list[str]]) -> str:
+    """What is wrong with an agent's model: an upstream does not list it, and lists others. `listed` are the models of upstreams that
+    have answered; those that the catalog names have findings of their own."""
+    if model in {entry.name for entry in catalog.models}:
+        return ""
+    for route in catalog.routes(model):
+        if listed.get(route.upstream) and route.model not in listed[route.upstream]:
+            return f"upstream '{route.upstream}' does not list '{route.model}'"
+    return ""
+
+
+async def _stored_agents(
+    settings: Settings, catalog: Catalog, listed: Mapping[str, list[str]]
+) -> AsyncIterator[Finding]:
+    """The agents that tenants have made, and whether the catalog has what they need."""
+    tried = faults = 0
+    try:
+        async with opened(settings) as database:
+            stored = Agents(settings, database, catalog, setup.open_seal(settings))
+            async for tenant, agent, error in stored.try_all(ROWS_MAX):
+                tried += 1
+                fault = error.with_path if error else _unlisted(catalog, agent.model, listed)
+                faults += bool(fault)
+                if fault and faults <= FAULTS_NAMED_MAX:
+                    yield Finding(f"agent {agent.name} of {tenant}", False, fault)
+    except ApiError as error:
+        yield Finding("agents", False, error.message)
+        return
+    if tried:
+        state = f"{tried} looked at that tenants have made"
+        yield Finding("agents", not faults, f"{state}, {faults} of which can't answer" if faults else state)
 
 
 def _routed_models(catalog: Catalog, upstream: str, listed: list[str]) -> list[Finding]:

@@ -83,6 +83,12 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     @property
+    def with_path(self) -> str:
+        """The message, with the parameter's path in it, for people who see nothing else."""
+        message = self.message.removesuffix(".")
+        return message if self.param is None or self.param in message else f"{self.param}: {message}"
+
+    @property
     def event_code(self) -> str:
         """The `error.code` of a failed response, which may not be null."""
         return self.code or "server_error"

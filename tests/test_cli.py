@@ -456,6 +456,125 @@ model = "up@gone"
     assert bad["model bad"].startswith("upstream 'up' does not list 'bad'; it lists scripted, ")
 
 
+AGENT_TOOLS = [{"type": "mcp", "server_label": "people", "require_approval": "never"}]
+REMOTE_TOOLS = [{"type": "mcp", "server_label": "far", "server_url": "https://far.example/mcp/k3y-in-path"}]
+OLD_KEY, NEW_KEY, OTHER_KEY_ = (f"{letter * 43}=" for letter in "AEI")
+
+
+def administrator(env):
+    """Headers of a new key of the tenant acme that may do everything."""
+    scopes = [f"--scope={one}" for one in ("responses.read", "responses.write", "admin")]
+    made = reprise(env, "keys", "create", "--tenant", "acme", *scopes)
+    return {"Authorization": f"Bearer {made.stdout.strip()}"}
+
+
+def test_doctor_misses_what_agents_that_tenants_have_made_need(
+    base_env, new_database, catalog_file, upstream, toolserver
+):
+    def catalog(more):
+        return catalog_file(f"""
+default = "up"
+[upstreams.up]
+base_url = "{upstream.base_url}"
+[upstreams.other]
+base_url = "{upstream.base_url}"
+{more}""")
+
+    served = f"""
+[[models]]
+name = "named"
+routes = [{{ upstream = "up", model = "scripted" }}]
+[tool_servers]
+people = {{ url = "{toolserver.url("mcp", "people")}" }}
+"""
+    env = {name: value for name, value in base_env.items() if name != "OPENAI_BASE_URL"}
+    env |= {"DATABASE_URL": new_database(), "REPRISE_CATALOG": catalog(served), "REPRISE_SECRET_KEY": OLD_KEY}
+    asked = {
+        "fine": {"model": "named"},
+        "remote": {"model": "scripted", "tools": REMOTE_TOOLS},
+        "people": {"model": "named", "tools": AGENT_TOOLS},
+        "direct": {"model": "other@scripted"},
+        "later": {"model": "named"},
+        "odd": {"model": "odd\n\x1b[2J"},
+    }
+    assert "agents" not in findings(env)
+    admin = administrator(env)
+    with Served(env) as one:
+        for name, given in asked.items():
+            made = httpx.post(f"{one.url}/agents", headers=admin, json={"name": name, **given})
+            assert made.status_code == 200, made.text
+    found = findings(env)
+    assert found["agent odd of acme"] == (False, "upstream 'up' does not list 'odd\ufffd\ufffd[2J'")
+    assert found["agents"] == (False, "6 looked at that tenants have made, 1 of which can't answer")
+    with Served(env) as one:
+        assert httpx.delete(f"{one.url}/agents/odd", headers=admin).status_code == 200
+    assert findings(env)["agents"] == (True, "5 looked at that tenants have made")
+    # The upstream `other`, the tool server and the model are taken out; a model with an agent's name comes in.
+    gone = f"""
+default = "up"
+[upstreams.up]
+base_url = "{upstream.base_url}"
+[[models]]
+name = "later"
+routes = [{{ upstream = "up", model = "scripted" }}]
+"""
+    found = findings({**env, "REPRISE_CATALOG": catalog_file(gone)})
+    bad = {part: said for part, (well, said) in found.items() if not well}
+    assert bad == {
+        "agent fine of acme": "upstream 'up' does not list 'named'",
+        "agent people of acme": "'tools[0].server_url' is missing, and this server has no tool server 'people'",
+        "agent direct of acme": "upstream 'up' does not list 'other@scripted'",
+        "agent later of acme": "name: The catalog has a model or an agent 'later'",
+        "agents": "5 looked at that tenants have made, 4 of which can't answer",
+    }
+    # With several upstreams and no default the names that none has are unknown.
+    several = gone.replace('default = "up"', f'[upstreams.third]\nbase_url = "{upstream.base_url}"')
+    found = findings({**env, "REPRISE_CATALOG": catalog_file(several)})
+    assert found["agent fine of acme"] == (False, "The model 'named' does not exist or you do not have access to it")
+
+
+def test_doctor_finds_secrets_that_none_of_the_keys_opens(base_env, new_database, toolserver, upstream):
+    env = {**base_env, "DATABASE_URL": new_database(), "REPRISE_WORKERS_IN_API": "false"}
+    admin = administrator(env)
+    asked = {
+        "/tool_credentials": {"server_url": "https://far.example/mcp", "authorization": "s3cret-value"},
+        "/agents": {"name": "remote", "model": "scripted", "tools": REMOTE_TOOLS},
+        "/responses": {
+            "model": "scripted",
+            "input": "later",
+            "background": True,
+            "tools": [{**REMOTE_TOOLS[0], "authorization": "s3cret"}],
+        },
+        "/responses#compacted": {
+            "model": "scripted",
+            "input": [{"role": "user", "content": "Hello."}, {"type": "compaction_trigger"}],
+        },
+    }
+    with Served({**env, "REPRISE_SECRET_KEY": OLD_KEY}) as served:
+        for path, given in asked.items():
+            made = httpx.post(f"{served.url}{path}", headers=admin, json=given)
+            assert made.status_code == 200, made.text
+    sealed = ("tool credentials", "secrets of runs", "compaction items")
+    workers = {"REPRISE_WORKERS_IN_API": "true"}
+    both = {"REPRISE_SECRET_KEY": NEW_KEY, "REPRISE_OLD_SECRET_KEYS": OLD_KEY}
+    for keys in ({"REPRISE_SECRET_KEY": OLD_KEY}, both):
+        found = findings({**env, **workers, **keys})
+        assert {part: found[part] for part in sealed} == dict.fromkeys(sealed, (True, "1 looked at, and opened"))
+        assert found["agents"] == (True, "1 looked at that tenants have made")
+    # The new key is accepted, and what it does not open is left: the old one is dropped too early.
+    lost = {**env, **workers, "REPRISE_SECRET_KEY": OTHER_KEY_}
+    assert findings(lost).keys().isdisjoint(sealed)  # since the key is a fault of its own
+    assert reprise(lost, "rekey").returncode == 0
+    found = findings(lost)
+    bad = {part: said for part, (well, said) in found.items() if not well}
+    said = "of 1 looked at, 1 open with none of the keys; add the one that sealed them to REPRISE_OLD_SECRET_KEYS"
+    assert bad == {
+        **dict.fromkeys(sealed, said),
+        "agent remote of acme": "The secrets of the agent 'remote' can't be opened: the server's secret key has changed",
+        "agents": "1 looked at that tenants have made, 1 of which can't answer",
+    }
+
+
 def test_doctor_prints_as_it_goes_and_waits_for_nothing_long(base_env, new_database, silent):
     env = {**base_env, "DATABASE_URL": new_database(), "OPENAI_BASE_URL": silent.url, "REPRISE_MODELS_WAIT_S": "1"}
     command = [sys.executable, "-m", "app", "doctor"]

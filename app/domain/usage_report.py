@@ -39,7 +39,7 @@ def as_rows(used: Sequence[GroupUsage]) -> tuple[list[str], list[list[str]]]:
 def as_table(used: Sequence[GroupUsage]) -> str:
     """A table for a terminal; numbers are aligned to the right."""
     names, rows = as_rows(used)
-    shown = [[name.replace("_", " ") for name in names], *([_printable(cell) or "-" for cell in row] for row in rows)]
+    shown = [[name.replace("_", " ") for name in names], *([printable(cell) or "-" for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     lines = [
         "  ".join(
@@ -51,7 +51,7 @@ def as_table(used: Sequence[GroupUsage]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """The same without what a terminal would obey. Clients choose the names of models."""
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 

@@ -340,7 +340,7 @@ def _faults_of_prompts(catalog: Catalog) -> Iterator[str]:
                     model = agent.model if agent else version.model
                     catalog.refuse_unpriced(version.run_limits, model, is_summarized=request.asks_for_summary)
             except ApiError as error:
-                yield f"[prompts.{id}.versions.{number}]: {error.message.removesuffix('.')}"
+                yield f"[prompts.{id}.versions.{number}]: {error.with_path}"
 
 
 def _faults_of_issuers(catalog: Catalog, settings: Settings) -> Iterator[str]:
@@ -375,7 +375,7 @@ def _faults_of_agents(catalog: Catalog, settings: Settings) -> Iterator[str]:
         try:
             check(NamedAgent(name, agent, 0), catalog, settings, catalog.agents)
         except ApiError as error:
-            yield f"[agents.{name}]: {error.message.removesuffix('.')}"
+            yield f"[agents.{name}]: {error.with_path}"
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from weakref import WeakValueDictionary
 
 import msgspec
@@ -11,7 +11,15 @@ from msgspec import Raw, Struct
 from app.domain.agents import Agent, CreateAgent, NamedAgent, apply, is_agent_name, new_agent, updated
 from app.domain.rights import Rights
 from app.domain.sealed import Seal
-from app.errors import AgentNotFound, BodyTooLarge, InvalidParameter, InvalidRequest, ModelNotAllowed, ServerError
+from app.errors import (
+    AgentNotFound,
+    ApiError,
+    BodyTooLarge,
+    InvalidParameter,
+    InvalidRequest,
+    ModelNotAllowed,
+    ServerError,
+)
 from app.ids import new_id, seconds_of
 from app.offload import offload
 from app.outbound.agents import check
@@ -233,14 +241,33 @@ class Agents:
             raise BodyTooLarge(
                 f"The agent takes {made.bytes} bytes; at most {self._settings.agent_bytes_max} are possible."
             )
-        if not self._is_named(rights.tenant, made.name):
+        await offload(made.bytes, self._compare, rights.tenant, made)
+        rights.demand_model(made.agent.model)
+
+    def _compare(self, tenant: str, made: NamedAgent) -> None:
+        """Raises InvalidRequest for what the catalog does not have, or has under the same name."""
+        if not self._is_named(tenant, made.name):
             raise InvalidParameter(
                 f"The catalog has a model or an agent '{made.name}'.", param="name", code="name_taken"
             )
         if made.name == made.agent.model:
             raise InvalidParameter("The model of an agent can't be an agent, nor itself.", param="model")
-        await offload(made.bytes, check, made, self._catalog, self._settings, self._shared_with(rights.tenant))
-        rights.demand_model(made.agent.model)
+        check(made, self._catalog, self._settings, self._shared_with(tenant))
+
+    async def try_all(self, most: int) -> AsyncIterator[tuple[str, StoredAgent, ApiError | None]]:
+        """Up to `most` agents that tenants have made, with their tenants, and what has become wrong with them: their secrets can't be
+        opened, or the catalog lacks what they need. Raises DatabaseUnavailable."""
+        tried = 0
+        async for tenant, stored in agents.every(self._database):
+            try:
+                self._compare(tenant, self._opened(tenant, stored))
+            except (InvalidRequest, ServerError) as error:
+                yield tenant, stored, error
+            else:
+                yield tenant, stored, None
+            tried += 1
+            if tried == most:
+                return
 
     # -- Rows -------------------------------------------------------------------------------------------------------------
 

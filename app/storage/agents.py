@@ -1,6 +1,6 @@
 """Agents that tenants have made. Writers of one tenant wait for each other, so that names and numbers are checked exactly."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 
 from msgspec import Struct
 from sqlalchemy import text
@@ -8,7 +8,7 @@ from sqlalchemy import text
 from app.domain.sealed import Seal
 from app.errors import AgentNotFound, InvalidParameter, InvalidRequest
 from app.storage.database import Database, Query, Row, Tx, storable
-from app.storage.tool_credentials import RESEALED_AT_ONCE, Resealed
+from app.storage.sealed_rows import Resealed, read_all
 
 _COLUMNS = "id, name, created_at, updated_at, model, description, users, body, secrets"
 
@@ -59,6 +59,14 @@ _SEALED = Query(
     where (tenant_id, id) > (:after_tenant, :after_id) and secrets is not null order by tenant_id, id limit :limit
     """),
     across_tenants="the operator seals all of them with another key",
+)
+
+_EVERY = Query(
+    text(f"""
+    select tenant_id, {_COLUMNS} from agents
+    where (tenant_id, id) > (:after_tenant, :after_id) order by tenant_id, id limit :limit
+    """),
+    across_tenants="the operator asks whether the catalog has what they need",
 )
 
 _RESEAL = Query(
@@ -159,23 +167,25 @@ async def reseal_all(database: Database, seal: Seal) -> Resealed:
     """Seal the secrets of all tenants' agents with the key that seals now; those that none of the keys opens stay as they are. Raises
     DatabaseUnavailable."""
     resealed = unopened = 0
-    after = ("", "")
-    while True:
+    async for row in read_all(database, _SEALED):
+        tenant = row["tenant_id"]
+        secrets = seal.of(tenant).open(row["secrets"], "agent")
+        if secrets is None:
+            unopened += 1
+            continue
+        sealed = seal.of(tenant).close(secrets, "agent")
         async with database.autocommit() as tx:
-            rows = await tx.all(_SEALED, after_tenant=after[0], after_id=after[1], limit=RESEALED_AT_ONCE)
-            for row in rows:
-                tenant = row["tenant_id"]
-                secrets = seal.of(tenant).open(row["secrets"], "agent")
-                if secrets is None:
-                    unopened += 1
-                    continue
-                sealed = seal.of(tenant).close(secrets, "agent")
-                # An agent that is updated meanwhile is sealed by a server, with the key that this has.
-                await tx.one(_RESEAL, tenant_id=tenant, id=row["id"], sealed=sealed, former=row["secrets"])
-                resealed += 1
-        if len(rows) < RESEALED_AT_ONCE:
-            return Resealed(resealed, unopened)
-        after = (rows[-1]["tenant_id"], rows[-1]["id"])
+            # An agent that is updated meanwhile is sealed by a server, with the key that this has.
+            await tx.one(_RESEAL, tenant_id=tenant, id=row["id"], sealed=sealed, former=row["secrets"])
+        resealed += 1
+    return Resealed(resealed, unopened)
+
+
+async def every(database: Database) -> AsyncIterator[tuple[str, StoredAgent]]:
+    """The agents of all tenants, each with its tenant. Raises DatabaseUnavailable."""
+    async for row in read_all(database, _EVERY):
+        columns = dict(row)
+        yield columns.pop("tenant_id"), _agent(columns)
 
 
 async def _names(tx: Tx, tenant: str, agent: StoredAgent) -> Row:

@@ -14,10 +14,8 @@ from app.domain.tool_credentials import TENANT, Holder, open_secret, seal_secret
 from app.errors import InvalidParameter, InvalidRequest, ToolCredentialExists, ToolCredentialNotFound
 from app.storage.database import Database, Query, Row, Tx, storable
 from app.storage.pages import Page, id_range
+from app.storage.sealed_rows import Opened, Resealed, read_all, try_opening
 from app.wire.requests import Order
-
-RESEALED_AT_ONCE = 500
-"""Rows that are read at once while the secret key changes."""
 
 _COLUMNS = "id, server, user_name, key_id, name, has_authorization, header_names, created_at, updated_at"
 
@@ -159,13 +157,6 @@ class Found(Struct, frozen=True):
     sealed: str
 
 
-class Resealed(Struct, frozen=True):
-    """How many credentials are sealed with another key now, and how many no key opens."""
-
-    resealed: int
-    unopened: int
-
-
 async def create(tx: Tx, tenant: str, made: ToolCredential, sealed: str, limits: Limits) -> None:
     """Store a new credential. Needs a transaction. Raises ToolCredentialExists, InvalidParameter for an unknown key, InvalidRequest
     beyond the limits."""
@@ -271,23 +262,28 @@ async def reseal_all(database: Database, seal: Seal) -> Resealed:
     """Seal the secrets of all tenants with the key that seals now; those that none of the keys opens stay as they are. Raises
     DatabaseUnavailable."""
     resealed = unopened = 0
-    after = ("", "")
-    while True:
+    async for row in read_all(database, _SEALED):
+        found, tenant_seal = _found(row), seal.of(row["tenant_id"])
+        secret = open_secret(tenant_seal, found.server, found.holder, found.sealed)
+        if secret is None:
+            unopened += 1
+            continue
+        sealed = seal_secret(tenant_seal, found.server, found.holder, secret)
         async with database.autocommit() as tx:
-            rows = await tx.all(_SEALED, after_tenant=after[0], after_id=after[1], limit=RESEALED_AT_ONCE)
-            for row in rows:
-                found, tenant_seal = _found(row), seal.of(row["tenant_id"])
-                secret = open_secret(tenant_seal, found.server, found.holder, found.sealed)
-                if secret is None:
-                    unopened += 1
-                    continue
-                sealed = seal_secret(tenant_seal, found.server, found.holder, secret)
-                # One that is replaced meanwhile is sealed by a server, with the key that this has.
-                await tx.one(_RESEAL, tenant_id=row["tenant_id"], id=row["id"], sealed=sealed, former=found.sealed)
-                resealed += 1
-        if len(rows) < RESEALED_AT_ONCE:
-            return Resealed(resealed, unopened)
-        after = (rows[-1]["tenant_id"], rows[-1]["id"])
+            # One that is replaced meanwhile is sealed by a server, with the key that this has.
+            await tx.one(_RESEAL, tenant_id=row["tenant_id"], id=row["id"], sealed=sealed, former=found.sealed)
+        resealed += 1
+    return Resealed(resealed, unopened)
+
+
+async def try_all(database: Database, seal: Seal, *, most: int) -> Opened:
+    """Open up to `most` credentials of all tenants. Raises DatabaseUnavailable."""
+
+    def opens(row: Row) -> bool:
+        found = _found(row)
+        return open_secret(seal.of(row["tenant_id"]), found.server, found.holder, found.sealed) is not None
+
+    return await try_opening(read_all(database, _SEALED), opens, most=most)
 
 
 def _hash(server: str) -> bytes:

@@ -392,7 +392,7 @@ def agents_are_used(house: House) -> None:
     }
     agent = {
         "name": "handy",
-        "model": "m",
+        "model": "scripted",
         "instructions": f"{house.plant('instructions of an agent')} {{{{name}}}}",
         "variables": {"name": "string"},
         "tools": [box],

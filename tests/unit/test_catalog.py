@@ -371,7 +371,17 @@ SERVER = '[tool_servers.s]\nurl = "http://x/mcp"\n'
                 (
                     "g",
                     'model = "m"\ntools = [{ type = "web_search" }]',
-                    r"\[agents\.g\]: .*has no \[hosted\.web_search\]",
+                    r"\[agents\.g\]: tools\[0\]\.type: .*has no \[hosted\.web_search\]",
+                ),
+                (
+                    "g",
+                    'model = "m"\ntools = [{ type = "function", name = "f" }, { type = "programmatic_tool_calling" }]',
+                    r"\[agents\.g\]: tools\[1\]\.type: Tools of type 'programmatic_tool_calling' are not supported",
+                ),
+                (
+                    "g",
+                    'model = "m"\ntools = [{ type = "function", name = "f" }, { type = "function", name = "f" }]',
+                    r"\[agents\.g\]: tools: Duplicate tool name 'f'",
                 ),
                 (
                     "g",
