@@ -8,7 +8,7 @@ import pytest
 
 from tests.api.streams import events_of, types_of
 from tests.replay import replay
-from tests.upstream import answer, call, calling, finish, script
+from tests.upstream import answer, call, calling, finish, note, script
 
 PAGES = {
     "items": [
@@ -53,6 +53,9 @@ server = "box"
 tool = "raw"
 arguments = {{ result = {{ structuredContent = {json_toml(RAN)} }}, commands = "$commands", container = "$container" }}
 results = "ran"
+[agents.searcher]
+model = "m"
+tools = [{{ type = "web_search" }}]
 """)
     env = {name: value for name, value in base_env.items() if name != "OPENAI_BASE_URL"}
     with Served({**env, "DATABASE_URL": new_database(), "REPRISE_CATALOG": str(catalog)}) as running:
@@ -407,3 +410,60 @@ def test_a_demanded_search_is_made_once(hosted_client, upstream, mode):
     first, then = upstream.asked(given)
     assert first.body["tool_choice"] in ("required", {"type": "function", "function": {"name": "web_search"}})
     assert "tool_choice" not in then.body
+
+
+# -- Over Chat Completions ---------------------------------------------------------------------------------------------------
+
+INSIDE = {
+    "web_search": ({"tools": [{"type": "web_search"}]}, "web_search", {"query": "fjords"}, ["web_search_call"]),
+    "web_search_options": ({"web_search_options": {}}, "web_search", {"query": "fjords"}, ["web_search_call"]),
+    "an agent's": ({"model": "searcher"}, "web_search", {"query": "fjords"}, ["web_search_call"]),
+    "file_search": (
+        {"tools": [{"type": "file_search", "vector_store_ids": ["vs_1"]}]},
+        "file_search",
+        {"queries": ["plan"]},
+        ["file_search_call"],
+    ),
+    "code_interpreter": (
+        {"tools": [{"type": "code_interpreter", "container": {"type": "auto"}}]},
+        "code_interpreter",
+        {"code": "1"},
+        ["code_interpreter_call"],
+    ),
+    "image_generation": (
+        {"tools": [{"type": "image_generation"}]},
+        "image_generation",
+        {"prompt": "A fjord."},
+        ["image_generation_call"],
+    ),
+    "shell": (
+        {"tools": [{"type": "shell", "environment": {"type": "container_auto"}}]},
+        "shell",
+        {"commands": ["ls"]},
+        ["shell_call", "shell_call_output"],
+    ),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("given", "name", "arguments", "items"), INSIDE.values(), ids=INSIDE)
+def test_a_chat_completion_has_the_answer_and_its_response_the_calls(
+    hosted_client, said, given, name, arguments, items, stream
+):
+    told = script([note(said), call(name, arguments, id="call_1"), finish("tool_calls")], answer("Here it is."))
+    body = {"model": "m", "messages": [{"role": "user", "content": told}], "store": True, **given}
+    if stream:
+        chunks = list(hosted_client.chat.completions.create(stream=True, **body))
+        made = "".join(one.choices[0].delta.content or "" for one in chunks)
+        assert not any(one.choices[0].delta.tool_calls for one in chunks)
+        assert [one.choices[0].finish_reason for one in chunks][-1] == "stop"
+        id = chunks[0].response_id
+    else:
+        whole = hosted_client.chat.completions.create(**body)
+        [choice] = whole.choices
+        assert (choice.message.tool_calls, choice.finish_reason) == (None, "stop")
+        made, id = choice.message.content, whole.response_id
+    assert made == "Here it is."
+    stored = hosted_client.responses.retrieve(id)
+    assert [item.type for item in stored.output] == [*items, "message"]
+    assert {item.status for item in stored.output} == {"completed"}
