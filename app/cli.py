@@ -185,7 +185,7 @@ def create_key(
 
     async def create() -> None:
         async with opened(settings) as database, database.begin() as tx:
-            await keys.create_key(tx, key, secret)
+            await keys.create_key(tx, key, secret, by=None)
             await audit.write(tx, tenant, audit.entry(None, "key.created", key.id))
 
     _run(create())
@@ -322,8 +322,8 @@ def limit_tenant(tenant: str, *, create: bool, **limits: int | None) -> None:
 
     async def limit() -> None:
         async with opened(settings) as database, database.begin() as tx:
-            await tenants.set_limits(tx, tenant, OwnLimits(**limits), create=create)
-            await audit.write(tx, tenant, audit.entry(None, "tenant.updated", tenant))
+            is_new = await tenants.set_limits(tx, tenant, OwnLimits(**limits), create=create)
+            await audit.write(tx, tenant, audit.entry(None, "tenant.created" if is_new else "tenant.updated", tenant))
 
     _run(limit())
     click.echo(f"{tenant} has new limits; servers notice within {settings.key_cache_s:g} s.")

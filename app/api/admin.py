@@ -42,7 +42,7 @@ class KeysController(Controller):
         async for attempt in services.database.settling():
             with attempt:
                 async with services.database.begin() as tx:
-                    await keys.create_key(tx, key, secret)
+                    await keys.create_key(tx, key, secret, by=caller.rights)
                     await audit.write(tx, key.tenant, entry)
         return _reply(key, secret)
 

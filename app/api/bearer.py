@@ -125,7 +125,7 @@ class BearerTokens:
         if rights.owner in self._owners:
             return
         async with self._database.begin() as tx:
-            is_there = await keys.have_owner(tx, rights.tenant, rights.user, makes_tenant=issuer.makes_tenants)
+            is_there = await keys.have_owner(tx, rights, makes_tenant=issuer.makes_tenants)
         if not is_there:
             raise _refused(name, "The token's tenant does not exist.")
         _remember(self._owners, CACHED_OWNERS_MAX, rights.owner, None)

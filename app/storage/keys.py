@@ -17,6 +17,7 @@ from app.domain.rights import NAME_RULE, ORDINARY, Rights, has_controls, is_name
 from app.errors import InvalidParameter, KeyNotFound
 from app.ids import new_id, seconds_of
 from app.settings import KEY_OVERLAP_S_MAX
+from app.storage import audit
 from app.storage.database import Query, Row, Tx, storable
 from app.storage.pages import Page, id_range
 from app.wire.admin import NAME_CHARS_MAX, OwnLimits, Scope, UpdateKey
@@ -173,9 +174,9 @@ async def keys_in_use(tx: Tx) -> bool:
     return row is not None and bool(row["any_key"])
 
 
-async def create_key(tx: Tx, key: Key, secret: str) -> None:
-    """Store a new key, and its tenant and user if they are new. Needs a transaction."""
-    await tx.one(_TENANT, tenant_id=key.tenant)
+async def create_key(tx: Tx, key: Key, secret: str, *, by: Rights | None) -> None:
+    """Store a new key, made by a caller or the operator, and its tenant and user if they are new. Needs a transaction."""
+    await _have_tenant(tx, key.tenant, by)
     if key.user:
         await tx.one(_USER, tenant_id=owner_of(key.tenant, key.user), tenant=key.tenant)
     await tx.one(
@@ -197,17 +198,22 @@ async def all_keys(tx: Tx) -> list[Key]:
     return [_key(row) for row in await tx.all(_ALL)]
 
 
-async def have_owner(tx: Tx, tenant: str, user: str, *, makes_tenant: bool) -> bool:
-    """Whether there is a tenant, or now is; a new user of it is made. Needs a transaction."""
-    owner = owner_of(tenant, user)
+async def have_owner(tx: Tx, rights: Rights, *, makes_tenant: bool) -> bool:
+    """Whether the tenant of a caller exists, or now does; a new user of it is made. Needs a transaction."""
+    tenant, owner = rights.tenant, rights.owner
     known = {row["id"] for row in await tx.all(_OWNERS, tenant_id=owner, tenant=tenant)}
     if tenant not in known:
         if not makes_tenant:
             return False
-        await tx.one(_TENANT, tenant_id=tenant)
+        await _have_tenant(tx, tenant, rights)
     if owner not in known:
         await tx.one(_USER, tenant_id=owner, tenant=tenant)
     return True
+
+
+async def _have_tenant(tx: Tx, tenant: str, by: Rights | None) -> None:
+    if await tx.one(_TENANT, tenant_id=tenant) is not None:
+        await audit.write(tx, tenant, audit.entry(by, "tenant.created", tenant))
 
 
 async def list_keys(tx: Tx, tenant: str, *, after: str | None, limit: int, order: Order) -> Page[Key]:

@@ -14,11 +14,13 @@ _LIMITS = Query(text("select limits from tenants where id = :tenant_id"), across
 _SET_LIMITS = Query(
     text("""
     insert into tenants (id, limits) values (:tenant_id, cast(:limits as jsonb))
-    on conflict (id) do update set limits = excluded.limits returning id
+    on conflict (id) do update set limits = excluded.limits returning xmax = 0 as is_new
     """)
 )
 _CHANGE_LIMITS = Query(
-    text("update tenants set limits = cast(:limits as jsonb) where id = :tenant_id and tenant is null returning id"),
+    text(
+        "update tenants set limits = cast(:limits as jsonb) where id = :tenant_id and tenant is null returning false as is_new"
+    ),
     across_tenants="the row of the tenant itself",
 )
 _ALL = Query(
@@ -48,16 +50,18 @@ async def find_limits(tx: Tx, tenant: str) -> OwnLimits:
     return limits_in(row) if row else DEFAULT_LIMITS
 
 
-async def set_limits(tx: Tx, tenant: str, limits: OwnLimits, *, create: bool) -> None:
-    """Replace the quotas of a tenant, which `create` makes if it is unknown; the default tenant is always known. Raises
-    InvalidParameter."""
+async def set_limits(tx: Tx, tenant: str, limits: OwnLimits, *, create: bool) -> bool:
+    """Replace the quotas of a tenant, which `create` makes if it is unknown; the default tenant is always known. Gives whether it is
+    new. Raises InvalidParameter."""
     if not is_name(tenant):
         raise InvalidParameter(f"Invalid value for 'tenant': {NAME_RULE}.", param="tenant")
     query = _SET_LIMITS if create or tenant == DEFAULT_TENANT else _CHANGE_LIMITS
-    if await tx.one(query, tenant_id=tenant, limits=encode_limits(limits)) is None:
+    row = await tx.one(query, tenant_id=tenant, limits=encode_limits(limits))
+    if row is None:
         raise InvalidParameter(
             f"Invalid value for 'tenant': there is no tenant '{tenant}'; `--create` makes it.", param="tenant"
         )
+    return bool(row["is_new"])
 
 
 async def all_tenants(tx: Tx) -> list[Tenant]:

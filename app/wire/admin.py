@@ -40,6 +40,7 @@ Action = Literal[
     "agent.created",
     "agent.updated",
     "agent.deleted",
+    "tenant.created",
     "tenant.updated",
 ]
 

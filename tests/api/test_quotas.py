@@ -760,8 +760,12 @@ def test_the_operator_s_limits_are_noticed_by_every_replica_soon(tenant, house):
     house.limit(acme.name)
     until(lambda: [limit_of(acme, one) for one in both] == [None, None], timeout_s=CACHE_S + 2)
     with acme.http() as http:
-        log = http.get("/admin/audit", params={"type": "tenant.updated"}).json()["data"]
-    assert [(one["target"], one["actor"]["type"]) for one in log] == [(acme.name, "command_line")] * 3
+        logs = [
+            http.get("/admin/audit", params={"type": type_}).json()["data"]
+            for type_ in ("tenant.created", "tenant.updated")
+        ]
+    by_operator = [(acme.name, "command_line")]
+    assert [[(one["target"], one["actor"]["type"]) for one in log] for log in logs] == [by_operator, by_operator * 2]
     for bad in ("-1", "1000000001", "many"):
         done = reprise(house.env, "tenants", "limit", acme.name, f"--requests-per-minute={bad}")
         assert (done.returncode, "Invalid value" in done.stderr) == (2, True)

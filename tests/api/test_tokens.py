@@ -250,6 +250,9 @@ def test_a_user_is_made_with_the_first_token_and_a_tenant_only_where_the_catalog
     new = {"iss": f"{house.issuer.url}/new", "org": "new-1"}
     assert house.get(house.issuer.token(**new)).status_code == 200
     assert ("new-1", None) in tenants()
+    made = "select actor, key_id, target from audit_log where action = 'tenant.created' and tenant_id = $1"
+    assert [tuple(row) for row in fetch(house.served.database_url, made, "new-1")] == [("jwt", "jwt:new", "new-1")]
+    assert [row["actor"] for row in fetch(house.served.database_url, made, "team-1")] == ["command_line"]
     refused = (401, "invalid_api_key", "The token's tenant is none that its issuer may name.")
     for other in ({**new, "org": "acme"}, {**of_team, "org": "new-1"}, {**of_team, "org": "team"}):
         assert refusal(house.get(house.issuer.token(**other))) == refused
