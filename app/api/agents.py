@@ -102,5 +102,5 @@ def _shown(named: NamedAgent, rights: Rights) -> bytes:
             overrides=agent.overrides,
             users=agent.users if "admin" in rights.scopes else UNSET,
             **parameters | {"tools": encode_tools(named.tools)},
-        )
+        ).in_order
     )

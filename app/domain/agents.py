@@ -65,12 +65,13 @@ class Agent(Template, kw_only=True, forbid_unknown_fields=True):
     """`[agents.NAME]`, or what was made of one by API."""
 
     model: ModelName
+    """A model of the catalog or of an upstream, no agent."""
     description: Annotated[str, Meta(max_length=DESCRIPTION_CHARS_MAX)] = ""
     variables: Annotated[dict[str, VariableType], Meta(max_length=VARIABLES_MAX)] = {}
     overrides: Overrides = "none"
     """The parameters that a request may set itself."""
     users: Annotated[list[Annotated[Name, Meta(min_length=1)]], Meta(max_length=USERS_MAX)] | None = None
-    """Whose keys may use it; None for all."""
+    """Whose keys may use it; null for all."""
 
     def lets_set(self, parameter: str) -> bool:
         """Whether a request may set a parameter."""

@@ -6,6 +6,9 @@ from msgspec import UNSET, UnsetType
 
 from app.wire.requests import PromptParameters
 
+FIRST = ("id", "object", "created_at", "updated_at", "name", "model")
+"""The fields that stand first in JSON."""
+
 
 class Agent(PromptParameters, kw_only=True):
     """An agent without the secrets of its tools. Parameters that it does not set are null."""
@@ -17,6 +20,7 @@ class Agent(PromptParameters, kw_only=True):
     updated_at: int
     description: str
     model: str
+    """A model of the catalog or of an upstream, no agent."""
     instructions: Any
     """A text, or messages."""
     variables: dict[str, str]
@@ -25,3 +29,9 @@ class Agent(PromptParameters, kw_only=True):
     overrides: str | list[str]
     users: list[str] | UnsetType | None = UNSET
     """Shown to administrators."""
+
+    @property
+    def in_order(self) -> dict[str, Any]:
+        """Its fields, in the order of JSON."""
+        fields = {name: getattr(self, name) for name in (*FIRST, *self.__struct_fields__)}
+        return {name: value for name, value in fields.items() if value is not UNSET}

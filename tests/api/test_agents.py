@@ -650,6 +650,7 @@ def test_an_agent_is_made_retrieved_updated_and_deleted(house):
     made = house.make("whole", **WHOLE)
     assert made["id"].startswith("agent_")
     assert made["updated_at"] == made["created_at"]
+    assert list(made)[:6] == ["id", "object", "created_at", "updated_at", "name", "model"]
     shown = copy.deepcopy({name: made[name] for name in WHOLE})
     assert shown["tools"][0].pop("description") is shown["tools"][0].pop("strict") is None
     shown["reasoning"].pop("generate_summary", None)

@@ -63,6 +63,11 @@ def test_a_route_has_the_parameters_that_its_handler_reads(route: str):
         assert query | body == parameters_of(handler)
 
 
+@pytest.mark.parametrize("name", ["Agent", "CreateAgent", "UpdateAgent"])
+def test_an_agent_is_no_model_of_an_agent(name: str):
+    assert "no agent" in DOCUMENTED["components"]["schemas"][name]["properties"]["model"]["description"]
+
+
 def test_the_viewer_is_the_release_that_its_readme_names():
     readme = (reference.REDOC.parent / "README.md").read_text()
     body = reference.REDOC.read_bytes()

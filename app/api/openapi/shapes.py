@@ -25,14 +25,19 @@ def page_of(type_: Any, name: str = "") -> type[Struct]:
 
 def _some_of(names: frozenset[str], name: str, doc: str, **more: Any) -> type[Struct]:
     """A body with only some parameters of a create."""
-    docs = documented(requests.Body)
     taken = [
-        (one.name, Annotated[one.type, Meta(description=docs[one.name])] if one.name in docs else one.type, one.default)
+        (one.name, _documented(requests.Body, one.name, one.type), one.default)
         for one in fields(requests.Body)
         if one.name in names
     ]
     own = [(key, type_, None) for key, type_ in more.items()]
     return defstruct(name, [*taken, *own], forbid_unknown_fields=True, namespace={"__doc__": doc})
+
+
+def _documented(struct: type[Struct], name: str, type_: Any) -> Any:
+    """The type of a field, with what the text below the field says of it."""
+    text = documented(struct).get(name)
+    return Annotated[type_, Meta(description=text)] if text else type_
 
 
 CountTokens = _some_of(
@@ -44,7 +49,10 @@ PARTIAL = (CountTokens, Compact)
 
 UpdateAgent = defstruct(
     "UpdateAgent",
-    [(one.name, one.type | None, None) for one in fields(agents.CreateAgent)],
+    [
+        (one.name, _documented(agents.CreateAgent, one.name, one.type | None), None)
+        for one in fields(agents.CreateAgent)
+    ],
     forbid_unknown_fields=True,
     namespace={"__doc__": "What is replaced of an agent; null for what it is by default."},
 )
