@@ -37,10 +37,10 @@ from app.runs.files import FileReading
 from app.runs.following import Following
 from app.runs.foreground import ForegroundRuns
 from app.runs.leases import Leases
+from app.runs.maintenance import Maintenance
 from app.runs.pipeline import Pipeline, Prompts
 from app.runs.planning import Planner
 from app.runs.quotas import Quotas
-from app.runs.rollup import RollUp
 from app.runs.storage_quota import StorageQuota
 from app.settings import Settings, SettingsError
 from app.setup import OTHER_KEY, compaction_prompt, open_seal, reasoning_summary_prompt
@@ -87,7 +87,7 @@ class Core(Struct, frozen=True):
     background: BackgroundRuns
     leases: Leases
     claims: Claims
-    roll_up: RollUp
+    maintenance: Maintenance
 
     async def start(self, foreground: Callable[[], Sequence[Heartbeat]], *, claims: bool) -> None:
         """Start Redis, heartbeats (also for `foreground` runs) and claims."""
@@ -95,14 +95,14 @@ class Core(Struct, frozen=True):
         self.logs.start(self.claims.notified, lambda: self.leases.watch.lease_is_valid)
         self.quotas.start()
         self.leases.start(self.claims.runs, foreground, self.claims.wake)
-        self.roll_up.start()
+        self.maintenance.start()
         if claims:
             self.claims.start()
 
     async def stop(self) -> None:
         """Let runs finish within the grace period, hand back the others, then stop in reverse order."""
         await self.claims.close()
-        await self.roll_up.close()
+        await self.maintenance.close()
         await self.quotas.close()
         await self.leases.close()
         await self.logs.close()
@@ -146,7 +146,7 @@ async def core(settings: Settings, catalog: Catalog, *, claims: bool) -> AsyncIt
             background=background,
             leases=leases,
             claims=Claims(settings, database, leases, background, logs),
-            roll_up=RollUp(settings, database),
+            maintenance=Maintenance(settings, database),
         )
     finally:
         await programs.close()

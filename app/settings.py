@@ -381,6 +381,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         float,
         _about("how long the usage of each run is kept by itself, before it is added to that of its day", ge=1),
     ] = 3_600.0
+    audit_days: Annotated[
+        int, _about("how long entries of the audit log are kept; 0: no limit", ge=0, le=1_000_000)
+    ] = 0
     key_cache_s: Annotated[float, _about("how long a revoked key may still be accepted", ge=0)] = 5.0
     jwt_bytes_max: Annotated[int, _about("a bearer JWT; longer: 401", ge=256)] = 16 * 1024
     jwks_cache_s: Annotated[float, _about("how long an issuer's keys are used before they are fetched again", gt=0)] = (

@@ -48,6 +48,34 @@ def _list(order: Order) -> Query:
 
 _LISTS: dict[Order, Query] = {"asc": _list("asc"), "desc": _list("desc")}
 
+# Ids begin with their time, so what is old is the first part of a tenant's rows in the primary key; the tenants are found by one look
+# into it for each. The bound is no id before 1970.
+_DELETE_OLD = Query(
+    text("""
+    with recursive tenant as (
+        (select tenant_id from audit_log order by tenant_id limit 1)
+        union all
+        select next.tenant_id from tenant cross join lateral (
+            select tenant_id from audit_log where tenant_id > tenant.tenant_id order by tenant_id limit 1
+        ) next
+    ), bound as (
+        select 'audit_' || lpad(to_hex(cast(
+            1000 * greatest(0, extract(epoch from now()) - cast(:days as bigint) * 86400.0) as bigint
+        )), 12, '0') as id
+    ), deleted as (
+        delete from audit_log where ctid = any(array(
+            select entry.ctid from tenant cross join bound cross join lateral (
+                select ctid from audit_log where tenant_id = tenant.tenant_id and id < bound.id
+                order by id limit cast(:limit as bigint) for update skip locked
+            ) entry
+            limit cast(:limit as bigint)
+        )) returning 1
+    )
+    select count(*) as rows from deleted
+    """),
+    across_tenants="entries of every tenant become old",
+)
+
 
 def entry(rights: Rights | None, action: Action, target: str) -> Entry:
     """What a caller does to the thing with this id, now; None for the operator on the command line."""
@@ -85,6 +113,13 @@ async def write(tx: Tx, tenant: str, entry: Entry) -> None:
         action=entry.action,
         target=entry.target,
     )
+
+
+async def delete_old(tx: Tx, *, days: int, limit: int) -> int:
+    """Delete up to `limit` entries that are older than so many days. Returns how many there were."""
+    row = await tx.one(_DELETE_OLD, days=days, limit=limit)
+    assert row
+    return int(row["rows"])
 
 
 async def list_entries(

@@ -17,6 +17,7 @@ from tests.upstream import finish, gate, script
 from tests.waiting import count, fetch, until
 
 CACHE_S = 0.3
+ADMIN = ("--scope=admin", "--scope=responses.read", "--scope=responses.write")
 
 
 class House(Struct):
@@ -231,6 +232,40 @@ def test_a_run_knows_the_key_that_asked_for_it(house, upstream, said, given):
         if "stream" in given:
             list(answered)
     until(lambda: not count(house.env["DATABASE_URL"], "runs"), "its row is gone")
+
+
+# -- The audit log ----------------------------------------------------------------------------------------------------------
+
+OLD_ENTRIES = """
+insert into audit_log (tenant_id, id, created_at, actor, user_name, action, target)
+select tenant, 'audit_' || lpad(to_hex(1000 * made_at + number), 12, '0') || repeat('0', 24), made_at, 'command_line', '', 'key.created', 'x'
+from unnest(array['acme', 'other']) tenant, generate_series(1, 6000) number,
+     cast(extract(epoch from now() - interval '31 days') as bigint) made_at
+"""
+
+
+def test_entries_of_the_audit_log_are_kept_unless_the_setting_says_how_long(base_env, new_database):
+    url = new_database()
+    env = {**base_env, "DATABASE_URL": url}
+    made = [reprise(env, "keys", "create", f"--tenant={name}", *ADMIN) for name in ("acme", "other")]
+    keys, ids = ([one.stdout.strip() for one in made], [one.stderr.split()[0] for one in made])
+    fetch(url, OLD_ENTRIES)
+
+    def listed(key: str, served: Served) -> list[str]:
+        with served.client(key) as client:
+            page = client.get("/admin/audit?order=asc&limit=2", cast_to=httpx.Response).json()
+        return [one["target"] for one in page["data"]]
+
+    with Served({**env, "REPRISE_USAGE_LEDGER_S": "1"}) as served, served.client(keys[0]) as client:
+        client.responses.create(model="m", input="hi")
+        until(lambda: count(url, "usage_days"), "maintenance is done")
+        assert [listed(key, served) for key in keys] == [["x", "x"]] * 2
+        assert count(url, "audit_log") == 12_002
+    with Served({**env, "REPRISE_AUDIT_DAYS": "30"}) as served:
+        until(lambda: count(url, "audit_log") <= 2)
+        assert [listed(key, served) for key in keys] == [[id] for id in ids]
+        deleted = re.compile(r'"entries": ?(\d+)')
+        until(lambda: sum(map(int, deleted.findall("".join(served.printed)))) == 12_000, "the log says so")
 
 
 # -- The command line -------------------------------------------------------------------------------------------------------

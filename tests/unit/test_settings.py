@@ -38,7 +38,7 @@ GOOD: dict[str, tuple[str, Any]] = {
 """A value of each setting that is no plain limit: as it is written, as it is meant."""
 
 UNITS = frozenset(
-    "agents pages bytes events headers items runs calls programs tools servers turns s attempts connections files chars size counts summaries tokens requests credentials".split()
+    "days agents pages bytes events headers items runs calls programs tools servers turns s attempts connections files chars size counts summaries tokens requests credentials".split()
 )
 
 
