@@ -267,6 +267,25 @@ def test_migrate_leads_back_to_the_schema_of_an_earlier_version(base_env, empty_
     assert in_sync(empty_database, differences) == []
 
 
+def test_the_way_back_widens_no_key_and_keeps_users(base_env, empty_database):
+    env = {**base_env, "DATABASE_URL": empty_database}
+    assert reprise(env, "migrate").returncode == 0
+    for options in (
+        ("--name", "free", "--scope", "responses.read", "--scope", "responses.write", "--scope", "admin"),
+        ("--name", "plain"),
+        ("--user", "ada"),
+        ("--scope", "responses.read"),
+        ("--model", "small*"),
+        ("--expires", "2099-01-01"),
+    ):
+        assert reprise(env, "keys", "create", "--tenant", "acme", *options).returncode == 0
+    assert reprise(env, "migrate", "--back-to", "0013").returncode == 0
+    valid = fetch(empty_database, "select name from keys where revoked_at is null order by name")
+    assert [row["name"] for row in valid] == ["free", "plain"]
+    assert reprise(env, "migrate").returncode == 0
+    assert reprise(env, "tenants", "list").stdout == "acme\t2\t1\t-\n"
+
+
 def test_two_that_migrate_at_once_do_not_harm_each_other(base_env, empty_database):
     env = {**base_env, "DATABASE_URL": empty_database}
     with concurrent.futures.ThreadPoolExecutor() as pool:

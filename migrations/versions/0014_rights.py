@@ -14,8 +14,21 @@ branch_labels = None
 depends_on = None
 
 
+# The version before would give them the rights of every key.
+REVOKE_RESTRICTED = """
+update keys set revoked_at = now()
+where revoked_at is null
+  and (user_name <> '' or models is not null or expires_at is not null
+       or not scopes @> array['responses.read', 'responses.write'])
+"""
+
+# Of users that were there before a downgrade, which keeps their data.
+NAME_TENANTS = "update tenants set tenant = split_part(id, chr(31), 1) where strpos(id, chr(31)) > 0"
+
+
 def upgrade() -> None:
     op.add_column("tenants", sa.Column("tenant", sa.Text(), comment="of a user its tenant; else null"))
+    op.execute(NAME_TENANTS)
     op.alter_column(
         "tenants",
         "id",
@@ -70,6 +83,7 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.drop_table("audit_log")
     op.drop_table("retired_secrets")
+    op.execute(REVOKE_RESTRICTED)
     op.drop_constraint("keys_names_check", "keys")
     op.drop_index("keys_tenant_id_id_idx", "keys")
     for name in ("expires_at", "models", "scopes", "user_name"):
