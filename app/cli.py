@@ -4,6 +4,7 @@ Each command imports what it needs: importing everything takes seconds.
 """
 
 import asyncio
+import errno
 import os
 import sys
 import time
@@ -28,6 +29,8 @@ T = TypeVar("T")
 
 JUST_POSTGRES = frozenset({POSTGRES})
 
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
 
 @click.version_option(app.__version__, message="reprise %(version)s")
 @click.group(
@@ -41,9 +44,20 @@ def reprise() -> None:
 def main() -> None:
     """Run the command line; an error of the configuration is one line."""
     try:
+        "".join(sys.argv).encode()
+    except UnicodeEncodeError:
+        click.echo("reprise: an argument is not valid UTF-8.", err=True)
+        sys.exit(2)
+    try:
         reprise.main(standalone_mode=True, prog_name="reprise")
     except (SettingsError, EmbeddedError, ApiError) as error:
         click.echo(f"reprise: {error}", err=True)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        click.echo(f"reprise: no more can be written: {error.strerror}.", err=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest of it at the exit
         sys.exit(1)
 
 
@@ -144,7 +158,7 @@ def _existing() -> Settings:
 
 @keys.command("create")
 @click.option("--tenant", default=DEFAULT_TENANT, show_default=True, help="The tenant whose data the key opens.")
-@click.option("--user", default="", help="Bind the key to a user of the tenant: it opens that user's data only.")
+@click.option("--user", help="Bind the key to a user of the tenant: it opens that user's data only.")
 @click.option("--name", default="", help="A note for yourself.")
 @click.option(
     "--scope",
@@ -160,7 +174,7 @@ def _existing() -> Settings:
 @click.option("--expires", type=click.DateTime(("%Y-%m-%d", "%Y-%m-%dT%H:%M:%S")), help="When it expires, in UTC.")
 def create_key(
     tenant: str,
-    user: str,
+    user: str | None,
     name: str,
     scopes: tuple[Scope, ...],
     models: tuple[str, ...],
@@ -168,13 +182,15 @@ def create_key(
     **limits: int | None,
 ) -> None:
     """Make a key and print it, this once."""
+    if user == "":  # as of a variable that is not set: without a user the key would open the tenant's own data
+        raise click.BadParameter("a user has a name.", param_hint="'--user'")
     settings = _existing()
     from app.storage import audit, keys
     from app.storage.database import opened
 
     key = keys.new_key(
         tenant,
-        user=user,
+        user=user or "",
         name=name,
         scopes=frozenset(scopes) or ORDINARY,
         models=models or None,

@@ -5,6 +5,7 @@ import base64
 import concurrent.futures
 import itertools
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -30,7 +31,7 @@ from app.storage.tables import metadata
 from tests.faults.cluster import locked
 from tests.servers import ROOT, Served, reprise
 from tests.upstream import script
-from tests.waiting import fetch, until
+from tests.waiting import count, fetch, until
 
 HEAD = migrate.revisions()[0]
 
@@ -57,6 +58,46 @@ def test_a_command_imports_nothing_that_it_does_not_need():
         [sys.executable, "-c", begin + "print(*sys.modules)"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert not {"openai", "mcp", "litestar", "sqlalchemy", "alembic", "redis"} & set(done.stdout.split())
+
+
+# -- Arguments and output ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", ""], "expected at most 100 names of 1 to 512 characters"),
+        (["--model", "m" * 513], "expected at most 100 names of 1 to 512 characters"),
+        (["--model=m"] * 101, "expected at most 100 names of 1 to 512 characters"),
+        (["--user", ""], "Invalid value for '--user': a user has a name."),
+        (["--user", os.fsdecode(b"\xff")], "an argument is not valid UTF-8."),
+    ],
+)
+def test_a_key_that_the_api_would_refuse_is_not_made(base_env, new_database, arguments, said):
+    url = new_database()
+    done = reprise({**base_env, "DATABASE_URL": url}, "keys", "create", *arguments)
+    assert done.returncode in {1, 2}
+    assert (done.stdout, said in done.stderr, "Traceback" in done.stderr) == ("", True, False)
+    assert count(url, "keys") == 0
+
+
+def started(env, *arguments, redirect):
+    """A command of its own whose output is redirected by a shell."""
+    command = f"{shlex.join([sys.executable, '-m', 'app', *arguments])} {redirect}"
+    whole_env = {**os.environ, **env}
+    return subprocess.run(command, shell=True, cwd=ROOT, env=whole_env, capture_output=True, text=True, check=False)
+
+
+def test_a_full_disk_is_told_in_one_line(base_env, new_database):
+    done = started({**base_env, "DATABASE_URL": new_database()}, "keys", "create", redirect="> /dev/full")
+    assert (done.returncode, done.stderr) == (1, "reprise: no more can be written: No space left on device.\n")
+
+
+def test_a_command_runs_also_where_its_standard_streams_are_closed(base_env, new_database):
+    url = new_database()
+    done = started({**base_env, "DATABASE_URL": url}, "keys", "create", redirect="<&- >&- 2>&-")
+    assert done.returncode == 0
+    assert count(url, "keys") == 1
 
 
 # -- Settings ---------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from app.settings import KEY_OVERLAP_S_MAX
 from app.storage import audit
 from app.storage.database import Query, Row, Tx, storable
 from app.storage.pages import Page, id_range
-from app.wire.admin import NAME_CHARS_MAX, OwnLimits, Scope, UpdateKey
+from app.wire.admin import MODEL_CHARS_MAX, MODELS_MAX, NAME_CHARS_MAX, OwnLimits, Scope, UpdateKey
 from app.wire.requests import Order
 
 _KEY_PREFIX = "sk-reprise-"
@@ -327,6 +327,12 @@ def _check(key: Key) -> None:
         raise InvalidParameter("A key that is bound to a user can't have the scope 'admin'.", param="user")
     if any(has_controls(one) for one in key.models or ()):
         raise InvalidParameter("'models' may not contain control characters.", param="models")
+    models = key.models or ()
+    if len(models) > MODELS_MAX or not all(0 < len(one) <= MODEL_CHARS_MAX for one in models):
+        raise InvalidParameter(
+            f"Invalid value for 'models': expected at most {MODELS_MAX} names of 1 to {MODEL_CHARS_MAX} characters.",
+            param="models",
+        )
 
 
 async def _one(tx: Tx, query: Query, tenant: str, key_id: str, **binds: object) -> Row:
