@@ -26,7 +26,6 @@ class KeysController(Controller):
     @post(status_code=200)
     async def create(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[bytes]:
         """A new key. Only this reply has its secret."""
-        queries.parse(request, queries.Nothing)
         asked = await services.bodies.decoded(request, wire.CREATE_KEY)
         key = keys.new_key(
             caller.rights.tenant,
@@ -46,18 +45,15 @@ class KeysController(Controller):
                     await audit.write(tx, key.tenant, entry)
         return _reply(key, secret)
 
-    @get()
+    @get(opt=queries.TAKEN)
     async def list(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[Any]:
         """Keys by creation, also revoked and expired ones."""
         query = queries.parse(request, queries.KeyPage)
         return await pages.resources(services, query, keys.list_keys, caller.rights.tenant, show=_shown)
 
     @get("/{key_id:str}")
-    async def retrieve(
-        self, request: Request[Any, Any, Any], key_id: str, caller: Caller, services: Services
-    ) -> Response[bytes]:
+    async def retrieve(self, key_id: str, caller: Caller, services: Services) -> Response[bytes]:
         """One key."""
-        queries.parse(request, queries.Nothing)
         async with services.database.autocommit() as tx:
             return _reply(await keys.get_key(tx, caller.rights.tenant, key_id))
 
@@ -66,7 +62,6 @@ class KeysController(Controller):
         self, request: Request[Any, Any, Any], key_id: str, caller: Caller, services: Services
     ) -> Response[bytes]:
         """Change a key that is not revoked. What it owns, and who it is bound to, stays."""
-        queries.parse(request, queries.Nothing)
         asked = await services.bodies.decoded(request, wire.UPDATE_KEY)
         entry = audit.entry(caller.rights, "key.updated", key_id)
         async for attempt in services.database.settling():
@@ -83,7 +78,6 @@ class KeysController(Controller):
         self, request: Request[Any, Any, Any], key_id: str, caller: Caller, services: Services
     ) -> Response[bytes]:
         """A new secret, which only this reply has; those that it had stay valid for at most `overlap_s`."""
-        queries.parse(request, queries.Nothing)
         asked = await services.bodies.decoded(request, wire.ROTATE_KEY)
         overlap_s = services.settings.key_overlap_s if asked.overlap_s is None else asked.overlap_s
         secret, entry = keys.new_secret(), audit.entry(caller.rights, "key.rotated", key_id)
@@ -96,11 +90,8 @@ class KeysController(Controller):
         return _reply(key, secret)
 
     @delete("/{key_id:str}", status_code=200)
-    async def revoke(
-        self, request: Request[Any, Any, Any], key_id: str, caller: Caller, services: Services
-    ) -> Response[bytes]:
+    async def revoke(self, key_id: str, caller: Caller, services: Services) -> Response[bytes]:
         """Revoke a key; it stays in the list."""
-        queries.parse(request, queries.Nothing)
         entry = audit.entry(caller.rights, "key.revoked", key_id)
         async for attempt in services.database.settling():
             with attempt:
@@ -116,7 +107,7 @@ class AuditController(Controller):
     path = "/v1/admin/audit"
     opt = {"scope": "admin"}
 
-    @get()
+    @get(opt=queries.TAKEN)
     async def list(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[Any]:
         """What was done, by time."""
         query = queries.parse(request, queries.AuditPage)

@@ -31,11 +31,10 @@ class AgentsController(Controller):
     @post(status_code=200, opt=WRITING)
     async def create(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[Any]:
         """A new agent of the tenant."""
-        queries.parse(request, queries.Nothing)
         asked = await services.bodies.decoded(request, agents.CREATE)
         return await _reply(services, caller, await services.agents.create(caller.rights, asked))
 
-    @get(opt=READING)
+    @get(opt={**READING, **queries.TAKEN})
     async def list(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[Any]:
         """Agents by creation; those of the catalog are the oldest."""
         query = queries.parse(request, queries.AgentPage)
@@ -57,11 +56,8 @@ class AgentsController(Controller):
         return await pages.read(services, read, write)
 
     @get("/{agent_id:str}", opt=READING)
-    async def retrieve(
-        self, request: Request[Any, Any, Any], agent_id: str, caller: Caller, services: Services
-    ) -> Response[Any]:
+    async def retrieve(self, agent_id: str, caller: Caller, services: Services) -> Response[Any]:
         """One agent."""
-        queries.parse(request, queries.Nothing)
         return await _reply(services, caller, await services.agents.get(caller.rights, agent_id))
 
     @post("/{agent_id:str}", status_code=200, opt=WRITING)
@@ -69,16 +65,12 @@ class AgentsController(Controller):
         self, request: Request[Any, Any, Any], agent_id: str, caller: Caller, services: Services
     ) -> Response[Any]:
         """Replace some of an agent's parameters."""
-        queries.parse(request, queries.Nothing)
         given = await services.bodies.decoded(request, agents.UPDATE)
         return await _reply(services, caller, await services.agents.update(caller.rights, agent_id, given))
 
     @delete("/{agent_id:str}", status_code=200, opt=WRITING)
-    async def delete(
-        self, request: Request[Any, Any, Any], agent_id: str, caller: Caller, services: Services
-    ) -> Response[bytes]:
+    async def delete(self, agent_id: str, caller: Caller, services: Services) -> Response[bytes]:
         """Delete an agent. Its responses stay as they are."""
-        queries.parse(request, queries.Nothing)
         return small_reply(Deleted(await services.agents.delete(caller.rights, agent_id), "agent.deleted"))
 
 

@@ -64,7 +64,7 @@ class ChatCompletionsController(Controller):
         body = await offload(sum(memoryview(item).nbytes for item in made.output), _completed, made)
         return json_reply(body, services.backlogs, headers, made=made.id, stored=made.store)
 
-    @get()
+    @get(opt=queries.TAKEN)
     async def list(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[Any]:
         """Stored completions by creation, the oldest first unless asked otherwise."""
         query = queries.parse(request, queries.CompletionPage)
@@ -73,11 +73,8 @@ class ChatCompletionsController(Controller):
         return await pages.responses(services, query, filter, caller.tenant_id, after=after, write=_page_of_completions)
 
     @get("/{completion_id:str}")
-    async def retrieve(
-        self, request: Request[Any, Any, Any], completion_id: str, caller: Caller, services: Services
-    ) -> Response[Any]:
+    async def retrieve(self, completion_id: str, caller: Caller, services: Services) -> Response[Any]:
         """One stored completion."""
-        queries.parse(request, queries.Nothing)
         return await _found(services, caller, completion_id)
 
     @post("/{completion_id:str}", status_code=200)
@@ -85,7 +82,6 @@ class ChatCompletionsController(Controller):
         self, request: Request[Any, Any, Any], completion_id: str, caller: Caller, services: Services
     ) -> Response[Any]:
         """Replace the metadata."""
-        queries.parse(request, queries.Nothing)
         with services.bodies.reading(request) as body:
             asked = decode_request(chat_requests.UPDATE, await body.read())
         async for attempt in services.database.settling():
@@ -94,7 +90,7 @@ class ChatCompletionsController(Controller):
                     await completions.update_metadata(tx, caller.tenant_id, completion_id, asked.metadata or {})
         return await _found(services, caller, completion_id)
 
-    @get("/{completion_id:str}/messages")
+    @get("/{completion_id:str}/messages", opt=queries.TAKEN)
     async def messages(
         self, request: Request[Any, Any, Any], completion_id: str, caller: Caller, services: Services
     ) -> Response[Any]:
@@ -114,11 +110,8 @@ class ChatCompletionsController(Controller):
         return await pages.read(services, read, partial(_page_of_messages, completion_id=completion_id, query=query))
 
     @delete("/{completion_id:str}", status_code=200)
-    async def delete(
-        self, request: Request[Any, Any, Any], completion_id: str, caller: Caller, services: Services
-    ) -> Response[bytes]:
+    async def delete(self, completion_id: str, caller: Caller, services: Services) -> Response[bytes]:
         """Delete a completion; responses that continue it keep their context."""
-        queries.parse(request, queries.Nothing)
         entry = audit.entry(caller.rights, "response.deleted", response_id(completion_id))
         async for attempt in services.database.settling():
             with attempt:

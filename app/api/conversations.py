@@ -32,7 +32,6 @@ class ConversationsController(Controller):
     @post(status_code=200)
     async def create(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[bytes]:
         """A new conversation, perhaps with its first items."""
-        queries.parse(request, queries.Nothing)
         await services.storage_quota.demand_room(caller.storage_limits)
         with services.bodies.reading(request) as body, Room(services.reads) as room:
             raw = await body.read()
@@ -45,7 +44,7 @@ class ConversationsController(Controller):
                         await conversations.create_conversation(tx, caller.tenant_id, made, items)
         return small_reply(_shown(made))
 
-    @get()
+    @get(opt=queries.TAKEN)
     async def list(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[Any]:
         """Conversations by creation; beyond the hosted API."""
         query = queries.parse(request, queries.ConversationPage)
@@ -53,11 +52,8 @@ class ConversationsController(Controller):
         return await pages.resources(services, query, list_rows, caller.tenant_id, query.metadata, show=_shown)
 
     @get("/{conversation_id:str}")
-    async def retrieve(
-        self, request: Request[Any, Any, Any], conversation_id: str, caller: Caller, services: Services
-    ) -> Response[bytes]:
+    async def retrieve(self, conversation_id: str, caller: Caller, services: Services) -> Response[bytes]:
         """One conversation, without its items."""
-        queries.parse(request, queries.Nothing)
         async with services.database.autocommit() as tx:
             return small_reply(_shown(await conversations.get_conversation(tx, caller.tenant_id, conversation_id)))
 
@@ -66,7 +62,6 @@ class ConversationsController(Controller):
         self, request: Request[Any, Any, Any], conversation_id: str, caller: Caller, services: Services
     ) -> Response[bytes]:
         """Replace the metadata."""
-        queries.parse(request, queries.Nothing)
         asked = await services.bodies.decoded(request, wire.UPDATE)
         metadata = encode(asked.metadata or {}).decode()
         async with services.database.autocommit() as tx:
@@ -74,11 +69,8 @@ class ConversationsController(Controller):
         return small_reply(_shown(updated))
 
     @delete("/{conversation_id:str}", status_code=200)
-    async def remove(
-        self, request: Request[Any, Any, Any], conversation_id: str, caller: Caller, services: Services
-    ) -> Response[bytes]:
+    async def remove(self, conversation_id: str, caller: Caller, services: Services) -> Response[bytes]:
         """Delete a conversation; its responses and its forks stay as they are."""
-        queries.parse(request, queries.Nothing)
         entry = audit.entry(caller.rights, "conversation.deleted", conversation_id)
         async for attempt in services.database.settling():
             with attempt:
@@ -94,7 +86,6 @@ class ConversationsController(Controller):
         self, request: Request[Any, Any, Any], conversation_id: str, caller: Caller, services: Services
     ) -> Response[bytes]:
         """A new conversation that shares the items of this one, up to `after`; beyond the hosted API."""
-        queries.parse(request, queries.Nothing)
         await services.storage_quota.demand_room(caller.storage_limits)
         asked = await services.bodies.decoded(request, wire.FORK)
         async with services.database.autocommit() as tx:
@@ -108,7 +99,7 @@ class ConversationsController(Controller):
                     )
         return small_reply(_shown(fork))
 
-    @get("/{conversation_id:str}/items")
+    @get("/{conversation_id:str}/items", opt=queries.TAKEN)
     async def items(
         self, request: Request[Any, Any, Any], conversation_id: str, caller: Caller, services: Services
     ) -> Response[Any]:
@@ -116,7 +107,7 @@ class ConversationsController(Controller):
         query = queries.parse(request, queries.ItemPage)
         return await pages.items(services, query, contexts.list_conversation_items, caller.tenant_id, conversation_id)
 
-    @post("/{conversation_id:str}/items", status_code=200)
+    @post("/{conversation_id:str}/items", status_code=200, opt=queries.TAKEN)
     async def create_items(
         self, request: Request[Any, Any, Any], conversation_id: str, caller: Caller, services: Services
     ) -> Response[Any]:
@@ -136,7 +127,7 @@ class ConversationsController(Controller):
         rows = [(id, pages.shown(body, query.include)) for id, body in items]
         return json_reply(pages.encoded(rows, has_more=False), services.backlogs)
 
-    @get("/{conversation_id:str}/items/{item_id:str}")
+    @get("/{conversation_id:str}/items/{item_id:str}", opt=queries.TAKEN)
     async def retrieve_item(
         self, request: Request[Any, Any, Any], conversation_id: str, item_id: str, caller: Caller, services: Services
     ) -> Response[Any]:
@@ -151,10 +142,9 @@ class ConversationsController(Controller):
 
     @delete("/{conversation_id:str}/items/{item_id:str}", status_code=200)
     async def remove_item(
-        self, request: Request[Any, Any, Any], conversation_id: str, item_id: str, caller: Caller, services: Services
+        self, conversation_id: str, item_id: str, caller: Caller, services: Services
     ) -> Response[bytes]:
         """Remove an item; gives the conversation. Responses and forks that have the item keep it."""
-        queries.parse(request, queries.Nothing)
         entry = audit.entry(caller.rights, "conversation.item.deleted", item_id)
         async for attempt in services.database.settling():
             with attempt:

@@ -33,44 +33,34 @@ class FilesController(Controller):
     @post(status_code=200)
     async def create(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[bytes]:
         """A new file, from a form."""
-        queries.parse(request, queries.Nothing)
         await services.storage_quota.demand_room(caller.storage_limits)
         content_type = request.headers.get("content-type", "")
         with services.bodies.reading(request) as body:
             file = await uploads.receive(body, content_type, services.settings, services.database, caller.tenant_id)
         return small_reply(_shown(file))
 
-    @get()
+    @get(opt=queries.TAKEN)
     async def list(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[Any]:
         """Files by creation."""
         query = queries.parse(request, queries.FilePage)
         return await pages.resources(services, query, files.list_files, caller.tenant_id, query.purpose, show=_shown)
 
     @get("/{file_id:str}")
-    async def retrieve(
-        self, request: Request[Any, Any, Any], file_id: str, caller: Caller, services: Services
-    ) -> Response[bytes]:
+    async def retrieve(self, file_id: str, caller: Caller, services: Services) -> Response[bytes]:
         """One file, without its content."""
-        queries.parse(request, queries.Nothing)
         async with services.database.autocommit() as tx:
             return small_reply(_shown(await files.get_file(tx, caller.tenant_id, file_id)))
 
     @get("/{file_id:str}/content")
-    async def content(
-        self, request: Request[Any, Any, Any], file_id: str, caller: Caller, services: Services
-    ) -> Response[Any]:
+    async def content(self, file_id: str, caller: Caller, services: Services) -> Response[Any]:
         """The content of a file, as it was uploaded."""
-        queries.parse(request, queries.Nothing)
         async with services.database.autocommit() as tx:
             file = await files.get_file(tx, caller.tenant_id, file_id)
         return ContentReply(services, caller.tenant_id, file)
 
     @delete("/{file_id:str}", status_code=200)
-    async def remove(
-        self, request: Request[Any, Any, Any], file_id: str, caller: Caller, services: Services
-    ) -> Response[bytes]:
+    async def remove(self, file_id: str, caller: Caller, services: Services) -> Response[bytes]:
         """Delete a file; items that refer to it keep the reference."""
-        queries.parse(request, queries.Nothing)
         entry = audit.entry(caller.rights, "file.deleted", file_id)
         async for attempt in services.database.settling():
             with attempt:

@@ -148,8 +148,11 @@ class Nothing(Struct, forbid_unknown_fields=True, frozen=True):
     """No parameters at all."""
 
 
-IGNORED = frozenset({"beta"})
-"""SDKs of beta features send it on ordinary paths."""
+TAKEN = {"takes_query": True}
+"""The option of a handler that parses its query; below /v1 all others take none."""
+
+IGNORED = frozenset({"beta", "api-version", "client_version"})
+"""What clients name their versions in on every path: SDKs of beta features, clients of Azure, Codex."""
 
 
 def parse(request: Request[Any, Any, Any], type_: type[Q]) -> Q:
@@ -167,6 +170,12 @@ def parse(request: Request[Any, Any, Any], type_: type[Q]) -> Q:
         if getattr(query, name) is None:  # `null`, in any letters
             raise InvalidParameter(f"Invalid value for '{name}': null.", param=name)
     return query
+
+
+def refuse_unless_taken(request: Request[Any, Any, Any]) -> None:
+    """Raises InvalidParameter for a query of a handler that takes none."""
+    if request.scope["query_string"] and not request.route_handler.opt.get("takes_query"):
+        parse(request, Nothing)
 
 
 def _values(request: Request[Any, Any, Any]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class ResponsesController(Controller):
         followed = services.following.follow_stored(caller.tenant_id, queued.response.id, queued.entries, is_new=True)
         return _stream(services, followed, create, headers)
 
-    @get()
+    @get(opt=queries.TAKEN)
     async def list(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[Any]:
         """Responses by creation; beyond the hosted API."""
         if request.headers.get("upgrade", "").lower() == "websocket":
@@ -76,7 +76,7 @@ class ResponsesController(Controller):
             services, query, filter, caller.tenant_id, after=query.after, write=_page_of_responses
         )
 
-    @get("/{response_id:str}")
+    @get("/{response_id:str}", opt=queries.TAKEN)
     async def retrieve(
         self, request: Request[Any, Any, Any], response_id: str, caller: Caller, services: Services
     ) -> Response[Any]:
@@ -107,11 +107,8 @@ class ResponsesController(Controller):
         return _event_stream(services, followed, query.include, obfuscate=bool(query.include_obfuscation), headers={})
 
     @delete("/{response_id:str}", status_code=200)
-    async def delete(
-        self, request: Request[Any, Any, Any], response_id: str, caller: Caller, services: Services
-    ) -> Response[bytes]:
+    async def delete(self, response_id: str, caller: Caller, services: Services) -> Response[bytes]:
         """Delete a response; later ones that build on it keep their context."""
-        queries.parse(request, queries.Nothing)
         entry = audit.entry(caller.rights, "response.deleted", response_id)
         async for attempt in services.database.settling():
             with attempt:
@@ -120,7 +117,7 @@ class ResponsesController(Controller):
                     await audit.write(tx, caller.rights.tenant, entry)
         return small_reply(Deleted(response_id))
 
-    @get("/{response_id:str}/input_items")
+    @get("/{response_id:str}/input_items", opt=queries.TAKEN)
     async def input_items(
         self, request: Request[Any, Any, Any], response_id: str, caller: Caller, services: Services
     ) -> Response[Any]:

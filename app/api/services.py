@@ -8,6 +8,7 @@ import structlog
 from litestar import Request
 from msgspec import Struct
 
+from app.api import queries
 from app.api.attempts import FailedAttempts
 from app.api.auth import Auth
 from app.api.bodies import Bodies
@@ -58,7 +59,7 @@ class Services(Struct, frozen=True):
 
 
 async def provide_caller(request: Request[Any, Any, Any], services: Services) -> Caller:
-    """The caller, which every handler below /v1 depends on."""
+    """The caller, which every handler below /v1 depends on: it is known, may call this, and asks for nothing that this does not take."""
     # Not `request.headers`: Litestar keeps what it has parsed as long as the reply takes, which may be long.
     headers = request.scope["headers"]
     try:
@@ -71,6 +72,7 @@ async def provide_caller(request: Request[Any, Any, Any], services: Services) ->
     options = request.route_handler.opt
     if scope := scope_of(options, request.method):
         caller.rights.demand_scope(scope, or_admin=bool(options.get("or_admin")))
+    queries.refuse_unless_taken(request)
     return caller
 
 

@@ -29,7 +29,6 @@ class ToolCredentialsController(Controller):
     @post(status_code=200)
     async def create(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[bytes]:
         """A new credential."""
-        queries.parse(request, queries.Nothing)
         asked = await services.bodies.decoded(request, wire.CREATE_TOOL_CREDENTIAL)
         rights, settings = caller.rights, services.settings
         _check_name(asked.name)
@@ -54,18 +53,15 @@ class ToolCredentialsController(Controller):
                     await audit.write(tx, rights.tenant, entry)
         return small_reply(_shown(made))
 
-    @get()
+    @get(opt=queries.TAKEN)
     async def list(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[Any]:
         """Credentials by creation."""
         query = queries.parse(request, queries.ToolCredentialPage)
         return await pages.resources(services, query, tool_credentials.list_all, _viewer(caller), show=_shown)
 
     @get("/{credential_id:str}")
-    async def retrieve(
-        self, request: Request[Any, Any, Any], credential_id: str, caller: Caller, services: Services
-    ) -> Response[bytes]:
+    async def retrieve(self, credential_id: str, caller: Caller, services: Services) -> Response[bytes]:
         """One credential."""
-        queries.parse(request, queries.Nothing)
         async with services.database.autocommit() as tx:
             return small_reply(_shown(await tool_credentials.get(tx, _viewer(caller), credential_id)))
 
@@ -74,7 +70,6 @@ class ToolCredentialsController(Controller):
         self, request: Request[Any, Any, Any], credential_id: str, caller: Caller, services: Services
     ) -> Response[bytes]:
         """Another secret, or another name. Server and holder stay."""
-        queries.parse(request, queries.Nothing)
         asked = await services.bodies.decoded(request, wire.UPDATE_TOOL_CREDENTIAL)
         _check_name(asked.name or "")
         secret: Secret | None = None
@@ -94,11 +89,8 @@ class ToolCredentialsController(Controller):
         return small_reply(_shown(updated))
 
     @delete("/{credential_id:str}", status_code=200)
-    async def remove(
-        self, request: Request[Any, Any, Any], credential_id: str, caller: Caller, services: Services
-    ) -> Response[bytes]:
+    async def remove(self, credential_id: str, caller: Caller, services: Services) -> Response[bytes]:
         """Delete a credential: runs that begin from now on do not have it."""
-        queries.parse(request, queries.Nothing)
         tenant = caller.rights.tenant
         entry = audit.entry(caller.rights, "tool_credential.deleted", credential_id)
         async for attempt in services.database.settling():

@@ -26,7 +26,7 @@ class UsageController(Controller):
     path = "/v1/usage"
     opt = {"or_admin": True}
 
-    @get()
+    @get(opt=queries.TAKEN)
     async def report(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[Any]:
         """What was used, of all that the caller may see."""
         query = queries.parse(request, queries.UsagePage)
