@@ -47,6 +47,8 @@ async def _page(services: Services, rights: Rights, query: queries.UsagePage) ->
         after = place_of(query.after)
         if after is None or not all(map(storable, after)):
             raise InvalidParameter("'after' is no cursor of a page of usage.", param="after")
+    if query.since and query.until and query.until < query.since:
+        raise InvalidParameter("Invalid value for 'until': it is before 'since'.", param="until")
     key_id, user = rights.usage_seen
     if _is_other(query.key_id, key_id) or _is_other(query.user, user):
         return Page([], has_more=False)  # what it may not see is as what is not there

@@ -338,6 +338,20 @@ def test_a_conversation_is_continued_over_both_apis(client, upstream, said, key)
     assert len(list(items)) == 7
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prewarm_has_no_answer_and_is_continued(client, upstream, said, stream):
+    options = {"extra_body": {"prompt_cache_options": {"prewarm": True}}, "store": True}
+    body = {"model": "m", "messages": [user(f"{said} one")], **options}
+    made = streamed(client, **body) if stream else client.chat.completions.create(**body)
+    [choice] = made.choices
+    assert (choice.message.content, choice.finish_reason) == (None, "stop")
+    assert upstream.asked(f"{said} one") == []
+    again = {"previous_response_id": made.response_id}
+    client.chat.completions.create(model="m", messages=[user(f"{said} two")], extra_body=again)
+    [asked] = upstream.asked(f"{said} two")
+    assert [one["content"] for one in asked.body["messages"]] == [f"{said} one", f"{said} two"]
+
+
 def test_state_that_is_unknown_is_an_error_and_not_ignored(client):
     for key, value, error in (
         ("previous_response_id", "resp_none", openai.BadRequestError),

@@ -407,6 +407,23 @@ def test_an_issuer_in_a_private_network_is_called_only_if_the_operator_names_it(
 # -- The command line, the log ----------------------------------------------------------------------------------------------
 
 
+def test_the_reply_to_a_token_that_fails_waits_where_a_client_has_failed_often(with_issuers, issuer):
+    env = {"REPRISE_AUTH_ATTEMPTS_PER_MINUTE": "1", "REPRISE_AUTH_DELAY_MAX_S": "120"}
+    with Served(with_issuers(entry(issuer), **env)) as served, httpx.Client(base_url=served.url, timeout=30) as http:
+
+        def status(token: str, **options: float) -> int:
+            return http.get("/models", headers={"Authorization": f"Bearer {token}"}, **options).status_code
+
+        assert status(issuer.token(aud="another")) == 401
+        with pytest.raises(httpx.ReadTimeout):  # it waits for a minute, or until its client disconnects
+            status(issuer.token(aud="another"), timeout=0.5)
+        assert status(issuer.token()) == 200
+        until(lambda: sum("authentication_failed" in line for line in served.printed) == 2)
+        first, second = (json.loads(line) for line in served.printed if "authentication_failed" in line)
+        assert (first["delay_s"], first["key_id"], second["key_id"]) == (0, "jwt:company", "jwt:company")
+        assert second["delay_s"] > 0
+
+
 def test_doctor_fetches_the_keys_of_each_issuer(with_issuers, issuer):
     issuer.answers["bad"] = lambda _: [headed(status="404 Not Found")]
     bad = entry(issuer, keys=f'jwks_url = "{issuer.url}/bad"', name="bad", path="/bad")

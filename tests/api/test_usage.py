@@ -335,6 +335,7 @@ def test_a_server_without_keys_shows_its_usage(client, http):
         ({"group_by": "week"}, "group_by"),
         ({"since": "yesterday"}, "since"),
         ({"until": "2026-02-30"}, "until"),
+        ({"since": "2026-02-02", "until": "2026-02-01"}, "until"),
         ({"limit": "0"}, "limit"),
         ({"limit": "1001"}, "limit"),
         ({"after": "nothing"}, "after"),
