@@ -14,8 +14,8 @@ LEFT_OUT_TOOLS_HEADER = "x-reprise-left-out-tools"
 """Names the types of declared tools that the model does not see, because no server here runs them."""
 
 LEFT_OUT_ITEMS_HEADER = "x-reprise-left-out-items"
-"""Names the types of items that the model does not see: this version does not know them, they are calls without an output, or an agent
-does not take their tools."""
+"""Names the types of items that the model does not see: this version does not know them, they are calls without an output, or their
+tools are not all taken: an agent lets nothing add any, or Chat Completions can't carry their calls."""
 
 LEFT_OUT_FILES_HEADER = "x-reprise-left-out-files"
 """Names files of earlier items that are gone: by their ids, or their addresses without the query."""

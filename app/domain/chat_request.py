@@ -266,10 +266,15 @@ def _tool(raw: Raw, at: str) -> AnyTool:
     return tool
 
 
+def is_carried(tool: AnyTool) -> bool:
+    """Whether Chat Completions can carry the calls of a tool, or this server makes them."""
+    return not (isinstance(tool, NamespaceTool) or (isinstance(tool, HostedTool) and client_tool_of(tool)))
+
+
 def refuse_uncarried(tool: AnyTool, at: str) -> None:
     """Raises UnsupportedParameter for a tool whose calls Chat Completions can't carry."""
-    if isinstance(tool, NamespaceTool) or (isinstance(tool, HostedTool) and client_tool_of(tool)):
-        type_ = "namespace" if isinstance(tool, NamespaceTool) else tool.type
+    if not is_carried(tool):
+        type_ = tool.type if isinstance(tool, HostedTool) else "namespace"
         raise UnsupportedParameter(
             f"Tools of type '{type_}' that the client runs are not supported in Chat Completions.", param=f"{at}.type"
         )

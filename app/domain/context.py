@@ -9,6 +9,7 @@ from msgspec import UNSET, Struct
 from msgspec.structs import replace
 
 from app.domain.approvals import was_asked
+from app.domain.chat_request import is_carried
 from app.domain.client_tools import ID_PREFIXES, is_client_run, is_found_by
 from app.domain.compaction import is_compaction, is_instruction, newest_compaction, open_compacted
 from app.domain.hosted import Kind
@@ -78,7 +79,7 @@ NO_ORIGINS: Mapping[str, str] = MappingProxyType({})
 
 class LeftOut(Struct, frozen=True):
     """Types of tools and items that the model does not see: no server here runs them, this version does not know them, they are
-    calls of other servers that have no output, or an agent does not take their tools. And ids or addresses of files that are gone."""
+    calls of other servers that have no output, or their tools are not all taken. And ids or addresses of files that are gone."""
 
     tools: tuple[str, ...]
     items: tuple[str, ...]
@@ -106,7 +107,7 @@ class Context(Struct, frozen=True):
     lists: tuple[McpListTools, ...]
     """Those of the declared MCP servers, oldest first."""
     unheeded: tuple[str, ...]
-    """Types of items that would add tools to those of an agent which lets nothing add any."""
+    """Types of items whose tools are not all taken: an agent lets nothing add any, or Chat Completions can't carry their calls."""
 
     @property
     def visible(self) -> list[tuple[int, AnyItem]]:
@@ -246,11 +247,11 @@ def _context(
     added: list[AnyTool] = []
     unheeded: list[str] = []
     for item in items:
-        if tools := tools_added_by(item):
-            if request.items_add_tools or is_found_by(request.tools, item):
-                added += tools
-            else:
-                unheeded.append(type_of(item))
+        tools = tools_added_by(item)
+        taken = _taken(tools, item, request)
+        added += taken
+        if len(taken) < len(tools):
+            unheeded.append(type_of(item))
     listed = {item.server_label: item.tools for item in lists}
     return Context(
         items=items,
@@ -265,6 +266,13 @@ def _context(
         lists=lists,
         unheeded=tuple(dict.fromkeys(unheeded)),
     )
+
+
+def _taken(tools: Sequence[AnyTool], item: AnyItem, request: CreateResponse) -> Sequence[AnyTool]:
+    """The tools of an item that join those of the request: for Chat Completions those whose calls it can carry."""
+    if not (request.items_add_tools or is_found_by(request.tools, item)):
+        return ()
+    return [tool for tool in tools if is_carried(tool)] if request.is_chat else tools
 
 
 def _relies_on_lists(request: CreateResponse) -> bool:

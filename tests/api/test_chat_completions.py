@@ -352,6 +352,31 @@ def test_a_prewarm_has_no_answer_and_is_continued(client, upstream, said, stream
     assert [one["content"] for one in asked.body["messages"]] == [f"{said} one", f"{said} two"]
 
 
+CLIENTS = [
+    {"type": "local_shell"},
+    {"type": "tool_search", "execution": "client"},
+    {"type": "namespace", "name": "box", "description": "A box.", "tools": [{"type": "function", "name": "add"}]},
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_chain_brings_no_tools_whose_calls_are_none_of_chat_completions(http, client, upstream, said, stream):
+    functions = [{"type": "function", "name": "look"}, {"type": "custom", "name": "note"}]
+    adding = {"type": "additional_tools", "role": "developer", "tools": [*CLIENTS, *functions]}
+    first = client.responses.create(model="m", input=[adding, user(f"{said} one")])
+    given = script([note(f"{said} {stream}"), call("look", {}, id="call_1"), finish("tool_calls")])
+    body = {"model": "m", "messages": [user(given)], "previous_response_id": first.id, "stream": stream}
+    reply = http.post("/chat/completions", json=body)
+    assert reply.headers["x-reprise-left-out-items"] == "additional_tools"
+    [asked] = upstream.asked(given)
+    assert [one["function"]["name"] for one in asked.body["tools"]] == ["look", "note"]
+    assert ('"finish_reason":"tool_calls"' in reply.text, '"name":"look"' in reply.text) == (True, True)
+    plain = {**adding, "tools": functions}
+    second = client.responses.create(model="m", input=[plain, user(f"{said} two")])
+    reply = http.post("/chat/completions", json={**body, "previous_response_id": second.id})
+    assert "x-reprise-left-out-items" not in reply.headers
+
+
 def test_state_that_is_unknown_is_an_error_and_not_ignored(client):
     for key, value, error in (
         ("previous_response_id", "resp_none", openai.BadRequestError),
