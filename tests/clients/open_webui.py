@@ -56,9 +56,9 @@ def joined(stream: str) -> str:
     return "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
 
 
-def serves(http: httpx.Client) -> bool:
-    """Whether it answers."""
+def serves(http: httpx.Client, path: str = "/health") -> bool:
+    """Whether it answers there, and well."""
     try:
-        return http.get("/health").is_success
+        return http.get(path).is_success
     except httpx.TransportError:
         return False
