@@ -4,6 +4,7 @@ import base64
 import binascii
 import csv
 import io
+import re
 from collections.abc import Sequence
 
 import msgspec
@@ -13,8 +14,9 @@ from app.wire.usage import COLUMNS, TEXTS, GroupUsage
 
 _PLACE = msgspec.json.Decoder(tuple[str, str, str, str, str])
 
-_FORMULAS = ("=", "+", "-", "@", "\t", "\r")
-"""How a text begins that a spreadsheet takes for a formula. Clients choose the names of models."""
+_FORMULA = re.compile(r"^[\t\r\n]|(?:^|(?<=[;|\t\r\n]))(?= *[=+\-@\uff1d\uff0b\uff0d\uff20])")
+"""Where a spreadsheet takes the rest of a text for a formula: at its beginning, and after what separates cells in some countries. Clients
+choose the names of models."""
 
 
 def cursor(place: Sequence[str]) -> str:
@@ -66,5 +68,5 @@ def as_csv(used: Sequence[GroupUsage]) -> str:
     written = io.StringIO()
     writer = csv.writer(written, lineterminator="\r\n")
     writer.writerow(names)
-    writer.writerows([f"'{cell}" if cell.startswith(_FORMULAS) else cell for cell in row] for row in rows)
+    writer.writerows([_FORMULA.sub(r"'\g<0>", cell) for cell in row] for row in rows)
     return written.getvalue()

@@ -96,9 +96,23 @@ def test_a_table_has_the_columns_that_its_rows_have_and_nothing_that_a_terminal_
     ]
 
 
-@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)", "\tx", "\rx"])
+@pytest.mark.parametrize(
+    "name", ["=1+1", "+1", "-1", "@SUM(A1)", "\tx", "\rx", "\n=1", " =1", "\N{FULLWIDTH EQUALS SIGN}1"]
+)
 def test_csv_has_no_formulas(name: str):
     assert as_csv([row(model=name)]).partition("\r\n")[2].strip('"').startswith("'")
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "\n", "|"])
+def test_csv_has_no_formulas_for_who_separates_cells_in_another_way(separator: str):
+    name = f"a{separator}=1{separator}-b-1"
+    assert (
+        as_csv([row(model=name)]).partition("\r\n")[2].lstrip('"').startswith(name.replace(separator, f"{separator}'"))
+    )
+
+
+def test_csv_has_names_without_formulas_as_they_are():
+    assert as_csv([row(model="qwen3-8b;a=b@c")]).partition("\r\n")[2].startswith("qwen3-8b;a=b@c,")
 
 
 @given(st.tuples(*[st.text()] * 5))
