@@ -10,10 +10,11 @@ from litestar import Controller, Request, Response, get
 from msgspec.structs import replace
 
 from app.api.connected import while_connected
-from app.api.replies import small_reply
+from app.api.replies import json_reply, small_reply
 from app.api.services import Services
 from app.domain.agents import NamedAgent
 from app.errors import ApiError, NotFound, UpstreamError, UpstreamStalled
+from app.offload import offload
 from app.outbound.catalog import Route
 from app.outbound.upstream import Upstream
 from app.runs.admission import Caller
@@ -21,12 +22,15 @@ from app.storage.agents import Summary
 from app.telemetry import describe
 from app.wire.chat import ModelEntry
 from app.wire.requests import is_model_name
-from app.wire.resources import Model, Models
+from app.wire.resources import Model, Models, encode
 
 log = structlog.get_logger()
 
 Listed = Mapping[str, Sequence[ModelEntry]]
 """What upstreams list, by their names."""
+
+ENTRY_BYTES = 256
+"""What a listed model takes, about."""
 
 
 class ModelsController(Controller):
@@ -36,10 +40,10 @@ class ModelsController(Controller):
     opt = {"scope": None}  # any key may ask what it may use
 
     @get()
-    async def list(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[bytes]:
+    async def list(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[Any]:
         """Every model and agent that the key may use, those of the catalog first."""
-        models = await while_connected(request.receive, _models(caller, services))
-        return small_reply(Models(models))
+        body = await while_connected(request.receive, _models(caller, services))
+        return json_reply(body, services.backlogs)
 
     @get("/{model_id:path}")
     async def retrieve(
@@ -90,11 +94,10 @@ async def _listed(upstream: Upstream, caller: Caller, wait_s: float) -> list[Mod
         raise UpstreamStalled(f"Upstream '{upstream.name}' did not list its models in time.") from None
 
 
-async def _models(caller: Caller, services: Services) -> list[Model]:
+async def _models(caller: Caller, services: Services) -> bytes:
     """Those of the catalog, agents, then those of the upstreams, by UPSTREAM@NAME if there are several. An upstream that does not
     answer lists nothing."""
     upstreams = services.upstreams
-    agents = await services.agents.all(caller.rights)
     answers: list[Any] = await asyncio.gather(
         *(_listed(upstream, caller, services.settings.models_wait_s) for upstream in upstreams.values()),
         return_exceptions=True,
@@ -107,15 +110,29 @@ async def _models(caller: Caller, services: Services) -> list[Model]:
             raise answer
         else:
             listed[upstream.name] = answer
+    agents = await services.agents.all(caller.rights)
+    failed = None if listed or not answers else answers[0]
+    size = sum(agent.bytes for agent, _ in agents) + ENTRY_BYTES * sum(map(len, listed.values()))
+    return await offload(size, _encoded, caller, services, agents, listed, failed)
+
+
+def _encoded(
+    caller: Caller,
+    services: Services,
+    agents: Sequence[tuple[NamedAgent | Summary, bool]],
+    listed: Listed,
+    failed: ApiError | None,
+) -> bytes:
+    """The list. Raises `failed` where there is nothing else to say."""
     named = [_of_catalog(name, services, listed) for name in services.catalog.model_names]
     for agent, usable in agents:
         with suppress(NotFound):  # as a request that names it would be answered
             named += [_of_agent(agent, caller, services, listed)] if usable else []
-    if not named and not listed and answers:
-        raise answers[0]
+    if failed and not named:
+        raise failed
     known = {model.id for model in named} | {agent.name for agent, _ in agents}
     others = [model for model in _of_upstreams(services, listed) if model.id not in known]
-    return [model for model in named + others if model.is_agent or caller.rights.may_use(model.id)]
+    return encode(Models([one for one in named + others if one.is_agent or caller.rights.may_use(one.id)]))
 
 
 def _of_upstreams(services: Services, listed: Listed) -> list[Model]:

@@ -80,7 +80,7 @@ class Agents:
     async def all(self, rights: Rights) -> list[tuple[NamedAgent | Summary, bool]]:
         """Every agent that a request of the tenant may name, and whether the caller may."""
         async with self._database.autocommit() as tx:
-            own = await agents.summaries(tx, rights.tenant)
+            own = await agents.summaries(tx, rights.tenant, rights.user, described=True)
         named: list[NamedAgent | Summary] = [
             *self._shared_with(rights.tenant).values(),
             *(one for one in own if self._is_named(rights.tenant, one.name)),
@@ -159,7 +159,7 @@ class Agents:
 
         Raises InvalidParameter for a cursor that is no agent."""
         async with self._database.autocommit() as tx:
-            own = await agents.summaries(tx, rights.tenant)
+            own = await agents.summaries(tx, rights.tenant, rights.user, described=False)
         every: list[NamedAgent | Summary] = [*self._shared_with(rights.tenant).values(), *own]
         shown = [one for one in every if _may_be_read(one, rights)]
         if order == "desc":
@@ -315,7 +315,7 @@ async def _stored(tx: Tx, tenant: str, id: str) -> StoredAgent:
 def _may_be_used(agent: NamedAgent | Summary, rights: Rights) -> bool:
     if isinstance(agent, NamedAgent):
         return agent.may_be_used(rights)
-    return rights.may_use(agent.name) and (agent.users is None or rights.user in agent.users)
+    return agent.is_for_user and rights.may_use(agent.name)
 
 
 def _may_be_read(agent: NamedAgent | Summary, rights: Rights) -> bool:

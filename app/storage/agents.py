@@ -20,8 +20,10 @@ _GET = Query(text(f"select {_COLUMNS} from agents where tenant_id = :tenant_id a
 
 _SUMMARIES = Query(
     text("""
-    select id, name, created_at, updated_at, model, description, users, bytes
-    from agents where tenant_id = :tenant_id order by id
+    select id, name, created_at, updated_at, model, bytes, is_for_user,
+           case when is_for_user and :described then description else '' end as description
+    from agents cross join lateral (select users is null or :user = any(users) as is_for_user) asked
+    where tenant_id = :tenant_id order by id
     """)
 )
 
@@ -85,7 +87,9 @@ class Summary(Struct, frozen=True, kw_only=True):
     updated_at: int
     model: str
     description: str
-    users: tuple[str, ...] | None
+    """Of one that is not for the user, or was read without it, empty."""
+    is_for_user: bool
+    """Whether it is for the user who asks."""
     bytes: int
     """Of the body with the secrets."""
 
@@ -123,9 +127,11 @@ async def find(tx: Tx, tenant: str, id: str) -> StoredAgent | None:
     return _agent(row) if row else None
 
 
-async def summaries(tx: Tx, tenant: str) -> list[Summary]:
-    """Every agent of a tenant, the oldest first; there are at most REPRISE_AGENTS_TENANT_MAX."""
-    return [Summary(**{**row, "users": _users(row)}) for row in await tx.all(_SUMMARIES, tenant_id=tenant)]
+async def summaries(tx: Tx, tenant: str, user: str, *, described: bool) -> list[Summary]:
+    """Every agent of a tenant, the oldest first; there are at most REPRISE_AGENTS_TENANT_MAX. `user` asks, empty for none. What is long is
+    not read: whom else they are for, and, unless they are to be `described`, their descriptions."""
+    rows = await tx.all(_SUMMARIES, tenant_id=tenant, user=user, described=described)
+    return [Summary(**row) for row in rows]
 
 
 async def find_all(tx: Tx, tenant: str, ids: Sequence[str]) -> list[StoredAgent]:

@@ -729,6 +729,18 @@ def test_with_one_upstream_such_an_agent_s_name_is_the_model_that_the_upstream_l
             assert upstream.asked(f"{said} {tenant}")[-1].body["model"] == asked
 
 
+@pytest.mark.parametrize("path", ["/models", "/agents"])
+def test_a_long_list_counts_as_unread_until_its_client_has_it(base_env, new_database, house, path):
+    env = {**house.env, "DATABASE_URL": new_database(), "REPRISE_UNREAD_BYTES_MAX": "65536"}
+    key = reprise(env, "keys", "create", "--tenant", "acme", "--scope=admin").stdout.strip()
+    with Served(env) as served, served.client(key) as client:
+        for at in range(20):
+            given = {"name": f"a{at}", "model": "plain", "description": "\N{EURO SIGN}" * 2_000}
+            client.post("/agents", body=given, cast_to=object)
+        with pytest.raises(openai.InternalServerError, match="unread"):
+            client.get(path, cast_to=object)
+
+
 @pytest.mark.parametrize("order", ["asc", "desc"])
 def test_agents_are_listed_page_by_page(house, order):
     for index in range(3):
