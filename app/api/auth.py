@@ -84,7 +84,7 @@ class Auth:
             return limits
         async with self._database.autocommit() as tx:
             limits = limits_of(await tenants.find_limits(tx, tenant), self._tenant_default)
-        _remember(self._tenants, tenant, (asked_at + self._cache_s, limits))
+        _remember(self._tenants, tenant, asked_at + self._cache_s, limits)
         return limits
 
     async def _keys_in_use(self) -> bool:
@@ -130,16 +130,17 @@ class Auth:
         cache_s = self._cache_s
         if proof and proof.left_s is not None and proof.left_s > 0:
             cache_s = min(cache_s, proof.left_s)
-        _remember(self._known, digest, (asked_at + cache_s, proof))
+        _remember(self._known, digest, asked_at + cache_s, proof)
         return proof
 
 
-def _remember(cache: dict[K, V], key: K, value: V) -> None:
-    """What was remembered first is forgotten first."""
+def _remember(cache: dict[K, tuple[float, V]], key: K, until: float, value: V) -> None:
+    """What was remembered first is forgotten first: what is out of date, as a key may have long lists of models, and what is too much."""
     cache.pop(key, None)
-    while len(cache) >= CACHED_MAX:
+    now = time.monotonic()
+    while cache and (len(cache) >= CACHED_MAX or next(iter(cache.values()))[0] <= now):
         del cache[next(iter(cache))]
-    cache[key] = value
+    cache[key] = until, value
 
 
 def _missing() -> AuthenticationFailed:
