@@ -199,15 +199,19 @@ def create_key(
     )
     secret = keys.new_secret()
 
-    async def create() -> None:
+    async def create() -> list[str]:
         async with opened(settings) as database, database.begin() as tx:
-            await keys.create_key(tx, key, secret, by=None)
+            new = await keys.create_key(tx, key, secret, by=None)
             await audit.write(tx, tenant, audit.entry(None, "key.created", key.id))
+            return new
 
-    _run(create())
+    new = _run(create())
     click.echo(secret)
     of_user = f", user {user}" if user else ""
     click.echo(f"{key.id} for tenant {tenant}{of_user}; keep it: only its hash is stored.", err=True)
+    for what in new:
+        if (what, tenant) != ("tenant", DEFAULT_TENANT):
+            click.echo(f"The {what} is new.", err=True)
 
 
 @keys.command("list")

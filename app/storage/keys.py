@@ -174,11 +174,12 @@ async def keys_in_use(tx: Tx) -> bool:
     return row is not None and bool(row["any_key"])
 
 
-async def create_key(tx: Tx, key: Key, secret: str, *, by: Rights | None) -> None:
-    """Store a new key, made by a caller or the operator, and its tenant and user if they are new. Needs a transaction."""
-    await _have_tenant(tx, key.tenant, by)
-    if key.user:
-        await tx.one(_USER, tenant_id=owner_of(key.tenant, key.user), tenant=key.tenant)
+async def create_key(tx: Tx, key: Key, secret: str, *, by: Rights | None) -> list[str]:
+    """Store a new key, made by a caller or the operator, and its tenant and user if they are new: gives what is (`tenant`, `user`). Needs
+    a transaction."""
+    new = ["tenant"] if await _have_tenant(tx, key.tenant, by) else []
+    if key.user and await tx.one(_USER, tenant_id=owner_of(key.tenant, key.user), tenant=key.tenant):
+        new.append("user")
     await tx.one(
         _INSERT,
         hash=digest(secret),
@@ -191,6 +192,7 @@ async def create_key(tx: Tx, key: Key, secret: str, *, by: Rights | None) -> Non
         limits=encode_limits(key.limits),
         expires_at=key.expires_at,
     )
+    return new
 
 
 async def all_keys(tx: Tx) -> list[Key]:
@@ -211,9 +213,12 @@ async def have_owner(tx: Tx, rights: Rights, *, makes_tenant: bool) -> bool:
     return True
 
 
-async def _have_tenant(tx: Tx, tenant: str, by: Rights | None) -> None:
-    if await tx.one(_TENANT, tenant_id=tenant) is not None:
-        await audit.write(tx, tenant, audit.entry(by, "tenant.created", tenant))
+async def _have_tenant(tx: Tx, tenant: str, by: Rights | None) -> bool:
+    """See that there is a tenant. Returns whether it is new."""
+    if await tx.one(_TENANT, tenant_id=tenant) is None:
+        return False
+    await audit.write(tx, tenant, audit.entry(by, "tenant.created", tenant))
+    return True
 
 
 async def list_keys(tx: Tx, tenant: str, *, after: str | None, limit: int, order: Order) -> Page[Key]:

@@ -249,20 +249,21 @@ def test_entries_of_the_audit_log_are_kept_unless_the_setting_says_how_long(base
     env = {**base_env, "DATABASE_URL": url}
     made = [reprise(env, "keys", "create", f"--tenant={name}", *ADMIN) for name in ("acme", "other")]
     keys, ids = ([one.stdout.strip() for one in made], [one.stderr.split()[0] for one in made])
+    young = count(url, "audit_log")
     fetch(url, OLD_ENTRIES)
 
     def listed(key: str, served: Served) -> list[str]:
         with served.client(key) as client:
-            page = client.get("/admin/audit?order=asc&limit=2", cast_to=httpx.Response).json()
+            page = client.get("/admin/audit?order=asc&limit=2&type=key.created", cast_to=httpx.Response).json()
         return [one["target"] for one in page["data"]]
 
     with Served({**env, "REPRISE_USAGE_LEDGER_S": "1"}) as served, served.client(keys[0]) as client:
         client.responses.create(model="m", input="hi")
         until(lambda: count(url, "usage_days"), "maintenance is done")
         assert [listed(key, served) for key in keys] == [["x", "x"]] * 2
-        assert count(url, "audit_log") == 12_002
+        assert count(url, "audit_log") == 12_000 + young
     with Served({**env, "REPRISE_AUDIT_DAYS": "30"}) as served:
-        until(lambda: count(url, "audit_log") <= 2)
+        until(lambda: count(url, "audit_log") <= young)
         assert [listed(key, served) for key in keys] == [[id] for id in ids]
         deleted = re.compile(r'"entries": ?(\d+)')
         until(lambda: sum(map(int, deleted.findall("".join(served.printed)))) == 12_000, "the log says so")
@@ -276,7 +277,7 @@ def test_the_command_line_makes_rotates_and_lists_keys(house):
     options = ("--user=ada", "--scope=responses.read", "--model=m*", "--model=n", f"--expires={tomorrow}")
     made = reprise(house.env, "keys", "create", "--tenant=acme", *options)
     id, secret = made.stderr.split()[0], made.stdout.strip()
-    assert "for tenant acme, user ada" in made.stderr
+    assert "for tenant acme, user ada; keep it: only its hash is stored.\n" in made.stderr
     endless = reprise(house.env, "keys", "rotate", id, "--overlap-s=inf")
     assert (endless.returncode, endless.stderr) == (1, "reprise: 'overlap_s' must be from 0 to 31536000.\n")
     rotated = reprise(house.env, "keys", "rotate", id, "--overlap-s=0")
@@ -300,6 +301,26 @@ def test_the_command_line_makes_rotates_and_lists_keys(house):
         assert http.get("/admin/audit", params={"type": "key.made"}).json()["error"]["param"] == "type"
         page = http.get("/admin/audit", params={"limit": 1, "after": log[0]["id"]}).json()
         assert (page["data"], page["has_more"]) == ([log[1]], True)
+
+
+@pytest.mark.parametrize(
+    ("options", "new"),
+    [
+        (("--tenant=acme",), []),
+        (("--tenant=acmee",), ["tenant"]),
+        (("--tenant=acmee",), []),
+        (("--tenant=acmee", "--user=ada"), ["user"]),
+        (("--tenant=acmee", "--user=ada"), []),
+        (("--tenant=ACME", "--user=bob"), ["tenant", "user"]),
+        ((), []),  # the default tenant is known
+    ],
+)
+def test_the_command_line_says_what_a_key_is_the_first_of(house, options, new):
+    """One after another; a name may be a typing error."""
+    made = reprise(house.env, "keys", "create", *options)
+    assert made.returncode == 0
+    assert made.stderr.splitlines()[1:] == [f"The {what} is new." for what in new]
+    assert len(made.stdout.splitlines()) == 1
 
 
 def test_a_key_of_the_version_before_reads_and_writes(base_env, new_database):
