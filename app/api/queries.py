@@ -9,7 +9,8 @@ from msgspec import Meta, Struct
 
 from app.errors import InvalidParameter
 from app.wire.admin import Action
-from app.wire.decoding import invalid
+from app.wire.decoding import invalid, unknown
+from app.wire.keys import suggestion
 from app.wire.requests import Include, Order
 from app.wire.resources import Status
 from app.wire.usage import Group
@@ -161,7 +162,7 @@ def parse(request: Request[Any, Any, Any], type_: type[Q]) -> Q:
     known = {field.name for field in msgspec.structs.fields(type_)}  # type: ignore[arg-type]
     for name in values:
         if name not in known:
-            raise InvalidParameter(f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")
+            raise unknown(name, suggestion(type_, "", name.partition("[")[0]))
     try:
         query = msgspec.convert(values, type_, strict=False)
     except msgspec.ValidationError as error:

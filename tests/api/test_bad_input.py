@@ -563,6 +563,19 @@ def test_a_bad_filter_is_named(http, query, code, param):
 
 
 @pytest.mark.parametrize(
+    ("path", "query", "message"),
+    [
+        ("/responses", "aftr=x", "Unknown parameter: 'aftr'. Did you mean 'after'?"),
+        ("/chat/completions", "metadta[a]=b", "Unknown parameter: 'metadta[a]'. Did you mean 'metadata'?"),
+        ("/usage", "groupby=day", "Unknown parameter: 'groupby'. Did you mean 'group_by'?"),
+        ("/agents", "mood=1", "Unknown parameter: 'mood'."),
+    ],
+)
+def test_a_misspelt_name_in_a_query_is_refused_with_the_one_that_is_meant(http, path, query, message):
+    assert refusal_of(http.get(f"{path}?{query}"))["message"] == message
+
+
+@pytest.mark.parametrize(
     ("query", "code", "param"),
     [
         ("include[]=everything", VALUE, "include[0]"),
