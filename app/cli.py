@@ -152,7 +152,7 @@ def _existing() -> Settings:
     settings = setup.with_servers(_settings(), JUST_POSTGRES)
     from app import migrate
 
-    _run(migrate.demand(settings.database_url))
+    _run(migrate.demand(settings))
     return settings
 
 

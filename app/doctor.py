@@ -116,7 +116,7 @@ async def _postgres(settings: Settings) -> AsyncIterator[Finding]:
             yield Finding(
                 "Postgres writes", False, "it is read-only: a standby, or default_transaction_read_only is on"
             )
-        if fault := await migrate.fault(settings.database_url):
+        if fault := await migrate.fault(settings.database_url, timeout_s=settings.database_timeout_s):
             yield Finding("schema", False, fault)
             return
         yield Finding("schema", True, "is that of this version")

@@ -14,8 +14,8 @@ from alembic.util import CommandError
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from app.settings import SettingsError
-from app.storage.urls import unpooled_engine
+from app.settings import Settings, SettingsError
+from app.storage.urls import CONNECT_TIMEOUT_S, unpooled_engine
 
 MIGRATIONS = Path(__file__).resolve().parent.parent / "migrations"
 
@@ -62,16 +62,16 @@ def revisions() -> list[str]:
     return [script.revision for script in ScriptDirectory(str(MIGRATIONS)).walk_revisions()]
 
 
-async def fault(database_url: str) -> str | None:
+async def fault(database_url: str, *, timeout_s: float = CONNECT_TIMEOUT_S) -> str | None:
     """What is wrong with the schema, in one line; None if it is that of this version.
 
-    Raises SettingsError if the database can't be reached.
+    Raises SettingsError if the database can't be reached, or does not answer in time.
     """
     own, *older = revisions()
     engine = unpooled_engine(database_url)
     try:
         with _reached():
-            async with engine.connect() as connection:
+            async with asyncio.timeout(timeout_s), engine.connect() as connection:
                 found = await connection.run_sync(_revision)
     finally:
         await engine.dispose()
@@ -84,9 +84,9 @@ async def fault(database_url: str) -> str | None:
     return f"the database's schema {found} is newer than this version's {own}: run the version that made it, or a later one."
 
 
-async def demand(database_url: str) -> None:
+async def demand(settings: Settings) -> None:
     """Raises SettingsError unless the schema is that of this version."""
-    if found := await fault(database_url):
+    if found := await fault(settings.database_url, timeout_s=settings.database_timeout_s):
         raise SettingsError(found)
 
 
@@ -95,7 +95,7 @@ def _reached() -> Iterator[None]:
     try:
         yield
     except (OSError, DBAPIError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        why = str(getattr(error, "orig", None) or error).partition("\n")[0]
+        why = str(getattr(error, "orig", None) or error).partition("\n")[0] or "it does not answer"
         raise SettingsError(f"the database can't be used: {why}.") from error
 
 

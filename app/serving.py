@@ -28,7 +28,7 @@ LAST_EVENTS_S = 5
 
 async def serve(settings: Settings, embedded: frozenset[str]) -> None:
     """Serve the API until a signal; `embedded` names the servers that run embedded. Raises SettingsError."""
-    await migrate.demand(settings.database_url)
+    await migrate.demand(settings)
     async with assembly.assembled(settings) as built:
         door = Door(settings)
         door.fit_open_files()
@@ -45,7 +45,7 @@ async def serve(settings: Settings, embedded: frozenset[str]) -> None:
 
 async def work(settings: Settings) -> None:
     """Make background responses until a signal. Raises SettingsError."""
-    await migrate.demand(settings.database_url)
+    await migrate.demand(settings)
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)

@@ -212,6 +212,16 @@ def secret(byte):
     return base64.b64encode(bytes([byte] * 32)).decode()
 
 
+@pytest.mark.parametrize("command", ["serve", "worker", "keys list", "migrate"])
+def test_a_database_that_does_not_answer_is_told_in_one_line(base_env, silent, command):
+    host = silent.url.removeprefix("http://").partition("/")[0]
+    url = f"postgresql://reprise@{host}/none{'?connect_timeout=1' if command == 'migrate' else ''}"
+    env = {**base_env, "DATABASE_URL": url, "REPRISE_DATABASE_TIMEOUT_S": "1"}
+    begun = time.monotonic()
+    assert refused(env, *command.split()) == "the database can't be used: it does not answer."
+    assert time.monotonic() - begun < 10
+
+
 def test_a_process_with_another_secret_key_refuses_to_start_unless_it_knows_the_former_one(
     base_env, new_database, upstream, tmp_path
 ):

@@ -12,6 +12,9 @@ from sqlalchemy.pool import NullPool
 
 from app.settings import SettingsError
 
+CONNECT_TIMEOUT_S = 10.0
+"""Unless something else is given."""
+
 Connector = Callable[[], Awaitable[asyncpg.Connection]]
 
 _ESCAPED = "with % and two digits for characters such as / # ? @"
@@ -28,22 +31,21 @@ _REDIS_SCHEMES = {"valkey": "redis", "valkeys": "rediss"}
 def connector(database_url: str, *, timeout_s: float | None = None, **settings: str) -> Connector:
     """Opens connections to the database of a URL.
 
-    `timeout_s` bounds connecting, and each statement; the URL's `connect_timeout` counts before it. `settings` are the server's;
-    those of the URL count before them. Raises SettingsError.
+    `timeout_s` bounds connecting, and each statement; without it CONNECT_TIMEOUT_S bounds connecting. The URL's `connect_timeout`
+    counts before both. `settings` are the server's; those of the URL count before them. Raises SettingsError.
     """
     parts, query = _parse(database_url)
-    connect_timeout_s = float(query.get("connect_timeout") or 0) or timeout_s
+    connect_timeout_s = float(query.get("connect_timeout") or 0) or timeout_s or CONNECT_TIMEOUT_S
     kept = {name: value for name, value in query.items() if name not in _DRIVER_DECIDES}
     if "ssl" in kept:  # SQLAlchemy's name for it
         ssl = kept.pop("ssl")
         kept["sslmode"] = {"true": "require", "false": "disable"}.get(ssl, ssl)
     dsn = parts._replace(scheme="postgresql", query=urlencode(kept)).geturl()
     options: dict[str, Any] = {
+        "timeout": connect_timeout_s,
         "command_timeout": timeout_s,
         "server_settings": {name: value for name, value in settings.items() if name not in kept},
     }
-    if connect_timeout_s:
-        options["timeout"] = connect_timeout_s
 
     async def connect() -> asyncpg.Connection:
         try:
