@@ -17,7 +17,7 @@ from app.api.files import FilesController
 from app.api.input_tokens import input_tokens
 from app.api.models import ModelsController
 from app.api.operations import home, livez, readyz
-from app.api.problems import HANDLERS, with_request_id
+from app.api.problems import HANDLERS, answer_options, with_request_id
 from app.api.reference import openapi, redoc, viewer
 from app.api.responses import ResponsesController
 from app.api.services import Services, provide_caller
@@ -54,6 +54,7 @@ def build(services: Services, lifespan: Lifespan) -> ASGIApp:
             "services": Provide(lambda: services, sync_to_thread=False),
             "caller": Provide(provide_caller),
         },
+        before_request=answer_options,
         exception_handlers=HANDLERS,
         request_max_body_size=services.settings.body_bytes_max,
         lifespan=[lifespan],

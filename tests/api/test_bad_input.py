@@ -1,6 +1,7 @@
 """What is wrong with a request is said before any work: a status, a code, the parameter's path, a message."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 
 import httpx
@@ -9,6 +10,7 @@ import openai
 import pytest
 
 from app.wire.decoding import NESTING_MAX
+from tests.routes import handlers
 from tests.servers import Served
 
 USER = {"role": "user", "content": "x"}
@@ -605,6 +607,18 @@ def test_a_foreground_response_cannot_be_streamed_again_or_cancelled(http, clien
 def test_the_query_of_beta_features_is_ignored(http, said):
     assert http.post("/responses?beta=true", json={"model": "m", "input": said}).status_code == 200
     assert http.get("/responses?beta=true&limit=1").status_code == 200
+
+
+ROUTES = [route.split(" ") for route in handlers()]
+
+
+@pytest.mark.parametrize("path", sorted({path for _, path in ROUTES}))
+def test_options_and_a_405_name_every_method_of_a_path(http, path):
+    methods = {"OPTIONS", *(method for method, one in ROUTES if one == path)}
+    url = f"{str(http.base_url).removesuffix('/v1/')}{re.sub(r'{.*?}', 'x', path)}"
+    asked, refused = httpx.options(url), httpx.put(url)
+    assert (asked.status_code, asked.text, refused.status_code) == (204, "", 405)
+    assert asked.headers["allow"] == refused.headers["allow"] == ", ".join(sorted(methods))
 
 
 # -- What every reply says --------------------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ BROKEN = ("coverage",)
 
 UNCHECKED = (
     "positive_data_acceptance",  # what a schema allows may still be refused: an id that is unknown, a call without an output
-    "allow_header_conformance",  # Litestar's answers to OPTIONS name the methods of one handler only
 )
 LEFT_OUT = frozenset({"admin.keys.revoke", "admin.keys.rotate"})
 """Operations that would end the key of the requests themselves."""
