@@ -592,7 +592,7 @@ routes = [{{ upstream = "up", model = "scripted" }}]
     bad = {part: said for part, (well, said) in found.items() if not well}
     assert bad == {
         "agent fine of acme": "upstream 'up' does not list 'named'",
-        "agent people of acme": "'tools[0].server_url' is missing, and this server has no tool server 'people'",
+        "agent people of acme": "'tools[0].server_url' is missing, and this server has no tool server 'people' that requests may name",
         "agent direct of acme": "upstream 'up' does not list 'other@scripted'",
         "agent later of acme": "name: The catalog has a model or an agent 'later'",
         "agents": "5 looked at that tenants have made, 4 of which can't answer",

@@ -49,7 +49,8 @@ class DeclaredTools:
             known = self._catalog.nameable_server(tool.server_label)
             if known is None:
                 raise InvalidParameter(
-                    f"'{at}.server_url' is missing, and this server has no tool server '{tool.server_label}'.",
+                    f"'{at}.server_url' is missing, and this server has no tool server '{tool.server_label}' "
+                    "that requests may name.",
                     param=f"{at}.server_url",
                     code="missing_required_parameter",
                 )

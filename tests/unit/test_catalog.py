@@ -388,6 +388,14 @@ SERVER = '[tool_servers.s]\nurl = "http://x/mcp"\n'
                     'model = "m"\ntools = [{ type = "mcp", server_label = "s" }]',
                     r"\[agents\.g\]: 'tools\[0\]\.server_url' is missing, and this server has no tool server 's'",
                 ),
+                (
+                    "g",
+                    (
+                        'model = "m"\ntools = [{ type = "mcp", server_label = "s" }]\n'
+                        '[tool_servers.s]\nurl = "https://tools.example"\n[hosted.web_search]\nserver = "s"\ntool = "search"'
+                    ),
+                    r"\[agents\.g\]: .*no tool server 's' that requests may name",
+                ),
                 ("g", 'model = "m"\ntemperature = 3.0', r"\[agents\.g\]: .*temperature"),
                 ("g", 'model = "m"\noverrides = ["temperatur"]', r"\[agents\.g\]: .*Did you mean 'temperature'"),
                 ("g", 'model = "g"', r"\[agents\.g\]: 'g' is an agent; the model of an agent can't be one"),
