@@ -42,7 +42,7 @@ def lists(response):
         ([{"server_label": "a", "connector_id": "connector_gmail"}], "tools[0].connector_id"),
         ([{"server_label": "a", "tunnel_id": "t"}], "tools[0].tunnel_id"),
         ([{"server_label": "a", "server_url": "http://x", "require_approval": "often"}], "tools[0].require_approval"),
-        ([{"server_label": "a", "server_url": "http://x", "headers": {"a": 1}}], "tools[0].headers"),
+        ([{"server_label": "a", "server_url": "http://x", "headers": {"a": 1}}], "tools[0].headers.a"),
     ],
 )
 @pytest.mark.parametrize("mode", [{}, {"stream": True}, {"background": True}])

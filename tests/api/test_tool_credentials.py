@@ -223,7 +223,7 @@ def test_a_credential_is_stored_and_shown_without_its_secret(house, name):
         ({"headers": {"Authorization": "s3cret-value"}}, "headers.Authorization", "invalid_value"),
         ({"headers": {"x-a": "s3cret-value", "X-A": "another"}}, "headers.X-A", "invalid_value"),
         ({"headers": {f"x-{number}": "1" for number in range(65)}}, "headers", "invalid_value"),
-        ({"headers": {"x-a": 1}}, "headers", "invalid_type"),
+        ({"headers": {"x-a": 1}}, "headers.x-a", "invalid_type"),
         ({"name": "a\u0000"}, "name", "invalid_value"),
         ({"name": "a" * 257}, "name", "invalid_value"),
         ({"user": "a\u001fb"}, "user", "invalid_value"),
