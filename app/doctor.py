@@ -360,7 +360,7 @@ def _routed_models(catalog: Catalog, upstream: str, listed: list[str]) -> list[F
         for entry in catalog.models
         for route in entry.routes
         if route.upstream == upstream
-        and (wanted := route.model or (entry.name if entry.name in catalog.model_names else ""))
+        and (wanted := catalog.name_at(route, entry, entry.name) if entry.name in catalog.model_names else route.model)
         and listed
         and wanted not in listed
     ]

@@ -511,6 +511,9 @@ routes = [{{ upstream = "up" }}]
 [[models]]
 name = "any*"
 routes = [{{ upstream = "up" }}]
+[[models]]
+name = "up@scripted-strict"
+routes = [{{ upstream = "up" }}]
 [agents.right]
 model = "good"
 [agents.direct]

@@ -197,7 +197,7 @@ class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
     def routes(self, model: str, *, agent: str = "") -> list[Route]:
         """The routes to a model, in order. Raises NotFound; with the name of the agent whose model it is, which callers need not know."""
         if entry := self._entry(model):
-            return [replace(one, model=one.model or model) for one in self.priced(entry)]
+            return [replace(one, model=self.name_at(one, entry, model)) for one in self.priced(entry)]
         upstream, at, name = model.partition("@")
         direct = Route(upstream, name) if at and upstream in self.upstreams else None
         default = self.default or (next(iter(self.upstreams)) if len(self.upstreams) == 1 else "")
@@ -210,6 +210,14 @@ class Catalog(Struct, frozen=True, forbid_unknown_fields=True):
             code="model_not_found",
             param="model",
         )
+
+    def name_at(self, route: Route, entry: ModelEntry, model: str) -> str:
+        """What a route of an entry calls the model that a request names: `UPSTREAM@` is no part of it, at that upstream, nor at the others
+        of an entry for `UPSTREAM@…`."""
+        upstream, at, name = model.partition("@")
+        is_direct = at and upstream in self.upstreams
+        is_for_it = route.upstream == upstream or entry.name.startswith(f"{upstream}@")
+        return route.model or (name if is_direct and is_for_it else model)
 
     def priced(self, entry: ModelEntry) -> list[Route]:
         """The routes of an entry, with their prices."""

@@ -17,6 +17,9 @@ CATALOG = """
 [upstreams.up]
 base_url = "{base}"
 dialect = "openai"
+[upstreams.other]
+base_url = "{base}"
+dialect = "openai"
 
 [[models]]
 name = "priced"
@@ -28,6 +31,12 @@ name = "bounded"
 routes = [{{ upstream = "up", model = "scripted" }}]
 prices = {{ input = 0.001, output = 0.001 }}
 run_limits = {{ tokens = 1000, tool_calls = 2, tool_seconds = 30, cost = 0.5 }}
+
+[[models]]
+name = "other@*"
+routes = [{{ upstream = "other" }}]
+prices = {{ input = 0.001, output = 0.001 }}
+run_limits = {{ tokens = 1000 }}
 
 [[models]]
 name = "half"
@@ -236,6 +245,20 @@ def test_a_limit_of_cost_holds_where_all_that_answers_has_prices(client, said):
     assert ended(create(client, asking, model="thinks", run_limits={"cost": 0.02})) == ("incomplete", "max_run_cost")
     prompted = client.responses.create(model="priced", input=said, prompt={"id": "cheap"})
     assert prompted.status == "completed"
+
+
+def test_an_upstream_that_is_named_directly_has_the_prices_and_limits_of_an_entry_for_it_only(client, upstream, said):
+    made = create(client, said, model="other@bounded", run_limits={"cost": 0.5})
+    assert (made.status, made.model) == ("completed", "other@bounded")
+    [asked] = upstream.asked(said)
+    assert asked.body["model"] == "bounded"
+    assert limits_asked(upstream, said) == [1000]
+    # The entry `bounded` is not for `up@bounded`.
+    create(client, f"{said} without", model="up@bounded")
+    assert limits_asked(upstream, f"{said} without") == [None]
+    with pytest.raises(openai.BadRequestError) as caught:
+        create(client, said, model="up@bounded", run_limits={"cost": 0.4})
+    assert caught.value.param == "run_limits.cost"
 
 
 def test_the_catalog_s_limits_hold_without_any_in_the_request(client, upstream, mcp, said):

@@ -91,6 +91,15 @@ def test_patterns_see_the_case(read: Read):
         catalog.routes("qwen3")
 
 
+def test_an_entry_may_be_for_an_upstream_that_is_named_directly(read: Read):
+    routes = 'routes = [{ upstream = "local" }, { upstream = "spare" }, { upstream = "spare", model = "q" }]'
+    catalog = read(f'{TWO}[[models]]\nname = "local@*"\n{routes}\n[[models]]\nname = "*"\n{routes}')
+    own = [Route("local", "qwen3"), Route("spare", "qwen3"), Route("spare", "q")]
+    assert catalog.routes("local@qwen3") == catalog.routes("qwen3") == own
+    assert catalog.routes("spare@qwen3") == [Route("local", "spare@qwen3"), *own[1:]]
+    assert catalog.routes("nowhere@qwen3")[0] == Route("local", "nowhere@qwen3")
+
+
 def test_an_upstream_can_be_named_directly(read: Read):
     catalog = read(TWO)
     assert catalog.routes("spare@qwen3@q4") == [Route("spare", "qwen3@q4")]
