@@ -151,6 +151,9 @@ class Planner:
         """The plan of a stored response, with the items that earlier owners have made. It waits for `room` as long as that takes.
         Raises ApiError."""
         routes = await self._routes(request.model, caller_key, agent=request.agent)
+        run_limits = lower(request.body.run_limits, self._catalog.run_limits(request.model))
+        # The catalog may be another one than at admission.
+        self._catalog.refuse_unpriced(run_limits, request.model, is_summarized=request.asks_for_summary)
         servers = self._declared.servers(request)
         seal, hosted = self._seal.of(tenant_id), frozenset(self._catalog.hosted)
         origins = _origins(servers, seal)

@@ -9,7 +9,7 @@ from app.settings import Settings
 from app.setup import compaction_prompt
 from tests.faults.client import call as http_call
 from tests.servers import Served
-from tests.upstream import answer, finish, note, script, text, usage
+from tests.upstream import answer, finish, gate, note, script, text, usage
 from tests.upstream import call as tool_call
 from tests.waiting import until
 
@@ -58,6 +58,27 @@ overrides = ["run_limits"]
 
 [prompts.cheap.versions.1]
 instructions = "Be brief."
+run_limits = {{ cost = 0.5 }}
+"""
+
+
+PRICED = """
+[upstreams.up]
+base_url = "{base}"
+dialect = "openai"
+
+[[models]]
+name = "priced"
+routes = [{{ upstream = "up", model = "scripted" }}]
+prices = {{ input = 1000, output = 2000 }}
+
+[[models]]
+name = "thinks"
+routes = [{{ upstream = "up", model = "scripted", prices = {{ input = 1000, output = 2000 }} }}]
+reasoning_summary = {{ model = "priced" }}
+
+[agents.frugal]
+model = "priced"
 run_limits = {{ cost = 0.5 }}
 """
 
@@ -238,6 +259,40 @@ def test_a_limit_of_cost_is_refused_where_what_may_answer_has_no_prices(server, 
     status, reply = http_call(server.url, "POST", path, {**asking, "run_limits": {"cost": 0.5}, **given})
     assert (status, reply["error"]["param"]) == (400, "run_limits.cost")
     assert upstream.asked(said) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "expected"),
+    [
+        ("priced", {"run_limits": {"cost": 0.5}}, "failed"),
+        ("thinks", {"run_limits": {"cost": 0.5}, "reasoning": {"summary": "auto"}}, "failed"),
+        ("frugal", {}, "failed"),
+        ("priced", {"run_limits": {"tokens": 1_000}}, "completed"),
+    ],
+)
+def test_a_run_is_not_continued_without_its_limit_of_cost_once_the_prices_are_gone(
+    base_env, new_database, upstream, said, tmp_path, model, given, expected
+):
+    catalog = tmp_path / "catalog.toml"
+    catalog.write_text(PRICED.format(base=upstream.base_url))
+    env = {**base_env, "DATABASE_URL": new_database(), "OPENAI_BASE_URL": "", "REPRISE_CATALOG": str(catalog)}
+    asking = script([text("half "), gate(said), text("whole"), finish(), usage(5, 10)])
+    with Served({**env, "REPRISE_SHUTDOWN_GRACE_S": "0"}) as served, served.client() as client:
+        made = client.responses.create(model=model, input=asking, background=True, extra_body=given)
+        upstream.wait_reached(said, 20)
+        assert served.stop() == 0  # the run is handed back
+    lines = catalog.read_text().splitlines()
+    catalog.write_text("\n".join(line for line in lines if not line.startswith(("prices", "run_limits"))))
+    upstream.open(said)
+    with Served(env) as served, served.client() as client:
+        until(lambda: client.responses.retrieve(made.id).status not in {"queued", "in_progress"})
+        response = client.responses.retrieve(made.id)
+    assert response.status == expected
+    assert len(upstream.asked(asking)) == (2 if expected == "completed" else 1)
+    if expected == "failed":
+        assert response.error.message == (
+            "'run_limits.cost' can't be kept: a model that may answer has no prices in the catalog."
+        )
 
 
 def test_a_limit_of_cost_holds_where_all_that_answers_has_prices(client, said):
