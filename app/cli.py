@@ -365,6 +365,8 @@ def usage(
     tenant: str | None, since: datetime | None, until: datetime | None, groups: tuple[Group, ...], format: str | None
 ) -> None:
     """What each tenant has used: runs, tokens, cost."""
+    if since and until and until < since:
+        raise click.BadParameter("it is before '--since'.", param_hint="'--until'")
     settings = _existing()
     from app.domain.usage_report import as_csv, as_table
     from app.storage import usage

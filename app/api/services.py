@@ -68,7 +68,7 @@ async def provide_caller(request: Request[Any, Any, Any], services: Services) ->
         await _slow_down(request, services.attempts, error)
         raise
     request.scope["state"][REPLY_HEADERS] = caller.reply_headers
-    structlog.contextvars.bind_contextvars(**logged(caller.tenant_id))
+    structlog.contextvars.bind_contextvars(**logged(caller.tenant_id, caller.rights.key_id))
     options = request.route_handler.opt
     if scope := scope_of(options, request.method):
         caller.rights.demand_scope(scope, or_admin=bool(options.get("or_admin")))

@@ -106,10 +106,11 @@ def user_of(owner: str) -> str:
     return owner.partition(_SEPARATOR)[2]
 
 
-def logged(owner: str) -> dict[str, str]:
-    """An owner as fields of a log line."""
+def logged(owner: str, key_id: str | None = None) -> dict[str, str]:
+    """An owner, and the id of the key that asks, as fields of a log line."""
     tenant, _, user = owner.partition(_SEPARATOR)
-    return {"tenant_id": tenant, "user": user} if user else {"tenant_id": tenant}
+    fields = {"tenant_id": tenant, "user": user, "key_id": key_id or ""}
+    return {name: value for name, value in fields.items() if value or name == "tenant_id"}
 
 
 def is_name(text: str) -> bool:

@@ -140,7 +140,8 @@ class BackgroundRun:
     async def make(self) -> None:
         """Make what was claimed, or end it: the first time, after a crash, or because it is cancelled."""
         claim = self.claim
-        with structlog.contextvars.bound_contextvars(response_id=claim.response_id, **logged(claim.tenant_id)):
+        fields = {"response_id": claim.response_id, **logged(claim.tenant_id, claim.key_id)}
+        with structlog.contextvars.bound_contextvars(**fields):
             try:
                 if claim.state == "sealed":
                     await self._publish_rest()

@@ -5,7 +5,7 @@ import json
 import httpx
 import pytest
 
-from tests.servers import Served
+from tests.servers import Served, reprise
 from tests.upstream import answer, error, script, text, usage
 from tests.waiting import until
 
@@ -71,6 +71,23 @@ def test_the_end_of_a_run_says_what_it_took(client, logged, background):
     expected = {"status": "completed", "model": "scripted", "upstream": "default", "error": None, "reason": None}
     expected |= {"input_tokens": 12, "output_tokens": 5, "attempts": 1, "tenant_id": "default"}
     assert {key: line[key] for key in expected} == expected
+
+
+def test_lines_of_requests_and_runs_name_the_key_by_its_id(new_server, base_env, new_database):
+    env = {**base_env, "DATABASE_URL": new_database()}
+    made = reprise(env, "keys", "create", "--tenant", "acme", "--user", "ada")
+    served = new_server(**env)
+    with served.client(api_key=made.stdout.strip()) as client:
+        ids = [client.responses.create(model="m", input="x", background=one).id for one in (False, True)]
+
+    def lines():
+        records = [json.loads(line) for line in served.printed if line.startswith("{")]
+        ended = {one["response_id"]: one for one in records if one.get("action") == "run_ended"}
+        answered = [one for one in records if one.get("action") == "request_answered"]
+        return [*answered, *ended.values()] if set(ids) <= ended.keys() and len(answered) == 2 else None
+
+    named = {"tenant_id": "acme", "user": "ada", "key_id": made.stderr.split()[0]}
+    assert [{name: line.get(name) for name in named} for line in until(lines)] == [named] * 4
 
 
 def test_the_end_of_a_failed_run_says_its_code_but_nothing_that_an_upstream_wrote(client, logged, http):

@@ -441,6 +441,8 @@ def test_the_command_line_shows_each_tenant(house):
     [of_b] = house.report("other admin")
     assert [row["cost"] for row in rows if row["tenant"] == "b"] == [of_b["cost"]]
     assert reprise(house.env, "usage", "--tenant", "nobody").stdout.split()[0] == "tenant"
+    refused = reprise(house.env, "usage", "--since", "2026-02-02", "--until", "2026-02-01")
+    assert (refused.returncode, refused.stdout, "'--until': it is before" in refused.stderr) == (2, "", True)
 
 
 # -- Histories --------------------------------------------------------------------------------------------------------------
