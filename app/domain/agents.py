@@ -166,18 +166,14 @@ def is_agent_name(text: str) -> bool:
 
 
 def apply(named: NamedAgent, request: CreateResponse, *, bytes_max: int) -> CreateResponse:
-    """The request as it is made: with the agent's model, messages, tools and parameters.
+    """The request as it is made: with the agent's model, tools and parameters. Its messages are counted, and `with_messages` adds them.
 
     Raises InvalidParameter for a parameter that the agent does not let requests set, and for a variable; BodyTooLarge for messages of
     more than `bytes_max`; UnsupportedParameter for tools that Chat Completions can't carry.
     """
     agent, body = named.agent, request.body
     _refuse_overrides(named, request)
-    variables = body.agent.variables if body.agent else None
-    messages = agent.filled(variables or {}, "agent.variables", bytes_max=bytes_max)
-    if request.is_chat:  # whose upstreams get the roles as they are given, and may not know this one
-        messages = [replace(one, role="system") if one.role == "developer" else one for one in messages]
-    prompted = request.prompted or messages
+    filled_bytes = agent.filled_bytes(_variables(request), "agent.variables", bytes_max=bytes_max)
     tools, choice = request.tools, request.tool_choice
     brings_tools = bool(tools) or (body.tools is not None and agent.lets_set("tools"))
     if not brings_tools:
@@ -202,9 +198,23 @@ def apply(named: NamedAgent, request: CreateResponse, *, bytes_max: int) -> Crea
         items_add_tools=agent.lets_set("tools"),
         tools=tools,
         tool_choice=choice,
-        prompted=prompted,
-        size=request.size + named.bytes + len(msgspec.json.encode(messages)),
+        size=request.size + named.bytes + filled_bytes,
     )
+
+
+def with_messages(named: NamedAgent, request: CreateResponse, *, bytes_max: int) -> CreateResponse:
+    """A request that the agent is applied to, with the agent's messages; not beside those of a prompt. Raises as `apply`."""
+    if request.prompted:
+        return request
+    messages = named.agent.filled(_variables(request), "agent.variables", bytes_max=bytes_max)
+    if request.is_chat:  # whose upstreams get the roles as they are given, and may not know this one
+        messages = [replace(one, role="system") if one.role == "developer" else one for one in messages]
+    return replace(request, prompted=messages)
+
+
+def _variables(request: CreateResponse) -> Mapping[str, Raw]:
+    given = request.body.agent
+    return (given and given.variables) or {}
 
 
 def _refuse_overrides(named: NamedAgent, request: CreateResponse) -> None:

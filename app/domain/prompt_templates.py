@@ -81,6 +81,11 @@ class Template(PromptParameters, kw_only=True, forbid_unknown_fields=True):
         _check_size(self, variables, at, bytes_max)
         return [PromptedMessage(one.role, _content(one.content, values)) for one in self.messages]
 
+    def filled_bytes(self, variables: Mapping[str, Raw], at: str, *, bytes_max: int) -> int:
+        """What these messages take, before they are made: a small request may make long ones. Raises as `filled`."""
+        _values(variables, self.variables, at)
+        return _check_size(self, variables, at, bytes_max)
+
 
 class PromptVersion(Template, kw_only=True, forbid_unknown_fields=True):
     """`[prompts.ID.versions.VERSION]`."""
@@ -159,11 +164,11 @@ def _value(raw: Raw, type_: VariableType, at: str) -> Value:
     return part
 
 
-def _check_size(template: Template, given: Mapping[str, Raw], at: str, bytes_max: int) -> None:
-    """A template may repeat a long value."""
+def _check_size(template: Template, given: Mapping[str, Raw], at: str, bytes_max: int) -> int:
+    """The bytes of its messages with these values: a template may repeat a long one. Raises BodyTooLarge."""
     sizes = {name: memoryview(value).nbytes for name, value in given.items()}
     size = sum(
-        len(message.content) + sum(sizes[name] for name in _VARIABLE.findall(message.content))
+        len(message.content.encode()) + sum(sizes[name] for name in _VARIABLE.findall(message.content))
         for message in template.messages
     )
     if size > bytes_max:
@@ -171,6 +176,7 @@ def _check_size(template: Template, given: Mapping[str, Raw], at: str, bytes_max
             f"The {at.partition('.')[0]} takes {size} bytes with its variables; at most {bytes_max} are possible.",
             param=at,
         )
+    return size
 
 
 def _content(content: str, values: Mapping[str, Value]) -> list[Content]:

@@ -87,18 +87,18 @@ class Agents:
         ]
         return [(one, _may_be_used(one, rights)) for one in named]
 
-    async def applied(self, rights: Rights, request: CreateResponse) -> CreateResponse:
-        """The request, with what the agent that it names gives. Raises as `find`, and as `apply`; InvalidParameter for variables
-        without an agent."""
+    async def applied(self, rights: Rights, request: CreateResponse) -> tuple[CreateResponse, NamedAgent | None]:
+        """The request, with what the agent that it names gives, except for its messages; and the agent. Raises as `find`, and as `apply`;
+        InvalidParameter for variables without an agent."""
         found = await self.find(rights, request.model)
         if found:
             size = found.bytes + request.size
-            return await offload(size, apply, found, request, bytes_max=self._settings.body_bytes_max)
+            return await offload(size, apply, found, request, bytes_max=self._settings.body_bytes_max), found
         if request.body.agent:
             self._catalog.routes(request.model)
             rights.demand_model(request.model)
             raise InvalidParameter(f"The model '{request.model}' is no agent, so it has no variables.", param="agent")
-        return request
+        return request, None
 
     async def _find(self, tenant: str, name: str) -> NamedAgent | None:
         if found := self._shared(tenant, name):

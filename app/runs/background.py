@@ -150,7 +150,8 @@ class BackgroundRun:
                 else:
                     with self._runs.planner.room() as self._room:
                         if claim.state != "cancelled":  # a cancellation has a client that waits
-                            await self._room.take(claim.request_bytes + claim.context_bytes, wait_s=None)
+                            size = max(claim.request_bytes, claim.response_bytes) + claim.context_bytes
+                            await self._room.take(size, wait_s=None)
                         await self._runs.pipeline.make(self)
             except Fenced:
                 log.info(FENCED, action="run_fenced", epoch=claim.epoch)
@@ -299,7 +300,11 @@ class BackgroundRun:
         )
         agent = response.model if response.model != request.model else ""
         return replace(
-            request, agent=agent, items_add_tools=not agent or request.body.agent is not None, prompted=prompted
+            request,
+            agent=agent,
+            items_add_tools=not agent or request.body.agent is not None,
+            prompted=prompted,
+            size=max(request.size, self.claim.response_bytes),
         )
 
     def interrupted(self) -> Outcome | None:

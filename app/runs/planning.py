@@ -6,6 +6,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from app.domain import files, limits
+from app.domain.agents import with_messages
 from app.domain.compaction import context_tokens, counted_tokens, estimated_tokens, newest_compaction
 from app.domain.context import Context, LeftOut, answered_requests, resolve, restore
 from app.domain.files import NO_FILES, Files, Gone
@@ -40,6 +41,8 @@ Routes = Sequence[tuple[Upstream, Route]]
 class _Resolved(Struct):
     """The context of a run, and what it was resolved from."""
 
+    request: CreateResponse
+    """With the messages of its agent."""
     context: Context
     size: int
     """Bytes of the request, of what it continues, and of the files."""
@@ -83,7 +86,7 @@ class Planner:
         """The plan of a new request. Raises ApiError for everything that can be known before the upstream is asked."""
         if len(request.input) > self._settings.input_items_max:
             raise InvalidParameter(f"'input' has more than {self._settings.input_items_max} items.", param="input")
-        request = await self._agents.applied(rights, request)
+        request, agent = await self._agents.applied(rights, request)
         limits.check(
             request,
             tools_max=self._settings.tools_max,
@@ -105,10 +108,14 @@ class Planner:
         async def look(beside: int) -> _Resolved:
             stored = await self._stored.of_request(tenant_id, request, room, beside)
             size = request.size + stored.bytes + beside
-            context = await offload(size, self._resolve, seal, servers, request, stored)
+            whole = request
+            if agent:  # whose messages are made once there is room for them
+                whole = await offload(size, with_messages, agent, request, bytes_max=self._settings.body_bytes_max)
+            context = await offload(size, self._resolve, seal, servers, whole, stored)
             refuse_approved(len(context.approved), run_limits)
             slot = stored.parent.conversation if stored.parent else None
             return _Resolved(
+                whole,
                 context,
                 size,
                 own=frozenset(item.id for item in context.input),
@@ -168,6 +175,7 @@ class Planner:
                 size, restore, request, stored, own, made, seal=seal, requests=requests, hosted=hosted, origins=origins
             )
             return _Resolved(
+                request,
                 context,
                 size,
                 own=frozenset(item.id for item in own),
@@ -257,6 +265,7 @@ class Planner:
         summary = self._catalog.reasoning_summary(request.model) if request.asks_for_summary else "off"
         try:
             made = await self._with_files(tenant_id, request, routes, room, look, wait_s=wait_s)
+            request = made.request
             tokens = await self._tokens(tenant_id, request, made)
             left_out = await offload(made.size, _left_out, made.context, made.files)
             summary_routes = () if isinstance(summary, str) else await self._routes(summary.model, caller_key)

@@ -13,6 +13,7 @@ from sqlalchemy import text
 
 from app.domain.rights import tenant_of
 from app.storage.database import Query, Row, Tx
+from app.storage.parts import size
 from app.storage.tables import OF_TENANT
 
 
@@ -48,6 +49,8 @@ class Claim(Struct, frozen=True):
     """Of the request; None for a foreground run, which no other worker can make."""
     context_bytes: int
     """Of what it continues, and of its input."""
+    response_bytes: int
+    """Of the response so far, which has the messages of its prompt or agent."""
     secrets: str | None
     streamed: bool
     number_ceiling: int
@@ -88,12 +91,15 @@ def _ours(state: str) -> str:
         handed_over = runs.handed_over + case when runs.worker = :worker then 1 else 0 end,  -- to ourselves, alive
         worker = :worker, lease_s = :lease_s, {_DUE_AT},
         number_ceiling = runs.number_ceiling + {NUMBERS_AHEAD}
-    from free where runs.tenant_id = free.tenant_id and runs.response_id = free.response_id
+    from free left join lateral (
+        select context_bytes, {size("response")} as response_bytes from responses response
+        where tenant_id = free.tenant_id and id = free.response_id
+    ) made on true
+    where runs.tenant_id = free.tenant_id and runs.response_id = free.response_id
     returning runs.tenant_id, runs.response_id, runs.lease as epoch, runs.handed_over, runs.state, runs.secrets, runs.streamed,
               free.number_ceiling, runs.redis_run as stream_token, runs.usage, runs.key_id, runs.reserved_tokens,
               octet_length(cast(runs.request as text)) as request_bytes,
-              coalesce((select context_bytes from responses
-                        where tenant_id = runs.tenant_id and id = runs.response_id), 0) as context_bytes
+              coalesce(made.context_bytes, 0) as context_bytes, coalesce(made.response_bytes, 0) as response_bytes
     """
 
 

@@ -252,6 +252,70 @@ def test_runs_that_wait_for_room_are_not_in_memory(new_server, upstream, said):
     until(lambda: fetch(cramped.database_url, "select count(*) from runs")[0][0] == 0, timeout_s=60)
 
 
+AMPLIFIED = """
+[upstreams.up]
+base_url = "{upstream}"
+[agents.long]
+model = "m"
+instructions = "{text}"
+variables = {{ value = "string" }}
+"""
+"""An agent whose value of 1 KB makes 5 MB."""
+
+
+@pytest.fixture
+def amplifying(new_server, upstream, catalog_file):
+    """Starts servers with such an agent, and room for one request that names it."""
+    catalog = catalog_file(AMPLIFIED.format(upstream=upstream.base_url, text="{{value}}" * 5_000))
+
+    def start(**env: str) -> Served:
+        cramped = {"REPRISE_CONTEXTS_BYTES_MAX": str(8 * MB), "REPRISE_CONTEXT_WAIT_S": "600"}
+        return new_server(REPRISE_CATALOG=catalog, OPENAI_BASE_URL="", **cramped, **env)
+
+    return start
+
+
+VALUE = {"agent": {"variables": {"value": "x" * 1_000}}}
+
+
+@needs_proc
+def test_the_messages_of_an_agent_are_made_once_there_is_room_for_them(amplifying, upstream, said):
+    served, grown = amplifying(), Grown()
+    asking = script([note(said), text("ok"), gate(said), finish()])
+    grown.begin(served)
+    with served.client() as client, ThreadPoolExecutor(32) as pool:
+
+        def create(_: int) -> str | None:
+            return client.responses.create(model="long", input=asking, store=False, extra_body=VALUE).status
+
+        waiting = [pool.submit(create, at) for at in range(32)]
+        upstream.wait_reached(said)
+        for _ in range(20):
+            client.responses.create(model="m", input=said)
+        assert len(upstream.asked(asking)) == 1
+        assert grown.most_kb() < len(waiting) * 5 * MB / 1000 / 2
+        upstream.open(said)
+        assert {one.result() for one in waiting} == {"completed"}
+
+
+@needs_proc
+def test_background_runs_whose_agent_has_long_messages_wait_for_room(amplifying, upstream, said):
+    queueing = amplifying(REPRISE_WORKERS_IN_API="false")
+    asking = script([note(said), text("ok"), gate(said), finish()])
+    with queueing.client() as client:
+        for _ in range(4):
+            client.responses.create(model="long", input=asking, background=True, extra_body=VALUE)
+    worker = amplifying(DATABASE_URL=queueing.database_url)
+    until(lambda: fetch(worker.database_url, "select count(*) from runs where state = 'running'")[0][0] == 4)
+    with worker.client() as client:
+        upstream.wait_reached(said)
+        for _ in range(20):
+            client.responses.create(model="m", input=said)
+        assert len(upstream.asked(asking)) == 1
+    upstream.open(said)
+    until(lambda: fetch(worker.database_url, "select count(*) from runs")[0][0] == 0, timeout_s=60)
+
+
 def test_a_run_that_waits_for_room_is_cancelled_at_once(new_server, upstream, said):
     queueing = new_server(REPRISE_WORKERS_IN_API="false")
     cramped = new_server(DATABASE_URL=queueing.database_url, REPRISE_CONTEXTS_BYTES_MAX=str(8 * MB))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Raw
 
-from app.domain.agents import CREATE, NamedAgent, apply, is_agent_name, new_agent, updated
+from app.domain.agents import CREATE, NamedAgent, apply, is_agent_name, new_agent, updated, with_messages
 from app.domain.rights import Rights
 from app.errors import ApiError, InvalidParameter
 from app.wire.requests import CreateResponse, ToolSecrets, as_stored, decode_create
@@ -32,7 +32,7 @@ def made(**fields: Any) -> NamedAgent:
 def asked(agent: NamedAgent, **body: Any) -> tuple[CreateResponse, bytes]:
     """A request that names an agent, applied, and its raw body."""
     raw = msgspec.json.encode({"model": agent.name, "input": "hi", **body})
-    return apply(agent, decode_create(raw, {"top_k"}), bytes_max=10_000), raw
+    return with_messages(agent, apply(agent, decode_create(raw, {"top_k"}), bytes_max=10_000), bytes_max=10_000), raw
 
 
 def raws(given: Mapping[str, Any]) -> dict[str, Raw]:

@@ -30,6 +30,7 @@ def row(response_id: str) -> dict[str, Any]:
         "state": "running",
         "request_bytes": 1,
         "context_bytes": 0,
+        "response_bytes": 0,
         "secrets": None,
         "streamed": False,
         "number_ceiling": 0,

@@ -228,7 +228,7 @@ class Process:
 def claim(id: str, epoch: int) -> Claim:
     numbers = {"streamed": True, "number_ceiling": 7, "stream_token": None, "usage": None}
     nothing = {"key_id": None, "reserved_tokens": None}
-    return Claim("t", id, epoch, 0, "running", 1, 0, None, **numbers, **nothing)
+    return Claim("t", id, epoch, 0, "running", 1, 0, 0, None, **numbers, **nothing)
 
 
 @pytest.fixture
