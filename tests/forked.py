@@ -4,6 +4,7 @@ python -m tests.forked FD    forks on request; a request and three files come on
 """
 
 import atexit
+import contextlib
 import gc
 import importlib
 import json
@@ -119,7 +120,8 @@ class Process:
     def send_signal(self, number: int) -> None:
         """A signal, unless it has ended."""
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has ended this moment
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         """SIGKILL, unless it has ended."""
