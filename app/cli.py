@@ -317,7 +317,7 @@ def tenants() -> None:
 
 @tenants.command("list")
 def list_tenants() -> None:
-    """Every tenant: its name, how many keys it has that are not revoked, how many users, and limits of its own."""
+    """Every tenant: its name, how many valid keys it has, how many users, and limits of its own."""
     settings = _existing()
     from app.storage import tenants
     from app.storage.database import opened

@@ -294,6 +294,13 @@ class KeyNotFound(NotFound):
         super().__init__(f"There is no valid key {key_id}.")
 
 
+class TenantNotFound(NotFound):
+    """An unknown tenant; only operators meet it."""
+
+    def __init__(self, tenant: str) -> None:
+        super().__init__(f"There is no tenant '{tenant}'.")
+
+
 class ToolCredentialNotFound(NotFound):
     """An unknown credential, or one that the caller does not see."""
 

@@ -27,23 +27,7 @@ class KeysController(Controller):
     async def create(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[bytes]:
         """A new key. Only this reply has its secret."""
         asked = await services.bodies.decoded(request, wire.CREATE_KEY)
-        key = keys.new_key(
-            caller.rights.tenant,
-            user=asked.user or "",
-            name=asked.name,
-            scopes=ORDINARY if asked.scopes is None else frozenset(asked.scopes),
-            models=None if asked.models is None else tuple(asked.models),
-            limits=asked.limits,
-            expires_at=asked.expires_at,
-        )
-        caller.rights.demand_grantable(key.models)
-        secret, entry = keys.new_secret(), audit.entry(caller.rights, "key.created", key.id)
-        async for attempt in services.database.settling():
-            with attempt:
-                async with services.database.begin() as tx:
-                    await keys.create_key(tx, key, secret, by=caller.rights)
-                    await audit.write(tx, key.tenant, entry)
-        return _reply(key, secret)
+        return await made_key(services, caller, caller.rights.tenant, asked)
 
     @get(opt=queries.TAKEN)
     async def list(self, request: Request[Any, Any, Any], caller: Caller, services: Services) -> Response[Any]:
@@ -68,8 +52,10 @@ class KeysController(Controller):
             with attempt:
                 async with services.database.begin() as tx:
                     key = await keys.update_key(tx, caller.rights.tenant, key_id, asked)
-                    if asked.models is not UNSET:
-                        caller.rights.demand_grantable(key.models)
+                    caller.rights.demand_grantable(
+                        frozenset() if asked.scopes is UNSET else key.scopes,
+                        () if asked.models is UNSET else key.models,
+                    )
                     await audit.write(tx, key.tenant, entry)
         return _reply(key)
 
@@ -85,7 +71,7 @@ class KeysController(Controller):
             with attempt:
                 async with services.database.begin() as tx:
                     key = await keys.rotate_key(tx, caller.rights.tenant, key_id, secret, overlap_s=overlap_s)
-                    caller.rights.demand_grantable(key.models)  # who rotates a key can use it
+                    caller.rights.demand_grantable(key.scopes, key.models)  # who rotates a key can use it
                     await audit.write(tx, key.tenant, entry)
         return _reply(key, secret)
 
@@ -114,6 +100,29 @@ class AuditController(Controller):
         return await pages.resources(
             services, query, audit.list_entries, caller.rights.tenant, query.type, show=_listed
         )
+
+
+async def made_key(
+    services: Services, caller: Caller, tenant: str, asked: wire.CreateKey, *, as_operator: bool = False
+) -> Response[bytes]:
+    """A reply with a new key of a tenant, and its secret. Raises InvalidParameter, MissingScope, ModelNotAllowed."""
+    key = keys.new_key(
+        tenant,
+        user=asked.user or "",
+        name=asked.name,
+        scopes=ORDINARY if asked.scopes is None else frozenset(asked.scopes),
+        models=None if asked.models is None else tuple(asked.models),
+        limits=asked.limits,
+        expires_at=asked.expires_at,
+    )
+    caller.rights.demand_grantable(key.scopes, key.models)
+    secret, entry = keys.new_secret(), audit.entry(caller.rights, "key.created", key.id, as_operator=as_operator)
+    async for attempt in services.database.settling():
+        with attempt:
+            async with services.database.begin() as tx:
+                await keys.create_key(tx, key, secret, by=caller.rights)
+                await audit.write(tx, key.tenant, entry)
+    return _reply(key, secret)
 
 
 def _shown(key: Key) -> wire.ApiKey:

@@ -21,6 +21,7 @@ from app.api.problems import HANDLERS, answer_options, with_request_id
 from app.api.reference import openapi, redoc, viewer
 from app.api.responses import ResponsesController
 from app.api.services import Services, provide_caller
+from app.api.tenants import TenantsController
 from app.api.tool_credentials import ToolCredentialsController
 from app.api.usage import UsageController
 
@@ -41,6 +42,7 @@ def build(services: Services, lifespan: Lifespan) -> ASGIApp:
             AgentsController,
             KeysController,
             AuditController,
+            TenantsController,
             ToolCredentialsController,
             UsageController,
             home,

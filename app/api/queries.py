@@ -99,6 +99,14 @@ class KeyPage(Struct, forbid_unknown_fields=True, frozen=True):
     order: Order = "desc"
 
 
+class TenantPage(Struct, forbid_unknown_fields=True, frozen=True):
+    """`GET /v1/admin/tenants`."""
+
+    after: str | None = None
+    limit: Limit = 20
+    order: Order = "desc"
+
+
 class AgentPage(Struct, forbid_unknown_fields=True, frozen=True):
     """`GET /v1/agents`."""
 

@@ -17,7 +17,7 @@ from msgspec import Meta, Struct
 
 from app.domain.rights import ORDINARY, Rights, has_controls, is_name, matches
 from app.errors import AuthenticationFailed
-from app.wire.admin import MODEL_CHARS_MAX, MODELS_MAX, ModelName, Scope
+from app.wire.admin import MODEL_CHARS_MAX, MODELS_MAX, ModelName, Scope, TokenScope
 
 PublicKeyAlgorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
 SecretAlgorithm = Literal["HS256", "HS384", "HS512"]
@@ -64,9 +64,9 @@ class Issuer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     creates_tenants: bool = False
     """Whether a token makes a tenant that does not exist yet."""
     claims: ClaimNames = ClaimNames()
-    scopes: dict[str, tuple[Scope, ...]] = {}
-    """What the issuer's scopes give. Without it `responses.read` and `responses.write` give themselves, and nothing gives `admin`."""
-    default_scopes: tuple[Scope, ...] | None = None
+    scopes: dict[str, tuple[TokenScope, ...]] = {}
+    """What the issuer's scopes give, never `operator`. Without it `responses.read` and `responses.write` give themselves, and nothing gives `admin`."""
+    default_scopes: tuple[TokenScope, ...] | None = None
     """Of tokens without the claim."""
     default_models: Annotated[tuple[ModelName, ...], Meta(max_length=MODELS_MAX)] | None = None
     """Of tokens without the claim."""

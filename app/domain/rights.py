@@ -67,8 +67,11 @@ class Rights(Struct, frozen=True):
         if not self.may_use(model):
             raise ModelNotAllowed(model)
 
-    def demand_grantable(self, models: tuple[str, ...] | None) -> None:
-        """Raises ModelNotAllowed where a key for these models, or None for all, may use more than this one."""
+    def demand_grantable(self, scopes: frozenset[Scope], models: tuple[str, ...] | None) -> None:
+        """Raises MissingScope where a key with these scopes is an operator's and this one is not, ModelNotAllowed where a key for these
+        models, or None for all, may use more than this one."""
+        if "operator" in scopes:
+            self.demand_scope("operator")
         for model in ("*",) if models is None else models:
             if not self.may_use(model):  # a `*` in it is a character that only a `*` matches
                 raise ModelNotAllowed(model, param="models")

@@ -32,6 +32,7 @@ _INSERT = Query(
     on conflict do nothing  -- by an earlier attempt
     """)
 )
+_WRITTEN = Query(text("select id from audit_log where tenant_id = :tenant_id and id = :id"))
 
 
 def _list(order: Order) -> Query:
@@ -77,14 +78,15 @@ _DELETE_OLD = Query(
 )
 
 
-def entry(rights: Rights | None, action: Action, target: str) -> Entry:
-    """What a caller does to the thing with this id, now; None for the operator on the command line."""
+def entry(rights: Rights | None, action: Action, target: str, *, as_operator: bool = False) -> Entry:
+    """What a caller does to the thing with this id, now; None for the operator on the command line. `as_operator` if it acts on any
+    tenant, not on its own."""
     id = new_id("audit")
     key_id = rights.key_id if rights else None
     return Entry(
         id=id,
         created_at=seconds_of(id) or 0,
-        actor=_actor(rights),
+        actor="operator" if as_operator else _actor(rights),
         key_id=key_id,
         user=rights.user if rights else "",
         action=action,
@@ -113,6 +115,11 @@ async def write(tx: Tx, tenant: str, entry: Entry) -> None:
         action=entry.action,
         target=entry.target,
     )
+
+
+async def is_written(tx: Tx, tenant: str, entry: Entry) -> bool:
+    """Whether an entry is in the log, and so its action done, by an earlier attempt."""
+    return await tx.one(_WRITTEN, tenant_id=tenant, id=entry.id) is not None
 
 
 async def delete_old(tx: Tx, *, days: int, limit: int) -> int:

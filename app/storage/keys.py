@@ -330,6 +330,9 @@ def _check(key: Key) -> None:
         )
     if key.user and "admin" in key.scopes:
         raise InvalidParameter("A key that is bound to a user can't have the scope 'admin'.", param="user")
+    if "operator" in key.scopes and (key.user or key.models is not None):
+        what, param = ("bound to a user", "user") if key.user else ("limited to models", "models")
+        raise InvalidParameter(f"A key that is {what} can't have the scope 'operator'.", param=param)
     if any(has_controls(one) for one in key.models or ()):
         raise InvalidParameter("'models' may not contain control characters.", param="models")
     models = key.models or ()

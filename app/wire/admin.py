@@ -1,4 +1,4 @@
-"""Keys and the audit log: what administrators ask for, and what they get."""
+"""Keys, tenants and the audit log: what administrators and operators ask for, and what they get."""
 
 from typing import Annotated, Literal
 
@@ -15,7 +15,10 @@ LAST_TIME = 253_402_300_799
 
 Name = Annotated[str, Meta(max_length=NAME_CHARS_MAX)]
 ModelName = Annotated[str, Meta(min_length=1, max_length=MODEL_CHARS_MAX)]
-Scope = Literal["responses.read", "responses.write", "admin"]
+TokenScope = Literal["responses.read", "responses.write", "admin"]
+"""What a bearer token may have: no issuer makes operators."""
+
+Scope = Literal[TokenScope, "operator"]
 LIMIT_MAX = 1_000_000_000
 """Of what a quota may allow, as in the settings."""
 
@@ -24,7 +27,7 @@ STORED_BYTES_MAX = 10**15
 Limit = Annotated[int, Meta(ge=0, le=LIMIT_MAX)]
 """0 is no limit; where null is allowed it is the default of the settings."""
 
-Actor = Literal["api_key", "jwt", "command_line", "anonymous"]
+Actor = Literal["api_key", "jwt", "command_line", "anonymous", "operator"]
 Action = Literal[
     "key.created",
     "key.updated",
@@ -97,9 +100,35 @@ class ApiKey(Struct, kw_only=True):
     value: str | UnsetType = UNSET
 
 
+class CreateTenant(Struct, forbid_unknown_fields=True):
+    """`POST /v1/admin/tenants`. Limits that are not given are those of the settings."""
+
+    id: Annotated[Name, Meta(min_length=1)]
+    limits: OwnLimits = OwnLimits()
+
+
+class UpdateTenant(Struct, forbid_unknown_fields=True):
+    """`POST /v1/admin/tenants/{id}`: all limits are replaced."""
+
+    limits: OwnLimits
+
+
+class Tenant(Struct, kw_only=True):
+    """A tenant; its `id` is its name. `keys` are those that are valid, `stored_bytes` is what was measured last, which it is only where
+    there is a limit."""
+
+    id: str
+    object: Literal["tenant"] = "tenant"
+    created_at: int
+    keys: int
+    users: int
+    stored_bytes: int | None
+    limits: OwnLimits
+
+
 class AuditActor(Struct):
-    """Who has acted: a key, a bearer token (`key_id` names its issuer), the operator on the command line, or a caller of a server
-    without keys."""
+    """Who has acted: a key, a bearer token (`key_id` names its issuer), the operator on the command line or with a key, which may be of
+    another tenant, or a caller of a server without keys."""
 
     type: Actor
     key_id: str | None
@@ -120,3 +149,5 @@ class AuditEntry(Struct, kw_only=True):
 CREATE_KEY = msgspec.json.Decoder(CreateKey)
 UPDATE_KEY = msgspec.json.Decoder(UpdateKey)
 ROTATE_KEY = msgspec.json.Decoder(RotateKey)
+CREATE_TENANT = msgspec.json.Decoder(CreateTenant)
+UPDATE_TENANT = msgspec.json.Decoder(UpdateTenant)

@@ -97,6 +97,11 @@ CALLS: dict[str, Call] = {
     "POST /v1/admin/keys/{key_id}/rotate": Call({}, scope="admin", is_of_tenant=True),
     "DELETE /v1/admin/keys/{key_id}": Call(scope="admin", is_of_tenant=True),
     "GET /v1/admin/audit": Call(scope="admin", is_of_tenant=True),
+    "POST /v1/admin/tenants": Call(lambda: {"id": f"tenant-{next(NUMBERS)}"}, scope="operator", is_of_tenant=True),
+    "GET /v1/admin/tenants": Call(scope="operator", is_of_tenant=True),
+    "GET /v1/admin/tenants/{tenant_id}": Call(scope="operator", is_of_tenant=True),
+    "POST /v1/admin/tenants/{tenant_id}": Call({"limits": {}}, scope="operator", is_of_tenant=True),
+    "POST /v1/admin/tenants/{tenant_id}/keys": Call({}, scope="operator", is_of_tenant=True),
     "POST /v1/tool_credentials": Call(credential, or_admin=True),
     "GET /v1/tool_credentials": Call(or_admin=True),
     "GET /v1/tool_credentials/{credential_id}": Call(or_admin=True),
@@ -150,7 +155,7 @@ class House(Struct):
 
 def owner(route: str) -> str:
     """The key that may call the route, and to which what it names belongs."""
-    return "admin" if scope_of(route) == "admin" else "alice"
+    return scope if (scope := scope_of(route)) in {"admin", "operator"} else "alice"
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +188,7 @@ def tokens(issuer: Issuer) -> dict[str, str]:
     for scope, word in words.items():
         made[f"all but {scope}"] = issuer.token(**{**staff, "scope": staff["scope"].replace(word, "other")})
         made[f"only {scope}"] = issuer.token(**{**staff, "scope": word})
+    made["all but operator"] = made["admin"]
     return {f"token {name}": token for name, token in made.items()}
 
 
@@ -236,13 +242,15 @@ def house(
         keys |= {user: make(user=user)["value"] for user in ("alice", "bob")}
         keys |= {f"all but {scope}": make(scopes=[one for one in ALL if one != scope])["value"] for scope in ALL}
         keys |= {f"only {scope}": make(scopes=[scope])["value"] for scope in ALL}
+        operator = reprise(env, "keys", "create", "--tenant", "operators", "--scope", "operator")
+        keys |= {"operator": operator.stdout.strip(), "all but operator": admin}
         keys["other model"] = make(scopes=[*ALL], models=["oth*", "x"])["value"]
         gone = {state: make(scopes=[*ALL], name=state) for state in ("revoked", "expired")}
         keys |= {state: key["value"] for state, key in gone.items()}
         assert http.delete(f"/admin/keys/{gone['revoked']['id']}").status_code == 200
         past = "update keys set expires_at = now() - interval '1 second' where id = $1"
         fetch(env["DATABASE_URL"], past, gone["expired"]["id"])
-        house = House(served, keys | tokens(issuer), {"model_id": "good"}, first.stderr.split()[0])
+        house = House(served, keys | tokens(issuer), {"model_id": "good", "tenant_id": "a"}, first.stderr.split()[0])
         house.ids |= things(house, "")
         yield house
 
@@ -330,11 +338,15 @@ def test_what_belongs_to_others_looks_unknown(house, key):
     for route, call in CALLS.items():
         if not key.endswith("other tenant") and call.is_of_tenant:
             continue
-        named = [name for name in house.ids if f"{{{name}}}" in route and name != "model_id"]
         reply = house.send(route, key)
-        assert not any(id in reply.text for name, id in house.ids.items() if name not in {"model_id", *named}), route
+        if call.scope == "operator":
+            assert error_of(reply) == (403, "missing_scope"), route
+            continue
+        ids = {name: id for name, id in house.ids.items() if name not in {"model_id", "tenant_id"}}
+        named = [name for name in ids if f"{{{name}}}" in route]
+        assert not any(id in reply.text for name, id in ids.items() if name not in named), route
         if named:
-            unknown = {name: f"{id.partition('_')[0]}_{'0' * 36}" for name, id in house.ids.items()}
+            unknown = {name: f"{id.partition('_')[0]}_{'0' * 36}" for name, id in ids.items()}
             nothing = house.send(route, key, unknown)
             assert (route, reply.status_code, nothing.status_code) == (route, 404, 404)
             assert reply.text.replace(house.ids[named[0]], unknown[named[0]]) == nothing.text
@@ -353,7 +365,7 @@ def test_where_the_scope_admin_will_do_no_other_is_needed(house, kind):
 
 @KINDS
 def test_no_user_administers_keys_nor_reads_the_log(house, kind):
-    admin = [route for route in CALLS if scope_of(route) == "admin"]
+    admin = [route for route in CALLS if scope_of(route) in {"admin", "operator"}]
     assert {error_of(house.send(route, f"{kind}alice")) for route in admin} == {(403, "missing_scope")}
 
 
@@ -378,8 +390,11 @@ def test_a_model_that_a_key_may_not_use_is_refused_wherever_it_is_named(house, k
 @KINDS
 def test_every_route_serves_the_key_that_may_use_it(house, kind):
     time_before, ids = int(time.time()), {**house.ids, **things(house, kind)}
-    found = {route: house.send(route, f"{kind}{owner(route)}", ids).status_code for route in CALLS}
-    assert found == dict.fromkeys(CALLS, 200)
+    routes = [route for route in CALLS if kind == "" or owner(route) != "operator"]
+    if kind:
+        del ids["tenant_id"]  # no token is an operator's
+    found = {route: house.send(route, f"{kind}{owner(route)}", ids).status_code for route in routes}
+    assert found == dict.fromkeys(routes, 200)
     with house.http("admin") as http:
         log = http.get("/admin/audit", params={"limit": 100, "order": "asc"}).json()["data"]
         first = {one["type"]: one for one in log[:2]}  # in one moment
@@ -405,6 +420,7 @@ def test_every_route_serves_the_key_that_may_use_it(house, kind):
         ("key.updated", ids["key_id"], by_admin),
         ("key.rotated", ids["key_id"], by_admin),
         ("key.revoked", ids["key_id"], by_admin),
+        *([("tenant.updated", "a", {"type": "operator", "user": None})] if kind == "" else []),
         ("tool_credential.updated", ids["credential_id"], by_alice),
         ("tool_credential.deleted", ids["credential_id"], by_alice),
     ]

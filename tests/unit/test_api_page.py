@@ -101,7 +101,7 @@ BODIES = {
     **{f"agents.{name}": CreateAgent.__struct_fields__ for name in ("CREATE", "UPDATE")},
     **{
         f"wire.{name}": getattr(admin, name).type.__struct_fields__
-        for name in ("CREATE_KEY", "UPDATE_KEY", "ROTATE_KEY")
+        for name in ("CREATE_KEY", "UPDATE_KEY", "ROTATE_KEY", "CREATE_TENANT", "UPDATE_TENANT")
     },
     **{
         f"wire.{name}": getattr(tool_credentials, name).type.__struct_fields__

@@ -28,7 +28,7 @@ def made(**fields: Any) -> Issuer:
     ("scopes", "claim", "given"),
     [
         ({}, None, set()),
-        ({}, "responses.read other admin", {"responses.read"}),
+        ({}, "responses.read other admin operator", {"responses.read"}),
         ({}, ["responses.write", "responses.read"], set(ORDINARY)),
         ({}, [], set()),
         ({"a": ["admin", "responses.read"], "b": ["responses.read"]}, "a b c", {"admin", "responses.read"}),
@@ -39,6 +39,19 @@ def test_scopes_are_those_of_the_claim(scopes, claim, given):
     issuer = made(claims={"scopes": "s", "tenant": "t"}, tenants=["*"], scopes=scopes)
     claims = {"t": "x"} if claim is None else {"t": "x", "s": claim}
     assert rights_of("i", issuer, claims).scopes == given
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"claims": {"scopes": "s"}, "scopes": {"x": ["operator"]}},
+        {"claims": {"scopes": "s"}, "scopes": {"x": ["admin", "operator"]}},
+        {"default_scopes": ["operator"]},
+    ],
+)
+def test_no_issuer_makes_operators(fields):
+    with pytest.raises(msgspec.ValidationError, match="Invalid enum value 'operator'"):
+        made(tenant="t", **fields)
 
 
 def test_without_names_of_claims_a_token_may_do_what_a_key_may():

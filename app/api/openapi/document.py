@@ -22,7 +22,8 @@ Reprise speaks the OpenAI Responses API to any client, calls any Chat Completion
 Clients of the OpenAI API use it with `base_url` set to `/v1` of this server.
 
 **Keys.** As soon as the server has a key, every request below `/v1` needs one: `Authorization: Bearer KEY`. A key has scopes, which each
-operation names; a GET needs `responses.read`, other methods need `responses.write`, the administration needs `admin`.
+operation names; a GET needs `responses.read`, other methods need `responses.write`, the administration needs
+`admin`, that of all tenants `operator`.
 
 **Errors.** Every error is an object `error` with `message`, `type`, `param` and `code`; `param` is the path of the parameter that is wrong.
 Unknown parameters are refused, never ignored. A 429 or 503 may be sent again, after `Retry-After`; `x-should-retry: false` says that no

@@ -99,6 +99,9 @@ KEY_UPDATE: Examples = {
     "Limits": {"limits": {"requests_per_minute": 60, "concurrent_runs": 2, "stored_bytes": 1_000_000_000}}
 }
 ROTATE: Examples = {"With an hour for the change": {"overlap_s": 3600}}
+TENANT: Examples = {"With limits": {"id": "acme", "limits": {"requests_per_minute": 600, "concurrent_runs": 50}}}
+TENANT_UPDATE: Examples = {"Limits": {"limits": {"requests_per_minute": 1200, "stored_bytes": 50_000_000_000}}}
+TENANT_KEY: Examples = {"The first administrator's key": {"name": "of acme's administrators", "scopes": ["admin"]}}
 TOOL_CREDENTIAL: Examples = {
     "A bearer token": {"server_url": "https://tools.example/mcp", "authorization": "TOKEN-OF-ADA", "name": "Tools"},
     "A header": {"server_url": "https://tools.example/other", "headers": {"x-api-key": "KEY-OF-ADA"}},

@@ -35,6 +35,7 @@ TAGS = {
     "Agents": "Models with instructions, tools and parameters of their own.",
     "Tool credentials": "What MCP servers are sent as authorization, stored for a tenant, a user or a key. No reply has a secret.",
     "Administration": "For keys with the scope `admin`: the keys of their tenant, its audit log and its usage.",
+    "Tenants": "For keys with the scope `operator`: the tenants of this server, their limits, and keys for them.",
     "Server": "For browsers, probes and tools; without a key.",
 }
 
@@ -63,7 +64,7 @@ class Operation(Struct, frozen=True, kw_only=True):
 ITEM = reference("Item", "sent")
 ITEMS = page_of(ITEM, "ItemList")
 
-_RESPONSES, _CHAT, _CONVERSATIONS, _FILES, _MODELS, _AGENTS, _CREDENTIALS, _ADMIN, _SERVER = TAGS
+_RESPONSES, _CHAT, _CONVERSATIONS, _FILES, _MODELS, _AGENTS, _CREDENTIALS, _ADMIN, _TENANTS, _SERVER = TAGS
 
 OPERATIONS: dict[str, Operation] = {
     "POST /v1/responses": Operation(
@@ -240,6 +241,27 @@ OPERATIONS: dict[str, Operation] = {
     "GET /v1/admin/audit": Operation(
         summary="List the audit log", tag=_ADMIN, query=queries.AuditPage, sends=page_of(admin.AuditEntry)
     ),
+    "POST /v1/admin/tenants": Operation(
+        summary="Create a tenant", tag=_TENANTS, takes=admin.CreateTenant, sends=admin.Tenant, examples=examples.TENANT
+    ),
+    "GET /v1/admin/tenants": Operation(
+        summary="List tenants", tag=_TENANTS, query=queries.TenantPage, sends=page_of(admin.Tenant)
+    ),
+    "GET /v1/admin/tenants/{tenant_id}": Operation(summary="Retrieve a tenant", tag=_TENANTS, sends=admin.Tenant),
+    "POST /v1/admin/tenants/{tenant_id}": Operation(
+        summary="Change a tenant",
+        tag=_TENANTS,
+        takes=admin.UpdateTenant,
+        sends=admin.Tenant,
+        examples=examples.TENANT_UPDATE,
+    ),
+    "POST /v1/admin/tenants/{tenant_id}/keys": Operation(
+        summary="Create a key of a tenant",
+        tag=_TENANTS,
+        takes=admin.CreateKey,
+        sends=admin.ApiKey,
+        examples=examples.TENANT_KEY,
+    ),
     "POST /v1/tool_credentials": Operation(
         summary="Store a tool credential",
         tag=_CREDENTIALS,
@@ -308,6 +330,7 @@ PARAMETERS = {
     "starting_after": "With `stream`: only the events after the one with this `sequence_number`.",
     "status": "Only those with this status.",
     "stream": "Send the events, of a background response that was created with `stream`.",
+    "tenant_id": "The name of a tenant.",
     "type": "Only entries of this type.",
     "until": "The last day, in UTC.",
     "user": "Only that of this user of the tenant; empty: of none.",
