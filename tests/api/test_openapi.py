@@ -1,6 +1,7 @@
 """The OpenAPI document as it is served, and its page; and requests and replies as it says."""
 
 import re
+import secrets
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ import httpx
 import pytest
 
 from app.api.reference import DOCUMENT, REDOC
+from app.domain.rights import SCOPES
 from tests.conformance import DOCUMENTED, wrong, wrong_in
 from tests.fuzz import documented
 from tests.servers import Served, reprise
@@ -73,8 +75,8 @@ def demo(base_env, new_database) -> Iterator[httpx.Client]:
     """A server with the demo model and a key for everything."""
     env = {name: value for name, value in base_env.items() if name != "OPENAI_BASE_URL"}
     env |= {"DATABASE_URL": new_database()}
-    scopes = [f"--scope={scope}" for scope in ("responses.read", "responses.write", "admin")]
-    key = reprise(env, "keys", "create", "--tenant", "acme", *scopes).stdout.strip()
+    scopes = [f"--scope={scope}" for scope in SCOPES]
+    key = reprise(env, "keys", "create", *scopes).stdout.strip()
     with (
         Served(env) as served,
         httpx.Client(
@@ -96,6 +98,7 @@ def new_id(demo: httpx.Client, name: str) -> str:
             {"server_url": "https://new.example/", "authorization": "TOKEN-OF-ADA"},
         ),
         "agent_id": ("/v1/agents", {"name": "another", "model": "echo"}),
+        "tenant_id": ("/v1/admin/tenants", {"id": secrets.token_hex(8)}),
     }
     path, body = made[name]
     return str(demo.post(path, json=body).json()["id"])

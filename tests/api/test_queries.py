@@ -8,7 +8,8 @@ import httpx
 import openai
 import pytest
 
-from tests.api.test_rights_matrix import ALL, OPEN
+from app.domain.rights import SCOPES
+from tests.api.test_rights_matrix import OPEN
 from tests.routes import handlers
 from tests.servers import Served, reprise
 
@@ -20,7 +21,7 @@ VERSIONS = {"beta": "true", "api-version": "2025-04-01-preview", "client_version
 def house(base_env, new_database) -> Iterator[tuple[Served, str]]:
     """A server, and a key that may do everything."""
     env = {**base_env, "DATABASE_URL": new_database()}
-    key = reprise(env, "keys", "create", "--tenant", "acme", *(f"--scope={one}" for one in ALL)).stdout.strip()
+    key = reprise(env, "keys", "create", "--tenant", "acme", *(f"--scope={one}" for one in SCOPES)).stdout.strip()
     with Served(env) as served:
         yield served, key
 
