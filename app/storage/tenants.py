@@ -8,7 +8,7 @@ from app.errors import InvalidParameter, TenantNotFound
 from app.settings import DEFAULT_TENANT
 from app.storage import audit
 from app.storage.audit import Entry
-from app.storage.database import Query, Row, Tx
+from app.storage.database import Query, Row, Tx, storable
 from app.storage.keys import DEFAULT_LIMITS, encode_limits, limits_in
 from app.storage.pages import Page
 from app.wire.admin import OwnLimits
@@ -114,7 +114,7 @@ async def list_tenants(tx: Tx, *, after: str | None, limit: int, order: Order) -
     """Up to `limit` tenants after the one of this name. Raises InvalidParameter for a cursor that is no tenant."""
     binds = {}
     if after is not None:
-        cursor = await tx.one(_CURSOR, tenant_id=after) if is_name(after) else None
+        cursor = await tx.one(_CURSOR, tenant_id=after) if storable(after) else None
         if cursor is None:
             raise InvalidParameter(f"There is no tenant '{after}'.", param="after")
         binds = {"created_at": cursor["created_at"], "after": cursor["id"]}
@@ -124,7 +124,7 @@ async def list_tenants(tx: Tx, *, after: str | None, limit: int, order: Order) -
 
 async def get_tenant(tx: Tx, tenant: str) -> Tenant:
     """A tenant. Raises TenantNotFound; a user of one is none."""
-    row = await tx.one(_GET, tenant_id=tenant) if is_name(tenant) else None
+    row = await tx.one(_GET, tenant_id=tenant) if storable(tenant) else None
     if row is None:
         raise TenantNotFound(tenant)
     return _tenant(row)

@@ -1,16 +1,19 @@
 """Operators make tenants, limit them and make their first keys, by the API at two replicas; nobody else does."""
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import parse_qs, quote, urlsplit
 
 import httpx
 import pytest
 from msgspec import Struct
 
+from tests import wire_proxy
 from tests.issuer import Issuer
 from tests.servers import Served, reprise
 from tests.waiting import fetch, until
+from tests.wire_proxy import WireProxy
 
 CACHE_S = 0.3
 NO_LIMITS = {"requests_per_minute": None, "tokens_per_minute": None, "concurrent_runs": None, "stored_bytes": None}
@@ -223,6 +226,22 @@ def test_a_tenant_that_can_not_be_is_refused(house, given, param, code):
         error = http.post("/admin/tenants", json=given)
         assert (error.status_code, error.json()["error"]["param"], error.json()["error"]["code"]) == (400, param, code)
         assert http.get("/admin/tenants/new").status_code == 404
+
+
+def test_a_tenant_whose_commit_was_not_answered_is_made_once(house):
+    url = house.env["DATABASE_URL"]
+    directory = parse_qs(urlsplit(url).query)["host"][0]
+    with (
+        WireProxy(Path(directory) / ".s.PGSQL.5432", ".s.PGSQL.5432", wire_proxy.postgres) as wire,
+        Served({**house.env, "DATABASE_URL": url.replace(directory, str(wire.directory))}) as served,
+        httpx.Client(base_url=served.url, headers={"Authorization": f"Bearer {house.operator}"}, timeout=30) as http,
+    ):
+        assert http.get("/admin/tenants/once").status_code == 404
+        wire.lose_answer_of("COMMIT")
+        made = http.post("/admin/tenants", json={"id": "once"})
+        assert (made.status_code, wire.lost, made.json()["id"]) == (200, 1, "once")
+        assert http.post("/admin/tenants", json={"id": "once"}).json()["error"]["code"] == "name_taken"
+    assert len(fetch(url, "select from audit_log where tenant_id = 'once'")) == 1
 
 
 def routes(tenant: str) -> list[tuple[str, str, Any]]:
