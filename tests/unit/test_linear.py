@@ -44,7 +44,6 @@ from app.outbound.upstream import LineBuffer
 from app.runs.recorder import Recorder
 from app.storage.backlog import pages_of, size_of
 from app.wire.chat import Chunk
-from app.wire.decoding import invalid
 from app.wire.events import (
     AnnotationAdded,
     ArgumentsDelta,
@@ -507,7 +506,8 @@ READ: dict[str, tuple[int, Make]] = {
     "a variable that stands often": (4000, lambda n: templated("{{v}}" * n, {"v": "x"})),
     "braces": (40_000, lambda n: templated("{{ " * n, {})),
     "a long wrong value": (40_000, lambda n: body(truncation=" - at `$" * n)),
-    "a long message": (40_000, lambda n: lambda: invalid(" - at `$.a" * n, "input")),
+    "a wrong value among many": (4000, lambda n: body(metadata={**dict.fromkeys(words(n), "x"), "z": 1})),
+    "a key that looks like a path": (40_000, lambda n: body(metadata={" - at `$.a" * n: 1})),
     "arguments": (8000, lambda n: partial(parse_arguments, json.dumps({"a": ["{["] * n}))),
     "brackets as arguments": (8000, lambda n: lambda: parse_arguments("[{" * n)),
     "queries": (4000, lambda n: lambda: queries_of({"queries": ["x"] * n})),
