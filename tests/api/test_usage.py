@@ -402,8 +402,9 @@ def test_csv_has_the_same_rows_and_links_the_next_page(house):
 
 
 def test_the_command_line_shows_each_tenant(house):
-    with house.client("other") as client:
-        respond(client, "up@shown", script(TURN))
+    for key in ("unbound", "other"):
+        with house.client(key) as client:
+            respond(client, "up@shown", script(TURN))
     table = reprise(house.env, "usage", "--by", "model", "--tenant", "b").stdout.splitlines()
     assert table[0].split() == [
         "tenant",
