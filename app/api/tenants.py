@@ -8,7 +8,7 @@ from app.api import pages, queries
 from app.api.admin import made_key
 from app.api.replies import small_reply
 from app.api.services import Services
-from app.errors import InvalidParameter
+from app.errors import InvalidParameter, NotFound
 from app.runs.admission import Caller
 from app.storage import audit, tenants
 from app.storage.tenants import Tenant
@@ -67,6 +67,8 @@ class TenantsController(Controller):
         self, request: Request[Any, Any, Any], tenant_id: str, caller: Caller, services: Services
     ) -> Response[bytes]:
         """A new key of a tenant, such as that of its first administrator. Only this reply has its secret."""
+        if b"%2f" in request.scope["raw_path"].lower():  # decoded, the name of one tenant is the path of another's keys
+            raise NotFound(f"Invalid URL (POST {request.scope['path']})")
         asked = await services.bodies.decoded(request, wire.CREATE_KEY)
         async with services.database.autocommit() as tx:
             await tenants.get_tenant(tx, tenant_id)  # which stays: nothing deletes one

@@ -228,6 +228,17 @@ def test_a_tenant_that_can_not_be_is_refused(house, given, param, code):
         assert http.get("/admin/tenants/new").status_code == 404
 
 
+def test_a_name_with_a_slash_does_not_reach_the_keys_of_another_tenant(house):
+    """The command line and issuers may make one."""
+    house.tenant("other")
+    made = reprise(house.env, "keys", "create", "--tenant=other/keys")
+    assert made.returncode == 0, made.stderr
+    for slash in ("%2F", "%2f"):
+        assert house.refusal("POST", f"/admin/tenants/other{slash}keys", {"limits": {"concurrent_runs": 1}})[0] == 404
+        assert house.refusal("POST", f"/admin/tenants{slash}other/keys", {})[0] == 404
+    assert house.ask("GET", "/admin/tenants/other")["keys"] == 0
+
+
 def test_a_tenant_whose_commit_was_not_answered_is_made_once(house):
     url = house.env["DATABASE_URL"]
     directory = parse_qs(urlsplit(url).query)["host"][0]
