@@ -221,12 +221,15 @@ class Quotas:
         self._unsettled[grant] = tokens
 
     async def _prolong_forever(self) -> None:
+        beat_s = self._settings.lease_s / BEATS_PER_LEASE
         while True:
-            await asyncio.sleep(self._settings.lease_s / BEATS_PER_LEASE)
+            await asyncio.sleep(beat_s)
+            prolonged_at = time.monotonic()
             if self._running:
                 await self._ask(lambda: self._store.prolong(dict(self._running)))
             for grant, tokens in list(self._unsettled.items()):
-                if not await self._is_settled(grant, tokens):
+                # What is left is settled later: the places of those that still run would be lost meanwhile.
+                if time.monotonic() > prolonged_at + beat_s or not await self._is_settled(grant, tokens):
                     break
                 self._unsettled.pop(grant, None)
 
