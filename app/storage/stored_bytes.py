@@ -82,6 +82,7 @@ _TABLES = (
     _pages("parts", "pg_column_size(body)", hash=b""),
     _pages("event_archive", "pg_column_size(frames)", response_id="", first_number=-1),
     _pages("files", "bytes", id=""),
+    _pages("conversations", "pg_column_size(metadata)", id=""),
 )
 
 

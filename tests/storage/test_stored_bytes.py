@@ -27,6 +27,8 @@ insert into event_archive (tenant_id, response_id, first_number, frames)
 select tenant_id, id, number, sha256(id::bytea) from responses, generate_series(0, 2) number;
 insert into files (tenant_id, id, created_at, filename, bytes, written_at)
 select tenant_id, id, 0, '', 10, now() from responses;
+insert into conversations (tenant_id, id, created_at, metadata, thread_id, turn)
+select tenant_id, 'conv_' || id, 0, json_build_object('a', repeat(id, 20)), thread_id, 0 from responses;
 """
 
 SUM = f"""
@@ -36,6 +38,7 @@ select sum(size)::bigint from (
     union all select tenant_id, pg_column_size(body) from parts
     union all select tenant_id, pg_column_size(frames) from event_archive
     union all select tenant_id, bytes from files
+    union all select tenant_id, pg_column_size(metadata) from conversations
 ) every where tenant_id in ('acme', '{ADA}')
 """
 
