@@ -24,7 +24,7 @@ async def test_a_run_keeps_its_place_while_much_is_settled(servers, url):
         redis_url=servers.redis_url,
         redis_prefix=f"quotas-{uuid.uuid4().hex}",
         database_url=url,
-        lease_s=1.5,
+        lease_s=2.4,
         quota_timeout_s=1.0,
     )
     quotas = Quotas(settings, Database(settings))
