@@ -10,6 +10,7 @@ from app.domain.quotas import Holder, Limits
 from app.runs.quotas import SILENCE_S, Grant, Quotas
 from app.settings import Settings
 from app.storage.database import Database
+from tests.waiting import until
 
 TENANT = Holder("acme", None)
 LIMITS = [Limits(concurrent_runs=1)]
@@ -31,18 +32,19 @@ async def test_the_place_of_a_run_is_prolonged_while_much_is_settled(servers, ur
         silent_at = time.monotonic()
         for number in range(ENDED):
             await quotas.settle(Grant(Holder(f"other-{number}", "key_a"), f"resp_{number}", 1), 1)
-        while time.monotonic() < silent_at + 1.5 + SILENCE_S:
-            await asyncio.sleep(0.05)
+        await asyncio.to_thread(until, lambda: time.monotonic() > silent_at + 1.5 + SILENCE_S)
 
         quotas.start()
         assert (await quotas.admit(TENANT, LIMITS, "resp_running")).grant
         [places] = quotas._store._keys(TENANT, None, "foreground")
-        while len(quotas._unsettled) == ENDED:
-            await asyncio.sleep(0.01)
-        ends_at = valkey.zscore(places, "resp_running")
-        while valkey.zscore(places, "resp_running") == ends_at:
-            assert quotas._unsettled, "it was not prolonged before all was settled"
-            await asyncio.sleep(0.01)
-        while quotas._unsettled:
-            await asyncio.sleep(0.05)
+
+        def ends_at() -> float:
+            """When the place is lost."""
+            return valkey.zscore(places, "resp_running")
+
+        await asyncio.to_thread(until, lambda: len(quotas._unsettled) < ENDED)
+        first = ends_at()
+        await asyncio.to_thread(until, lambda: ends_at() > first or not quotas._unsettled)
+        assert quotas._unsettled, "it was not prolonged before all was settled"
+        await asyncio.to_thread(until, lambda: not quotas._unsettled, timeout_s=60)
     await quotas.close()
